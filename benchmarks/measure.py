@@ -1,0 +1,95 @@
+"""Timing on a GPU: cold second-level cache, device time by events, memory above what the inputs hold."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+L2_MULTIPLE = 3
+TARGET_SECONDS = 0.1
+# Long enough for the host to enqueue every repetition before the first one starts, so launches are not timed.
+HEAD_START_CYCLES = 40_000_000
+
+Inputs = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Median, fastest and slowest repetition in milliseconds, and peak extra memory in bytes."""
+
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    repetitions: int
+    extra_bytes: int
+
+
+def rotation(inputs: Inputs) -> list[Inputs]:
+    """Copies of ``inputs`` that together exceed the second-level cache several times, at least two."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
+    cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
+    copies = min(32, max(2, -(-L2_MULTIPLE * cache // max(size, 1))))
+    return [inputs, *(tuple(tensor.clone() for tensor in inputs) for _ in range(copies - 1))]
+
+
+def measure(function: Callable[..., Any], inputs: Inputs, copies: Sequence[Inputs] | None = None) -> Measurement:
+    """Device time of ``function(*inputs)``, called on rotating copies so that no input is in cache.
+
+    Args:
+        function: what to time; its result is dropped.
+        inputs: tensors it takes.
+        copies: the rotation, if already made.
+    """
+    copies = copies or rotation(inputs)
+    for copy in copies[:2]:
+        function(*copy)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function(*inputs)
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before
+    probe = _times(function, copies, 3)
+    repetitions = int(min(50, max(7, TARGET_SECONDS * 1000 / max(statistics.median(probe), 1e-3))))
+    times = _times(function, copies, repetitions)
+    return Measurement(statistics.median(times), min(times), max(times), repetitions, extra)
+
+
+def _times(function: Callable[..., Any], copies: Sequence[Inputs], repetitions: int) -> list[float]:
+    marks = [(_event(), _event()) for _ in range(repetitions)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    for number, (start, stop) in enumerate(marks):
+        start.record()
+        function(*copies[number % len(copies)])
+        stop.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in marks]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches in this run: bfloat16 matrix product and copy."""
+
+    matmul_tflops: float
+    copy_gbs: float
+
+
+def ceilings() -> Ceilings:
+    """Measure an 8192^3 bfloat16 product and the copy of 2 GiB (bytes read plus written)."""
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = measure(torch.mm, (a, b))
+    source = torch.empty(2**30, device="cuda", dtype=torch.bfloat16).fill_(1)
+    target = torch.empty_like(source)
+    copy = measure(lambda s, t: t.copy_(s), (source, target), [(source, target)])
+    moved = 2 * source.numel() * source.element_size()
+    return Ceilings(2 * n**3 / product.median_ms / 1e9, moved / copy.median_ms / 1e6)

@@ -1,0 +1,61 @@
+// Python module gisp_kernels._core: integers in, integers out. Memory belongs to the caller and must outlive the work.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "gisp/check.h"
+#include "gisp/swap.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Layout = std::tuple<std::uint64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                          std::int64_t, std::int64_t>;
+
+template <typename T>
+T* as_pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::int64_t plan_swaps(const std::vector<Layout>& layouts, std::uintptr_t pairs, std::uintptr_t table,
+                        std::size_t table_bytes) {
+  std::vector<gisp::BlockLayout> tensors;
+  tensors.reserve(layouts.size());
+  std::int64_t pair_count = 0;
+  for (const auto& [address, element_size, count, rows, run, pitch, step, swaps] : layouts) {
+    tensors.push_back({address, element_size, count, rows, run, pitch, step, swaps});
+    pair_count += swaps;
+  }
+  const std::size_t needed = gisp::swap_table_bytes(static_cast<std::int64_t>(tensors.size()), pair_count);
+  GISP_CHECK(table_bytes >= needed, "the table holds " << table_bytes << " bytes but needs " << needed);
+  return gisp::plan_swaps(tensors, as_pointer<const std::int64_t>(pairs), as_pointer<void>(table));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Compiled core of gisp_kernels; use it through gisp_kernels.partition.";
+  m.attr("cuda") = static_cast<bool>(GISP_WITH_CUDA);
+  m.attr("cuda_archs") = GISP_CUDA_ARCHS;
+  m.attr("compiler") = GISP_COMPILER;
+  m.attr("nvcc") = GISP_NVCC;
+  m.def("swap_table_bytes", &gisp::swap_table_bytes, py::arg("tensors"), py::arg("pairs"));
+  m.def("plan_swaps", &plan_swaps, py::arg("layouts"), py::arg("pairs"), py::arg("table"), py::arg("table_bytes"),
+        "Fill a table; a layout is (address, element_size, count, rows, run, pitch, step, pairs).");
+  m.def(
+      "swap_blocks_cpu",
+      [](std::uintptr_t table, std::int64_t tensors) { gisp::swap_blocks_cpu(as_pointer<void>(table), tensors); },
+      py::arg("table"), py::arg("tensors"), py::call_guard<py::gil_scoped_release>());
+#if GISP_WITH_CUDA
+  m.def(
+      "swap_blocks_cuda",
+      [](std::uintptr_t table, std::int64_t tensors, std::int64_t chunks, int device, std::uintptr_t stream) {
+        gisp::swap_blocks_cuda(as_pointer<void>(table), tensors, chunks, device, as_pointer<void>(stream));
+      },
+      py::arg("table"), py::arg("tensors"), py::arg("chunks"), py::arg("device"), py::arg("stream"));
+#endif
+}

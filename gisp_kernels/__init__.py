@@ -1,0 +1,28 @@
+"""Kernels for structured pruning of decoder LLMs: fused importance scores and in-place compaction.
+
+Importing this package compiles nothing, imports no triton and touches no CUDA device.
+"""
+
+from __future__ import annotations
+
+from gisp_kernels._ext import build_info
+from gisp_kernels._version import __version__
+from gisp_kernels.compaction import Compactor
+from gisp_kernels.groups import Projection, StructureGroup, attention_group, iter_groups, mlp_group
+from gisp_kernels.importance import abs_weighted_reduce, wgrad_importance
+from gisp_kernels.record import ImportanceRecorder, record_importance
+
+__all__ = [
+    "Compactor",
+    "ImportanceRecorder",
+    "Projection",
+    "StructureGroup",
+    "__version__",
+    "abs_weighted_reduce",
+    "attention_group",
+    "build_info",
+    "iter_groups",
+    "mlp_group",
+    "record_importance",
+    "wgrad_importance",
+]

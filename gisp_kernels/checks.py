@@ -1,0 +1,71 @@
+"""Validation of op arguments, shared by every backend: one clear error that names the value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_float(name: str, tensor: torch.Tensor) -> None:
+    """Require a dense tensor of float32, bfloat16 or float16."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
+
+
+def check_matrix(name: str, tensor: torch.Tensor) -> None:
+    """Require a floating-point matrix."""
+    check_float(name, tensor)
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
+
+
+def check_same_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
+    """Require exactly ``shape``."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_same_device(**tensors: torch.Tensor) -> None:
+    """Require all tensors on one device."""
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"all tensors must be on one device, got {places}")
+
+
+def structure_count(weight: torch.Tensor, axis: str, block: int) -> int:
+    """Number of structures of ``block`` rows or columns in ``weight`` [O, I].
+
+    Raises:
+        ValueError: unknown axis, ``block`` below 1, or an extent that ``block`` does not divide.
+    """
+    if axis not in ("row", "column"):
+        raise ValueError(f"axis must be 'row' or 'column', got {axis!r}")
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    extent = weight.shape[0 if axis == "row" else 1]
+    if extent % block:
+        raise ValueError(f"block {block} does not divide the {extent} {axis}s of the weight")
+    return extent // block
+
+
+def score_buffer(out: torch.Tensor | None, count: int, weight: torch.Tensor) -> torch.Tensor:
+    """``out`` after validation, or fresh zeros: float32 [count] on the device of ``weight``."""
+    if out is None:
+        return torch.zeros(count, dtype=torch.float32, device=weight.device)
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    if out.dtype != torch.float32:
+        raise TypeError(f"out must be float32, got {out.dtype}")
+    check_same_shape("out", out, (count,))
+    check_same_device(out=out, weight=weight)
+    if out.requires_grad:
+        raise ValueError("out must not require grad: it is accumulated in place")
+    return out

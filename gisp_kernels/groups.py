@@ -1,0 +1,103 @@
+"""Structure groups: which rows and columns of which Linear layers belong to one removable structure.
+
+A structure is an attention head or an MLP channel. All structures of one block form a group: they share the same
+projections, and structure ``s`` owns the same index range in each of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+Axis = Literal["row", "column"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One Linear layer as seen by a group.
+
+    Attributes:
+        linear: the layer, ``weight`` of shape [out_features, in_features].
+        axis: ``"row"``: structure ``s`` owns rows ``s*block : (s+1)*block`` and those entries of the bias;
+            ``"column"``: it owns those columns, and the bias belongs to no structure.
+        block: consecutive rows or columns per structure (head_dim for heads, 1 for channels).
+    """
+
+    linear: nn.Linear
+    axis: Axis
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        if self.axis not in ("row", "column"):
+            raise ValueError(f"axis must be 'row' or 'column', got {self.axis!r}")
+        if self.block < 1:
+            raise ValueError(f"block must be at least 1, got {self.block}")
+
+    @property
+    def width(self) -> int:
+        """Current extent of the weight along ``axis``."""
+        return self.linear.weight.shape[0 if self.axis == "row" else 1]
+
+
+@dataclass(frozen=True)
+class StructureGroup:
+    """All structures of one block (the heads of one attention, the channels of one MLP)."""
+
+    name: str
+    projections: tuple[Projection, ...]
+
+    def __post_init__(self) -> None:
+        if not self.projections:
+            raise ValueError(f"group {self.name!r} has no projections")
+        counts = {p.width / p.block for p in self.projections}
+        if len(counts) != 1 or not counts.copy().pop().is_integer():
+            shapes = ", ".join(f"{tuple(p.linear.weight.shape)} by {p.axis}s of {p.block}" for p in self.projections)
+            raise ValueError(f"group {self.name!r}: projections disagree on the structure count: {shapes}")
+
+    @property
+    def count(self) -> int:
+        """Number of structures at the current width."""
+        return self.projections[0].width // self.projections[0].block
+
+
+def attention_group(name: str, attention: Any) -> StructureGroup:
+    """Heads of an attention module with ``q_proj, k_proj, v_proj, o_proj`` and ``head_dim``.
+
+    With one key/value head per query head a head owns its rows of q, k and v and its columns of o. With shared
+    key/value heads (GQA) it owns rows of q and columns of o only.
+    """
+    head_dim = int(attention.head_dim)
+    rows = [attention.q_proj]
+    if attention.k_proj.out_features == attention.q_proj.out_features:
+        rows += [attention.k_proj, attention.v_proj]
+    parts = [Projection(linear, "row", head_dim) for linear in rows]
+    parts.append(Projection(attention.o_proj, "column", head_dim))
+    return StructureGroup(name, tuple(parts))
+
+
+def mlp_group(name: str, mlp: Any) -> StructureGroup:
+    """Channels of a gated MLP: one row of ``gate_proj`` and ``up_proj``, one column of ``down_proj``."""
+    return StructureGroup(
+        name,
+        (
+            Projection(mlp.gate_proj, "row"),
+            Projection(mlp.up_proj, "row"),
+            Projection(mlp.down_proj, "column"),
+        ),
+    )
+
+
+def _has_linears(module: nn.Module, *names: str) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Linear) for name in names)
+
+
+def iter_groups(model: nn.Module) -> Iterator[StructureGroup]:
+    """Groups of every attention and gated MLP found in ``model``, in module order, by attribute names alone."""
+    for name, module in model.named_modules():
+        if _has_linears(module, "q_proj", "k_proj", "v_proj", "o_proj") and hasattr(module, "head_dim"):
+            yield attention_group(name, module)
+        elif _has_linears(module, "gate_proj", "up_proj", "down_proj"):
+            yield mlp_group(name, module)

@@ -1,0 +1,163 @@
+"""First-order importance of structures: sums of ``|W * dL/dW|`` over blocks of rows or columns of a weight.
+
+The element score is the first-order Taylor score ``|dL/dW * W|`` of GISP (arXiv 2510.18030, Eq. 8); a structure
+scores the sum over its elements. Everything is summed in float32 in a fixed order: equal inputs give equal bits.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from gisp_kernels import backend as backends
+from gisp_kernels import checks, reference
+from gisp_kernels.padding import pad_columns
+
+SUPPORTED = ("triton",)
+
+# The fused kernel saves writing and reading G, 4 bytes per weight in 16-bit precision, whatever the token count; the
+# matrix product grows with the tokens and there cuBLAS is ahead. On an H200 in bfloat16 the fused kernel wins
+# at 512 to 2048 tokens and no longer at 8192.
+FUSED_MAX_TOKENS = 4096
+
+
+def prefer_fused(tokens: int, dtype: torch.dtype) -> bool:
+    """Whether ``backend="auto"`` on a GPU fuses product and reduction rather than running cuBLAS and a reduction.
+
+    float32 never fuses: exact float32 products cannot use tensor cores, and cuBLAS is far ahead without them.
+    """
+    return dtype in (torch.bfloat16, torch.float16) and tokens <= FUSED_MAX_TOKENS
+
+
+def abs_weighted_reduce(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    *,
+    axis: str = "row",
+    block: int = 1,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Sum of ``|weight * grad|`` over every block of rows or columns.
+
+    Args:
+        weight: [O, I], float32, bfloat16 or float16, any strides.
+        grad: [O, I], as ``weight``; its dtype may differ.
+        axis: ``"row"``: structure ``s`` is rows ``s*block : (s+1)*block``; ``"column"``: those columns.
+        block: rows or columns per structure; must divide the extent.
+        out: float32 [count] to add to, or ``None`` for a new buffer.
+        backend: ``None`` or ``"auto"``, ``"reference"`` or ``"triton"``.
+
+    Returns:
+        float32 [count]: ``out`` if given. Products and sums are float32 whatever the input dtypes.
+
+    Raises:
+        TypeError: unsupported dtype.
+        ValueError: shapes, device, axis or block that do not fit.
+        RuntimeError: the requested backend cannot run here.
+    """
+    checks.check_matrix("weight", weight)
+    checks.check_matrix("grad", grad)
+    checks.check_same_shape("grad", grad, weight.shape)
+    checks.check_same_device(weight=weight, grad=grad)
+    out = checks.score_buffer(out, checks.structure_count(weight, axis, block), weight)
+    choice = backends.resolve(backend, weight, SUPPORTED)
+    abs_weighted_reduce_op(out, weight.detach(), grad.detach(), axis, block, choice)
+    return out
+
+
+def wgrad_importance(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    axis: str = "row",
+    block: int = 1,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Sum of ``|weight * G|`` over every block of rows or columns, ``G = grad_output.T @ input`` over all tokens.
+
+    ``G`` is the weight gradient of a Linear layer. The Triton kernel consumes it tile by tile and never stores it.
+
+    Args:
+        grad_output: [..., O], gradient of the layer's output, any strides.
+        input: [..., I], the layer's input, same leading shape and dtype as ``grad_output``.
+        weight: [O, I]; its dtype may differ.
+        axis, block, out: as in :func:`abs_weighted_reduce`.
+        backend: ``None`` or ``"auto"`` to choose (on a GPU the fused kernel or a cuBLAS product and a reduction, by
+            :func:`prefer_fused`), ``"triton"`` for the fused kernel, ``"reference"`` for plain torch.
+
+    Returns:
+        float32 [count]: ``out`` if given.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`abs_weighted_reduce`.
+    """
+    checks.check_float("grad_output", grad_output)
+    checks.check_float("input", input)
+    checks.check_matrix("weight", weight)
+    if grad_output.dtype != input.dtype:
+        raise TypeError(f"grad_output is {grad_output.dtype} but input is {input.dtype}")
+    if grad_output.dim() == 0 or grad_output.shape[:-1] != input.shape[:-1]:
+        raise ValueError(
+            "grad_output and input must agree on all but the last dimension, "
+            f"got {tuple(grad_output.shape)} and {tuple(input.shape)}"
+        )
+    checks.check_same_shape("weight", weight, (grad_output.shape[-1], input.shape[-1]))
+    checks.check_same_device(weight=weight, grad_output=grad_output, input=input)
+    out = checks.score_buffer(out, checks.structure_count(weight, axis, block), weight)
+    dy, x = as_tokens(grad_output.detach()), as_tokens(input.detach())
+    choice = backends.resolve(backend, weight, SUPPORTED)
+    if choice == "triton" and _is_auto(backend) and not prefer_fused(x.shape[0], x.dtype):
+        choice = "matmul"
+    wgrad_importance_op(out, dy, x, weight.detach(), axis, block, choice)
+    return out
+
+
+def _is_auto(backend: str | None) -> bool:
+    return (backend or os.environ.get("GISP_BACKEND", "auto")) == "auto"
+
+
+def as_tokens(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., features] as [tokens, features], also where features is 0."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
+
+
+@torch.library.custom_op("gisp::abs_weighted_reduce_", mutates_args=("out",))
+def abs_weighted_reduce_op(
+    out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int, choice: str
+) -> None:
+    """Registered form of :func:`abs_weighted_reduce`, arguments already validated, ``choice`` resolved."""
+    if choice == "triton":
+        from gisp_kernels.triton_kernels import abs_weighted_reduce as kernel
+
+        kernel.launch(out, weight, grad, axis, block)
+    else:
+        reference.abs_weighted_reduce_(out, weight, grad, axis, block)
+
+
+@torch.library.custom_op("gisp::wgrad_importance_", mutates_args=("out",))
+def wgrad_importance_op(
+    out: torch.Tensor,
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    axis: str,
+    block: int,
+    choice: str,
+) -> None:
+    """Registered form of :func:`wgrad_importance`; ``choice`` may also be ``"matmul"``: cuBLAS and a reduction."""
+    if choice == "triton":
+        from gisp_kernels.triton_kernels import wgrad_importance as kernel
+
+        kernel.launch(out, grad_output, input, weight, axis, block)
+    elif choice == "matmul":
+        from gisp_kernels.triton_kernels import abs_weighted_reduce as reduction
+
+        rows, width = weight.shape
+        grad = reference.weight_grad(pad_columns(grad_output), pad_columns(input))
+        reduction.launch(out, weight, grad[:rows, :width], axis, block)
+    else:
+        reference.wgrad_importance_(out, grad_output, input, weight, axis, block)

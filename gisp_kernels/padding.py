@@ -1,0 +1,27 @@
+"""Widths that are no multiple of 16 elements, made so by zero columns where a matrix product reads them."""
+
+from __future__ import annotations
+
+import torch
+
+ALIGNMENT = 16
+
+
+def round_up(extent: int) -> int:
+    """The next multiple of :data:`ALIGNMENT`."""
+    return -(-extent // ALIGNMENT) * ALIGNMENT
+
+
+def aligned(*values: int) -> bool:
+    """Whether every extent and stride is a multiple of :data:`ALIGNMENT` elements."""
+    return all(value % ALIGNMENT == 0 for value in values)
+
+
+def pad_columns(tokens: torch.Tensor) -> torch.Tensor:
+    """[T, n] with zero columns up to a multiple of 16, copied only if its rows do not allow 16-byte loads.
+
+    Odd widths leave tensor cores waiting for 2-byte loads; against a product over all tokens the copy is cheap.
+    """
+    if aligned(tokens.stride(0), tokens.shape[1]) and tokens.stride(1) == 1:
+        return tokens
+    return torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % ALIGNMENT)).contiguous()

@@ -1,0 +1,154 @@
+"""Judging kernels: the error they add, and whether they choose the same structures.
+
+A kernel is compared with the float64 truth. It may err as much as the plain torch version in the working dtype does,
+plus a small step that follows from float32 rounding and the number of terms; there is no tolerance to widen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+EPS_FLOAT32 = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Float64 scores of a case.
+
+    Attributes:
+        scores: [count].
+        magnitude: [count], the same sums with every product made positive: the scale of rounding errors.
+        terms: length of the longest chain of additions behind one score.
+    """
+
+    scores: torch.Tensor
+    magnitude: torch.Tensor
+    terms: int
+
+    @property
+    def step(self) -> float:
+        """Error relative to ``magnitude`` granted on top of the reference: sqrt(terms) float32 roundings, twice."""
+        return 2 * EPS_FLOAT32 * (1 + self.terms**0.5)
+
+
+def reduce_truth(weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int) -> Truth:
+    """Truth of ``sum |weight * grad|``."""
+    scores = _reduce64(weight.double() * grad.double(), axis, block)
+    return Truth(scores, scores, _terms(weight, axis, block))
+
+
+def wgrad_truth(grad_output: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, axis: str, block: int) -> Truth:
+    """Truth of ``sum |weight * (grad_output.T @ input)|``."""
+    dy, x, w = grad_output.double().flatten(0, -2), input.double().flatten(0, -2), weight.double()
+    scores = _reduce64(w * (dy.T @ x), axis, block)
+    magnitude = _reduce64(w * (dy.abs().T @ x.abs()), axis, block)
+    return Truth(scores, magnitude, _terms(weight, axis, block) + x.shape[0])
+
+
+def assert_error_budget(actual: torch.Tensor, reference: torch.Tensor, truth: Truth) -> None:
+    """Fail unless ``actual`` errs at most as much as ``reference`` plus :attr:`Truth.step`.
+
+    Args:
+        actual: scores of the kernel, float32 [count].
+        reference: scores of the plain torch version in the working dtype, float32 [count].
+        truth: float64 scores.
+    """
+    assert actual.dtype == torch.float32, f"scores must be float32, got {actual.dtype}"
+    assert actual.shape == truth.scores.shape, f"{tuple(actual.shape)} is not {tuple(truth.scores.shape)}"
+    if actual.numel() == 0:
+        return
+    worst, where = _relative_error(actual, truth)
+    allowed = _relative_error(reference, truth)[0] + truth.step
+    assert worst <= allowed, (
+        f"score {where} is {actual[where].item()!r}, truth {truth.scores[where].item()!r}: relative error "
+        f"{worst:.3g}, allowed {allowed:.3g}"
+    )
+
+
+def assert_same_selection(actual: torch.Tensor, truth: Truth, count: int, slack: float | None = None) -> None:
+    """Fail unless the ``count`` lowest scores are those of the truth, ties within rounding aside.
+
+    Args:
+        slack: relative error of a score that may move it across the threshold; :attr:`Truth.step` by default.
+    """
+    if not 0 < count < actual.numel():
+        raise ValueError(f"count must be between 1 and {actual.numel() - 1}, got {count}")
+    chosen = torch.zeros(actual.numel(), dtype=torch.bool, device=actual.device)
+    expected = chosen.clone()
+    chosen[torch.sort(actual, stable=True).indices[:count]] = True
+    order = torch.sort(truth.scores, stable=True)
+    expected[order.indices[:count]] = True
+    threshold = order.values[count - 1 : count + 1].mean()
+    distance = (truth.scores - threshold).abs()
+    margin = (truth.step if slack is None else slack) * truth.magnitude
+    wrong = (chosen != expected) & (distance > margin)
+    assert not wrong.any(), f"structures {wrong.nonzero().flatten().tolist()} are on the wrong side of the threshold"
+
+
+def repair_interpreter() -> None:
+    """Let loops over kernel arguments run in Triton's interpreter with NumPy 2.4 and later.
+
+    The interpreter holds scalars as arrays of one element, which NumPy no longer turns into an ``int``.
+    """
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+@contextlib.contextmanager
+def shuffled_grid(seed: int = 0) -> Iterator[None]:
+    """Run the programs of interpreted kernels in a random order.
+
+    Programs normally run in ascending order, which hides a kernel that relies on it.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    visit, dims = builder.set_grid_idx, builder.set_grid_dim
+    shuffle = random.Random(seed)
+    order: dict[tuple[int, int, int], tuple[int, int, int]] = {}
+
+    def set_grid_dim(x: int, y: int, z: int) -> None:
+        cells = [(i, j, k) for i in range(x) for j in range(y) for k in range(z)]
+        order.clear()
+        order.update(zip(cells, shuffle.sample(cells, len(cells)), strict=True))
+        dims(x, y, z)
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        visit(*order[x, y, z])
+
+    with (
+        mock.patch.object(builder, "set_grid_dim", set_grid_dim),
+        mock.patch.object(builder, "set_grid_idx", set_grid_idx),
+    ):
+        yield
+
+
+def _relative_error(scores: torch.Tensor, truth: Truth) -> tuple[float, int]:
+    error = (scores.double() - truth.scores).abs()
+    relative = torch.where(error == 0, error, error / truth.magnitude)
+    assert not relative.isnan().any(), f"scores are not finite: {scores}"
+    where = int(relative.argmax())
+    return float(relative[where]), where
+
+
+def _reduce64(product: torch.Tensor, axis: str, block: int) -> torch.Tensor:
+    lines = product.abs().sum(dim=1 if axis == "row" else 0)
+    return lines.view(lines.numel() // block, block).sum(dim=1)
+
+
+def _terms(weight: torch.Tensor, axis: str, block: int) -> int:
+    return weight.shape[1 if axis == "row" else 0] * block

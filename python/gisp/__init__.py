@@ -1,0 +1,36 @@
+"""GISP: global iterative structured pruning of decoder LLMs.
+
+``prune`` removes attention heads and MLP channels of a loaded model in place and returns a :class:`Trajectory` holding
+every sparsity passed on the way; ``load`` opens an exported model; ``export_run`` writes one from a run folder.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gisp.errors import GispError
+
+if TYPE_CHECKING:
+    from gisp.load import load
+    from gisp.loop import prune
+    from gisp.run_export import export_run
+    from gisp.trajectory import Trajectory
+
+__all__ = ["GispError", "Trajectory", "export_run", "load", "prune"]
+
+_HOME = {
+    "Trajectory": ("gisp.trajectory", "Trajectory"),
+    "export_run": ("gisp.run_export", "export_run"),
+    "load": ("gisp.load", "load"),
+    "prune": ("gisp.loop", "prune"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, imported on first use: torch and transformers take seconds."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'gisp' has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _HOME[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,91 @@
+"""Attention of pruned layers: uneven query heads per key/value head, and layers without any head.
+
+Removing query heads leaves the key/value heads of a grouped-query layer shared unevenly. The keys and values are then
+gathered per query head through an index before attention, which is exact and needs no re-layout inside the loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+INDEXED_ATTENTION = "gisp_indexed"
+_INDEX = "gisp_kv_index"
+
+
+class _ExpandKeyValue(torch.autograd.Function):
+    """``x[:, index]`` whose backward is a fixed-order sum instead of an atomic scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.kv_heads = x.shape[1]
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (index,) = ctx.saved_tensors
+        batch, heads, tokens, dim = grad.shape
+        one_hot = torch.zeros(ctx.kv_heads, heads, dtype=grad.dtype, device=grad.device)
+        one_hot[index, torch.arange(heads, device=grad.device)] = 1
+        summed = torch.matmul(one_hot, grad.reshape(batch, heads, tokens * dim))
+        return summed.view(batch, ctx.kv_heads, tokens, dim), None
+
+
+def indexed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention; query [B, H, T, hd], key and value [B, KV, S, hd].
+
+    On a module with a key/value index (int64 [H]) query head ``h`` attends to key/value head ``index[h]``.
+    """
+    index = getattr(module, _INDEX, None)
+    if index is not None:
+        key = _ExpandKeyValue.apply(key, index)
+        value = _ExpandKeyValue.apply(value, index)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def use_indexed_attention(model: Any) -> None:
+    """Route the model's attention through :func:`indexed_attention`."""
+    AttentionInterface.register(INDEXED_ATTENTION, indexed_attention)
+    AttentionMaskInterface.register(INDEXED_ATTENTION, sdpa_mask)
+    model.set_attn_implementation(INDEXED_ATTENTION)
+
+
+def set_kv_index(attention: Any, index: torch.Tensor | None, groups: int) -> None:
+    """Give an attention module its key/value index, or with ``None`` its ``groups`` even groups back."""
+    attention.register_buffer(_INDEX, index, persistent=False)
+    attention.num_key_value_groups = groups if index is None else 1
+
+
+class NoHeads(nn.Module):
+    """Stands in for an attention that lost every head: it contributes its output bias alone.
+
+    A cache still sees one zeroed head, so that sequence lengths read from this layer stay right.
+    """
+
+    attention: Any
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+        if past_key_values is not None:
+            batch, tokens = hidden_states.shape[:2]
+            zeros = hidden_states.new_zeros(batch, 1, tokens, self.attention.head_dim)
+            past_key_values.update(zeros, zeros, self.attention.layer_idx)
+        bias = self.attention.o_proj.bias
+        output = torch.zeros_like(hidden_states)
+        return (output if bias is None else output + bias), None

@@ -1,0 +1,50 @@
+"""The ``gisp`` command line: argument parsing, one-line errors and exit codes; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from gisp.errors import GispError
+
+app = typer.Typer(
+    name="gisp",
+    help="Structured pruning of decoder LLMs: one run, every size.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+INTERRUPTED = 130
+# Typer's own parsing errors, whichever click it is built on.
+_ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    from gisp.cli import demo_command, prune_command, run_commands  # noqa: F401  (they register themselves)
+
+    try:
+        code = app(args=argv, standalone_mode=False)
+    except GispError as error:
+        return _fail(str(error))
+    except _ParseError as error:
+        return _fail(error.format_message())  # type: ignore[attr-defined]
+    except typer.Exit as exit_request:
+        return exit_request.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted: finished steps are kept, continue with --resume", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        return _fail(f"{error.strerror or error}: {error.filename or 'file'}")
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        return _fail("out of memory: give a smaller --batch-size or --batch-tokens, or --dtype bfloat16")
+    return int(code or 0)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

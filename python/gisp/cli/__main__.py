@@ -1,0 +1,5 @@
+import sys
+
+from gisp.cli import main
+
+sys.exit(main())

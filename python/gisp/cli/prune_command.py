@@ -1,0 +1,97 @@
+"""``gisp prune``: options to a run, with progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gisp.cli import app
+from gisp.cli.progress import StepProgress
+from gisp.errors import GispError
+
+_SCORES = "Scores"
+_LIMITS = "What may go"
+_COMPUTE = "Compute"
+
+
+@app.command()
+def prune(
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name of the dense model.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration data: .safetensors, .jsonl, .txt, .parquet or a dataset name.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder to write.")] = None,
+    preset: Annotated[str | None, typer.Option(help="fast (default), paper or official.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Part of the decoder parameters to remove (0.5).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Pruning steps (fast 200, paper 50, official 112).")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Part of all structures to remove; preset official only (0.7).")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences used, the first ones (all).")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence (256, token files: as they are).")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Sequences per backward pass, or auto.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per step of the stream engine (8192).", rich_help_panel=_COMPUTE)
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="lm or margin.", rich_help_panel=_SCORES)] = None,
+    norm: Annotated[str | None, typer.Option(help="params, official or none.", rich_help_panel=_SCORES)] = None,
+    engine: Annotated[str | None, typer.Option(help="stream or exact.", rich_help_panel=_SCORES)] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Weight of the past in averaged scores.", rich_help_panel=_SCORES)
+    ] = None,
+    protect_first: Annotated[
+        float | None, typer.Option(help="Fraction of layers protected at the start (0.1).", rich_help_panel=_LIMITS)
+    ] = None,
+    protect_last: Annotated[
+        int | None, typer.Option(help="Layers protected at the end (1).", rich_help_panel=_LIMITS)
+    ] = None,
+    align: Annotated[
+        int | None, typer.Option(help="Kept MLP widths are multiples of this.", rich_help_panel=_LIMITS)
+    ] = None,
+    gqa: Annotated[
+        str | None, typer.Option(help="Granularity with shared key/value heads: query.", rich_help_panel=_LIMITS)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the data order (0).", rich_help_panel=_COMPUTE)] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_COMPUTE)] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 (default on a GPU) or float32 (on a CPU).", rich_help_panel=_COMPUTE)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out if there is one.")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
+) -> None:
+    """Prune a model step by step; every sparsity passed on the way stays available."""
+    from gisp.config import FIELDS, read_yaml
+    from gisp.loop import prune as run_prune
+
+    given = dict(locals())
+    options: dict[str, Any] = read_yaml(config) if config else {}
+    options.update({name: given[name] for name in FIELDS if given.get(name) is not None})
+    options["batch_size"] = _batch_size(options.get("batch_size"))
+    model = model or options.pop("model", None)
+    data = data or options.pop("data", None)
+    for name in ("model", "data", "out"):
+        options.pop(name, None)
+    if not model or not data or out is None:
+        missing = next(n for n, v in (("MODEL", model), ("--data", data), ("--out", out)) if not v)
+        raise GispError(f"{missing} is missing: gisp prune MODEL --data SPEC --out RUN")
+    with StepProgress("pruning") as progress:
+        if options.get("ratio") is not None and options.get("preset") != "official":
+            progress.say("warning: --ratio belongs to preset official and is ignored here")
+            options["ratio"] = None
+        trajectory = run_prune(model, data, out=out, resume=resume, on_step=progress.step, **options)
+    last = trajectory.steps[-1]
+    progress.say(
+        f"{out}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
+        f"whole model {last.model_sparsity:.4f}"
+    )
+
+
+def _batch_size(value: Any) -> int | None:
+    if value is None or value == "auto":
+        return None
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise GispError(f"--batch-size is {value!r}: give a number or auto") from None

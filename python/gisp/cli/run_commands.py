@@ -1,0 +1,108 @@
+"""Commands on finished runs and models: export, eval, report, inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gisp.cli import app
+
+_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    sparsity: Annotated[float, typer.Option(help="Sparsity to export; the nearest step is taken.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    format: Annotated[str, typer.Option(help="hf (default) or masked.")] = "hf",
+    device: _Device = "auto",
+) -> None:
+    """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
+    from gisp.run_export import export_run
+
+    done = export_run(run, sparsity, out, format=format, device=device)
+    print(
+        f"{out}: decoder sparsity {done.spec.sparsity:.4f} (step {done.spec.step}), "
+        f"{done.report.parameters_pruned:,} of {done.report.parameters_dense:,} parameters, "
+        f"logits differ by {done.report.relative_difference:.1e} relative"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(help="Model or exported folder, hub name, or run folder.", metavar="MODEL|RUN")
+    ],
+    data: Annotated[str, typer.Option(help="Evaluation data, as for prune.")],
+    sparsity: Annotated[float | None, typer.Option(help="Point of a run; the nearest step is taken.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    device: _Device = "auto",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity of a model, or of a run at a sparsity."""
+    from gisp.run_eval import evaluate_target
+
+    result = evaluate_target(target, data, sparsity=sparsity, window=window, device=device, dtype=dtype)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(
+        f"perplexity {result['perplexity']:.4f} at decoder sparsity {result['sparsity']:.4f} "
+        f"({result['tokens']:,} tokens, window {result['window']})"
+    )
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write report.html and its pictures into the run folder."""
+    from gisp.report import write_report
+
+    print(write_report(run).html)
+
+
+@app.command()
+def inspect(target: Annotated[str, typer.Argument(help="Run folder or dense model.", metavar="RUN|MODEL")]) -> None:
+    """Show what a run removed, or what could be removed from a model."""
+    from gisp.model_io import load_dense, resolve_device
+    from gisp.run_eval import is_run
+    from gisp.structures import map_model
+    from gisp.trajectory import Trajectory
+
+    console = Console(highlight=False)
+    if is_run(target):
+        _show_run(console, Trajectory.load(target))
+        return
+    import torch
+
+    model_map = map_model(load_dense(target, resolve_device("cpu"), torch.float32))
+    table = Table("property", "value", title=target)
+    for key, value in model_map.describe().items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else value)
+    table.add_row("parameters of a removed head", f"{model_map.head_parameters:,}")
+    table.add_row("parameters of a removed channel", f"{model_map.channel_parameters:,}")
+    console.print(table)
+
+
+def _show_run(console: Console, trajectory: Any) -> None:
+    last = len(trajectory.steps)
+    state = "complete" if trajectory.complete else "unfinished"
+    console.print(
+        f"{trajectory.base_model['path'] or 'model in memory'}: preset {trajectory.config['preset']}, "
+        f"{last} steps, {state}, decoder sparsity {trajectory.sparsity_at(last):.4f}",
+        soft_wrap=True,
+    )
+    table = Table("layer", "heads kept", "channels kept", "first removal at step")
+    for layer in range(trajectory.layers):
+        names = (f"layers.{layer}.heads", f"layers.{layer}.channels")
+        removed = [trajectory.removed_at[name] for name in names]
+        steps = [int(at[at > 0].min()) for at in removed if bool((at > 0).any())]
+        cells = [f"{len(trajectory.kept(n, last))} / {len(at)}" for n, at in zip(names, removed, strict=True)]
+        table.add_row(str(layer), *cells, str(min(steps)) if steps else "-")
+    console.print(table)

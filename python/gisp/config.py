@@ -1,0 +1,199 @@
+"""Options of a pruning run, the presets that name sets of them, and their YAML form."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gisp.errors import GispError
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # One fresh batch a step, smoothed over steps; widths that keep GEMMs fast.
+    "fast": {
+        "engine": "stream",
+        "norm": "params",
+        "schedule": "parameters",
+        "steps": 200,
+        "align": 16,
+        "ema": 0.9,
+        "keep_minimum": True,
+    },
+    # Algorithm 1 and Eq. 7-10 of the paper, read as removed parameters.
+    "paper": {
+        "engine": "exact",
+        "norm": "params",
+        "schedule": "parameters",
+        "steps": 50,
+        "align": 1,
+        "ema": 0.0,
+        "keep_minimum": False,
+    },
+    # What the released code does: its normaliser, its schedule over structure counts, its threshold.
+    "official": {
+        "engine": "exact",
+        "norm": "official",
+        "schedule": "structures",
+        "steps": 112,
+        "align": 1,
+        "ema": 0.0,
+        "keep_minimum": False,
+    },
+}
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "preset": tuple(PRESETS),
+    "objective": ("lm", "margin"),
+    "norm": ("params", "official", "none"),
+    "engine": ("stream", "exact"),
+    "gqa": ("query",),
+    "dtype": ("bfloat16", "float32"),
+}
+OFFICIAL_RATIO = 0.7
+# Options that say where and how fast a run is computed, not what it computes.
+PLACE_OPTIONS = ("device",)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Resolved options of one run; ``None`` on input means the preset's or the library's default.
+
+    Attributes:
+        preset: ``fast``, ``paper`` or ``official``.
+        sparsity: removed / all parameters of the decoder layers at the end; for ``official`` without
+            a given value the ratio alone ends the run (``None``).
+        steps: number of pruning steps.
+        ratio: final fraction of the number of structures (``official`` only).
+        samples: calibration sequences used (``None`` = all).
+        seq_len: tokens per sequence; ``None`` = 256 for text, the row length for token files.
+        batch_size: sequences per backward pass (``stream``: per microbatch), ``None`` = chosen.
+        batch_tokens: tokens of one step of the ``stream`` engine.
+        protect_first: fraction of the layers protected at the input end, ``int(fraction * layers)``.
+        protect_last: number of layers protected at the output end.
+        align: width multiple for MLP channels.
+        ema: weight of the past in the moving average of scores over steps.
+    """
+
+    preset: str = "fast"
+    sparsity: float | None = None
+    steps: int | None = None
+    ratio: float | None = None
+    samples: int | None = None
+    seq_len: int | None = None
+    batch_size: int | None = None
+    batch_tokens: int = 8192
+    objective: str = "lm"
+    norm: str | None = None
+    engine: str | None = None
+    schedule: str | None = None
+    protect_first: float = 0.1
+    protect_last: int = 1
+    align: int | None = None
+    keep_minimum: bool | None = None
+    ema: float | None = None
+    gqa: str = "query"
+    seed: int = 0
+    device: str = "auto"
+    dtype: str | None = None
+
+    def resolve(self) -> PruneConfig:
+        """Fill in the preset's values and check every option.
+
+        Raises:
+            GispError: an unknown choice or a value out of range, naming option and value.
+        """
+        if self.preset not in PRESETS:
+            raise GispError(_unknown("preset", self.preset))
+        filled = dict(PRESETS[self.preset])
+        filled.update({k: v for k, v in dataclasses.asdict(self).items() if v is not None})
+        if filled["schedule"] == "structures":
+            # A sparsity given alone is where the ratio schedule stops, a ratio given alone never stops early.
+            if filled.get("ratio") is not None:
+                filled["sparsity"] = None
+            filled.setdefault("ratio", OFFICIAL_RATIO)
+        else:
+            filled.setdefault("sparsity", 0.5)
+            filled["ratio"] = None
+        config = dataclasses.replace(self, **filled)
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise GispError(_unknown(name, value))
+        _between("sparsity", self.sparsity, 0, 1)
+        _between("ratio", self.ratio, 0, 1)
+        _at_least("steps", self.steps, 1)
+        _at_least("samples", self.samples, 1)
+        _at_least("seq-len", self.seq_len, 2)
+        _at_least("batch-size", self.batch_size, 1)
+        _at_least("batch-tokens", self.batch_tokens, 2)
+        _at_least("align", self.align, 1)
+        _at_least("protect-last", self.protect_last, 0)
+        if not 0 <= self.protect_first < 1:
+            raise GispError(f"--protect-first is {self.protect_first}: give a fraction in [0, 1)")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise GispError(f"--ema is {self.ema}: give a weight in [0, 1)")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _unknown(name: str, value: object) -> str:
+    return f"unknown {name} {value!r}: choose one of {', '.join(CHOICES[name])}"
+
+
+def _between(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not (math.isfinite(value) and low < value < high):
+        raise GispError(f"--{name} is {value}: give a value between {low} and {high}")
+
+
+def _at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise GispError(f"--{name} is {value}: give at least {low}")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(PruneConfig)}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "float": (int, float),
+    "int": (int,),
+    "str": (str,),
+    "bool": (bool,),
+}
+
+
+def make_config(**options: Any) -> PruneConfig:
+    """A resolved config from keyword options (``None`` = not given).
+
+    Raises:
+        GispError: unknown option, wrong type or value.
+    """
+    for name, value in options.items():
+        if name not in FIELDS:
+            raise GispError(f"unknown option {name!r}: choose one of {', '.join(FIELDS)}")
+        kind = str(FIELDS[name].type).split(" ")[0]
+        right = isinstance(value, _TYPES[kind]) and (kind == "bool") == isinstance(value, bool)
+        if value is not None and not right:
+            raise GispError(f"option {name} is {value!r}: give a {kind}")
+    given = {name: value for name, value in options.items() if value is not None}
+    return PruneConfig(**given).resolve()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Options from a YAML file of ``option: value`` lines (dashes and underscores are the same)."""
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise GispError(f"cannot read config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise GispError(f"config {path} is not valid YAML: {where}") from None
+    if not isinstance(loaded, dict):
+        raise GispError(f"config {path} must map options to values, it holds {type(loaded).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in loaded.items()}

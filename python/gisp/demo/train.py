@@ -1,0 +1,229 @@
+"""Train the demo decoder from scratch: ``python -m gisp.demo.train --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from transformers import LlamaForCausalLM
+
+from gisp.demo import corpus as corpora
+from gisp.demo.llama import TrainConfig, build_model, next_token_loss, perplexity
+from gisp.demo.tokens import encode, train_tokenizer, windows
+
+
+def batches(stream: torch.Tensor, config: TrainConfig) -> Iterator[torch.Tensor]:
+    """Endless batches [batch, seq_len] of a stream of at least one sequence.
+
+    Each pass over the stream is cut at another place and shuffled anew.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    offsets = min(config.seq_len, len(stream) - config.seq_len + 1)
+    pending = stream.new_empty(0, config.seq_len)
+    while True:
+        offset = int(torch.randint(0, offsets, (), generator=generator))
+        rows = windows(stream, config.seq_len, offset)
+        order = torch.randperm(len(rows), generator=generator).to(stream.device)
+        pending = torch.cat([pending, rows[order]])
+        while len(pending) >= config.batch:
+            yield pending[: config.batch]
+            pending = pending[config.batch :]
+
+
+def fit(
+    model: LlamaForCausalLM,
+    stream: torch.Tensor,
+    unseen: torch.Tensor,
+    config: TrainConfig,
+    *,
+    max_seconds: float | None = None,
+    compiled: bool = False,
+) -> tuple[list[dict[str, float]], int]:
+    """Train in place; ``stream`` [T] and held-out rows ``unseen`` [N, S] are int64 on its device.
+
+    ``max_seconds`` shortens the run once, by the speed of its first steps, so that the learning
+    rate still falls to its end. It takes runs of more than 40 steps.
+
+    Returns:
+        The loss curve, rows of step, tokens, loss, lr and seconds and in some the held-out
+        perplexity; and the number of steps.
+
+    Raises:
+        RuntimeError: the loss is no longer finite.
+    """
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() <= 1]
+    on_gpu = stream.is_cuda
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": norms, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(0.9, 0.95),
+        fused=on_gpu,
+    )
+    runner: Any = torch.compile(model) if compiled else model
+    runner.train()
+    steps = config.steps
+    curve: list[dict[str, float]] = []
+    begin = mark = time.perf_counter()
+    for step, rows in enumerate(batches(stream, config)):
+        lr = config.lr_at(step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+            loss = next_token_loss(runner, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = step + 1
+        # The first steps hold compilation and warm-up: the speed is that of the steps after them.
+        if max_seconds is not None and done in (10, 40):
+            loss.item()
+            now = time.perf_counter()
+            if done == 40:
+                left = (max_seconds - (now - begin)) / ((now - mark) / 30)
+                steps = min(steps, done + max(0, int(left)))
+            mark = now
+        if step % config.log_every == 0 or done % config.evaluate_every == 0 or done == steps:
+            row = _curve_row(done, rows.numel(), loss.item(), lr, time.perf_counter() - begin)
+            if done % config.evaluate_every == 0:
+                with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+                    row["heldout_perplexity"] = perplexity(model, unseen, config.batch)
+            curve.append(row)
+            left = row["seconds"] / done * (steps - done)
+            print(f"step {done}/{steps} {json.dumps(row)} {left:.0f} s left", flush=True)
+        if done == steps:
+            break
+    return curve, steps
+
+
+def _curve_row(done: int, batch_tokens: int, loss: float, lr: float, seconds: float) -> dict[str, float]:
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the loss is {loss} at step {done}: give a lower --lr")
+    tokens = done * batch_tokens
+    return {"step": done, "tokens": tokens, "loss": loss, "lr": lr, "seconds": round(seconds, 2)}
+
+
+def train(
+    corpus: corpora.Corpus,
+    out: Path,
+    config: TrainConfig,
+    *,
+    device: str = "auto",
+    max_seconds: float | None = None,
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Train on a corpus; save checkpoint (bfloat16), tokenizer and ``training.json`` into ``out``.
+
+    Returns:
+        What ``training.json`` holds. Its held-out perplexity is that of the saved checkpoint on
+        all held-out files, in rows of ``seq_len`` tokens.
+
+    Raises:
+        ValueError: too little text on a side of the split.
+        RuntimeError: the loss is no longer finite.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kept, heldout = corpus.split()
+    if not kept or not heldout:
+        raise ValueError(f"the corpus has {len(kept)} training and {len(heldout)} held-out files: give more text")
+    tokenizer = train_tokenizer([file.text for file in kept], config.vocab_size)
+    stream = encode(tokenizer, [file.text for file in kept]).to(device)
+    unseen = windows(encode(tokenizer, [file.text for file in heldout]), config.seq_len).to(device)
+    # Raises for too little text before anything costly.
+    windows(stream, config.seq_len)
+    print(f"{len(stream):,} training tokens, {unseen.numel():,} held out", flush=True)
+    # Any: the library's decorator hides the signature of to() from the type checker.
+    model: Any = build_model(config, tokenizer)
+    model.to(device)
+    curve, steps = fit(model, stream, unseen, config, max_seconds=max_seconds, compiled=compiled)
+    model.to(torch.bfloat16)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # The writer leaves the weights readable by their owner alone, which would follow into packages.
+    (out / "model.safetensors").chmod(0o644)
+    saved: Any = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    saved.to(device)
+    report = {
+        "heldout_perplexity": perplexity(saved, unseen, config.batch),
+        "heldout_tokens": unseen.numel(),
+        "steps": steps,
+        "tokens": steps * config.batch * config.seq_len,
+        "training_tokens": len(stream),
+        "seconds": curve[-1]["seconds"],
+        "parameters": sum(p.numel() for p in saved.parameters()),
+        "device": torch.cuda.get_device_name(device) if stream.is_cuda else device,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+        "corpus": {
+            "python": corpus.python,
+            "sha256": corpus.sha256(),
+            "files": len(corpus.files),
+            "training_files": len(kept),
+            "heldout_files": len(heldout),
+        },
+        "config": {**asdict(config), "compiled": compiled},
+        "loss_curve": curve,
+    }
+    text = json.dumps(report, indent=1) + "\n"
+    (out / "training.json").write_text(text, encoding="utf-8")
+    return report
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    base = TrainConfig()
+    parser = argparse.ArgumentParser(
+        prog="python -m gisp.demo.train",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for the checkpoint")
+    add("--corpus", type=Path, default=corpora.standard_library(), help="folder or .jsonl.gz")
+    add("--steps", type=int, default=base.steps, help="optimizer steps")
+    add("--batch", type=int, default=base.batch, help="sequences per step")
+    add("--lr", type=float, default=base.lr, help="peak learning rate")
+    add("--seed", type=int, default=base.seed, help="of initial weights and order")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--max-seconds", type=float, help="shorten the run to about this time")
+    add("--compile", action="store_true", help="run the model through torch.compile")
+    options = parser.parse_args(arguments)
+    for name in ("steps", "batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    config = TrainConfig(steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed)
+    try:
+        report = train(
+            corpora.load(options.corpus),
+            options.out,
+            config,
+            device=options.device,
+            max_seconds=options.max_seconds,
+            compiled=options.compile,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        parser.error(str(error))
+    print(f"held-out perplexity {report['heldout_perplexity']:.3f}, saved in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The two ways to score a step: ``stream`` (one fresh batch, no gradient buffer) and ``exact`` (the whole set)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from gisp.data import Sequences
+from gisp.errors import GispError
+from gisp.objectives import row_weights, sequence_nll
+from gisp_kernels import record_importance
+from gisp_kernels.groups import StructureGroup
+
+# Logits of one backward pass of the exact engine, in elements: bounds the largest temporary of the loss.
+_LOGIT_ELEMENTS = {"cuda": 2**30, "cpu": 2**24}
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """Scores of one step.
+
+    Attributes:
+        scores: group name -> fp32 [current count], on the model's device, by current position.
+        loss: loss of the scored sequences before anything of this step is removed.
+        tokens: tokens passed through the model.
+    """
+
+    scores: dict[str, torch.Tensor]
+    loss: float
+    tokens: int
+
+
+class Sampler:
+    """Which examples a step sees: a seeded shuffle of the set, walked through epoch after epoch.
+
+    The choice is a function of seed and step alone, so a resumed run sees what an undisturbed one sees.
+    """
+
+    def __init__(self, examples: int, per_step: int, seed: int) -> None:
+        self._examples = examples
+        self._per_step = min(per_step, examples)
+        self._seed = seed
+
+    def numbers(self, step: int) -> list[int]:
+        """Example numbers of a step (1-based)."""
+        first = (step - 1) * self._per_step
+        return [self._at(i) for i in range(first, first + self._per_step)]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self._examples)
+        return self._order(epoch)[offset]
+
+    def _order(self, epoch: int) -> list[int]:
+        cached: tuple[int, list[int]] | None = getattr(self, "_cached", None)
+        if cached is None or cached[0] != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            cached = (epoch, torch.randperm(self._examples, generator=generator).tolist())
+            self._cached = cached
+        return cached[1]
+
+
+class Engine:
+    """Scores the structures of a model on calibration sequences.
+
+    Args:
+        model: causal language model; its own ``requires_grad`` flags are respected again after each call.
+        data: calibration sequences.
+        kind: ``stream``: each step one batch of about ``batch_tokens`` tokens, |W * G| reduced as G is formed;
+            ``exact``: every step the whole set, G summed in fp32 before the absolute value (paper Eq. 8).
+        batch_size: sequences per backward pass; ``None``: the whole step for ``stream``, for ``exact`` what keeps the
+            logits small. A ``stream`` step of several backward passes adds up |W * G| of each.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data: Sequences,
+        *,
+        kind: str,
+        batch_size: int | None,
+        batch_tokens: int,
+        vocab_size: int,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._data = data
+        self._kind = kind
+        self._batch_size = batch_size
+        self._device = next(model.parameters()).device
+        self._vocab_size = vocab_size
+        tokens = sum(len(data.rows[i][0]) for example in data.examples for i in example)
+        per_example = tokens / len(data.examples)
+        per_step = max(1, round(batch_tokens / per_example))
+        self._sampler = Sampler(len(data.examples), per_step, seed) if kind == "stream" else None
+
+    def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
+        """Scores of ``groups`` at a step.
+
+        Raises:
+            GispError: the loss or a score is not finite.
+        """
+        data = self._data
+        examples = self._sampler.numbers(step) if self._sampler else range(len(data.examples))
+        numbers = [i for example in examples for i in data.examples[example]]
+        weights = row_weights([data.signs[i] for i in numbers])
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        tokens = 0
+        mode: Literal["stream", "exact"] = "stream" if self._sampler else "exact"
+        with scoring(self._model), record_importance(groups, mode=mode) as recorder:
+            for start, stop in self._batches(numbers):
+                ids, labels = data.batch(numbers[start:stop])
+                weight = torch.tensor(weights[start:stop], device=self._device)
+                nll = sequence_nll(self._model, ids.to(self._device), labels.to(self._device))
+                loss = (nll * weight).sum()
+                # A block of a layer without any live structure passes no gradient on.
+                if loss.requires_grad:
+                    loss.backward()
+                total += loss.detach()
+                tokens += ids.numel()
+            scores = recorder.scores()
+        value = float(total)
+        if not math.isfinite(value):
+            raise GispError(f"the loss of step {step} is {value}: check the weights and the data of this model")
+        if scores and not all(bool(torch.isfinite(s).all()) for s in scores.values()):
+            raise GispError(f"scores of step {step} are not finite: use --dtype float32 or check the weights")
+        return StepScores(scores, value, tokens)
+
+    def _batches(self, numbers: list[int]) -> Iterator[tuple[int, int]]:
+        """Consecutive stretches of ``numbers`` small enough for one backward pass."""
+        size = self._batch_size
+        if size is None and self._kind == "exact":
+            longest = max(len(self._data.rows[i][0]) for i in numbers)
+            limit = _LOGIT_ELEMENTS["cuda" if self._device.type == "cuda" else "cpu"]
+            size = max(1, limit // (longest * self._vocab_size))
+        size = size or len(numbers)
+        for start in range(0, len(numbers), size):
+            yield start, min(start + size, len(numbers))
+
+
+@contextlib.contextmanager
+def scoring(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradient for any parameter, deterministic kernels; everything as before afterwards.
+
+    With no parameter needing a gradient the backward pass ends at the first scored layer.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    training = model.training
+    algorithms = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    switches: Any = torch.utils.deterministic
+    fill = switches.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Attention backward passes are deterministic only in the strict mode; a warning would not make them so.
+    torch.use_deterministic_algorithms(True)
+    switches.fill_uninitialized_memory = False
+    model.eval()
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        model.train(training)
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        switches.fill_uninitialized_memory = fill

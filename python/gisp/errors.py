@@ -1,0 +1,7 @@
+"""The one exception users see."""
+
+from __future__ import annotations
+
+
+class GispError(Exception):
+    """Bad input or an impossible request; the message is one line: what, which value, what to do."""

@@ -1,0 +1,113 @@
+"""The model card of an exported folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gisp.export.check import TOLERANCE
+from gisp.export.spec import ExportReport, PrunedSpec
+
+_LOAD_PRUNED = """\
+With [transformers](https://github.com/huggingface/transformers) 5.14 or newer; the code it asks to trust is
+`modeling_gisp.py` in this folder:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
+```
+
+With gisp-kernels installed no remote code is needed:
+
+```python
+import gisp
+
+model = gisp.load("path/to/this/folder")
+```
+
+> **Warning.** Layers differ in width. Do not load this checkpoint with the stock model classes, and never with
+> `ignore_mismatched_sizes=True`: that replaces the pruned weights by random ones without an error.
+"""
+
+_LOAD_MASKED = """\
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+> **No speed-up.** This export keeps the dense shapes and stores zeros for what was removed: it is as large and as slow
+> as the base model. Export with `--format hf` for the smaller and faster model.
+"""
+
+
+def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, *, masked: bool = False) -> None:
+    """Write ``README.md``: where the model comes from, what was removed, how exact the export is, how to load it."""
+    name = base_name(base, spec)
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gisp", "pruned"]}
+    # JSON values are YAML values, quoted where a model's name needs it.
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
+    if "/" in name:
+        lines.append(f"base_model: {json.dumps(name)}")
+    lines += ["---", "", f"# {name}, pruned by {spec.sparsity:.0%}" + (" (masked)" if masked else ""), ""]
+    lines += [
+        f"`{name}` with attention heads and MLP channels removed by global iterative structured pruning "
+        "([GISP](https://arxiv.org/abs/2510.18030)).",
+        "",
+        *_facts(spec, report),
+        "",
+        "## Load",
+        "",
+        _LOAD_MASKED if masked else _LOAD_PRUNED,
+        "## Layers",
+        "",
+        *_table(report, masked),
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def base_name(base: Any, spec: PrunedSpec) -> str:
+    """The base model's hub name, or the last part of its folder: a card should not tell local paths."""
+    path = str((spec.run.get("base_model") or {}).get("path") or getattr(base.config, "_name_or_path", "") or "")
+    if not path:
+        return type(base).__name__
+    is_hub_name = path.count("/") == 1 and not path.startswith(("/", ".", "~")) and not Path(path).exists()
+    return path if is_hub_name else Path(path).name
+
+
+def _facts(spec: PrunedSpec, report: ExportReport) -> list[str]:
+    config = spec.run.get("config") or {}
+    versions = spec.run.get("versions") or {}
+    facts = [
+        ("sparsity of the decoder layers", f"{spec.sparsity:.4f} (step {spec.step})"),
+        ("sparsity of the whole model", f"{spec.model_sparsity:.4f}"),
+        ("parameters stored", f"{report.parameters_pruned:,} of {report.parameters_dense:,}"),
+        ("weight files", f"{report.bytes / 1e9:.3f} GB"),
+        ("key/value cache per token", f"{report.kv_bytes_per_token:,} of {report.kv_bytes_per_token_dense:,} bytes"),
+        ("preset", config.get("preset", "not recorded")),
+        ("versions", ", ".join(f"{key} {value}" for key, value in versions.items()) or "not recorded"),
+        (
+            "logits against the masked dense model (float32)",
+            f"differ by at most {report.absolute_difference:.2e} absolute, {report.relative_difference:.2e} relative "
+            f"(accepted up to {TOLERANCE:.0e})",
+        ),
+    ]
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)]
+
+
+def _table(report: ExportReport, masked: bool) -> list[str]:
+    note = (
+        "Shapes are those of the base model."
+        if masked
+        else "Query heads stored may exceed the heads kept: key/value heads must serve equally many query heads, so "
+        "some are stored twice and missing query heads are zero. This changes no output."
+    )
+    rows = [
+        f"| {layer} | {item.heads} | {item.query_heads} | {item.kv_heads} | {item.channels} |"
+        for layer, item in enumerate(report.layout)
+    ]
+    head = "| layer | heads kept | query heads stored | key/value heads stored | MLP channels stored |"
+    return [note, "", head, "|---|---|---|---|---|", *rows]

@@ -1,0 +1,186 @@
+"""Logits of a pruned model beside those of the masked dense one, both computed in float32.
+
+Each module's parameters are widened only while it runs, so that models of any size and dtype can be compared tightly:
+peak memory grows by one module's float32 weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gisp.errors import GispError
+from gisp.export.spec import ExportReport, LayerLayout, PrunedSpec
+from gisp.structures import ModelMap
+
+TOLERANCE = 1e-5
+_ROWS, _TOKENS, _SEED = 2, 64, 20251018
+
+
+def checked_report(
+    base: Any, model_map: ModelMap, spec: PrunedSpec, folder: Path, out: Path, size: int
+) -> ExportReport:
+    """Reload an exported folder, compare its logits with the masked base model's and count what it holds.
+
+    Args:
+        out: where the folder will be in the end.
+        size: bytes of its weight files.
+
+    Raises:
+        GispError: the folder does not load, or the logits do not agree.
+    """
+    from gisp.load import load
+
+    positions = int(getattr(base.config, "max_position_embeddings", None) or _TOKENS)
+    tokens = check_tokens(model_map.vocab_size, positions)
+    wanted = float32_logits(base, tokens, removed_columns(model_map, spec))
+    dtype = weight_dtype(base)
+    reloaded = load(folder, device=str(base.get_input_embeddings().weight.device), dtype=dtype)
+    absolute, relative = compare_logits(wanted, float32_logits(reloaded, tokens))
+    layout = tuple(
+        LayerLayout(
+            heads=len(keep.heads),
+            query_heads=layer.self_attn.q_proj.out_features // model_map.head_dim,
+            kv_heads=layer.self_attn.k_proj.out_features // model_map.head_dim,
+            channels=layer.mlp.gate_proj.out_features,
+        )
+        for layer, keep in zip(reloaded.model.layers, spec.layers, strict=True)
+    )
+    kv_head_bytes = 2 * model_map.head_dim * dtype.itemsize
+    return ExportReport(
+        path=out,
+        absolute_difference=absolute,
+        relative_difference=relative,
+        parameters_dense=model_map.parameters,
+        parameters_pruned=sum(p.numel() for p in reloaded.parameters()),
+        bytes=size,
+        kv_bytes_per_token=kv_head_bytes * sum(item.kv_heads for item in layout),
+        kv_bytes_per_token_dense=kv_head_bytes * model_map.num_kv_heads * len(model_map.layers),
+        layout=layout,
+    )
+
+
+def weight_dtype(model: Any) -> torch.dtype:
+    """The dtype of the model's weights."""
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+    return dtype
+
+
+def check_tokens(vocab_size: int, positions: int) -> torch.Tensor:
+    """Fixed random tokens, int64 [2, up to 64]."""
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randint(0, vocab_size, (_ROWS, min(_TOKENS, positions)), generator=generator)
+
+
+def removed_columns(model_map: ModelMap, spec: PrunedSpec) -> dict[nn.Module, torch.Tensor]:
+    """Input columns (int64) of every o_proj and down_proj that belong to removed structures.
+
+    Without these columns a removed structure has no way to the output; its other weights do not matter.
+    """
+    columns: dict[nn.Module, torch.Tensor] = {}
+    for item, keep in zip(model_map.layers, spec.layers, strict=True):
+        for linear, kept, count, block in (
+            (item.attention.o_proj, keep.heads, model_map.num_heads, model_map.head_dim),
+            (item.layer.mlp.down_proj, keep.channels, model_map.intermediate_size, 1),
+        ):
+            gone = torch.ones(count, dtype=torch.bool)
+            gone[torch.tensor(kept, dtype=torch.int64)] = False
+            columns[linear] = torch.nonzero(gone.repeat_interleave(block)).flatten()
+    return columns
+
+
+def float32_logits(
+    model: Any, tokens: torch.Tensor, removed: Mapping[nn.Module, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Logits, float32 [rows, tokens, vocabulary] on the CPU; the model is left exactly as it was.
+
+    Args:
+        removed: input columns to take as zero, by Linear module.
+    """
+    with torch.no_grad(), _deterministic_mode(model), _float32_rotary(model), _float32_modules(model, removed or {}):
+        logits: torch.Tensor = model(input_ids=tokens.to(model.get_input_embeddings().weight.device)).logits
+    return logits.float().cpu()
+
+
+def compare_logits(wanted: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and the same divided by the largest absolute wanted logit.
+
+    Raises:
+        GispError: they differ by more than ``TOLERANCE`` relative, or the wanted ones are not finite.
+    """
+    scale = float(wanted.abs().max())
+    if not math.isfinite(scale):
+        raise GispError("the pruned model computes NaN or infinite logits: choose a smaller sparsity")
+    absolute = float((wanted - got).abs().max())
+    relative = absolute / scale if scale else absolute
+    if not relative <= TOLERANCE:
+        raise GispError(
+            f"logits of the exported model differ by {relative:.1e} relative from the masked model, more than "
+            f"{TOLERANCE:.0e}: nothing was written, report this model type"
+        )
+    return absolute, relative
+
+
+@contextmanager
+def _deterministic_mode(model: Any) -> Iterator[None]:
+    """Evaluation mode, scaled dot-product attention and full float32 products, put back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    attention = model.config._attn_implementation
+    precision = torch.get_float32_matmul_precision()
+    model.eval()
+    model.set_attn_implementation("sdpa")
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        model.set_attn_implementation(attention)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _float32_rotary(model: Any) -> Iterator[None]:
+    """Rotary frequencies as loading computes them: ``model.to(bfloat16)`` rounds them, and no checkpoint holds them."""
+    rotary: Any = getattr(model.model, "rotary_emb", None)
+    frequencies = getattr(rotary, "inv_freq", None)
+    if frequencies is None or frequencies.dtype == torch.float32:
+        yield
+        return
+    model.model.rotary_emb = type(rotary)(config=model.config).to(frequencies.device)
+    try:
+        yield
+    finally:
+        model.model.rotary_emb = rotary
+
+
+@contextmanager
+def _float32_modules(model: nn.Module, removed: Mapping[nn.Module, torch.Tensor]) -> Iterator[None]:
+    """Every module sees float32 parameters while it runs, with the removed input columns zero."""
+    originals: dict[nn.Module, list[tuple[nn.Parameter, torch.Tensor]]] = {}
+
+    def widen(module: nn.Module, _: Any) -> None:
+        originals[module] = [(p, p.data) for p in module.parameters(recurse=False)]
+        for parameter, data in originals[module]:
+            wide = data.float()
+            columns = removed.get(module)
+            if columns is not None and parameter.ndim == 2:
+                wide = wide.index_fill(1, columns.to(wide.device), 0)
+            parameter.data = wide
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for parameter, data in originals.pop(module, ()):
+            parameter.data = data
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(widen).remove)
+                stack.callback(module.register_forward_hook(restore, always_call=True).remove)
+        yield

@@ -1,0 +1,92 @@
+"""Model folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+
+from gisp.errors import GispError
+
+_BASE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` to write into; it becomes ``out`` when the block ends well and vanishes otherwise.
+
+    Raises:
+        GispError: ``out`` is taken, the disk is full or the place cannot be written.
+    """
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link that `out` itself may be
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise GispError(f"{out} exists and is not an empty folder: choose another --out")
+    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        yield folder
+        folder.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise GispError(_write_message(out, error)) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> int:
+    """Write safetensors files, sharded at 5 GB; returns their size in bytes.
+
+    Raises:
+        GispError: the disk has too little room.
+    """
+    size = sum(t.numel() * t.element_size() for t in state.values())
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise GispError(f"the export needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free some space")
+    save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def dense_state(base: Any) -> dict[str, torch.Tensor]:
+    """All weights of the base model by name, the output embeddings only when they are not the input ones."""
+    state = {name: tensor.detach() for name, tensor in base.state_dict().items()}
+    if base.get_output_embeddings().weight is base.get_input_embeddings().weight:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("lm_head.")}
+    return state
+
+
+def copy_base_files(folder: Path, base: Any, source: Path | None) -> None:
+    """Tokenizer and generation settings of the base model, as far as it has them."""
+    for name in _BASE_FILES:
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    generation = folder / "generation_config.json"
+    if not generation.exists() and getattr(base, "generation_config", None) is not None:
+        base.generation_config.to_json_file(generation)
+
+
+def _write_message(out: Path, error: Exception) -> str:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left" in str(error):
+        return f"cannot write {out}: the disk is full, free some space"
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    return f"cannot write {out}: {reason}"

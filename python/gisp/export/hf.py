@@ -1,0 +1,113 @@
+"""Export of the pruned model as a Hugging Face folder with the pruned shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gisp.errors import GispError
+from gisp.export.card import write_card
+from gisp.export.check import checked_report, weight_dtype
+from gisp.export.folder import copy_base_files, dense_state, new_folder, write_weights
+from gisp.export.modeling_gisp import CLASSES, auto_map
+from gisp.export.relayout import ZEROED, AttentionLayout, plan_attention, take_blocks
+from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
+from gisp.structures import ModelMap
+
+FAMILIES = tuple(name.removeprefix("gisp_") for name in CLASSES)
+
+
+def export_hf(
+    base: Any,
+    spec: PrunedSpec,
+    out: Path,
+    *,
+    tokenizer_from: Path | None = None,
+    align_heads: int = 1,
+    min_heads: int = 1,
+) -> ExportReport:
+    """Write the pruned model as safetensors, a ``per_layer_config`` and the modeling file that reads it.
+
+    The folder loads with ``AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)`` where this package is
+    not installed, and with ``gisp.load(out)`` where it is. Its logits are compared with the masked base model's first.
+
+    Args:
+        base: the dense model the spec was made from (Llama, Mistral, Qwen2 or Qwen3); left as it was.
+        spec: what to keep.
+        out: folder to write; must be absent or empty.
+        tokenizer_from: folder to copy tokenizer files and ``generation_config.json`` from.
+        align_heads: every layer's number of query heads is a multiple of it (tensor parallelism).
+        min_heads: smallest number of query heads of a layer; missing ones are zeroed.
+
+    Raises:
+        GispError: unsupported model type, ``out`` is taken, full disk, or logits that do not agree; nothing is left at
+            ``out``.
+    """
+    model_map = map_checked(base, spec)
+    if model_map.model_type not in FAMILIES:
+        raise GispError(f"model type {model_map.model_type!r} cannot be exported: {', '.join(FAMILIES)} can")
+    layouts = [
+        plan_attention(keep.heads, model_map.num_heads, model_map.num_kv_heads, align=align_heads, minimum=min_heads)
+        for keep in spec.layers
+    ]
+    with new_folder(out) as folder:
+        state = pruned_state(base, model_map, spec, layouts)
+        size = write_weights(folder, state)
+        del state
+        pruned_config(base, model_map, spec, layouts).save_pretrained(folder)
+        copy_base_files(folder, base, tokenizer_from)
+        report = checked_report(base, model_map, spec, folder, out, size)
+        write_card(folder, base, spec, report)
+    return report
+
+
+def pruned_state(
+    base: Any, model_map: ModelMap, spec: PrunedSpec, layouts: list[AttentionLayout]
+) -> dict[str, torch.Tensor]:
+    """Weights of the exported model by name, in the dtype of the base and on its device."""
+    state = dense_state(base)
+    for item, keep, layout in zip(model_map.layers, spec.layers, layouts, strict=True):
+        channels = keep.channels or (ZEROED,)
+        attention, mlp = item.attention, item.layer.mlp
+        width = model_map.head_dim
+        for block, name, linear, index, size, dim in (
+            ("self_attn", "q_proj", attention.q_proj, layout.query, width, 0),
+            ("self_attn", "k_proj", attention.k_proj, layout.kv, width, 0),
+            ("self_attn", "v_proj", attention.v_proj, layout.kv, width, 0),
+            ("self_attn", "o_proj", attention.o_proj, layout.query, width, 1),
+            ("mlp", "gate_proj", mlp.gate_proj, channels, 1, 0),
+            ("mlp", "up_proj", mlp.up_proj, channels, 1, 0),
+            ("mlp", "down_proj", mlp.down_proj, channels, 1, 1),
+        ):
+            prefix = f"model.layers.{item.index}.{block}.{name}"
+            state[f"{prefix}.weight"] = take_blocks(linear.weight.detach(), index, size, dim)
+            if linear.bias is not None and dim == 0:
+                state[f"{prefix}.bias"] = take_blocks(linear.bias.detach(), index, size)
+    return state
+
+
+def pruned_config(base: Any, model_map: ModelMap, spec: PrunedSpec, layouts: list[AttentionLayout]) -> Any:
+    """The base model's configuration with per-layer widths; global widths stay the dense ones."""
+    model_type = f"gisp_{model_map.model_type}"
+    config_class, _, causal_lm = CLASSES[model_type]
+    values = base.config.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path"):
+        values.pop(key, None)
+    values.update(
+        head_dim=model_map.head_dim,
+        dtype=str(weight_dtype(base)).removeprefix("torch."),
+        architectures=[causal_lm.__name__],
+        auto_map=auto_map(model_type),
+        gisp=gisp_record(base, spec),
+        per_layer_config={
+            layer: {
+                "intermediate_size": max(len(keep.channels), 1),
+                "num_attention_heads": len(layout.query),
+                "num_key_value_heads": len(layout.kv),
+            }
+            for layer, (keep, layout) in enumerate(zip(spec.layers, layouts, strict=True))
+        },
+    )
+    return config_class(**values)

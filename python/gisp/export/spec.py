@@ -1,0 +1,114 @@
+"""What an export takes and what it reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gisp.errors import GispError
+from gisp.structures import ModelMap, fingerprint, map_model
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerKeep:
+    """Kept structures of one layer: original indices, ascending; either may be empty."""
+
+    heads: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrunedSpec:
+    """One point of a pruning run.
+
+    Attributes:
+        layers: what every decoder layer keeps.
+        sparsity: removed parameters / parameters of the decoder layers.
+        model_sparsity: removed parameters / parameters of the whole model.
+        step: number of the step, 0 = dense.
+        run: ``base_model``, ``config`` and ``versions`` of the run, for the model card.
+    """
+
+    layers: tuple[LayerKeep, ...]
+    sparsity: float
+    model_sparsity: float
+    step: int
+    run: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """Shapes of one exported layer.
+
+    Attributes:
+        heads: query heads the pruning kept.
+        query_heads: query heads stored, zeroed slots of the key/value re-layout included.
+        kv_heads: key/value heads stored, replicas included.
+        channels: MLP channels stored.
+    """
+
+    heads: int
+    query_heads: int
+    kv_heads: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how far its logits are from those of the masked dense model (both in float32).
+
+    Attributes:
+        absolute_difference: largest absolute difference of two logits.
+        relative_difference: the same divided by the largest absolute logit.
+        parameters_dense: parameters of the base model, tied ones once.
+        parameters_pruned: parameters stored in the export.
+        bytes: size of the weight files.
+        kv_bytes_per_token: key/value cache of one token, all layers, in the dtype of the export.
+        kv_bytes_per_token_dense: the same for the base model.
+    """
+
+    path: Path
+    absolute_difference: float
+    relative_difference: float
+    parameters_dense: int
+    parameters_pruned: int
+    bytes: int
+    kv_bytes_per_token: int
+    kv_bytes_per_token_dense: int
+    layout: tuple[LayerLayout, ...]
+
+
+def map_checked(base: Any, spec: PrunedSpec) -> ModelMap:
+    """The structure map of the base model, checked to fit the spec.
+
+    Raises:
+        GispError: the base is no dense causal language model, or the spec does not fit it.
+    """
+    model_map = map_model(base)
+    if base.get_output_embeddings() is None:
+        raise GispError(f"{type(base).__name__} has no output embeddings: give the causal language model")
+    if len(spec.layers) != len(model_map.layers):
+        raise GispError(f"the pruning has {len(spec.layers)} layers, the base {len(model_map.layers)}: give its base")
+    for layer, keep in enumerate(spec.layers):
+        for kind, kept, count in (
+            ("heads", keep.heads, model_map.num_heads),
+            ("channels", keep.channels, model_map.intermediate_size),
+        ):
+            ascending = list(kept) == sorted(set(kept))
+            if kept and (not ascending or kept[0] < 0 or kept[-1] >= count):
+                raise GispError(f"kept {kind} of layer {layer} are not ascending indices in 0..{count - 1}")
+    return model_map
+
+
+def gisp_record(base: Any, spec: PrunedSpec) -> dict[str, Any]:
+    """What ``config.json`` says about the pruning."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "sparsity": spec.sparsity,
+        "model_sparsity": spec.model_sparsity,
+        "step": spec.step,
+        "base_fingerprint": (spec.run.get("base_model") or {}).get("fingerprint") or fingerprint(base),
+    }

@@ -1,0 +1,36 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+from gisp.errors import GispError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write ``data`` beside ``path``, flush it to disk and rename it into place.
+
+    Raises:
+        GispError: the disk is full or the folder cannot be written; an existing file stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise GispError(disk_message(path, error)) from None
+
+
+def disk_message(path: Path, error: OSError) -> str:
+    """One line for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot write {path}: the disk is full, free some space and use --resume"
+    return f"cannot write {path}: {error.strerror or error}"

@@ -1,0 +1,91 @@
+"""Loading dense models from folders or the hub, with one clear line when that fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gisp.errors import GispError
+from gisp.structures import first_bad_parameter
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        result = torch.device(device)
+    except RuntimeError:
+        raise GispError(f"unknown device {device!r}: give auto, cpu, cuda or cuda:N") from None
+    if result.type not in ("cpu", "cuda"):
+        raise GispError(f"device {device!r} is not supported: give auto, cpu, cuda or cuda:N")
+    if result.type == "cuda" and (not torch.cuda.is_available() or (result.index or 0) >= torch.cuda.device_count()):
+        raise GispError(f"device {device!r} is not there: {torch.cuda.device_count()} CUDA devices, use --device cpu")
+    return result
+
+
+def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
+    """The given dtype, else bfloat16 on a GPU and float32 on a CPU."""
+    return getattr(torch, dtype) if dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def check_model_path(path: str) -> None:
+    """Refuse what is neither a model folder nor a possible hub name, before anything slow happens."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise GispError(f"{path} is not a model folder: it has no config.json")
+    elif folder.exists():
+        raise GispError(f"{path} is a file: give a model folder")
+    elif not _HUB_NAME.fullmatch(path):
+        raise GispError(f"model {path} does not exist: give a model folder or a hub name like org/name")
+
+
+def load_dense(path: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A dense causal language model, complete and finite.
+
+    Raises:
+        GispError: missing, foreign, incomplete or broken model.
+    """
+    check_model_path(path)
+    _quiet()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises many types for folders it cannot read
+        raise GispError(f"model {path} cannot be loaded: {_one_line(error)}") from None
+    model, info = loaded
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info.get(problem):
+            first = sorted(map(str, info[problem]))[0]
+            raise GispError(f"model {path} is incomplete: {problem.replace('_', ' ')}, first {first}")
+    bad = first_bad_parameter(model)
+    if bad is not None:
+        raise GispError(f"model {path} holds NaN or infinite weights in {bad}: give a sound checkpoint")
+    return model.to(device).eval()
+
+
+def _quiet() -> None:
+    """Loading says nothing but errors: progress bars and advice would bury the one line that matters."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text[:240] + " ...") if len(text) > 240 else text or type(error).__name__

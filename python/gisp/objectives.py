@@ -1,0 +1,46 @@
+"""The loss a run scores by: mean negative log-likelihood per sequence, weighted over sequences.
+
+The loss of a sequence is the mean NLL of its scored tokens and the loss of a set the weighted sum over its sequences,
+so batch size, padding and bucketing never change it beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+IGNORED = -100
+
+
+def sequence_nll(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean NLL in nats of each sequence's scored tokens, fp32 [B].
+
+    Args:
+        model: a causal language model returning ``logits`` [B, S, V].
+        input_ids: int64 [B, S], padded on the right.
+        labels: int64 [B, S]; token ``t`` is predicted from tokens before it, -100 is not scored.
+    """
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    targets = labels[:, 1:]
+    losses = functional.cross_entropy(
+        logits[:, :-1].float().reshape(-1, logits.shape[-1]),
+        targets.reshape(-1),
+        ignore_index=IGNORED,
+        reduction="none",
+    ).view(targets.shape)
+    return losses.sum(1) / (targets != IGNORED).sum(1)
+
+
+def row_weights(signs: Sequence[int]) -> list[float]:
+    """Weight of each sequence in the loss of a set.
+
+    Positive sequences share weight +1, negative ones -1. Without negative ones this is the mean (objective ``lm``);
+    with both it is the mean over gold answers minus the mean over wrong ones (``margin``, paper Eq. 6), which is
+    linear in the gradient and so needs one backward pass and one buffer.
+    """
+    positive = sum(1 for sign in signs if sign > 0)
+    negative = len(signs) - positive
+    return [1.0 / positive if sign > 0 else -1.0 / negative for sign in signs]

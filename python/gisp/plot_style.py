@@ -1,0 +1,115 @@
+"""One look for every picture: colours for light and dark pages, fonts, and the way to PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+WIDTH = 9.0
+"""Inches of every picture, so that text has one size down the page."""
+_DPI = 144
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one page background; series follow Okabe and Ito's colour-blind safe palette.
+
+    Attributes:
+        surface: background of picture and page.
+        ink, muted, grid: text, axes and quiet text, grid lines.
+        heads, channels: the two kinds of structures, the same in every picture.
+        series: lines and phases, in order of use.
+        none_kept: a heat map cell of a layer that lost everything.
+    """
+
+    name: str
+    surface: str
+    ink: str
+    muted: str
+    grid: str
+    heads: str
+    channels: str
+    series: tuple[str, ...]
+    none_kept: str
+
+
+LIGHT = Theme(
+    name="light",
+    surface="#ffffff",
+    ink="#1b1f24",
+    muted="#57606a",
+    grid="#e3e6ea",
+    heads="#0072b2",
+    channels="#d55e00",
+    series=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    none_kept="#d55e00",
+)
+DARK = Theme(
+    name="dark",
+    surface="#161b22",
+    ink="#e6edf3",
+    muted="#9aa4af",
+    grid="#30363d",
+    heads="#56b4e9",
+    channels="#e69f00",
+    series=("#56b4e9", "#e69f00", "#2bc495", "#e39bc4", "#f0e442", "#4a8fd6"),
+    none_kept="#ff7b39",
+)
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+@contextmanager
+def themed(theme: Theme) -> Iterator[None]:
+    """Matplotlib's defaults plus the theme while drawing; the user's settings come back afterwards."""
+    colours: dict[str, Any] = {
+        "figure.facecolor": theme.surface,
+        "savefig.facecolor": theme.surface,
+        "axes.facecolor": theme.surface,
+        "axes.edgecolor": theme.muted,
+        "axes.labelcolor": theme.ink,
+        "axes.titlecolor": theme.ink,
+        "text.color": theme.ink,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "grid.color": theme.grid,
+    }
+    shape: dict[str, Any] = {
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlepad": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "axes.linewidth": 0.8,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.8,
+        "lines.solid_capstyle": "round",
+        "figure.constrained_layout.w_pad": 0.1,
+        "figure.constrained_layout.h_pad": 0.08,
+    }
+    with style.context(["default", colours | shape]):
+        yield
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure that no global state knows of; ``height`` in inches."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """PNG bytes, the same for the same figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,64 @@
+"""From a run folder to an exported model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gisp.errors import GispError
+from gisp.export import ExportReport, LayerKeep, PrunedSpec, export_hf, export_masked
+from gisp.structures import channels_name, heads_name
+from gisp.trajectory import Trajectory
+
+FORMATS = {"hf": export_hf, "masked": export_masked}
+
+
+@dataclass(frozen=True)
+class RunExport:
+    """What was exported and how it compares with the masked model."""
+
+    spec: PrunedSpec
+    report: ExportReport
+
+
+def export_run(
+    run: str | Path, sparsity: float | None, out: str | Path, *, format: str = "hf", device: str = "auto"
+) -> RunExport:
+    """Export the step of a run whose sparsity is nearest to ``sparsity`` (``None`` = its end).
+
+    Raises:
+        GispError: no run there, unknown format, ``out`` taken, another base model, or logits that do not agree.
+    """
+    if format not in FORMATS:
+        raise GispError(f"format {format!r} is not available: choose one of {', '.join(FORMATS)}")
+    trajectory = Trajectory.load(run)
+    step = trajectory.step_for(sparsity)
+    base = trajectory.load_base(device=device, dtype=None)
+    spec = pruned_spec(trajectory, step)
+    folder = Path(str(trajectory.base_model["path"]))
+    report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder if folder.is_dir() else None)
+    return RunExport(spec, report)
+
+
+def pruned_spec(trajectory: Trajectory, step: int) -> PrunedSpec:
+    """The state after ``step`` in the exporters' terms."""
+
+    def indices(name: str) -> tuple[int, ...]:
+        return tuple(trajectory.kept(name, step).tolist())
+
+    layers = tuple(
+        LayerKeep(heads=indices(heads_name(i)), channels=indices(channels_name(i))) for i in range(trajectory.layers)
+    )
+    run: dict[str, Any] = {
+        "base_model": trajectory.base_model,
+        "config": trajectory.config,
+        "versions": trajectory.versions,
+    }
+    return PrunedSpec(
+        layers=layers,
+        sparsity=trajectory.sparsity_at(step),
+        model_sparsity=trajectory.model_sparsity_at(step),
+        step=step,
+        run=run,
+    )

@@ -1,0 +1,266 @@
+"""The result of a run: at which step every structure went, and what each step cost.
+
+A trajectory and its base model give every sparsity passed on the way.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from gisp.errors import GispError
+from gisp.files import write_atomic
+from gisp.shrink import Removal, ShrinkableModel
+from gisp.structures import channels_name, fingerprint, heads_name, map_model
+
+FORMAT = "gisp-trajectory"
+VERSION = 1
+TENSORS = "trajectory.safetensors"
+RECORD = "trajectory.json"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of a run.
+
+    Attributes:
+        sparsity: removed / all parameters of the decoder layers after the step.
+        target: what the schedule allowed (sparsity, or ratio of structures).
+        model_sparsity: removed / all parameters of the model.
+        heads_removed, channels_removed: totals after the step.
+        loss: calibration loss before the step's removal.
+        tokens: tokens the step was scored on.
+        seconds: wall time of the step.
+        kv_bytes_per_token: key/value cache of the pruned model in its dtype.
+    """
+
+    step: int
+    sparsity: float
+    target: float
+    model_sparsity: float
+    removed_parameters: int
+    heads_removed: int
+    channels_removed: int
+    loss: float
+    tokens: int
+    seconds: float
+    kv_bytes_per_token: int
+
+
+@dataclass
+class Trajectory:
+    """A (possibly unfinished) run.
+
+    Attributes:
+        removed_at: ``layers.{i}.heads`` and ``layers.{i}.channels`` -> int32 [original count]: 0 = kept, t = removed
+            at step t.
+        steps: one record per step done.
+        base_model: path, fingerprint and shape of the dense model.
+        config: the resolved options.
+        data: calibration data: spec, number of sequences and SHA-256.
+        versions: of the libraries that made it.
+        complete: whether the last step of the schedule was reached.
+    """
+
+    removed_at: dict[str, torch.Tensor]
+    base_model: dict[str, Any]
+    config: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+    steps: list[StepRecord] = field(default_factory=list)
+    complete: bool = False
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def layers(self) -> int:
+        return int(self.base_model["layers"])
+
+    def step_for(self, sparsity: float | None) -> int:
+        """The step whose sparsity is nearest (the smaller of two equally near); 0 is dense, None the last step."""
+        if sparsity is None:
+            return len(self.steps)
+        if not 0 <= sparsity < 1:
+            raise GispError(f"sparsity is {sparsity}: give a value in [0, 1)")
+        points = [0.0] + [record.sparsity for record in self.steps]
+        return min(range(len(points)), key=lambda t: (abs(points[t] - sparsity), points[t]))
+
+    def sparsity_at(self, step: int) -> float:
+        return self.steps[step - 1].sparsity if step else 0.0
+
+    def model_sparsity_at(self, step: int) -> float:
+        return self.steps[step - 1].model_sparsity if step else 0.0
+
+    def kept(self, name: str, step: int) -> torch.Tensor:
+        """Original indices of a group's structures kept after ``step``, ascending int64."""
+        removed_at = self.removed_at[name]
+        return torch.nonzero((removed_at == 0) | (removed_at > step)).flatten()
+
+    def removal(self, step: int) -> dict[str, torch.Tensor]:
+        """Original indices every group loses at ``step``."""
+        gone = {name: torch.nonzero(at == step).flatten() for name, at in self.removed_at.items()}
+        return {name: index for name, index in gone.items() if index.numel()}
+
+    def at(self, sparsity: float | None = None, model: nn.Module | None = None) -> Any:
+        """A model at the passed sparsity nearest to ``sparsity`` (the end of the run for ``None``), pruned in place.
+
+        Args:
+            model: a dense loaded base model, or one this method or ``prune`` pruned with the same trajectory; it may be
+                moved down and up again. Without it the model the run pruned is moved, or the base model is loaded.
+
+        Returns:
+            The model.
+
+        Raises:
+            GispError: the model is not this trajectory's base model, or its steps were packed away.
+        """
+        step = self.step_for(sparsity)
+        model = model if model is not None else self.model
+        if model is None:
+            model = self.load_base()
+            shrinkable = ShrinkableModel(map_model(model))
+        else:
+            shrinkable = self._attach(model)
+        self.model = model
+        move_to(shrinkable, self, step)
+        return model
+
+    def load_base(self, *, device: str = "auto", dtype: str | None = None) -> Any:
+        """The dense base model, checked to be the one the run pruned."""
+        from gisp.model_io import load_dense, resolve_device, resolve_dtype
+
+        place = resolve_device(device)
+        path = str(self.base_model["path"])
+        if not path:
+            raise GispError("this trajectory was made from a model in memory: pass it as at(sparsity, model)")
+        model = load_dense(path, place, resolve_dtype(dtype or self.config.get("dtype"), place))
+        self._check_base(model, path)
+        return model
+
+    def _attach(self, model: nn.Module) -> ShrinkableModel:
+        shrinkable = ShrinkableModel.of(model)
+        if shrinkable is not None:
+            if shrinkable.fingerprint != self.base_model["fingerprint"]:
+                raise GispError("this model was pruned from another base model than the trajectory's")
+            return shrinkable
+        self._check_base(model, "the given model")
+        return ShrinkableModel(map_model(model))
+
+    def _check_base(self, model: nn.Module, where: str) -> None:
+        model_map = map_model(model)
+        for key, value in model_map.describe().items():
+            if self.base_model.get(key) != value:
+                raise GispError(
+                    f"{where} has {key} {value}, the trajectory was made from a model with {self.base_model.get(key)}: "
+                    "give its base model"
+                )
+        if fingerprint(model) != self.base_model["fingerprint"]:
+            raise GispError(f"{where} holds other weights than the trajectory's base model: give its base model")
+
+    def tensors(self) -> bytes:
+        """The safetensors file of the removal steps."""
+        return save(
+            {f"{name}.removed_at": at.to(torch.int32) for name, at in self.removed_at.items()},
+            metadata={"format": FORMAT, "version": str(VERSION)},
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The JSON side of the trajectory."""
+        totals = {kind: self._total(kind) for kind in ("heads", "channels")}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": self.complete,
+            "base_model": self.base_model,
+            "config": self.config,
+            "data": self.data,
+            "structures": totals,
+            "steps": [asdict(record) for record in self.steps],
+            "versions": self.versions,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write the two trajectory files into ``folder``; each appears whole or not at all, the JSON last."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / TENSORS, self.tensors())
+        write_atomic(path / RECORD, json.dumps(self.record(), indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Trajectory:
+        """Read a run folder.
+
+        Raises:
+            GispError: no run there, or a corrupt one.
+        """
+        path = Path(folder)
+        if not (path / RECORD).is_file() or not (path / TENSORS).is_file():
+            raise GispError(f"{path} holds no run: it has no {RECORD} and {TENSORS}")
+        try:
+            record = json.loads((path / RECORD).read_text())
+            tensors = load_file(path / TENSORS)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise GispError(f"the run in {path} cannot be read: {reason}") from None
+        try:
+            return cls._from_parts(record, tensors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise GispError(f"the run in {path} is corrupt: {error!r} in {RECORD}") from None
+        except GispError as error:
+            raise GispError(f"the run in {path} is corrupt: {error}") from None
+
+    @classmethod
+    def _from_parts(cls, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Trajectory:
+        if record.get("format") != FORMAT or record.get("version") != VERSION:
+            raise GispError(
+                f"{RECORD} is {record.get('format')!r} version {record.get('version')!r}, not {FORMAT!r} version {VERSION}"
+            )
+        base = dict(record["base_model"])
+        steps = [StepRecord(**step) for step in record["steps"]]
+        if [step.step for step in steps] != list(range(1, len(steps) + 1)):
+            raise GispError(f"{RECORD} does not number its steps 1 to {len(steps)}")
+        removed_at = {}
+        for layer in range(int(base["layers"])):
+            for name, count in (
+                (heads_name(layer), base["num_attention_heads"]),
+                (channels_name(layer), base["intermediate_size"]),
+            ):
+                at = tensors.get(f"{name}.removed_at")
+                if at is None or at.dtype != torch.int32 or tuple(at.shape) != (count,):
+                    raise GispError(f"{TENSORS} has no int32 [{count}] tensor {name}.removed_at")
+                # The tensors are written before the record: a run cut between the two is one step ahead here.
+                removed_at[name] = torch.where(at > len(steps), 0, at)
+        return cls(
+            removed_at=removed_at,
+            base_model=base,
+            config=dict(record["config"]),
+            data=dict(record["data"]),
+            versions=dict(record["versions"]),
+            steps=steps,
+            complete=bool(record["complete"]),
+        )
+
+    def _total(self, kind: str) -> int:
+        return sum(len(at) for name, at in self.removed_at.items() if name.endswith(kind))
+
+
+def move_to(shrinkable: ShrinkableModel, trajectory: Trajectory, step: int) -> None:
+    """Take a model to the state after ``step`` by undoing and applying whole steps."""
+    shared = 0
+    for applied in shrinkable.history[:step]:
+        if not _same(applied, trajectory.removal(shared + 1)):
+            break
+        shared += 1
+    shrinkable.rollback(len(shrinkable.history) - shared)
+    for next_step in range(shared + 1, step + 1):
+        shrinkable.remove(trajectory.removal(next_step))
+
+
+def _same(a: Removal, b: Removal) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

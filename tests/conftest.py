@@ -1,0 +1,56 @@
+"""Settings of every test: Triton's interpreter without a GPU, poisoned memory, seeds, skipped GPU tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from gisp_kernels.backend import has_triton
+from gisp_kernels.testing import repair_interpreter
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+if has_triton() and not HAS_CUDA:
+    repair_interpreter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    torch.manual_seed(20251018)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory the kernels package allocates without initialising holds NaN or garbage, never lucky zeros."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if not caller.startswith("gisp_kernels"):
+            return tensor
+        if tensor.dtype.is_floating_point:
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(True if tensor.dtype == torch.bool else 93)
+
+    return poisoned

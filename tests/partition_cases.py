@@ -1,0 +1,31 @@
+"""Inputs and expected outputs of block swaps, from indexing alone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Any bit pattern, so also NaNs with payloads, infinities and subnormals."""
+    size = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+    return torch.randint(0, 256, (size,), dtype=torch.uint8).view(dtype).view(shape)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def random_pairs(count: int, n: int) -> torch.Tensor:
+    return torch.randperm(count)[: 2 * n].view(n, 2)
+
+
+def swapped(tensor: torch.Tensor, pairs: torch.Tensor, axis: str, block: int) -> torch.Tensor:
+    """The expected tensor by one gather along ``axis``."""
+    dim = 0 if axis == "row" else 1
+    source = list(range(tensor.shape[dim] // block))
+    for a, b in pairs.tolist():
+        source[a], source[b] = source[b], source[a]
+    lines = [s * block + i for s in source for i in range(block)]
+    return tensor.index_select(dim, torch.tensor(lines, dtype=torch.int64))

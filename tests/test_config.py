@@ -1,0 +1,67 @@
+"""Presets, overrides and their errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from gisp.config import make_config, read_yaml
+from gisp.errors import GispError
+
+
+def test_presets_are_the_documented_sets():
+    fast, paper, official = (make_config(preset=name) for name in ("fast", "paper", "official"))
+    assert (fast.engine, fast.steps, fast.align, fast.ema, fast.sparsity) == ("stream", 200, 16, 0.9, 0.5)
+    assert (paper.engine, paper.steps, paper.align, paper.ema, paper.norm) == ("exact", 50, 1, 0.0, "params")
+    assert (official.schedule, official.norm, official.ratio) == ("structures", "official", 0.7)
+    assert (official.steps, official.sparsity) == (112, None)
+    assert make_config() == fast
+
+
+def test_options_override_the_preset_and_none_means_not_given():
+    config = make_config(preset="paper", steps=9, align=4, ema=None, sparsity=0.45)
+    assert (config.steps, config.align, config.ema, config.sparsity) == (9, 4, 0.0, 0.45)
+
+
+def test_official_runs_its_whole_ratio_unless_a_sparsity_alone_is_given():
+    assert make_config(preset="official", ratio=0.6, sparsity=0.3).sparsity is None
+    stopping = make_config(preset="official", sparsity=0.3)
+    assert (stopping.sparsity, stopping.ratio) == (0.3, 0.7)
+
+
+def test_a_resolved_config_resolves_to_itself():
+    for name in ("fast", "paper", "official"):
+        config = make_config(preset=name, seed=3)
+        assert make_config(**config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "best"}, "unknown preset 'best'"),
+        ({"engine": "magic"}, "unknown engine 'magic'"),
+        ({"sparsity": 1.0}, "sparsity is 1.0"),
+        ({"sparsity": float("nan")}, "sparsity is nan"),
+        ({"steps": 0}, "steps is 0"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"protect_first": 1.0}, "protect-first is 1.0"),
+        ({"speed": 3}, "unknown option 'speed'"),
+        ({"steps": "ten"}, "steps is 'ten'"),
+        ({"steps": True}, "steps is True"),
+        ({"steps": 2.5}, "steps is 2.5"),
+    ],
+)
+def test_bad_options_name_option_and_value(options, message):
+    with pytest.raises(GispError, match=message):
+        make_config(**options)
+
+
+def test_yaml_takes_dashes_and_refuses_what_is_no_mapping(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("preset: paper\nprotect-last: 2\n")
+    assert make_config(**read_yaml(path)).protect_last == 2
+    for text, message in (("- a\n", "must map options"), ("a: [\n", "not valid YAML")):
+        path.write_text(text)
+        with pytest.raises(GispError, match=message):
+            read_yaml(path)
+    with pytest.raises(GispError, match="cannot read config"):
+        read_yaml(tmp_path / "absent.yaml")
