@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality MODEL --calibration C.safetensors --evaluation E.safetensors --out RESULT.json
 
-Every method ranks with the same scores (|W * G|, normalised by parameters), protects the same layers and keeps widths to
-the same multiple. One-shot removes everything after one exact pass over as many tokens as the whole run of ``fast``
+Every method ranks with the same scores (|W * G|, normalised by parameters), protects the same layers and keeps widths
+to the same multiple. One-shot removes everything after one exact pass over as many tokens as the whole run of ``fast``
 saw, or as there are. Uniform takes the same scores and removes the same fraction of every layer's heads and channels.
 """
 
@@ -15,8 +15,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from benchmarks.identity import identity
 from gisp.config import make_config

@@ -259,6 +259,22 @@ def test_load_opens_plain_folders(tmp_path: Path) -> None:
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
 
 
+@pytest.mark.parametrize("stale", [None, {"AutoModelForCausalLM": "org/name--modeling_gisp.GispQwen2ForCausalLM"}])
+def test_saving_points_at_the_copied_code(
+    stale: dict[str, str] | None, exported: tuple[Path, dict[str, ExportReport]], tmp_path: Path
+) -> None:
+    model = gisp.load(exported[0] / "qwen2")
+    model.config.auto_map = stale
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "modeling_gisp.GispQwen2Config",
+        "AutoModel": "modeling_gisp.GispQwen2Model",
+        "AutoModelForCausalLM": "modeling_gisp.GispQwen2ForCausalLM",
+    }
+    source = exported[0] / "qwen2" / "modeling_gisp.py"
+    assert (tmp_path / "modeling_gisp.py").read_bytes() == source.read_bytes()
+
+
 def test_the_plain_class_of_the_family_refuses_the_folder(exported: tuple[Path, dict[str, ExportReport]]) -> None:
     with pytest.raises(RuntimeError, match="per-layer attribute"):
         LlamaForCausalLM.from_pretrained(exported[0] / "llama-mha")

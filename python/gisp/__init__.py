@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gisp.errors import GispError
 
 if TYPE_CHECKING:
-    from gisp.load import load
+    from gisp.loading import load
     from gisp.loop import prune
     from gisp.run_export import export_run
     from gisp.trajectory import Trajectory
@@ -21,7 +21,7 @@ __all__ = ["GispError", "Trajectory", "export_run", "load", "prune"]
 _HOME = {
     "Trajectory": ("gisp.trajectory", "Trajectory"),
     "export_run": ("gisp.run_export", "export_run"),
-    "load": ("gisp.load", "load"),
+    "load": ("gisp.loading", "load"),
     "prune": ("gisp.loop", "prune"),
 }
 

@@ -31,8 +31,12 @@ def resolve_device(device: str) -> torch.device:
     return result
 
 
-def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
-    """The given dtype, else bfloat16 on a GPU and float32 on a CPU."""
+def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
+    """The given dtype, ``"auto"`` for the checkpoint's own, else bfloat16 on a GPU and float32 on a CPU."""
+    if dtype == "auto":
+        return dtype
+    if dtype is not None and dtype not in ("bfloat16", "float32"):
+        raise GispError(f"unknown dtype {dtype!r}: choose one of bfloat16, float32")
     return getattr(torch, dtype) if dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
@@ -48,7 +52,7 @@ def check_model_path(path: str) -> None:
         raise GispError(f"model {path} does not exist: give a model folder or a hub name like org/name")
 
 
-def load_dense(path: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any:
     """A dense causal language model, complete and finite.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 from gisp.data import load_sequences
 from gisp.errors import GispError
 from gisp.evaluate import perplexity
-from gisp.load import load
+from gisp.loading import load
 from gisp.model_io import check_model_path, resolve_device, resolve_dtype
 from gisp.shrink import ShrinkableModel
 from gisp.structures import map_model

@@ -34,7 +34,7 @@ def export_run(
         raise GispError(f"format {format!r} is not available: choose one of {', '.join(FORMATS)}")
     trajectory = Trajectory.load(run)
     step = trajectory.step_for(sparsity)
-    base = trajectory.load_base(device=device, dtype=None)
+    base = trajectory.load_base(device=device, dtype="auto")
     spec = pruned_spec(trajectory, step)
     folder = Path(str(trajectory.base_model["path"]))
     report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder if folder.is_dir() else None)

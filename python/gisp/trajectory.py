@@ -132,7 +132,11 @@ class Trajectory:
         return model
 
     def load_base(self, *, device: str = "auto", dtype: str | None = None) -> Any:
-        """The dense base model, checked to be the one the run pruned."""
+        """The dense base model, checked to be the one the run pruned.
+
+        Args:
+            dtype: ``bfloat16`` or ``float32``, ``auto`` for the checkpoint's own, ``None`` for the run's.
+        """
         from gisp.model_io import load_dense, resolve_device, resolve_dtype
 
         place = resolve_device(device)
@@ -218,9 +222,8 @@ class Trajectory:
     @classmethod
     def _from_parts(cls, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Trajectory:
         if record.get("format") != FORMAT or record.get("version") != VERSION:
-            raise GispError(
-                f"{RECORD} is {record.get('format')!r} version {record.get('version')!r}, not {FORMAT!r} version {VERSION}"
-            )
+            found = f"{record.get('format')!r} version {record.get('version')!r}"
+            raise GispError(f"{RECORD} is {found}, not {FORMAT!r} version {VERSION}")
         base = dict(record["base_model"])
         steps = [StepRecord(**step) for step in record["steps"]]
         if [step.step for step in steps] != list(range(1, len(steps) + 1)):

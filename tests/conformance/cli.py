@@ -79,9 +79,25 @@ def spawn_cli(*argv: object) -> Outcome:
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
-def _child(arguments: list[str], log: str) -> None:
+def _die_at_rename(number: int) -> None:
+    """Make the ``number``-th renaming of a file in this process its last act, before the rename happens."""
+    original, count = os.replace, 0
+
+    def replace(*paths: object, **options: object) -> None:
+        nonlocal count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(*paths, **options)  # type: ignore[arg-type]
+
+    os.replace = os.rename = replace  # type: ignore[assignment]
+
+
+def _child(arguments: list[str], log: str, die_at_rename: int) -> None:
     from gisp.cli import main
 
+    if die_at_rename:
+        _die_at_rename(die_at_rename)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
     os.dup2(target, 2)
@@ -110,15 +126,15 @@ class Launcher:
             else:
                 os.environ["PYTHONPATH"] = previous
 
-    def start(self, *argv: object) -> BaseProcess:
+    def start(self, *argv: object, die_at_rename: int = 0) -> BaseProcess:
         arguments = [str(a) for a in argv]
-        process = self._context.Process(target=_child, args=(arguments, str(self._log)))
+        process = self._context.Process(target=_child, args=(arguments, str(self._log), die_at_rename))
         process.start()
         return process
 
-    def run(self, *argv: object) -> int:
-        """Run to the end and return the exit code."""
-        process = self.start(*argv)
+    def run(self, *argv: object, die_at_rename: int = 0) -> int:
+        """Run to the end, or to the rename given, and return the exit code."""
+        process = self.start(*argv, die_at_rename=die_at_rename)
         process.join(120)
         if process.exitcode is None:
             process.kill()

@@ -515,6 +515,5 @@ def test_real_processes(shelf: Path, model_folder: Callable[[str], Path], tokens
     done = spawn_cli(*prune_arguments(model, shelf / "high.safetensors", out, *PAPER))
     assert_refused(done, str(models.VOCAB))
     assert_refused(spawn_cli(*prune_arguments(shelf / "gpt2", tokens, out, *PAPER)), "gpt2")
-    assert_refused(spawn_cli("export", tmp_path / "none", "--sparsity", 0.2, "--out", out), "none")
     assert not out.exists()
     assert snapshot(tmp_path) == {}

@@ -28,7 +28,7 @@ model = gisp.load("path/to/this/folder")
 ```
 
 > **Warning.** Layers differ in width. Do not load this checkpoint with the stock model classes, and never with
-> `ignore_mismatched_sizes=True`: that replaces the pruned weights by random ones without an error.
+> `ignore_mismatched_sizes=True`: that can replace pruned weights by random ones without an error.
 """
 
 _LOAD_MASKED = """\
@@ -85,7 +85,7 @@ def _facts(spec: PrunedSpec, report: ExportReport) -> list[str]:
         ("sparsity of the decoder layers", f"{spec.sparsity:.4f} (step {spec.step})"),
         ("sparsity of the whole model", f"{spec.model_sparsity:.4f}"),
         ("parameters stored", f"{report.parameters_pruned:,} of {report.parameters_dense:,}"),
-        ("weight files", f"{report.bytes / 1e9:.3f} GB"),
+        ("weight files", f"{report.bytes / 1e6:,.1f} MB"),
         ("key/value cache per token", f"{report.kv_bytes_per_token:,} of {report.kv_bytes_per_token_dense:,} bytes"),
         ("preset", config.get("preset", "not recorded")),
         ("versions", ", ".join(f"{key} {value}" for key, value in versions.items()) or "not recorded"),

@@ -35,7 +35,7 @@ def checked_report(
     Raises:
         GispError: the folder does not load, or the logits do not agree.
     """
-    from gisp.load import load
+    from gisp.loading import load
 
     positions = int(getattr(base.config, "max_position_embeddings", None) or _TOKENS)
     tokens = check_tokens(model_map.vocab_size, positions)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from gisp.errors import GispError
 from gisp.model_io import check_model_path, load_dense, resolve_device
 
 
-def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | None = None) -> Any:
     """A causal language model from an exported folder, a plain model folder or a hub name.
 
     Args:
@@ -29,7 +27,7 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = N
     check_model_path(str(path))
     place = resolve_device(device)
     register_models()
-    return load_dense(str(path), place, dtype or _stored_dtype(path))
+    return load_dense(str(path), place, dtype or "auto")
 
 
 def register_models() -> None:
@@ -42,24 +40,3 @@ def register_models() -> None:
         AutoConfig.register(model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
-
-
-def _stored_dtype(path: str | Path) -> torch.dtype:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # transformers raises many types for configurations it cannot read
-        raise GispError(f"model {path} cannot be loaded: {' '.join(str(error).split())[:240]}") from None
-    dtype = getattr(config, "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-class _CallableModule(ModuleType):
-    """``gisp.load`` names the public function, but importing this module rebinds that name to the module."""
-
-    def __call__(self, path: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
-        return load(path, device=device, dtype=dtype)
-
-
-sys.modules[__name__].__class__ = _CallableModule
