@@ -12,7 +12,7 @@ import torch
 
 from gisp_kernels import backend as backends
 from gisp_kernels import checks, reference
-from gisp_kernels.padding import pad_columns
+from gisp_kernels.padding import pad_tokens
 
 SUPPORTED = ("triton",)
 
@@ -157,7 +157,7 @@ def wgrad_importance_op(
         from gisp_kernels.triton_kernels import abs_weighted_reduce as reduction
 
         rows, width = weight.shape
-        grad = reference.weight_grad(pad_columns(grad_output), pad_columns(input))
+        grad = reference.weight_grad(*pad_tokens(grad_output, input))
         reduction.launch(out, weight, grad[:rows, :width], axis, block)
     else:
         reference.wgrad_importance_(out, grad_output, input, weight, axis, block)

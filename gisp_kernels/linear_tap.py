@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from gisp_kernels.groups import Projection
 from gisp_kernels.importance import abs_weighted_reduce, as_tokens, wgrad_importance
-from gisp_kernels.padding import pad_columns, round_up
+from gisp_kernels.padding import pad_tokens, round_up
 
 
 def current_backward() -> int | None:
@@ -220,8 +220,8 @@ def _accumulate_product(total: torch.Tensor, grad_output: torch.Tensor, input: t
     if not total.is_cuda:
         total.addmm_(grad_output.float().t(), input.float())
         return
-    left, right = pad_columns(grad_output).t(), pad_columns(input)
+    left, right = pad_tokens(grad_output, input)
     if right.dtype == torch.float32:
-        total.addmm_(left, right)
+        total.addmm_(left.t(), right)
     else:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)

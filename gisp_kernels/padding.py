@@ -1,4 +1,4 @@
-"""Widths that are no multiple of 16 elements, made so by zero columns where a matrix product reads them."""
+"""Extents that are no multiple of 16 elements, made so by zeros where a matrix product reads them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,19 @@ def round_up(extent: int) -> int:
 def aligned(*values: int) -> bool:
     """Whether every extent and stride is a multiple of :data:`ALIGNMENT` elements."""
     return all(value % ALIGNMENT == 0 for value in values)
+
+
+def pad_tokens(*operands: torch.Tensor) -> list[torch.Tensor]:
+    """Each [T, n] as :func:`pad_columns` gives it, and with zero rows up to a multiple of 16 tokens.
+
+    On an H200 (CUDA 13.0) a cuBLAS product ``dY.T @ X`` in 16-bit precision over 4097 tokens leaves out the last one,
+    float32 output or not.
+    """
+    tokens = operands[0].shape[0]
+    padded = [pad_columns(operand) for operand in operands]
+    if aligned(tokens):
+        return padded
+    return [torch.nn.functional.pad(operand, (0, 0, 0, -tokens % ALIGNMENT)) for operand in padded]
 
 
 def pad_columns(tokens: torch.Tensor) -> torch.Tensor:

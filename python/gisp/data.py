@@ -104,14 +104,13 @@ def _from_file(path: Path, vocab_size: int, seq_len: int | None) -> Sequences:
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-            if "input_ids" not in keys:
-                raise GispError(f"{path} holds {', '.join(keys) or 'nothing'}: it must hold input_ids")
-            ids = file.get_tensor("input_ids")
-            labels = file.get_tensor("labels") if "labels" in keys else None
+            found = {key: file.get_tensor(key) for key in ("input_ids", "labels") if key in keys}
     except (SafetensorError, OSError, ValueError) as error:
         where = " ".join(str(error).split())
         raise GispError(f"{path} is not a readable safetensors file: {where}") from None
-    return _from_tokens(ids, labels, str(path), vocab_size, seq_len)
+    if "input_ids" not in found:
+        raise GispError(f"{path} holds {', '.join(keys) or 'nothing'}: it must hold input_ids")
+    return _from_tokens(found["input_ids"], found.get("labels"), str(path), vocab_size, seq_len)
 
 
 def _from_tokens(

@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class GispError(Exception):
+class GispError(ValueError):
     """Bad input or an impossible request; the message is one line: what, which value, what to do."""

@@ -10,13 +10,21 @@ from pathlib import Path
 from gisp.errors import GispError
 
 
+_UNFINISHED = ".tmp"
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a file is one that :func:`write_atomic` was killed over."""
+    return path.name.startswith(".") and path.suffix == _UNFINISHED
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` beside ``path``, flush it to disk and rename it into place.
 
     Raises:
         GispError: the disk is full or the folder cannot be written; an existing file stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
         with temporary.open("wb") as file:
             file.write(data)

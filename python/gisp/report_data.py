@@ -214,7 +214,7 @@ def _load_removed_at(path: Path, record: dict[str, Any]) -> tuple[list[np.ndarra
         for kind, width in widths.items():
             name = f"layers.{layer}.{kind}.removed_at"
             at = tensors.get(name)
-            if at is None or at.dtype != np.int32 or at.shape != (width,) or at.min() < 0:
+            if at is None or at.dtype != np.int32 or at.shape != (width,) or at.min() < 0 or at.max() > steps + 1:
                 raise GispError(f"{path} is corrupt: it has no int32 [{width}] tensor {name} of steps")
             found[kind].append(np.where(at > steps, 0, at))
     return found["heads"], found["channels"]

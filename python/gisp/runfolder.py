@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from gisp.errors import GispError
-from gisp.files import disk_message, write_atomic
+from gisp.files import disk_message, is_unfinished, write_atomic
 from gisp.trajectory import RECORD, Trajectory
 
 METRICS = "metrics.jsonl"
@@ -30,6 +30,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._clean = False
 
     def check_free(self, resume: bool) -> bool:
         """Whether a run is there to resume.
@@ -43,9 +44,10 @@ class RunFolder:
             if resume:
                 return True
             raise GispError(f"{self.path} already holds a run: add --resume to continue it or give another --out")
-        leftovers = [p for p in self.path.iterdir() if p.name not in _BEFORE_FIRST_COMMIT] if self.path.is_dir() else []
-        if leftovers:
-            raise GispError(f"{self.path} is not empty and holds no run ({leftovers[0].name}): give another --out")
+        inside = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        foreign = [p.name for p in inside if p.name not in _BEFORE_FIRST_COMMIT and not is_unfinished(p)]
+        if foreign:
+            raise GispError(f"{self.path} is not empty and holds no run ({foreign[0]}): give another --out")
         return False
 
     def commit(self, trajectory: Trajectory, metrics: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
@@ -59,6 +61,8 @@ class RunFolder:
         step = len(trajectory.steps)
         try:
             (self.path / STATE).mkdir(parents=True, exist_ok=True)
+            if not self._clean:
+                self._remove_unfinished()
             write_atomic(self._state(step), save(state))
             if step == 1:
                 (self.path / METRICS).unlink(missing_ok=True)
@@ -86,6 +90,14 @@ class RunFolder:
             if stale != self._state(step):
                 stale.unlink()
         return state
+
+    def _remove_unfinished(self) -> None:
+        """Drop what a killed run was writing."""
+        for folder in (self.path, self.path / STATE):
+            for path in folder.iterdir():
+                if is_unfinished(path):
+                    path.unlink()
+        self._clean = True
 
     def _state(self, step: int) -> Path:
         return self.path / STATE / f"step-{step:05d}.safetensors"

@@ -171,7 +171,8 @@ class Trajectory:
         """The safetensors file of the removal steps."""
         return save(
             {f"{name}.removed_at": at.to(torch.int32) for name, at in self.removed_at.items()},
-            metadata={"format": FORMAT, "version": str(VERSION)},
+            # One entry: several would be written in an order that changes from process to process.
+            metadata={"format": f"{FORMAT} {VERSION}"},
         )
 
     def record(self) -> dict[str, Any]:
@@ -237,6 +238,8 @@ class Trajectory:
                 at = tensors.get(f"{name}.removed_at")
                 if at is None or at.dtype != torch.int32 or tuple(at.shape) != (count,):
                     raise GispError(f"{TENSORS} has no int32 [{count}] tensor {name}.removed_at")
+                if bool((at < 0).any()) or bool((at > len(steps) + 1).any()):
+                    raise GispError(f"{TENSORS} holds steps outside 0 to {len(steps)} in {name}.removed_at")
                 # The tensors are written before the record: a run cut between the two is one step ahead here.
                 removed_at[name] = torch.where(at > len(steps), 0, at)
         return cls(

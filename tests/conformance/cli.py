@@ -24,6 +24,7 @@ PRELOADED = [
     "gisp.cli",
 ]
 CPU_FLOAT32 = ("--device", "cpu", "--dtype", "float32")
+PAPER = ("--preset", "paper", "--steps", 3, "--sparsity", 0.3)
 
 
 @dataclass
@@ -158,6 +159,16 @@ class Launcher:
 
     def output(self) -> str:
         return self._log.read_text() if self._log.exists() else ""
+
+
+def assert_refused(done: Outcome, *words: str) -> None:
+    """Exactly one line, starting with ``error:`` and containing every one of ``words``."""
+    assert "Traceback" not in done.text, done.text
+    assert done.code == 2, f"exit code {done.code}: {done.text}"
+    assert len(done.lines) == 1, done.text
+    assert done.lines[0].startswith("error:"), done.text
+    for word in words:
+        assert word.lower() in done.lines[0].lower(), f"{word!r} is not in: {done.lines[0]}"
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

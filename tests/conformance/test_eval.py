@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from . import models, oracle
-from .cli import run_cli, spawn_cli
+from .cli import CPU_FLOAT32, run_cli, spawn_cli
 from .test_run_folder import read_json, read_removal
 
 
@@ -26,7 +26,7 @@ def held_out_file(held_out: torch.Tensor, workspace: Path) -> Path:
 
 def evaluate(capfd: pytest.CaptureFixture[str], *argv: object) -> dict[str, float]:
     """Run ``gisp eval ... --json``; its standard output must be exactly one JSON object."""
-    done = run_cli(capfd, "eval", *argv, "--json")
+    done = run_cli(capfd, "eval", *argv, *CPU_FLOAT32, "--json")
     assert done.code == 0, done.text
     result = json.loads(done.stdout)
     assert isinstance(result, dict)
@@ -113,7 +113,7 @@ def test_json_alone_on_standard_output(
 ) -> None:
     """A shell pipeline reads one object: nothing else reaches standard output of a real process."""
     path = model_folder("llama-mha")
-    done = spawn_cli("eval", path, "--data", held_out_file, "--window", 16, "--json")
+    done = spawn_cli("eval", path, "--data", held_out_file, "--window", 16, *CPU_FLOAT32, "--json")
     assert done.code == 0, done.text
     wanted = oracle.perplexity(oracle.Decoder.load(path, torch.float64), held_out, 16)
     assert json.loads(done.stdout)["perplexity"] == pytest.approx(wanted[0], rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     except GispError as error:
         return _fail(str(error))
     except _ParseError as error:
-        return _fail(error.format_message())  # type: ignore[attr-defined]
+        return _fail(_with_value(error, sys.argv[1:] if argv is None else argv))
     except typer.Exit as exit_request:
         return exit_request.exit_code
     except (KeyboardInterrupt, typer.Abort):
@@ -43,6 +44,18 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail("out of memory: give a smaller --batch-size or --batch-tokens, or --dtype bfloat16")
     return int(code or 0)
+
+
+def _with_value(error: Any, argv: list[str]) -> str:
+    """A parsing error's message, with the value the user gave where the message leaves it out."""
+    message = str(error.format_message())
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        # The last one counts when an option is given twice.
+        for given, following in reversed(list(zip(argv, [*argv[1:], ""], strict=True))):
+            value = following if given == option else given.removeprefix(f"{option}=")
+            if given.startswith(option) and value not in message:
+                return f"{message}: {option} is {value!r}"
+    return message
 
 
 def _fail(message: str) -> int:
