@@ -9,7 +9,6 @@ from pathlib import Path
 
 from gisp.errors import GispError
 
-
 _UNFINISHED = ".tmp"
 
 

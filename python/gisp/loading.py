@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from gisp.errors import GispError
 from gisp.model_io import check_model_path, load_dense, resolve_device
 
 
