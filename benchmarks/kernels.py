@@ -192,7 +192,6 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise SystemExit("error: this benchmark needs a CUDA device")
     torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     peak = ceilings()
     print(f"ceilings: {peak.matmul_tflops:.0f} TFLOP/s bfloat16 8192^3, {peak.copy_gbs:.0f} GB/s copy")
     print("extra memory is the peak above the inputs; * marks what backend='auto' runs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 
 L2_MULTIPLE = 3
 TARGET_SECONDS = 0.1
-# Long enough for the host to enqueue every repetition before the first one starts, so launches are not timed.
-HEAD_START_CYCLES = 40_000_000
+# The GPU waits while the host enqueues, so that launches are not timed; twice what that took is granted, at 2 GHz.
+HEAD_START_CYCLES = 20_000_000
+CYCLES_PER_SECOND = 2e9
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -55,14 +57,28 @@ def measure(function: Callable[..., Any], inputs: Inputs, copies: Sequence[Input
     extra = torch.cuda.max_memory_allocated() - before
     probe = _times(function, copies, 3)
     repetitions = int(min(50, max(7, TARGET_SECONDS * 1000 / max(statistics.median(probe), 1e-3))))
-    times = _times(function, copies, repetitions)
+    times = _times(function, copies, repetitions, int(2 * _host_seconds(function, copies) * CYCLES_PER_SECOND))
     return Measurement(statistics.median(times), min(times), max(times), repetitions, extra)
 
 
-def _times(function: Callable[..., Any], copies: Sequence[Inputs], repetitions: int) -> list[float]:
-    marks = [(_event(), _event()) for _ in range(repetitions)]
+def _host_seconds(function: Callable[..., Any], copies: Sequence[Inputs]) -> float:
+    """Host time to enqueue one call."""
     torch.cuda.synchronize()
     torch.cuda._sleep(HEAD_START_CYCLES)
+    start = time.perf_counter()
+    for number in range(3):
+        function(*copies[number % len(copies)])
+    seconds = (time.perf_counter() - start) / 3
+    torch.cuda.synchronize()
+    return seconds
+
+
+def _times(
+    function: Callable[..., Any], copies: Sequence[Inputs], repetitions: int, cycles_each: int = 0
+) -> list[float]:
+    marks = [(_event(), _event()) for _ in range(repetitions)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START_CYCLES + cycles_each * repetitions)
     for number, (start, stop) in enumerate(marks):
         start.record()
         function(*copies[number % len(copies)])

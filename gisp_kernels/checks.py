@@ -66,6 +66,8 @@ def score_buffer(out: torch.Tensor | None, count: int, weight: torch.Tensor) -> 
         raise TypeError(f"out must be float32, got {out.dtype}")
     check_same_shape("out", out, (count,))
     check_same_device(out=out, weight=weight)
+    if count > 1 and out.stride(0) == 0:
+        raise ValueError("out must not be an expanded tensor: all its scores would share one element")
     if out.requires_grad:
         raise ValueError("out must not require grad: it is accumulated in place")
     return out

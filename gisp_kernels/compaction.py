@@ -50,10 +50,8 @@ class _Store:
         """Copy what the layer shows to storage of its own, where it does not fill its storage already."""
         linear = self.projection.linear
         self.weight = _tight(linear.weight)
-        _show(linear.weight, self.weight)
         if self.bias is not None:
             self.bias = _tight(linear.bias)
-            _show(linear.bias, self.bias)
 
     def is_shown(self, count: int) -> bool:
         """Whether the layer still shows the first ``count`` structures of this storage."""
@@ -289,9 +287,14 @@ def _show(parameter: torch.Tensor, view: torch.Tensor) -> None:
 
 
 def _tight(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter's data, made to fill its storage.
+
+    What is returned shares the parameter's version counter, so that autograd notices a later swap in a saved weight.
+    """
     data = parameter.detach()
-    whole = data.is_contiguous() and data.untyped_storage().nbytes() == _bytes(data)
-    return data if whole else data.clone(memory_format=torch.contiguous_format)
+    if not (data.is_contiguous() and data.untyped_storage().nbytes() == _bytes(data)):
+        _show(parameter, data.clone(memory_format=torch.contiguous_format))
+    return parameter.detach()
 
 
 def _parameters(store: _Store) -> list[torch.Tensor]:
@@ -305,6 +308,7 @@ def _is_prefix(view: torch.Tensor, full: torch.Tensor, dim: int, extent: int) ->
         and view.storage_offset() == full.storage_offset()
         and view.dtype == full.dtype
         and view.shape == full.narrow(dim, 0, extent).shape
+        and view.stride() == full.stride()
     )
 
 

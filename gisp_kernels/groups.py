@@ -67,11 +67,13 @@ def attention_group(name: str, attention: Any) -> StructureGroup:
     """Heads of an attention module with ``q_proj, k_proj, v_proj, o_proj`` and ``head_dim``.
 
     With one key/value head per query head a head owns its rows of q, k and v and its columns of o. With shared
-    key/value heads (GQA) it owns rows of q and columns of o only.
+    key/value heads (GQA: ``num_key_value_groups`` above 1, or fewer rows in k than in q) it owns rows of q and columns of
+    o only; pruned widths do not tell, since few query heads may be left on as many key/value heads.
     """
     head_dim = int(attention.head_dim)
     rows = [attention.q_proj]
-    if attention.k_proj.out_features == attention.q_proj.out_features:
+    shared = attention.k_proj.out_features != attention.q_proj.out_features
+    if not shared and getattr(attention, "num_key_value_groups", 1) == 1:
         rows += [attention.k_proj, attention.v_proj]
     parts = [Projection(linear, "row", head_dim) for linear in rows]
     parts.append(Projection(attention.o_proj, "column", head_dim))

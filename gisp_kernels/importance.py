@@ -12,7 +12,6 @@ import torch
 
 from gisp_kernels import backend as backends
 from gisp_kernels import checks, reference
-from gisp_kernels.padding import pad_tokens
 
 SUPPORTED = ("triton",)
 
@@ -63,7 +62,8 @@ def abs_weighted_reduce(
     checks.check_same_device(weight=weight, grad=grad)
     out = checks.score_buffer(out, checks.structure_count(weight, axis, block), weight)
     choice = backends.resolve(backend, weight, SUPPORTED)
-    abs_weighted_reduce_op(out, weight.detach(), grad.detach(), axis, block, choice)
+    run = abs_weighted_reduce_op if torch.compiler.is_compiling() else _abs_weighted_reduce
+    run(out, weight.detach(), grad.detach(), axis, block, choice)
     return out
 
 
@@ -112,7 +112,8 @@ def wgrad_importance(
     choice = backends.resolve(backend, weight, SUPPORTED)
     if choice == "triton" and _is_auto(backend) and not prefer_fused(x.shape[0], x.dtype):
         choice = "matmul"
-    wgrad_importance_op(out, dy, x, weight.detach(), axis, block, choice)
+    run = wgrad_importance_op if torch.compiler.is_compiling() else _wgrad_importance
+    run(out, dy, x, weight.detach(), axis, block, choice)
     return out
 
 
@@ -125,17 +126,46 @@ def as_tokens(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
 
 
-@torch.library.custom_op("gisp::abs_weighted_reduce_", mutates_args=("out",))
-def abs_weighted_reduce_op(
+# Eager calls run these directly: going through the dispatcher costs about 100 us a call inside a backward pass, and a
+# step makes hundreds.
+def _abs_weighted_reduce(
     out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int, choice: str
 ) -> None:
-    """Registered form of :func:`abs_weighted_reduce`, arguments already validated, ``choice`` resolved."""
     if choice == "triton":
         from gisp_kernels.triton_kernels import abs_weighted_reduce as kernel
 
         kernel.launch(out, weight, grad, axis, block)
     else:
         reference.abs_weighted_reduce_(out, weight, grad, axis, block)
+
+
+def _wgrad_importance(
+    out: torch.Tensor,
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    axis: str,
+    block: int,
+    choice: str,
+) -> None:
+    if choice == "triton":
+        from gisp_kernels.triton_kernels import wgrad_importance as kernel
+
+        kernel.launch(out, grad_output, input, weight, axis, block)
+    elif choice == "matmul":
+        from gisp_kernels.triton_kernels import abs_weighted_reduce as reduction
+
+        reduction.launch(out, weight, reference.weight_grad(grad_output, input), axis, block)
+    else:
+        reference.wgrad_importance_(out, grad_output, input, weight, axis, block)
+
+
+@torch.library.custom_op("gisp::abs_weighted_reduce_", mutates_args=("out",))
+def abs_weighted_reduce_op(
+    out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int, choice: str
+) -> None:
+    """Registered form of :func:`abs_weighted_reduce`, arguments already validated, ``choice`` resolved."""
+    _abs_weighted_reduce(out, weight, grad, axis, block, choice)
 
 
 @torch.library.custom_op("gisp::wgrad_importance_", mutates_args=("out",))
@@ -149,15 +179,4 @@ def wgrad_importance_op(
     choice: str,
 ) -> None:
     """Registered form of :func:`wgrad_importance`; ``choice`` may also be ``"matmul"``: cuBLAS and a reduction."""
-    if choice == "triton":
-        from gisp_kernels.triton_kernels import wgrad_importance as kernel
-
-        kernel.launch(out, grad_output, input, weight, axis, block)
-    elif choice == "matmul":
-        from gisp_kernels.triton_kernels import abs_weighted_reduce as reduction
-
-        rows, width = weight.shape
-        grad = reference.weight_grad(*pad_tokens(grad_output, input))
-        reduction.launch(out, weight, grad[:rows, :width], axis, block)
-    else:
-        reference.wgrad_importance_(out, grad_output, input, weight, axis, block)
+    _wgrad_importance(out, grad_output, input, weight, axis, block, choice)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gisp_kernels.padding import pad_tokens
+
 
 def abs_weighted_reduce_(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int) -> None:
     """Add ``sum |weight * grad|`` of every structure to ``out``; product and sum in float32.
@@ -21,13 +23,16 @@ def abs_weighted_reduce_(out: torch.Tensor, weight: torch.Tensor, grad: torch.Te
 
 
 def weight_grad(grad_output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-    """Weight gradient of a Linear, ``grad_output.T @ input``, rounded to their dtype.
+    """Weight gradient of a Linear, ``grad_output.T @ input``, [O, I], rounded to their dtype.
 
     Args:
         grad_output: [T, O].
         input: [T, I], same dtype.
     """
-    return torch.mm(grad_output.detach().t(), input.detach())
+    left, right = grad_output.detach(), input.detach()
+    if left.is_cuda:
+        left, right = pad_tokens(left, right)
+    return torch.mm(left.t(), right)[: grad_output.shape[1], : input.shape[1]]
 
 
 def wgrad_importance_(

@@ -6,6 +6,7 @@ gathered per query head through an index before attention, which is exact and ne
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class _ExpandKeyValue(torch.autograd.Function):
 
 
 def indexed_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -53,6 +54,8 @@ def indexed_attention(
     if index is not None:
         key = _ExpandKeyValue.apply(key, index)
         value = _ExpandKeyValue.apply(value, index)
+        # Already one key per query head: the module's own group count must not repeat them again.
+        module = SimpleNamespace(is_causal=module.is_causal, layer_idx=module.layer_idx)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -63,10 +66,9 @@ def use_indexed_attention(model: Any) -> None:
     model.set_attn_implementation(INDEXED_ATTENTION)
 
 
-def set_kv_index(attention: Any, index: torch.Tensor | None, groups: int) -> None:
-    """Give an attention module its key/value index, or with ``None`` its ``groups`` even groups back."""
+def set_kv_index(attention: nn.Module, index: torch.Tensor | None) -> None:
+    """Give an attention module its key/value index, or with ``None`` its even groups back."""
     attention.register_buffer(_INDEX, index, persistent=False)
-    attention.num_key_value_groups = groups if index is None else 1
 
 
 class NoHeads(nn.Module):

@@ -127,7 +127,7 @@ class Engine:
         value = float(total)
         if not math.isfinite(value):
             raise GispError(f"the loss of step {step} is {value}: check the weights and the data of this model")
-        if scores and not all(bool(torch.isfinite(s).all()) for s in scores.values()):
+        if scores and not bool(torch.isfinite(torch.cat(list(scores.values()))).all()):
             raise GispError(f"scores of step {step} are not finite: use --dtype float32 or check the weights")
         return StepScores(scores, value, tokens)
 

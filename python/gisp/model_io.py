@@ -69,10 +69,13 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     except Exception as error:  # transformers raises many types for folders it cannot read
         raise GispError(f"model {path} cannot be loaded: {_one_line(error)}") from None
     model, info = loaded
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info.get(problem):
-            first = sorted(map(str, info[problem]))[0]
-            raise GispError(f"model {path} is incomplete: {problem.replace('_', ' ')}, first {first}")
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        keys = sorted(map(str, info.get(problem) or ()))
+        if problem == "unexpected_keys":
+            # Checkpoints may carry buffers the model no longer has; a layer it would leave out is another matter.
+            keys = [key for key in keys if ".layers." in key and key.endswith(("_proj.weight", "norm.weight"))]
+        if keys:
+            raise GispError(f"model {path} does not fit its config.json: {problem.replace('_', ' ')}, first {keys[0]}")
     bad = first_bad_parameter(model)
     if bad is not None:
         raise GispError(f"model {path} holds NaN or infinite weights in {bad}: give a sound checkpoint")

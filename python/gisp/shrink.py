@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ class ShrinkableModel:
         """Apply one step (also when it removes nothing)."""
         self._compactor.remove({name: index for name, index in removal.items() if index.numel()})
         self.history.append(removal)
-        self._refresh()
+        self._refresh(removal)
 
     def rollback(self, steps: int = 1) -> None:
         """Undo the last steps exactly.
@@ -68,16 +68,18 @@ class ShrinkableModel:
                 f"{steps} steps cannot be undone, {self._compactor.depth} are left after pack(): reload the base"
             )
         self._compactor.rollback(steps)
+        undone = self.history[len(self.history) - steps :]
         del self.history[len(self.history) - steps :]
-        self._refresh()
+        self._refresh({name for removal in undone for name in removal})
 
     def pack(self) -> None:
         """Give the memory of removed weights back; earlier steps can no longer be rolled back."""
         self._compactor.pack()
 
-    def _refresh(self) -> None:
+    def _refresh(self, changed: Container[str]) -> None:
         for item in self.map.layers:
-            self._refresh_layer(item)
+            if item.heads.name in changed:
+                self._refresh_layer(item)
 
     def _refresh_layer(self, item: LayerMap) -> None:
         kept = self.kept(item.heads.name)
@@ -92,4 +94,4 @@ class ShrinkableModel:
             if kept < self.map.num_heads:
                 device = item.heads.projections[0].linear.weight.device
                 index = (self.order(item.heads.name) // groups).to(device)
-            set_kv_index(item.attention, index, groups)
+            set_kv_index(item.attention, index)
