@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEMO_OUT ?= out/demo
 JOBS ?= 2
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt tests/constraints.txt $(shell find csrc -type f 2>/dev/null)
@@ -22,8 +21,8 @@ $(VENV)/.ready: $(SOURCES)
 	touch $@
 
 demo: setup
-	rm -rf $(DEMO_OUT)
-	$(BIN)/gisp demo --out $(DEMO_OUT)
+	rm -rf out/demo
+	$(BIN)/gisp demo --out out/demo
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)

@@ -67,8 +67,8 @@ def attention_group(name: str, attention: Any) -> StructureGroup:
     """Heads of an attention module with ``q_proj, k_proj, v_proj, o_proj`` and ``head_dim``.
 
     With one key/value head per query head a head owns its rows of q, k and v and its columns of o. With shared
-    key/value heads (GQA: ``num_key_value_groups`` above 1, or fewer rows in k than in q) it owns rows of q and columns of
-    o only; pruned widths do not tell, since few query heads may be left on as many key/value heads.
+    key/value heads (GQA: ``num_key_value_groups`` above 1, or fewer rows in k than in q) it owns rows of q and columns
+    of o only; pruned widths do not tell, since few query heads may be left on as many key/value heads.
     """
     head_dim = int(attention.head_dim)
     rows = [attention.q_proj]

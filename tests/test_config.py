@@ -25,7 +25,8 @@ def test_options_override_the_preset_and_none_means_not_given():
 def test_official_runs_its_whole_ratio_unless_a_sparsity_alone_is_given():
     assert make_config(preset="official", ratio=0.6, sparsity=0.3).sparsity is None
     stopping = make_config(preset="official", sparsity=0.3)
-    assert (stopping.sparsity, stopping.ratio) == (0.3, 0.7)
+    assert (stopping.sparsity, stopping.ratio) == (0.3, None)
+    assert make_config(**stopping.to_dict()) == stopping
 
 
 def test_a_resolved_config_resolves_to_itself():
@@ -48,6 +49,9 @@ def test_a_resolved_config_resolves_to_itself():
         ({"steps": "ten"}, "steps is 'ten'"),
         ({"steps": True}, "steps is True"),
         ({"steps": 2.5}, "steps is 2.5"),
+        ({"seed": 2**50}, "seed is"),
+        ({"ratio": 0.6}, "belongs to --preset official"),
+        ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
     ],
 )
 def test_bad_options_name_option_and_value(options, message):

@@ -152,3 +152,15 @@ def test_padding_is_on_the_right_and_not_scored():
     ids, labels = Sequences.plain(rows).batch([0, 1])
     assert ids.tolist() == [[1, 2, 3], [4, 5, 0]]
     assert labels.tolist() == [[1, 2, 3], [4, 5, IGNORED]]
+
+
+def test_pieces_of_a_row_count_as_one_sample_and_need_one_scored_token_together(tmp_path):
+    path = tmp_path / "t.safetensors"
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
+    labels = ids.clone()
+    labels[0, :4] = IGNORED
+    save_file({"input_ids": ids, "labels": labels}, path)
+    sequences = read(str(path), seq_len=3)
+    assert [ids for ids, _ in lists(sequences)] == [[4, 5, 6], [6, 5, 4], [3, 2, 1]]
+    assert sequences.examples == ((0,), (1, 2))
+    assert len(sequences.first(1)) == 1

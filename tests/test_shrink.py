@@ -90,3 +90,28 @@ def test_gradient_of_shared_keys_equals_repeated_keys():
     (_ExpandKeyValue.apply(x, index) * weight).sum().backward()
     expected = torch.zeros_like(x).index_add_(1, index, weight)
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_groups_found_on_a_pruned_model_leave_shared_keys_alone():
+    from gisp_kernels import iter_groups
+
+    model = tiny_model("llama-gqa")
+    ShrinkableModel(map_model(model)).remove({"layers.1.heads": torch.tensor([0, 3])})
+    groups = {group.name: group for group in iter_groups(model)}
+    pruned = groups["model.layers.1.self_attn"]
+    assert pruned.count == 2
+    assert [p.linear for p in pruned.projections] == [
+        model.model.layers[1].self_attn.q_proj,
+        model.model.layers[1].self_attn.o_proj,
+    ]
+
+
+def test_a_graph_built_before_pack_notices_a_later_removal():
+    model = tiny_model("llama-mha")
+    shrinkable = ShrinkableModel(map_model(model))
+    shrinkable.remove({"layers.1.channels": torch.tensor([0, 1])})
+    shrinkable.pack()
+    loss = model(tiny_tokens(2)).logits.sum()
+    shrinkable.remove({"layers.1.channels": torch.tensor([2, 3])})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from gisp.errors import GispError
@@ -51,6 +52,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm": ("params", "official", "none"),
     "engine": ("stream", "exact"),
     "gqa": ("query",),
+    "schedule": ("parameters", "structures"),
     "dtype": ("bfloat16", "float32"),
 }
 OFFICIAL_RATIO = 0.7
@@ -67,7 +69,8 @@ class PruneConfig:
         sparsity: removed / all parameters of the decoder layers at the end; for ``official`` without
             a given value the ratio alone ends the run (``None``).
         steps: number of pruning steps.
-        ratio: final fraction of the number of structures (``official`` only).
+        ratio: final fraction of the number of structures (``official`` only); with a sparsity instead, the schedule of
+            the released code's default ratio runs until that sparsity is passed.
         samples: calibration sequences used (``None`` = all).
         seq_len: tokens per sequence; ``None`` = 256 for text, the row length for token files.
         batch_size: sequences per backward pass (``stream``: per microbatch), ``None`` = chosen.
@@ -114,10 +117,12 @@ class PruneConfig:
             # A sparsity given alone is where the ratio schedule stops, a ratio given alone never stops early.
             if filled.get("ratio") is not None:
                 filled["sparsity"] = None
-            filled.setdefault("ratio", OFFICIAL_RATIO)
+            elif filled.get("sparsity") is None:
+                filled["ratio"] = OFFICIAL_RATIO
         else:
+            if filled.get("ratio") is not None:
+                raise GispError(f"--ratio is {filled['ratio']}: it belongs to --preset official, give --sparsity")
             filled.setdefault("sparsity", 0.5)
-            filled["ratio"] = None
         config = dataclasses.replace(self, **filled)
         config._check()
         return config
@@ -136,6 +141,8 @@ class PruneConfig:
         _at_least("batch-tokens", self.batch_tokens, 2)
         _at_least("align", self.align, 1)
         _at_least("protect-last", self.protect_last, 0)
+        if not 0 <= self.seed < 2**31:
+            raise GispError(f"--seed is {self.seed}: give a number from 0 to {2**31 - 1}")
         if not 0 <= self.protect_first < 1:
             raise GispError(f"--protect-first is {self.protect_first}: give a fraction in [0, 1)")
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -178,6 +185,7 @@ def make_config(**options: Any) -> PruneConfig:
         if name not in FIELDS:
             raise GispError(f"unknown option {name!r}: choose one of {', '.join(FIELDS)}")
         kind = str(FIELDS[name].type).split(" ")[0]
+        value = value.item() if isinstance(value, np.generic) else value
         right = isinstance(value, _TYPES[kind]) and (kind == "bool") == isinstance(value, bool)
         if value is not None and not right:
             raise GispError(f"option {name} is {value!r}: give a {kind}")

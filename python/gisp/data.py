@@ -16,6 +16,9 @@ from gisp.objectives import IGNORED
 DEFAULT_SEQ_LEN = 256
 
 
+Row = tuple[torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Sequences:
     """Token sequences of any lengths, grouped into examples.
@@ -23,15 +26,16 @@ class Sequences:
     Attributes:
         rows: per sequence (input_ids int64 [S], labels int64 [S], -100 = not scored).
         signs: per sequence +1, or -1 for a wrong answer of a choice example.
-        examples: per example the sequence numbers it holds (one, or the gold and the wrong answers of a choice).
+        examples: per example the sequence numbers it holds (the pieces of a row, or the gold and the wrong answers of
+            a choice).
     """
 
-    rows: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    rows: tuple[Row, ...]
     signs: tuple[int, ...]
     examples: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def plain(cls, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> Sequences:
+    def plain(cls, rows: list[Row]) -> Sequences:
         """One example per sequence."""
         return cls(tuple(rows), (1,) * len(rows), tuple((i,) for i in range(len(rows))))
 
@@ -70,6 +74,7 @@ def load_sequences(
     seq_len: int | None,
     tokenizer_from: str | None = None,
     objective: str = "lm",
+    held_out: bool = False,
 ) -> Sequences:
     """Sequences from a SPEC.
 
@@ -81,10 +86,13 @@ def load_sequences(
         seq_len: sequences are cut to this length; ``None`` = token rows as they are, text in rows of 256.
         tokenizer_from: model folder or name whose tokenizer reads text.
         objective: ``margin`` needs choices; ``lm`` takes their gold answer alone.
+        held_out: of a named dataset, take its test or validation split instead of the training split.
 
     Raises:
         GispError: anything unreadable, empty, of the wrong type or out of range.
     """
+    if not isinstance(spec, (torch.Tensor, str, Path)):
+        raise GispError(f"data is a {type(spec).__name__}: give an int tensor [sequences, tokens], a path or a name")
     if isinstance(spec, torch.Tensor):
         sequences = _from_tokens(spec, None, "the token tensor", vocab_size, seq_len)
     elif str(spec).endswith(".safetensors"):
@@ -92,7 +100,9 @@ def load_sequences(
     else:
         from gisp.text import sequences_from_text
 
-        sequences = sequences_from_text(str(spec), tokenizer_from, seq_len or DEFAULT_SEQ_LEN, objective, vocab_size)
+        sequences = sequences_from_text(
+            str(spec), tokenizer_from, seq_len or DEFAULT_SEQ_LEN, objective, vocab_size, held_out
+        )
     if objective == "margin" and len(set(sequences.signs)) != 2:
         raise GispError(f"{spec}: --objective margin needs rows of context, choices and answer")
     return sequences
@@ -133,23 +143,22 @@ def _from_tokens(
             )
         labels = labels.long().cpu()
         _check_range(labels[labels != IGNORED], "labels", where, vocab_size)
-    rows = [row for pair in zip(ids, labels, strict=True) for row in _cut(*pair, seq_len)]
-    return checked_rows(rows, where)
+    rows: list[Row] = []
+    examples: list[tuple[int, ...]] = []
+    for number, pair in enumerate(zip(ids, labels, strict=True)):
+        pieces = _cut(*pair, seq_len)
+        if not pieces:
+            raise GispError(f"{where}: sequence {number} has no scored token: remove it or give it labels")
+        examples.append(tuple(range(len(rows), len(rows) + len(pieces))))
+        rows += pieces
+    return Sequences(tuple(rows), (1,) * len(rows), tuple(examples))
 
 
-def _cut(ids: torch.Tensor, labels: torch.Tensor, seq_len: int | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A row in pieces of at most ``seq_len``; a last piece of one token predicts nothing and is dropped."""
+def _cut(ids: torch.Tensor, labels: torch.Tensor, seq_len: int | None) -> list[Row]:
+    """A row in pieces of at most ``seq_len``, those that have a scored token."""
     size = seq_len or len(ids)
     pieces = zip(ids.split(size), labels.split(size), strict=True)
-    return [(i, t) for i, t in pieces if len(i) > 1]
-
-
-def checked_rows(rows: list[tuple[torch.Tensor, torch.Tensor]], where: str) -> Sequences:
-    """Plain sequences, each with at least one scored token."""
-    for number, (_, labels) in enumerate(rows):
-        if not bool((labels[1:] != IGNORED).any()):
-            raise GispError(f"{where}: sequence {number} has no scored token: remove it or give it labels")
-    return Sequences.plain(rows)
+    return [piece for piece in pieces if bool((piece[1][1:] != IGNORED).any())]
 
 
 def _check_integers(values: torch.Tensor, name: str, where: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from gisp.data import Sequences
 from gisp.errors import GispError
-from gisp.objectives import row_weights, sequence_nll
+from gisp.objectives import evaluation_mode, row_weights, sequence_nll
 from gisp_kernels import record_importance
 from gisp_kernels.groups import StructureGroup
 
@@ -46,6 +46,7 @@ class Sampler:
         self._examples = examples
         self._per_step = min(per_step, examples)
         self._seed = seed
+        self._shuffled: tuple[int, list[int]] = (-1, [])
 
     def numbers(self, step: int) -> list[int]:
         """Example numbers of a step (1-based)."""
@@ -57,12 +58,10 @@ class Sampler:
         return self._order(epoch)[offset]
 
     def _order(self, epoch: int) -> list[int]:
-        cached: tuple[int, list[int]] | None = getattr(self, "_cached", None)
-        if cached is None or cached[0] != epoch:
+        if self._shuffled[0] != epoch:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            cached = (epoch, torch.randperm(self._examples, generator=generator).tolist())
-            self._cached = cached
-        return cached[1]
+            self._shuffled = (epoch, torch.randperm(self._examples, generator=generator).tolist())
+        return self._shuffled[1]
 
 
 class Engine:
@@ -74,7 +73,8 @@ class Engine:
         kind: ``stream``: each step one batch of about ``batch_tokens`` tokens, |W * G| reduced as G is formed;
             ``exact``: every step the whole set, G summed in fp32 before the absolute value (paper Eq. 8).
         batch_size: sequences per backward pass; ``None``: the whole step for ``stream``, for ``exact`` what keeps the
-            logits small. A ``stream`` step of several backward passes adds up |W * G| of each.
+            logits small. It never changes a score beyond rounding: a ``stream`` step of several backward passes
+            needs the gradient buffers of ``exact``.
     """
 
     def __init__(
@@ -111,9 +111,11 @@ class Engine:
         weights = row_weights([data.signs[i] for i in numbers])
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         tokens = 0
-        mode: Literal["stream", "exact"] = "stream" if self._sampler else "exact"
+        batches = list(self._batches(numbers))
+        # One backward pass needs no gradient buffer; several must be summed before the absolute value.
+        mode: Literal["stream", "exact"] = "stream" if self._sampler and len(batches) == 1 else "exact"
         with scoring(self._model), record_importance(groups, mode=mode) as recorder:
-            for start, stop in self._batches(numbers):
+            for start, stop in batches:
                 ids, labels = data.batch(numbers[start:stop])
                 weight = torch.tensor(weights[start:stop], device=self._device)
                 nll = sequence_nll(self._model, ids.to(self._device), labels.to(self._device))
@@ -150,7 +152,6 @@ def scoring(model: torch.nn.Module) -> Iterator[None]:
     With no parameter needing a gradient the backward pass ends at the first scored layer.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    training = model.training
     algorithms = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     switches: Any = torch.utils.deterministic
     fill = switches.fill_uninitialized_memory
@@ -158,14 +159,13 @@ def scoring(model: torch.nn.Module) -> Iterator[None]:
     # Attention backward passes are deterministic only in the strict mode; a warning would not make them so.
     torch.use_deterministic_algorithms(True)
     switches.fill_uninitialized_memory = False
-    model.eval()
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        model.train(training)
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
         switches.fill_uninitialized_memory = fill

@@ -10,7 +10,7 @@ from torch import nn
 
 from gisp.data import Sequences
 from gisp.errors import GispError
-from gisp.objectives import IGNORED, sequence_nll
+from gisp.objectives import IGNORED, evaluation_mode, sequence_nll
 
 _TOKENS_PER_BATCH = {"cuda": 32768, "cpu": 4096}
 
@@ -24,7 +24,6 @@ class Perplexity:
     window: int
 
 
-@torch.no_grad()
 def perplexity(model: nn.Module, data: Sequences, window: int = 128) -> Perplexity:
     """Perplexity over all predicted tokens; rows longer than ``window`` are cut into windows.
 
@@ -42,18 +41,18 @@ def perplexity(model: nn.Module, data: Sequences, window: int = 128) -> Perplexi
             if bool((piece[1][1:] != IGNORED).any()):
                 by_length.setdefault(len(piece[0]), []).append(piece)
     total, tokens = 0.0, 0
-    training = model.training
-    model.eval()
-    for length, pieces in sorted(by_length.items()):
-        size = max(1, _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"] // length)
-        for start in range(0, len(pieces), size):
-            ids = torch.stack([piece[0] for piece in pieces[start : start + size]]).to(device)
-            labels = torch.stack([piece[1] for piece in pieces[start : start + size]]).to(device)
-            counts = (labels[:, 1:] != IGNORED).sum(1)
-            total += float((sequence_nll(model, ids, labels).double() * counts).sum())
-            tokens += int(counts.sum())
-    model.train(training)
+    with evaluation_mode(model), torch.no_grad():
+        for length, pieces in sorted(by_length.items()):
+            size = max(1, _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"] // length)
+            for start in range(0, len(pieces), size):
+                ids = torch.stack([piece[0] for piece in pieces[start : start + size]]).to(device)
+                labels = torch.stack([piece[1] for piece in pieces[start : start + size]]).to(device)
+                counts = (labels[:, 1:] != IGNORED).sum(1)
+                total += float((sequence_nll(model, ids, labels).double() * counts).sum())
+                tokens += int(counts.sum())
     if tokens == 0:
         raise GispError("the evaluation data has no predicted token: give longer sequences")
     mean = total / tokens
+    if math.isnan(mean):
+        raise GispError("the loss on the evaluation data is NaN: check the weights, or use --dtype float32")
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, tokens, window)

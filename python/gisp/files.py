@@ -39,5 +39,5 @@ def write_atomic(path: Path, data: bytes) -> None:
 def disk_message(path: Path, error: OSError) -> str:
     """One line for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"cannot write {path}: the disk is full, free some space and use --resume"
+        return f"cannot write {path}: the disk is full, free some space (a run continues with --resume)"
     return f"cannot write {path}: {error.strerror or error}"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gisp.config import PLACE_OPTIONS, PruneConfig, make_config
+from gisp.config import OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
 from gisp.engine import Engine
 from gisp.errors import GispError
@@ -77,6 +77,10 @@ def prune(
 def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[Any, str]:
     """The model to prune and the path a later session finds it at (empty for a model in memory)."""
     if isinstance(model, nn.Module):
+        previous = ShrinkableModel.of(model)
+        if previous is not None and previous.history:
+            raise GispError("this model is already pruned: take it back with its trajectory's at(0), or load it anew")
+        map_model(model)
         bad = first_bad_parameter(model)
         if bad is not None:
             raise GispError(f"the model holds NaN or infinite weights in {bad}: give a sound model")
@@ -216,7 +220,7 @@ class PruningLoop:
 
     def _select(self, normalised: np.ndarray, step: int, steps: int) -> tuple[float, Choice]:
         if self.config.schedule == "structures":
-            ratio = structure_ratio(float(self.config.ratio or 0), step, steps)
+            ratio = structure_ratio(float(self.config.ratio or OFFICIAL_RATIO), step, steps)
             return ratio, self.selector.below_threshold(normalised, ratio)
         sparsity = float(self.config.sparsity or 0)
         parameters = self.map.decoder_parameters
@@ -247,10 +251,9 @@ class PruningLoop:
         config, selector = self.config, self.selector
         where = f"with {int(selector.protected.sum())} of {selector.size} structures protected"
         if config.schedule == "structures":
-            ratio = float(config.ratio or 0)
+            ratio = float(config.ratio or OFFICIAL_RATIO)
             if selector.out_of_reach(ratio):
                 raise GispError(f"ratio {ratio} is out of reach {where}: lower --ratio or protect fewer layers")
-            return
         most = selector.removable_parameters / self.map.decoder_parameters
         if float(config.sparsity or 0) > most:
             raise GispError(

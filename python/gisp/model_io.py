@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import re
@@ -62,6 +64,9 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     _quiet()
     from transformers import AutoModelForCausalLM
 
+    quantisation = _quantisation(path)
+    if quantisation:
+        raise GispError(f"model {path} is quantised ({quantisation}): give its unquantised weights")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
@@ -80,6 +85,15 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     if bad is not None:
         raise GispError(f"model {path} holds NaN or infinite weights in {bad}: give a sound checkpoint")
     return model.to(device).eval()
+
+
+def _quantisation(path: str) -> str | None:
+    """The quantisation a model folder's config.json names, if any; what is unreadable is left to the loader."""
+    config = Path(path) / "config.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads(config.read_text()).get("quantization_config")
+        return str(found.get("quant_method", "unknown method")) if found else None
+    return None
 
 
 def _quiet() -> None:

@@ -15,7 +15,7 @@ from gisp.plot_style import MARKERS, Theme, new_figure, themed, to_png
 from gisp.report_data import RunData
 
 # Phases in order of time, each with its place in the theme's series.
-_PHASES = {"data": 4, "forward_backward": 0, "select": 2, "compact": 3, "write": 1}
+_PHASES = {"forward_backward": 0, "select": 2, "compact": 3, "write": 1}
 _OTHER_PHASE = 5
 _PERCENT = FuncFormatter(lambda fraction, _: f"{round(100 * fraction, 3):.3g} %")
 _TOP_MARGIN = 1.25

@@ -10,9 +10,10 @@ from gisp.errors import GispError
 from gisp.evaluate import perplexity
 from gisp.loading import load
 from gisp.model_io import check_model_path, resolve_device, resolve_dtype
+from gisp.run_record import RECORD
 from gisp.shrink import ShrinkableModel
 from gisp.structures import map_model
-from gisp.trajectory import RECORD, Trajectory, move_to
+from gisp.trajectory import Trajectory, move_to
 
 
 def is_run(target: str) -> bool:
@@ -54,7 +55,11 @@ def evaluate_target(
         reached = float((getattr(model.config, "gisp", None) or {}).get("sparsity", 0.0))
     vocab_size = model.get_input_embeddings().num_embeddings
     sequences = load_sequences(
-        data, vocab_size=vocab_size, seq_len=None if data.endswith(".safetensors") else window, tokenizer_from=source
+        data,
+        vocab_size=vocab_size,
+        seq_len=None if data.endswith(".safetensors") else window,
+        tokenizer_from=source,
+        held_out=True,
     )
     result = perplexity(model, sequences, window)
     return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save
 
 from gisp.errors import GispError
 from gisp.files import disk_message, is_unfinished, write_atomic
-from gisp.trajectory import RECORD, Trajectory
+from gisp.run_record import RECORD
+from gisp.trajectory import Trajectory
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
@@ -48,6 +50,9 @@ class RunFolder:
         foreign = [p.name for p in inside if p.name not in _BEFORE_FIRST_COMMIT and not is_unfinished(p)]
         if foreign:
             raise GispError(f"{self.path} is not empty and holds no run ({foreign[0]}): give another --out")
+        above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise GispError(f"cannot write {self.path}: {above} is not a folder this user may write to")
         return False
 
     def commit(self, trajectory: Trajectory, metrics: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
@@ -83,9 +88,10 @@ class RunFolder:
             raise GispError(
                 f"{self.path} cannot be resumed, the state of step {step} is unreadable: {reason}"
             ) from None
-        lines = (self.path / METRICS).read_text().splitlines()
+        metrics = self.path / METRICS
+        lines = metrics.read_text().splitlines() if metrics.is_file() else []
         kept = [line for line in lines if _step_of(line) in range(1, step + 1)]
-        write_atomic(self.path / METRICS, "".join(f"{line}\n" for line in kept).encode())
+        write_atomic(metrics, "".join(f"{line}\n" for line in kept).encode())
         for stale in (self.path / STATE).iterdir():
             if stale != self._state(step):
                 stale.unlink()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+import contextlib
+from collections.abc import Container, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -53,7 +54,8 @@ class ShrinkableModel:
 
     def remove(self, removal: Removal) -> None:
         """Apply one step (also when it removes nothing)."""
-        self._compactor.remove({name: index for name, index in removal.items() if index.numel()})
+        with self._weights_in_place():
+            self._compactor.remove({name: index for name, index in removal.items() if index.numel()})
         self.history.append(removal)
         self._refresh(removal)
 
@@ -67,7 +69,8 @@ class ShrinkableModel:
             raise GispError(
                 f"{steps} steps cannot be undone, {self._compactor.depth} are left after pack(): reload the base"
             )
-        self._compactor.rollback(steps)
+        with self._weights_in_place():
+            self._compactor.rollback(steps)
         undone = self.history[len(self.history) - steps :]
         del self.history[len(self.history) - steps :]
         self._refresh({name for removal in undone for name in removal})
@@ -75,6 +78,13 @@ class ShrinkableModel:
     def pack(self) -> None:
         """Give the memory of removed weights back; earlier steps can no longer be rolled back."""
         self._compactor.pack()
+
+    @contextlib.contextmanager
+    def _weights_in_place(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise GispError(f"this model can no longer be moved, load its base model anew: {error}") from None
 
     def _refresh(self, changed: Container[str]) -> None:
         for item in self.map.layers:

@@ -149,6 +149,10 @@ def _map_layer(index: int, layer: nn.Module, model_type: str) -> LayerMap:
             raise GispError(f"{where}: {attribute} has the Linear layers {found}, not {', '.join(names)}: {SUPPORTED}")
         blocks.append(block)
     attention, mlp = blocks
+    for block in blocks:
+        for name, linear in block.named_modules():
+            if isinstance(linear, nn.Linear):
+                _check_linear(linear, f"{where}: {name}")
     if not hasattr(attention, "head_dim"):
         raise GispError(f"{where}: self_attn has no head_dim: {SUPPORTED}")
     try:
@@ -157,6 +161,13 @@ def _map_layer(index: int, layer: nn.Module, model_type: str) -> LayerMap:
     except ValueError as error:
         raise GispError(f"{where}: {error}: {SUPPORTED}") from None
     return LayerMap(index, layer, attention, heads, channels)
+
+
+def _check_linear(linear: nn.Linear, where: str) -> None:
+    if linear.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise GispError(f"{where} holds {linear.weight.dtype} weights: give a model that is not quantised")
+    if type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
+        raise GispError(f"{where} is a {type(linear).__name__} with its own forward: remove adapters and hooks first")
 
 
 def protected_layers(layers: int, first: float, last: int) -> frozenset[int]:

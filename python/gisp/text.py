@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from gisp.data import Sequences, checked_rows
+from gisp.data import Row, Sequences
 from gisp.errors import GispError
 from gisp.objectives import IGNORED
 
-# Short names for datasets on the hub: (path, configuration, split).
+# Short names for datasets on the hub: (path, configuration, split to evaluate on); calibration takes the train split.
 NAMED_DATASETS: dict[str, tuple[str, str | None, str]] = {
-    "c4": ("allenai/c4", "en", "train"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
-    "wikitext2-test": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4": ("allenai/c4", "en", "validation"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
 }
 _STREAMED_ROWS = 20000
@@ -26,14 +25,14 @@ FORMATS = "text, prompt and completion, or context, choices and answer"
 
 
 def sequences_from_text(
-    spec: str, tokenizer_from: str | None, seq_len: int, objective: str, vocab_size: int
+    spec: str, tokenizer_from: str | None, seq_len: int, objective: str, vocab_size: int, held_out: bool = False
 ) -> Sequences:
     """Tokenised sequences of a text SPEC.
 
     Rows of ``text`` are joined with the end-of-text token and cut into rows of ``seq_len`` tokens. A completion's or
     an answer's tokens alone are scored. Longer examples keep their last ``seq_len`` tokens.
     """
-    rows = list(read_rows(spec))
+    rows = list(read_rows(spec, held_out))
     if not rows:
         raise GispError(f"{spec} holds no rows: give rows of {FORMATS}")
     tokenizer = load_tokenizer(tokenizer_from, spec)
@@ -44,8 +43,8 @@ def sequences_from_text(
     if kind == "text":
         sequences = _pack(rows, tokenizer, seq_len, spec)
     elif kind == "completion":
-        sequences = checked_rows(
-            [_scored_tail(tokenizer, row["prompt"], row["completion"], seq_len, spec) for row in rows], spec
+        sequences = Sequences.plain(
+            [_scored_tail(tokenizer, row["prompt"], row["completion"], seq_len, spec) for row in rows]
         )
     else:
         sequences = _choices(rows, tokenizer, seq_len, objective, spec)
@@ -68,11 +67,11 @@ def load_tokenizer(tokenizer_from: str | None, spec: str) -> Any:
         raise GispError(f"{spec} is text and {tokenizer_from} has no usable tokenizer: {reason}") from None
 
 
-def read_rows(spec: str) -> Iterator[dict[str, Any]]:
+def read_rows(spec: str, held_out: bool = False) -> Iterator[dict[str, Any]]:
     """Rows of a text file or named dataset as dictionaries."""
     path = Path(spec)
     if path.suffix not in _TEXT_FILES:
-        yield from _dataset_rows(spec)
+        yield from _dataset_rows(spec, held_out)
         return
     if not path.is_file():
         raise GispError(f"data file {path} does not exist: give an existing .safetensors, .jsonl, .txt or .parquet")
@@ -115,7 +114,7 @@ def _parquet_rows(path: Path) -> Iterable[dict[str, Any]]:
         raise GispError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}") from None
 
 
-def _dataset_rows(name: str) -> Iterator[dict[str, Any]]:
+def _dataset_rows(name: str, held_out: bool) -> Iterator[dict[str, Any]]:
     if name not in NAMED_DATASETS:
         known = ", ".join(NAMED_DATASETS)
         raise GispError(
@@ -125,7 +124,8 @@ def _dataset_rows(name: str) -> Iterator[dict[str, Any]]:
         import datasets
     except ImportError:
         raise GispError(f"dataset {name!r} needs the datasets library: pip install 'gisp-kernels[data]'") from None
-    path, configuration, split = NAMED_DATASETS[name]
+    path, configuration, evaluation_split = NAMED_DATASETS[name]
+    split = evaluation_split if held_out else "train"
     try:
         stream = datasets.load_dataset(path, configuration, split=split, streaming=True)
         yield from (dict(row) for row in stream.take(_STREAMED_ROWS) if str(row.get("text", "")).strip())
@@ -141,7 +141,7 @@ def _kind(row: dict[str, Any], spec: str, number: int) -> str:
     choices = row.get("choices")
     if isinstance(row.get("context"), str) and isinstance(choices, list):
         answer = row.get("answer")
-        if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        if type(answer) is not int or not 0 <= answer < len(choices):
             raise GispError(
                 f"{spec}: row {number} has answer {answer!r}: give the index of one of {len(choices)} choices"
             )
@@ -167,9 +167,7 @@ def _pack(rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, spec: str) -
     return Sequences.plain([(piece, piece) for piece in pieces])
 
 
-def _scored_tail(
-    tokenizer: Any, prompt: str, completion: str, seq_len: int, spec: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _scored_tail(tokenizer: Any, prompt: str, completion: str, seq_len: int, spec: str) -> Row:
     """One sequence whose completion tokens alone are scored."""
     head, tail = _encode(tokenizer, prompt), _encode(tokenizer, completion)
     start = tokenizer.bos_token_id
@@ -182,11 +180,14 @@ def _scored_tail(
     ids = torch.tensor(head + tail)
     labels = ids.clone()
     labels[: len(head)] = IGNORED
-    return ids[-seq_len:], labels[-seq_len:]
+    labels = labels[-seq_len:]
+    # The first token of a sequence has nothing before it to be predicted from.
+    labels[0] = IGNORED
+    return ids[-seq_len:], labels
 
 
 def _choices(rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, objective: str, spec: str) -> Sequences:
-    sequences: list[tuple[torch.Tensor, torch.Tensor]] = []
+    sequences: list[Row] = []
     signs: list[int] = []
     examples: list[tuple[int, ...]] = []
     for row in rows:
@@ -199,5 +200,4 @@ def _choices(rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, objective
             sequences.append(_scored_tail(tokenizer, row["context"], str(choice), seq_len, spec))
             signs.append(1 if gold else -1)
         examples.append(tuple(numbers))
-    checked_rows(sequences, spec)
     return Sequences(tuple(sequences), tuple(signs), tuple(examples))

@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from gisp.errors import GispError
-from gisp.files import write_atomic
+from gisp.files import disk_message, write_atomic
+from gisp.run_record import FORMAT, RECORD, TENSORS, VERSION, corrupt, read_record, read_removed_at
 from gisp.shrink import Removal, ShrinkableModel
-from gisp.structures import channels_name, fingerprint, heads_name, map_model
-
-FORMAT = "gisp-trajectory"
-VERSION = 1
-TENSORS = "trajectory.safetensors"
-RECORD = "trajectory.json"
+from gisp.structures import fingerprint, map_model
 
 
 @dataclass(frozen=True)
@@ -127,8 +122,8 @@ class Trajectory:
             shrinkable = ShrinkableModel(map_model(model))
         else:
             shrinkable = self._attach(model)
-        self.model = model
         move_to(shrinkable, self, step)
+        self.model = model
         return model
 
     def load_base(self, *, device: str = "auto", dtype: str | None = None) -> Any:
@@ -193,7 +188,10 @@ class Trajectory:
     def save(self, folder: str | Path) -> None:
         """Write the two trajectory files into ``folder``; each appears whole or not at all, the JSON last."""
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise GispError(disk_message(path, error)) from None
         write_atomic(path / TENSORS, self.tensors())
         write_atomic(path / RECORD, json.dumps(self.record(), indent=1).encode())
 
@@ -204,52 +202,20 @@ class Trajectory:
         Raises:
             GispError: no run there, or a corrupt one.
         """
-        path = Path(folder)
-        if not (path / RECORD).is_file() or not (path / TENSORS).is_file():
-            raise GispError(f"{path} holds no run: it has no {RECORD} and {TENSORS}")
+        record = read_record(Path(folder))
+        removed_at = read_removed_at(Path(folder), record)
         try:
-            record = json.loads((path / RECORD).read_text())
-            tensors = load_file(path / TENSORS)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise GispError(f"the run in {path} cannot be read: {reason}") from None
-        try:
-            return cls._from_parts(record, tensors)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise GispError(f"the run in {path} is corrupt: {error!r} in {RECORD}") from None
-        except GispError as error:
-            raise GispError(f"the run in {path} is corrupt: {error}") from None
-
-    @classmethod
-    def _from_parts(cls, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Trajectory:
-        if record.get("format") != FORMAT or record.get("version") != VERSION:
-            found = f"{record.get('format')!r} version {record.get('version')!r}"
-            raise GispError(f"{RECORD} is {found}, not {FORMAT!r} version {VERSION}")
-        base = dict(record["base_model"])
-        steps = [StepRecord(**step) for step in record["steps"]]
-        if [step.step for step in steps] != list(range(1, len(steps) + 1)):
-            raise GispError(f"{RECORD} does not number its steps 1 to {len(steps)}")
-        removed_at = {}
-        for layer in range(int(base["layers"])):
-            for name, count in (
-                (heads_name(layer), base["num_attention_heads"]),
-                (channels_name(layer), base["intermediate_size"]),
-            ):
-                at = tensors.get(f"{name}.removed_at")
-                if at is None or at.dtype != torch.int32 or tuple(at.shape) != (count,):
-                    raise GispError(f"{TENSORS} has no int32 [{count}] tensor {name}.removed_at")
-                if bool((at < 0).any()) or bool((at > len(steps) + 1).any()):
-                    raise GispError(f"{TENSORS} holds steps outside 0 to {len(steps)} in {name}.removed_at")
-                # The tensors are written before the record: a run cut between the two is one step ahead here.
-                removed_at[name] = torch.where(at > len(steps), 0, at)
+            steps = [StepRecord(**step) for step in record["steps"]]
+        except TypeError as error:
+            raise corrupt(Path(folder) / RECORD, error) from None
         return cls(
-            removed_at=removed_at,
-            base_model=base,
-            config=dict(record["config"]),
-            data=dict(record["data"]),
-            versions=dict(record["versions"]),
+            removed_at={name: torch.from_numpy(at) for name, at in removed_at.items()},
+            base_model=record["base_model"],
+            config=record["config"],
+            data=record["data"],
+            versions=record["versions"],
             steps=steps,
-            complete=bool(record["complete"]),
+            complete=record["complete"],
         )
 
     def _total(self, kind: str) -> int:

@@ -31,11 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     except GispError as error:
         return _fail(str(error))
     except _ParseError as error:
-        return _fail(_with_value(error, sys.argv[1:] if argv is None else argv))
+        message = _with_value(error, sys.argv[1:] if argv is None else argv)
+        # Without a command the help has been shown, and there is nothing more to say.
+        return _fail(message) if message.strip() else 2
     except typer.Exit as exit_request:
         return exit_request.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: finished steps are kept, continue with --resume", file=sys.stderr)
+        print("interrupted: finished steps of a run are kept, continue them with --resume", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename or 'file'}")

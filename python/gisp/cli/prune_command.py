@@ -67,23 +67,36 @@ def prune(
 
     given = dict(locals())
     options: dict[str, Any] = read_yaml(config) if config else {}
+    places = {"model": model, "data": data, "out": out}
+    for name, value in places.items():
+        stored = options.pop(name, None)
+        places[name] = value or (str(stored) if stored else None)
     options.update({name: given[name] for name in FIELDS if given.get(name) is not None})
+    unknown = next((name for name in options if name not in FIELDS), None)
+    if unknown:
+        raise GispError(f"unknown option {unknown!r} in {config}: choose one of {', '.join(FIELDS)}")
+    missing = [n for n, v in zip(("MODEL", "--data", "--out"), places.values(), strict=True) if not v]
+    if missing:
+        raise GispError(f"{missing[0]} is missing: gisp prune MODEL --data SPEC --out RUN")
     options["batch_size"] = _batch_size(options.get("batch_size"))
-    model = model or options.pop("model", None)
-    data = data or options.pop("data", None)
-    for name in ("model", "data", "out"):
-        options.pop(name, None)
-    if not model or not data or out is None:
-        missing = next(n for n, v in (("MODEL", model), ("--data", data), ("--out", out)) if not v)
-        raise GispError(f"{missing} is missing: gisp prune MODEL --data SPEC --out RUN")
     with StepProgress("pruning") as progress:
         if options.get("ratio") is not None and options.get("preset") != "official":
             progress.say("warning: --ratio belongs to preset official and is ignored here")
             options["ratio"] = None
-        trajectory = run_prune(model, data, out=out, resume=resume, on_step=progress.step, **options)
+        trajectory = run_prune(
+            str(places["model"]),
+            places["data"],
+            out=str(places["out"]),
+            resume=resume,
+            on_step=progress.step,
+            **options,
+        )
     last = trajectory.steps[-1]
+    goal = trajectory.config["sparsity"]
+    if trajectory.config["schedule"] == "structures" and goal is not None and last.sparsity < goal:
+        progress.say(f"warning: the schedule ended at {last.sparsity:.4f}, short of {goal}: give a higher --ratio")
     progress.say(
-        f"{out}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
+        f"{places['out']}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
         f"whole model {last.model_sparsity:.4f}"
     )
 
@@ -91,7 +104,6 @@ def prune(
 def _batch_size(value: Any) -> int | None:
     if value is None or value == "auto":
         return None
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise GispError(f"--batch-size is {value!r}: give a number or auto") from None
+    if isinstance(value, bool) or not str(value).lstrip("-").isdigit():
+        raise GispError(f"--batch-size is {value!r}: give a number or auto")
+    return int(value)

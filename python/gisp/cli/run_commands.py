@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +52,8 @@ def evaluate(
 
     result = evaluate_target(target, data, sparsity=sparsity, window=window, device=device, dtype=dtype)
     if as_json:
-        print(json.dumps(result))
+        # JSON has no infinity.
+        print(json.dumps({k: None if v == math.inf else v for k, v in result.items()}))
         return
     print(
         f"perplexity {result['perplexity']:.4f} at decoder sparsity {result['sparsity']:.4f} "

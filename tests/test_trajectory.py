@@ -1,0 +1,223 @@
+"""Runs on disk and in memory: moving a model along them, and refusing what does not belong together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_tokens
+
+import gisp
+from gisp.cli import main
+from gisp.errors import GispError
+from gisp.run_eval import evaluate_target
+
+OPTIONS = {"sparsity": 0.3, "steps": 4, "align": 4, "batch_tokens": 64, "device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "gqa"
+    tiny_model("llama-gqa").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "t.safetensors"
+    save_file({"input_ids": tiny_tokens(16, 16)}, path)
+    return path
+
+
+def run_into(out, model_folder, token_file, **options):
+    return gisp.prune(model_folder, token_file, out=out, **{**OPTIONS, **options})
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(tiny_tokens(2)).logits
+
+
+def test_a_model_moves_down_and_up_bit_for_bit():
+    model = tiny_model()
+    dense = logits(model)
+    trajectory = gisp.prune(model, tiny_tokens(16, 16), **OPTIONS)
+    small = logits(model)
+    assert trajectory.at(0, model) is model
+    assert torch.equal(logits(model), dense)
+    trajectory.at(0.15)
+    middle = logits(model)
+    trajectory.at()
+    assert torch.equal(logits(model), small)
+    trajectory.at(0.15)
+    assert torch.equal(logits(model), middle)
+
+
+def test_a_pruned_model_follows_another_trajectory_of_its_base():
+    model = tiny_model()
+    first = gisp.prune(model, tiny_tokens(16, 16), **OPTIONS)
+    small = logits(model)
+    other = gisp.prune(tiny_model(), tiny_tokens(16, 16, seed=9), **OPTIONS, seed=3)
+    assert any(not torch.equal(first.removed_at[n], other.removed_at[n]) for n in first.removed_at)
+    other.at(None, model)
+    assert not torch.equal(logits(model), small)
+    first.at(None, model)
+    torch.testing.assert_close(logits(model), small, rtol=0, atol=1e-5 * float(small.abs().max()))
+
+
+def test_models_that_cannot_follow_are_refused():
+    model = tiny_model()
+    trajectory = gisp.prune(model, tiny_tokens(16, 16), **OPTIONS)
+    with pytest.raises(GispError, match="already pruned"):
+        gisp.prune(model, tiny_tokens(16, 16), **OPTIONS)
+    with pytest.raises(GispError, match="other weights than"):
+        trajectory.at(0.1, tiny_model(seed=5))
+    with pytest.raises(GispError, match="num_key_value_heads 4"):
+        trajectory.at(0.1, tiny_model("llama-mha"))
+    model.double()
+    with pytest.raises(GispError, match="can no longer be moved"):
+        trajectory.at(0.1)
+
+
+@pytest.mark.parametrize("where", ["adapter", "float64"])
+def test_layers_that_cannot_be_scored_are_refused_before_anything(where):
+    model = tiny_model()
+    if where == "adapter":
+        model.model.layers[1].mlp.up_proj.forward = lambda x: x
+    else:
+        model.model.layers[1].mlp.up_proj.double()
+    with pytest.raises(GispError, match=r"layer 1 .*up_proj"):
+        gisp.prune(model, tiny_tokens(16, 16), **OPTIONS)
+
+
+def test_files_of_two_runs_do_not_mix(tmp_path, model_folder, token_file):
+    run_into(tmp_path / "a", model_folder, token_file)
+    run_into(tmp_path / "b", model_folder, token_file, norm="none")
+    shutil.copy(tmp_path / "b" / "trajectory.safetensors", tmp_path / "a" / "trajectory.safetensors")
+    with pytest.raises(GispError, match="different runs"):
+        gisp.Trajectory.load(tmp_path / "a")
+
+
+def _set(record, path, value):
+    *parents, last = path.split(".")
+    for name in parents:
+        record = record[int(name) if name.isdigit() else name]
+    if value is None:
+        del record[last]
+    else:
+        record[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("base_model.layers", "abc"),
+        ("base_model.path", None),
+        ("base_model.fingerprint", None),
+        ("versions", "ab"),
+        ("config", {}),
+        ("steps.1.sparsity", "x"),
+        ("steps.1.loss", float("nan")),
+        ("steps.0.step", 2),
+        ("complete", "yes"),
+        ("version", 2),
+    ],
+)
+def test_a_corrupt_record_is_one_line(tmp_path, model_folder, token_file, path, value, capsys):
+    run_into(tmp_path / "r", model_folder, token_file)
+    file = tmp_path / "r" / "trajectory.json"
+    record = json.loads(file.read_text())
+    _set(record, path, value)
+    file.write_text(json.dumps(record))
+    for arguments in (["inspect"], ["report"], ["eval", "--data", str(token_file), "--sparsity", "0.2"]):
+        assert main([arguments[0], str(tmp_path / "r"), *arguments[1:]]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        assert captured.err.startswith("error: ")
+        assert "corrupt" in captured.err
+
+
+def test_a_stored_config_repeats_its_run(tmp_path, model_folder, token_file):
+    given = ["--preset", "official", "--steps", "12", "--sparsity", "0.3", "--dtype", "float32", "--device", "cpu"]
+    assert main(["prune", str(model_folder), "--data", str(token_file), "--out", str(tmp_path / "a"), *given]) == 0
+    again = ["--config", str(tmp_path / "a" / "config.yaml")]
+    assert main(["prune", *again, "--out", str(tmp_path / "b")]) == 0
+    files = [(tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+    assert gisp.Trajectory.load(tmp_path / "a").steps[-1].sparsity >= 0.3
+    assert main(["prune", *again, "--out", str(tmp_path / "a"), "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("resume: true\n", "resume"),
+        ("on_step: x\n", "on_step"),
+        ("batch_size: .inf\n", "inf"),
+        ("batch_size: 4.7\n", "4.7"),
+        ("batch_size: true\n", "True"),
+        ("seed: 1125899906842624\n", "1125899906842624"),
+    ],
+)
+def test_bad_config_files_are_one_line(tmp_path, model_folder, token_file, text, word, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    arguments = ["--data", str(token_file), "--out", str(tmp_path / "r"), "--config", str(tmp_path / "c.yaml")]
+    assert main(["prune", str(model_folder), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert word in error
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_out_folder_that_cannot_be_is_refused_before_any_work(tmp_path, token_file):
+    (tmp_path / "file").write_text("")
+    model = tiny_model()
+    before = logits(model)
+    with pytest.raises(GispError, match="is not a folder this user may write to"):
+        gisp.prune(model, token_file, out=tmp_path / "file" / "run", **OPTIONS)
+    assert torch.equal(logits(model), before)
+
+
+def test_evaluating_to_nan_is_an_error(tmp_path, token_file):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+        model.lm_head.weight.fill_(3e38)
+    model.save_pretrained(tmp_path / "m")
+    with pytest.raises(GispError, match="evaluation data is NaN"):
+        evaluate_target(str(tmp_path / "m"), str(token_file), window=16, device="cpu")
+
+
+def test_a_checkpoint_with_more_layers_than_its_config_is_refused(tmp_path):
+    tiny_model(layers=3).save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(GispError, match=r"unexpected keys, first model\.layers\.2"):
+        gisp.load(tmp_path / "m")
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GispError, match=r"quantised \(gptq\)"):
+        gisp.load(tmp_path / "m")
+
+
+def test_stream_scores_do_not_depend_on_the_batch_size():
+    found = [gisp.prune(tiny_model(), tiny_tokens(16, 16), **OPTIONS, batch_size=size).removed_at for size in (None, 2)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_lost_metrics_do_not_stop_a_resumed_run(tmp_path, model_folder, token_file):
+    run_into(tmp_path / "whole", model_folder, token_file)
+
+    def stop(record, steps):
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_into(tmp_path / "cut", model_folder, token_file, on_step=stop)
+    (tmp_path / "cut" / "metrics.jsonl").unlink()
+    run_into(tmp_path / "cut", model_folder, token_file, resume=True)
+    files = [(tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
