@@ -119,5 +119,5 @@ def _evaluation(label: str, sparsity: float, result: Perplexity) -> dict[str, An
         "perplexity": result.perplexity,
         "tokens": result.tokens,
         "window": result.window,
-        "data": "held-out text of the demo",
+        "data": "held-out text",
     }
