@@ -94,15 +94,32 @@ def _die_at_rename(number: int) -> None:
     os.replace = os.rename = replace  # type: ignore[assignment]
 
 
-def _child(arguments: list[str], log: str, die_at_rename: int) -> None:
+def _pause_after_renames(seconds: float) -> None:
+    """Slow a run down at every file it puts in place, so that it cannot end before a signal reaches it."""
+    original = os.replace
+
+    def replace(*paths: object, **options: object) -> None:
+        original(*paths, **options)  # type: ignore[arg-type]
+        time.sleep(seconds)
+
+    os.replace = os.rename = replace  # type: ignore[assignment]
+
+
+def _child(arguments: list[str], log: str, die_at_rename: int, pause: float) -> None:
     from gisp.cli import main
 
     if die_at_rename:
         _die_at_rename(die_at_rename)
+    if pause:
+        _pause_after_renames(pause)
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
     os.dup2(target, 2)
     sys.exit(main(arguments))
+
+
+# Seconds a process that is to be interrupted waits after each file: a run of ten tiny steps lasts about a second.
+PAUSE = 0.03
 
 
 class Launcher:
@@ -127,9 +144,9 @@ class Launcher:
             else:
                 os.environ["PYTHONPATH"] = previous
 
-    def start(self, *argv: object, die_at_rename: int = 0) -> BaseProcess:
+    def start(self, *argv: object, die_at_rename: int = 0, pause: float = 0.0) -> BaseProcess:
         arguments = [str(a) for a in argv]
-        process = self._context.Process(target=_child, args=(arguments, str(self._log), die_at_rename))
+        process = self._context.Process(target=_child, args=(arguments, str(self._log), die_at_rename, pause))
         process.start()
         return process
 
@@ -144,7 +161,7 @@ class Launcher:
 
     def interrupt(self, ready: Callable[[], bool], delay: float, number: signal.Signals, *argv: object) -> int:
         """Start, wait until ``ready()``, sleep ``delay`` seconds, send a signal; return the exit code."""
-        process = self.start(*argv)
+        process = self.start(*argv, pause=PAUSE)
         deadline = time.monotonic() + 60
         while not ready() and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.001)
