@@ -160,23 +160,8 @@ def _wgrad_importance(
         reference.wgrad_importance_(out, grad_output, input, weight, axis, block)
 
 
-@torch.library.custom_op("gisp::abs_weighted_reduce_", mutates_args=("out",))
-def abs_weighted_reduce_op(
-    out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int, choice: str
-) -> None:
-    """Registered form of :func:`abs_weighted_reduce`, arguments already validated, ``choice`` resolved."""
-    _abs_weighted_reduce(out, weight, grad, axis, block, choice)
-
-
-@torch.library.custom_op("gisp::wgrad_importance_", mutates_args=("out",))
-def wgrad_importance_op(
-    out: torch.Tensor,
-    grad_output: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    axis: str,
-    block: int,
-    choice: str,
-) -> None:
-    """Registered form of :func:`wgrad_importance`; ``choice`` may also be ``"matmul"``: cuBLAS and a reduction."""
-    _wgrad_importance(out, grad_output, input, weight, axis, block, choice)
+# Registered forms for tracing; arguments already validated, ``choice`` resolved (``"matmul"``: cuBLAS and a reduction).
+abs_weighted_reduce_op = torch.library.custom_op(
+    "gisp::abs_weighted_reduce_", _abs_weighted_reduce, mutates_args=("out",)
+)
+wgrad_importance_op = torch.library.custom_op("gisp::wgrad_importance_", _wgrad_importance, mutates_args=("out",))
