@@ -1,0 +1,102 @@
+"""RMS norm with the residual addition before it, and its backward into the residual gradient.
+
+Follows transformers' ``LlamaRMSNorm``: the inverse RMS is float32, the scaled input is rounded to the tensor's dtype
+and then multiplied with the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gisp_kernels import backend as backends
+
+SUPPORTED = ("triton",)
+
+
+def add_rms_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    total: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norm of ``x + delta``.
+
+    Args:
+        x: [T, D].
+        delta: [T, D] or ``None`` for zero.
+        weight: [D], same dtype as ``x``.
+        eps: added to the mean square.
+        total: where ``x + delta`` goes, may be ``x`` or ``delta`` itself; unused without ``delta``.
+        backend: ``None`` or ``"auto"``, ``"reference"`` or ``"triton"``.
+
+    Returns:
+        ``x + delta`` rounded to dtype (``x`` itself without ``delta``), its norm [T, D], and the inverse RMS,
+        float32 [T].
+    """
+    _check(x, weight, delta)
+    if backends.resolve(backend, x, SUPPORTED) == "triton":
+        from gisp_kernels.triton_kernels import rms_norm as kernel
+
+        return kernel.add_norm(x, delta, weight, eps, total)
+    if delta is not None:
+        x = torch.add(x, delta) if total is None else total.copy_(x + delta)
+    rstd = torch.rsqrt(x.float().pow(2).mean(1) + eps)
+    return x, _apply(x, rstd, weight), rstd
+
+
+def rms_norm_apply(
+    x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None
+) -> torch.Tensor:
+    """The norm of ``x`` [T, D] from its saved inverse RMS (float32 [T]): the bits :func:`add_rms_norm` gave."""
+    _check(x, weight)
+    if backends.resolve(backend, x, SUPPORTED) == "triton":
+        from gisp_kernels.triton_kernels import rms_norm as kernel
+
+        return kernel.apply_norm(x, rstd, weight)
+    return _apply(x, rstd, weight)
+
+
+def rms_norm_backward_(
+    grad: torch.Tensor | None,
+    normed_grad: torch.Tensor,
+    x: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Gradient of the norm's input, added to ``grad`` in place.
+
+    Args:
+        grad: [T, D] to add to; ``None``: the result takes the place of ``normed_grad``.
+        normed_grad: [T, D], dL/d(norm).
+        x, rstd, weight: input [T, D], inverse RMS float32 [T] and weight [D] of the forward.
+
+    Returns:
+        ``grad``, or ``normed_grad`` overwritten. The sum is float32 and rounded once.
+    """
+    _check(x, weight, normed_grad, grad)
+    if backends.resolve(backend, x, SUPPORTED) == "triton":
+        from gisp_kernels.triton_kernels import rms_norm as kernel
+
+        return kernel.backward(grad, normed_grad, x, rstd, weight)
+    inverse = rstd[:, None]
+    unit = x.float() * inverse
+    weighted = normed_grad.float() * weight.float()
+    result = inverse * (weighted - unit * (weighted * unit).mean(1, keepdim=True))
+    return normed_grad.copy_(result) if grad is None else grad.copy_(grad.float() + result)
+
+
+def _apply(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return weight * (x.float() * rstd[:, None]).to(x.dtype)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> None:
+    if x.dim() != 2 or weight.shape != x.shape[1:]:
+        raise ValueError(f"x must be [tokens, features] and weight [features], got {x.shape} and {weight.shape}")
+    for other in others:
+        if other is not None and (other.shape != x.shape or other.dtype != x.dtype):
+            raise ValueError(f"all operands must be {x.dtype} {tuple(x.shape)}, got {other.dtype} {tuple(other.shape)}")

@@ -1,0 +1,105 @@
+"""Key/value heads copied to their query heads, and summed back: there every program looks at all heads and takes its
+own."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+TOKENS = 16
+
+
+@triton.jit(do_not_specialize=["T", "H", "stride_kt", "stride_kh"])
+def _expand_kernel(  # type: ignore[no-untyped-def]
+    kv_ptr,  # [T, KV, hd]
+    index_ptr,  # int64 [H]
+    out_ptr,  # [T, H, hd], contiguous
+    T,
+    H,
+    stride_kt,
+    stride_kh,
+    HD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """out[t, h] = kv[t, index[h]]."""
+    if ALIGNED:
+        stride_kt = (stride_kt // 8) * 8
+        stride_kh = (stride_kh // 8) * 8
+    head = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    offs = tl.arange(0, BLOCK)
+    mask = (token < T)[:, None] & (offs < HD)[None, :]
+    source = tl.load(index_ptr + head)
+    value = tl.load(kv_ptr + (token * stride_kt + source * stride_kh)[:, None] + offs[None, :], mask=mask)
+    tl.store(out_ptr + ((token * H + head) * HD)[:, None] + offs[None, :], value, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "H", "KV", "stride_gt", "stride_gh"])
+def _sum_kv_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr,  # [T, H, hd]
+    index_ptr,  # int64 [H]
+    out_ptr,  # [T, KV, hd], contiguous
+    T,
+    H,
+    KV,
+    stride_gt,
+    stride_gh,
+    HD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """out[t, j] = sum of grad[t, h] over the heads h with index[h] == j, ascending."""
+    if ALIGNED:
+        stride_gt = (stride_gt // 8) * 8
+        stride_gh = (stride_gh // 8) * 8
+    kv_head = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    offs = tl.arange(0, BLOCK)
+    mask = (token < T)[:, None] & (offs < HD)[None, :]
+    total = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for head in range(H):
+        if tl.load(index_ptr + head) == kv_head:
+            grad = grad_ptr + (token * stride_gt + head * stride_gh)[:, None] + offs[None, :]
+            total += tl.load(grad, mask=mask, other=0.0).to(tl.float32)
+    out = out_ptr + ((token * KV + kv_head) * HD)[:, None] + offs[None, :]
+    tl.store(out, total, mask=mask)
+
+
+def _shape(size: int, *strides: int) -> dict[str, int | bool]:
+    aligned = all(extent % 8 == 0 for extent in (size, *strides))
+    return {
+        "HD": size,
+        "BLOCK": triton.next_power_of_2(size),
+        "TOKENS": TOKENS,
+        "ALIGNED": aligned,
+        "num_warps": 4,
+    }
+
+
+def expand(kv: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """See :func:`gisp_kernels.decoder.expand_kv`."""
+    tokens, _, size = kv.shape
+    heads = index.shape[0]
+    out = torch.empty(tokens, heads, size, dtype=kv.dtype, device=kv.device)
+    if out.numel():
+        strides = (kv.stride(0), kv.stride(1))
+        _expand_kernel[(triton.cdiv(tokens, TOKENS), heads)](
+            kv, index, out, tokens, heads, *strides, **_shape(size, *strides)
+        )
+    return out
+
+
+def sum_heads(grad: torch.Tensor, index: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """See :func:`gisp_kernels.decoder.sum_kv`."""
+    tokens, heads, size = grad.shape
+    out = torch.empty(tokens, kv_heads, size, dtype=grad.dtype, device=grad.device)
+    if out.numel():
+        strides = (grad.stride(0), grad.stride(1))
+        _sum_kv_kernel[(triton.cdiv(tokens, TOKENS), kv_heads)](
+            grad, index, out, tokens, heads, kv_heads, *strides, **_shape(size, *strides)
+        )
+    return out
