@@ -8,89 +8,80 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from gisp_kernels.groups import Projection, StructureGroup
-from gisp_kernels.partition import swap_blocks_
+from gisp_kernels.ordering import Change, Ordering
+from gisp_kernels.partition import PreparedSwaps
 
 
-@dataclass
 class _Store:
-    """One projection with the storage it owns, kept and removed structures together."""
+    """One weight or bias with the storage it owns, kept and removed structures together."""
 
-    projection: Projection
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    def __init__(self, projection: Projection, name: str) -> None:
+        linear = projection.linear
+        self.block = projection.block
+        self.axis = projection.axis
+        self.dim = 0 if projection.axis == "row" else 1
+        self._linear: Any = linear
+        self._name = name
+        # The number of features that follows this tensor's extent; a bias leaves it to its weight.
+        self._features = None if name == "bias" else ("out_features", "in_features")[self.dim]
+        self.parameter: torch.nn.Parameter = linear._parameters[name]  # type: ignore[assignment]
+        self._take(self.parameter.detach())
 
     @staticmethod
-    def of(projection: Projection) -> _Store:
-        linear = projection.linear
-        has_bias = projection.axis == "row" and linear.bias is not None
-        return _Store(projection, linear.weight.detach(), linear.bias.detach() if has_bias else None)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [self.weight] if self.bias is None else [self.weight, self.bias]
+    def of(projection: Projection) -> list[_Store]:
+        has_bias = projection.axis == "row" and projection.linear.bias is not None
+        return [_Store(projection, name) for name in ("weight", "bias")[: 1 + has_bias]]
 
     def narrow(self, count: int) -> None:
         """Show the first ``count`` structures in the layer."""
-        linear, extent = self.projection.linear, count * self.projection.block
-        if self.projection.axis == "row":
-            _show(linear.weight, self.weight[:extent])
-            linear.out_features = extent
-        else:
-            _show(linear.weight, self.weight[:, :extent])
-            linear.in_features = extent
-        if self.bias is not None:
-            _show(linear.bias, self.bias[:extent])
+        extent = count * self.block
+        parameter, view = self.parameter, self.full.narrow(self.dim, 0, extent)
+        if parameter.grad is not None and parameter.shape != view.shape:
+            parameter.grad = None
+        parameter.data = view
+        if self._features is not None:
+            # nn.Module's own attribute setting looks for parameters and modules first, at ten times the cost.
+            object.__setattr__(self._linear, self._features, extent)
 
     def pack(self) -> None:
-        """Copy what the layer shows to storage of its own, where it does not fill its storage already."""
-        linear = self.projection.linear
-        self.weight = _tight(linear.weight)
-        if self.bias is not None:
-            self.bias = _tight(linear.bias)
+        """Copy what the layer shows to storage of its own, where it does not fill its storage already.
+
+        The storage shares the parameter's version counter, so that autograd notices a later swap in a saved weight.
+        """
+        data = self.parameter.detach()
+        if not (data.is_contiguous() and data.untyped_storage().nbytes() == _bytes(data)):
+            self.parameter.data = data.clone(memory_format=torch.contiguous_format)
+        self._take(self.parameter.detach())
 
     def is_shown(self, count: int) -> bool:
         """Whether the layer still shows the first ``count`` structures of this storage."""
-        linear, extent = self.projection.linear, count * self.projection.block
-        dim = 0 if self.projection.axis == "row" else 1
-        shown = [(linear.weight, self.weight, dim)]
-        if self.bias is not None:
-            if linear.bias is None:
-                return False
-            shown.append((linear.bias, self.bias, 0))
-        return all(_is_prefix(view.detach(), full, axis, extent) for view, full, axis in shown)
+        parameter = self.parameter
+        if self._linear._parameters.get(self._name) is not parameter:
+            return False
+        shape, extent = parameter.shape, count * self.block
+        if (
+            shape[self.dim] != extent
+            or len(shape) != len(self._shape)
+            or (len(shape) == 2 and shape[1 - self.dim] != self._shape[1 - self.dim])
+            or parameter.stride() != self._stride
+            or parameter.dtype != self._dtype
+        ):
+            return False
+        # A tensor without elements has no address of its own.
+        if parameter.numel():
+            return parameter.data_ptr() == self._address
+        return parameter.untyped_storage().data_ptr() == self.full.untyped_storage().data_ptr()
 
-
-@dataclass
-class _State:
-    """One group: where every structure is."""
-
-    group: StructureGroup
-    stores: list[_Store]
-    order: torch.Tensor
-    position: torch.Tensor
-    kept: int
-
-    def swap(self, pairs: torch.Tensor) -> None:
-        first, second = pairs[:, 0], pairs[:, 1]
-        held = self.order[first]
-        self.order[first] = self.order[second]
-        self.order[second] = held
-        self.position[self.order[first]] = first
-        self.position[self.order[second]] = second
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What one step did to one group."""
-
-    before: int
-    after: int
-    pairs: torch.Tensor = field(repr=False)
+    def _take(self, full: torch.Tensor) -> None:
+        self.full = full
+        self._address = full.data_ptr()
+        self._shape, self._stride, self._dtype = full.shape, full.stride(), full.dtype
 
 
 class Compactor:
@@ -110,16 +101,21 @@ class Compactor:
 
     def __init__(self, groups: Sequence[StructureGroup], *, backend: str | None = None) -> None:
         self._backend = backend
-        self._states: dict[str, _State] = {}
-        self._steps: list[dict[str, _Change]] = []
-        self._packed = False
+        counts: dict[str, int] = {}
         for group in groups:
-            if group.name in self._states:
+            if group.name in counts:
                 raise ValueError(f"two groups are named {group.name!r}")
-            stores = [_Store.of(p) for p in group.projections]
-            index = torch.arange(group.count)
-            self._states[group.name] = _State(group, stores, index, index.clone(), group.count)
+            counts[group.name] = group.count
+        self._ordering = Ordering(counts)
+        # By group and projection: the weight and, for rows, its bias.
+        self._stores = [[_Store.of(p) for p in group.projections] for group in groups]
         self._check_stores()
+        self._flat_stores = [[s for stores in projections for s in stores] for projections in self._stores]
+        device = self._flat_stores[0][0].full.device if groups else torch.device("cpu")
+        self._numbers = torch.from_numpy(self._ordering.order).to(device, copy=True)
+        self._prepared: PreparedSwaps | None = None
+        self._steps: list[Change] = []
+        self._packed = False
 
     @property
     def depth(self) -> int:
@@ -128,19 +124,36 @@ class Compactor:
 
     def kept(self, name: str) -> int:
         """Structures kept in a group."""
-        return self._state(name).kept
+        return self._ordering.kept[self._ordering.group(name)]
 
     def order(self, name: str) -> torch.Tensor:
         """Original index by current position, int64 CPU [original count]; the first :meth:`kept` are the kept ones."""
-        return self._state(name).order.clone()
+        group = self._ordering.group(name)
+        span = self._ordering.span(group)
+        return torch.from_numpy(self._ordering.order[span] - span.start)
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """Structure at every position, int64 [all structures] on the device of the first weight.
+
+        Structures and positions are numbered group after group. Later steps change this tensor, in the launch that
+        changes the weights: no step is waited for.
+        """
+        return self._numbers
+
+    def kept_span(self, name: str) -> slice:
+        """Positions of a group's kept structures in :attr:`numbers`."""
+        group = self._ordering.group(name)
+        start = int(self._ordering.start[group])
+        return slice(start, start + self._ordering.kept[group])
 
     def bytes_packed(self) -> int:
         """Bytes of what is kept: what the groups' storage takes after :meth:`pack`."""
-        return sum(_bytes(t) for store in self._stores() for t in _parameters(store))
+        return sum(_bytes(store.parameter) for stores in self._flat_stores for store in stores)
 
     def bytes_storage(self) -> int:
         """Bytes the groups' storage takes now, kept and removed structures together."""
-        return sum(_bytes(t) for store in self._stores() for t in store.tensors)
+        return sum(_bytes(store.full) for stores in self._flat_stores for store in stores)
 
     @torch.no_grad()
     def remove(self, removals: Mapping[str, torch.Tensor | Sequence[int]]) -> None:
@@ -153,13 +166,12 @@ class Compactor:
             ValueError: an unknown group, an index that is out of range, repeated or already removed, or a layer whose
                 weight was replaced from outside. Nothing has changed then.
         """
-        indices = {name: self._check_indices(name, index) for name, index in removals.items()}
-        changes = {name: self._plan(name, index) for name, index in indices.items() if index.numel()}
-        self._check_shown(changes)
-        self._swap(changes)
-        for name, change in changes.items():
-            self._set_kept(name, change.after)
-        self._steps.append(changes)
+        change = self._ordering.plan(removals)
+        groups = change.groups.tolist()
+        self._check_shown(groups)
+        self._swap(change)
+        self._set_kept(groups, change.after.tolist())
+        self._steps.append(change)
 
     @torch.no_grad()
     def rollback(self, steps: int = 1) -> None:
@@ -174,142 +186,97 @@ class Compactor:
         if steps > self.depth:
             why = " since pack(), which gave up the weights removed before" if self._packed else ""
             raise RuntimeError(f"{steps} steps cannot be rolled back: only {self.depth} were taken{why}")
-        self._check_shown({name for step in self._steps[self.depth - steps :] for name in step})
+        self._check_shown(sorted({g for step in self._steps[self.depth - steps :] for g in step.groups.tolist()}))
         for _ in range(steps):
-            changes = self._steps[-1]
-            self._swap(changes)
-            for name, change in changes.items():
-                self._set_kept(name, change.before)
+            change = self._steps[-1]
+            self._swap(change)
+            self._set_kept(change.groups.tolist(), change.before.tolist())
             self._steps.pop()
 
     @torch.no_grad()
     def pack(self) -> None:
         """Copy the kept parts to storage of their own and free the rest; steps so far can no longer be rolled back.
 
+        One tensor is held twice at a time.
+
         Raises:
             ValueError: a layer's weight was replaced from outside; nothing has changed then.
         """
-        self._check_shown(self._states)
-        for store in self._stores():
-            store.pack()
+        self._check_shown(range(len(self._flat_stores)))
+        # It holds on to the storage that is given up.
+        self._prepared = None
+        for stores in self._flat_stores:
+            for store in stores:
+                store.pack()
         self._steps.clear()
         self._packed = True
 
-    def _state(self, name: str) -> _State:
-        if name not in self._states:
-            raise ValueError(f"no group is named {name!r}; there are {len(self._states)}: {_some(self._states)}")
-        return self._states[name]
-
-    def _stores(self) -> list[_Store]:
-        return [store for state in self._states.values() for store in state.stores]
-
     def _check_stores(self) -> None:
         spans: list[tuple[str, int, int, str]] = []
-        for name, state in self._states.items():
-            for i, store in enumerate(state.stores):
+        for name, projections in zip(self._ordering.names, self._stores, strict=True):
+            for i, stores in enumerate(projections):
                 place = f"projection {i} of group {name!r}"
-                weight = store.weight
+                weight = stores[0].full
                 if weight.dim() != 2 or weight.layout != torch.strided or weight.is_meta:
                     found = f"{weight.layout} {tuple(weight.shape)} on {weight.device}"
                     raise ValueError(f"the weight of {place} must be a dense matrix with memory, got {found}")
                 if weight.shape[1] > 1 and weight.stride(1) != 1:
                     raise ValueError(f"rows of the weight of {place} must be contiguous, got strides {weight.stride()}")
-                spans += [(str(t.device), t.data_ptr(), _end(t), place) for t in store.tensors if t.numel()]
+                full = [store.full for store in stores]
+                spans += [(str(t.device), t.data_ptr(), _end(t), place) for t in full if t.numel()]
         spans.sort()
         for one, other in itertools.pairwise(spans):
             if one[0] == other[0] and other[1] < one[2]:
                 raise ValueError(f"{one[3]} and {other[3]} share memory: a tied weight cannot be compacted")
 
-    def _check_indices(self, name: str, index: torch.Tensor | Sequence[int]) -> torch.Tensor:
-        state = self._state(name)
-        given = torch.as_tensor(index, device="cpu")
-        if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
-            raise ValueError(f"indices to remove from {name!r} must be integers, got {given.dtype}")
-        if given.dim() != 1:
-            raise ValueError(f"indices to remove from {name!r} must have one dimension, got shape {tuple(given.shape)}")
-        given = given.long()
-        total = state.order.numel()
-        outside = given[(given < 0) | (given >= total)]
-        if outside.numel():
-            raise ValueError(f"group {name!r} has {total} structures, got index {int(outside[0])}")
-        gone = given[state.position[given] >= state.kept]
-        if gone.numel():
-            raise ValueError(f"structure {int(gone[0])} of group {name!r} is already removed")
-        repeats = torch.bincount(given, minlength=1)
-        if int(repeats.max()) > 1:
-            raise ValueError(f"structure {int(repeats.argmax())} of group {name!r} is given more than once")
-        return given
+    def _check_shown(self, groups: Iterable[int]) -> None:
+        for group in groups:
+            kept = self._ordering.kept[group]
+            for store in self._flat_stores[group]:
+                if not store.is_shown(kept):
+                    self._refuse(group, store)
 
-    def _plan(self, name: str, index: torch.Tensor) -> _Change:
-        state = self._state(name)
-        after = state.kept - index.numel()
-        removed = torch.zeros(state.kept, dtype=torch.bool)
-        removed[state.position[index]] = True
-        # Ascending on both sides: the result depends on the set of indices only, not on how it was listed.
-        leaving = removed[:after].nonzero().flatten()
-        moving_in = (~removed[after:]).nonzero().flatten() + after
-        return _Change(state.kept, after, torch.stack((leaving, moving_in), dim=1))
+    def _refuse(self, group: int, store: _Store) -> None:
+        i = next(i for i, stores in enumerate(self._stores[group]) if store in stores)
+        raise ValueError(
+            f"the weight or bias of projection {i} of group {self._ordering.names[group]!r} was replaced from outside "
+            "(moved, cast or reloaded): make a new Compactor"
+        )
 
-    def _check_shown(self, names: Iterable[str]) -> None:
-        for name in names:
-            state = self._state(name)
-            for i, store in enumerate(state.stores):
-                if not store.is_shown(state.kept):
-                    raise ValueError(
-                        f"the weight or bias of projection {i} of group {name!r} was replaced from outside "
-                        "(moved, cast or reloaded): make a new Compactor"
-                    )
+    def _swap(self, change: Change) -> None:
+        if len(change.pairs):
+            if self._prepared is None:
+                self._prepared = self._prepare()
+            starts = np.repeat(self._ordering.start[change.groups], np.diff(change.first))
+            local = change.pairs - starts[:, None]
+            # The numbers on the device move in the same launch as the weights; they are entry 0.
+            pairs = {0: change.pairs}
+            ends = change.first.tolist()
+            for group, first, last in zip(change.groups.tolist(), ends, ends[1:], strict=False):
+                if first < last:
+                    shared = local[first:last]
+                    for i in self._entries[group]:
+                        pairs[i] = shared
+            self._prepared.run(pairs)
+        self._ordering.swap(change)
 
-    def _swap(self, changes: Mapping[str, _Change]) -> None:
-        work = [
-            (tensor, change.pairs, store.projection.axis, store.projection.block)
-            for name, change in changes.items()
-            for store in self._states[name].stores
-            for tensor in store.tensors
-        ]
-        if work:
-            tensors, pairs, axes, blocks = zip(*work, strict=True)
-            swap_blocks_(tensors, pairs, axes, blocks, backend=self._backend)
-        for name, change in changes.items():
-            self._states[name].swap(change.pairs)
+    def _prepare(self) -> PreparedSwaps:
+        stores = [store for group in self._flat_stores for store in group]
+        sizes = [len(group) for group in self._flat_stores]
+        first = list(itertools.accumulate(sizes, initial=1))
+        self._entries = [range(start, start + size) for start, size in zip(first, sizes, strict=False)]
+        return PreparedSwaps(
+            [self._numbers, *(store.full for store in stores)],
+            ["row", *(store.axis for store in stores)],
+            [1, *(store.block for store in stores)],
+            backend=self._backend,
+        )
 
-    def _set_kept(self, name: str, count: int) -> None:
-        state = self._states[name]
-        state.kept = count
-        for store in state.stores:
-            store.narrow(count)
-
-
-def _show(parameter: torch.Tensor, view: torch.Tensor) -> None:
-    if parameter.shape != view.shape:
-        parameter.grad = None
-    parameter.data = view
-
-
-def _tight(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's data, made to fill its storage.
-
-    What is returned shares the parameter's version counter, so that autograd notices a later swap in a saved weight.
-    """
-    data = parameter.detach()
-    if not (data.is_contiguous() and data.untyped_storage().nbytes() == _bytes(data)):
-        _show(parameter, data.clone(memory_format=torch.contiguous_format))
-    return parameter.detach()
-
-
-def _parameters(store: _Store) -> list[torch.Tensor]:
-    linear = store.projection.linear
-    return [linear.weight] if store.bias is None else [linear.weight, linear.bias]
-
-
-def _is_prefix(view: torch.Tensor, full: torch.Tensor, dim: int, extent: int) -> bool:
-    return (
-        view.untyped_storage().data_ptr() == full.untyped_storage().data_ptr()
-        and view.storage_offset() == full.storage_offset()
-        and view.dtype == full.dtype
-        and view.shape == full.narrow(dim, 0, extent).shape
-        and view.stride() == full.stride()
-    )
+    def _set_kept(self, groups: Iterable[int], counts: Iterable[int]) -> None:
+        for group, count in zip(groups, counts, strict=True):
+            self._ordering.kept[group] = count
+            for store in self._flat_stores[group]:
+                store.narrow(count)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -319,8 +286,3 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _end(tensor: torch.Tensor) -> int:
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _some(names: Iterable[str], limit: int = 4) -> str:
-    listed = list(names)
-    return ", ".join(map(repr, listed[:limit])) + (", ..." if len(listed) > limit else "")

@@ -23,7 +23,8 @@ class Projection:
         linear: the layer, ``weight`` of shape [out_features, in_features].
         axis: ``"row"``: structure ``s`` owns rows ``s*block : (s+1)*block`` and those entries of the bias;
             ``"column"``: it owns those columns, and the bias belongs to no structure.
-        block: consecutive rows or columns per structure (head_dim for heads, 1 for channels).
+        block: consecutive rows or columns per structure (head_dim for heads, 1 for channels; projections of one group
+            may differ in it).
     """
 
     linear: nn.Linear
@@ -63,20 +64,29 @@ class StructureGroup:
         return self.projections[0].width // self.projections[0].block
 
 
-def attention_group(name: str, attention: Any) -> StructureGroup:
+def attention_group(name: str, attention: Any, *, whole_kv_groups: bool = False) -> StructureGroup:
     """Heads of an attention module with ``q_proj, k_proj, v_proj, o_proj`` and ``head_dim``.
 
     With one key/value head per query head a head owns its rows of q, k and v and its columns of o. With shared
     key/value heads (GQA: ``num_key_value_groups`` above 1, or fewer rows in k than in q) it owns rows of q and columns
     of o only; pruned widths do not tell, since few query heads may be left on as many key/value heads.
+
+    Args:
+        whole_kv_groups: a structure is a key/value head with all query heads that share it: its rows of k and v, their
+            rows of q and columns of o. The module must share its key/value heads evenly.
     """
     head_dim = int(attention.head_dim)
-    rows = [attention.q_proj]
-    shared = attention.k_proj.out_features != attention.q_proj.out_features
-    if not shared and getattr(attention, "num_key_value_groups", 1) == 1:
-        rows += [attention.k_proj, attention.v_proj]
-    parts = [Projection(linear, "row", head_dim) for linear in rows]
-    parts.append(Projection(attention.o_proj, "column", head_dim))
+    heads, kv_heads = attention.q_proj.out_features // head_dim, attention.k_proj.out_features // head_dim
+    shared = heads != kv_heads or getattr(attention, "num_key_value_groups", 1) != 1
+    query_rows = head_dim
+    if whole_kv_groups and kv_heads and heads % kv_heads == 0:
+        query_rows = heads // kv_heads * head_dim
+    elif whole_kv_groups:
+        raise ValueError(f"group {name!r}: {heads} query heads do not share {kv_heads} key/value heads evenly")
+    parts = [Projection(attention.q_proj, "row", query_rows)]
+    if whole_kv_groups or not shared:
+        parts += [Projection(linear, "row", head_dim) for linear in (attention.k_proj, attention.v_proj)]
+    parts.append(Projection(attention.o_proj, "column", query_rows))
     return StructureGroup(name, tuple(parts))
 
 

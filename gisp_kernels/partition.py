@@ -7,9 +7,10 @@ a prefix of the same storage. Swapping the same pairs again undoes it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from gisp_kernels import _ext
@@ -20,6 +21,8 @@ SUPPORTED = ("native", "triton")
 # Blocks are moved as integers of the element's size: every bit pattern survives, NaN payloads included.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AXES = ("row", "column")
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Layout(NamedTuple):
@@ -80,34 +83,85 @@ def swap_blocks_(
     counts = [block_layout(t, a, b).blocks for t, a, b in zip(tensors, axes, blocks, strict=True)]
     _check_pairs(pairs, counts)
     _check_no_overlap(tensors)
-    by_device: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(i)
-    # Every device is asked for its backend before anything is swapped.
-    choices = {d: backends.resolve(backend, tensors[m[0]], SUPPORTED) for d, m in by_device.items()}
-    for device, choice in choices.items():
-        members = [i for i in by_device[device] if pairs[i].shape[0] and tensors[i].numel()]
-        if not members:
+    for choice, members in _by_device(tensors, backend):
+        busy = [i for i in members if pairs[i].shape[0] and tensors[i].numel()]
+        if not busy:
             continue
         swap_blocks_op(
-            [tensors[i].detach().view(_BITS[tensors[i].element_size()]) for i in members],
-            [pairs[i] for i in members],
-            [_AXES.index(axes[i]) for i in members],
-            [int(blocks[i]) for i in members],
+            [_bits(tensors[i]) for i in busy],
+            [pairs[i] for i in busy],
+            [_AXES.index(axes[i]) for i in busy],
+            [int(blocks[i]) for i in busy],
             choice,
         )
 
 
-@torch.library.custom_op("gisp::swap_blocks_", mutates_args=("tensors",))
-def swap_blocks_op(
+class PreparedSwaps:
+    """Many swaps to come in the same tensors, checked once: :meth:`run` costs little more than its launch.
+
+    The tensors' memory must stay where it is. Arguments and errors are those of :func:`swap_blocks_`.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        axes: Sequence[str],
+        blocks: Sequence[int],
+        *,
+        backend: str | None = None,
+    ) -> None:
+        for i, (tensor, axis, block) in enumerate(zip(tensors, axes, blocks, strict=True)):
+            _check_tensor(f"tensors[{i}]", tensor, axis, block)
+        _check_no_overlap(tensors)
+        self._backend = backend
+        self._tensors = list(tensors)
+        self._bits = [_bits(tensor) for tensor in tensors]
+        self._axes = [_AXES.index(axis) for axis in axes]
+        self._blocks = [int(block) for block in blocks]
+        layouts = [block_layout(t, a, b) for t, a, b in zip(tensors, axes, blocks, strict=True)]
+        # What the compiled core is told of each tensor, less the number of pairs.
+        self._entries = [(t.data_ptr(), t.element_size(), *y) for t, y in zip(tensors, layouts, strict=True)]
+        self._devices = sorted({t.device for t in tensors}, key=str)
+        self._members = {d: {i for i, t in enumerate(tensors) if t.device == d and t.numel()} for d in self._devices}
+
+    def run(self, pairs: Mapping[int, IntArray]) -> None:
+        """Swap ``pairs[i]``, int64 [n, 2] with n > 0 and different indices below the number of blocks, in tensor ``i``.
+
+        Raises:
+            RuntimeError: the backend cannot run here; nothing has been swapped then.
+        """
+        work = []
+        for device in self._devices:
+            members = self._members[device]
+            busy = [i for i in pairs if i in members]
+            if busy:
+                work.append((backends.resolve(self._backend, self._tensors[busy[0]], SUPPORTED), busy))
+        for choice, busy in work:
+            chosen = [pairs[i] for i in busy]
+            if choice == "native":
+                entries = [(*self._entries[i], len(pair)) for i, pair in zip(busy, chosen, strict=True)]
+                flat = torch.from_numpy(np.concatenate(chosen))
+                _launch_native(self._tensors[busy[0]].device, entries, flat)
+            else:
+                _swap_blocks(
+                    [self._bits[i] for i in busy],
+                    [torch.from_numpy(pair) for pair in chosen],
+                    [self._axes[i] for i in busy],
+                    [self._blocks[i] for i in busy],
+                    choice,
+                )
+            torch.autograd.graph.increment_version([self._tensors[i] for i in busy])
+
+
+def _swap_blocks(
     tensors: list[torch.Tensor],
     pairs: list[torch.Tensor],
     axes: list[int],
     blocks: list[int],
     choice: str,
 ) -> None:
-    """Registered form of :func:`swap_blocks_`: integer tensors of one device, axis 0 for rows and 1 for columns,
-    arguments validated, ``choice`` resolved."""
+    """:func:`swap_blocks_` for integer tensors of one device, axis 0 for rows and 1 for columns, arguments validated,
+    ``choice`` resolved."""
     if choice == "reference":
         _swap_reference(tensors, pairs, axes, blocks)
         return
@@ -117,42 +171,53 @@ def swap_blocks_op(
 
         kernel.launch(tensors, pairs, layouts)
     else:
-        _swap_native(tensors, pairs, layouts)
+        entries = [
+            (tensor.data_ptr(), tensor.element_size(), *layout, pair.shape[0])
+            for tensor, pair, layout in zip(tensors, pairs, layouts, strict=True)
+        ]
+        _launch_native(tensors[0].device, entries, torch.cat(pairs))
+
+
+swap_blocks_op = torch.library.custom_op("gisp::swap_blocks_", _swap_blocks, mutates_args=("tensors",))
 
 
 def _swap_reference(tensors: list[torch.Tensor], pairs: list[torch.Tensor], axes: list[int], blocks: list[int]) -> None:
     for tensor, pair, axis, block in zip(tensors, pairs, axes, blocks, strict=True):
         lines = (pair.t().unsqueeze(2) * block + torch.arange(block)).flatten(1).to(tensor.device)
-        first, second = lines[0], lines[1]
-        held = tensor.index_select(axis, first)
-        tensor.index_copy_(axis, first, tensor.index_select(axis, second))
-        tensor.index_copy_(axis, second, held)
+        held = tensor.index_select(axis, lines.flip(0).flatten())
+        tensor.index_copy_(axis, lines.flatten(), held)
 
 
-def _swap_native(tensors: list[torch.Tensor], pairs: list[torch.Tensor], layouts: list[Layout]) -> None:
+def _launch_native(device: torch.device, entries: Sequence[tuple[int, ...]], pairs: torch.Tensor) -> None:
+    """Swap blocks described by (address, element size, *layout, number of pairs) in one launch.
+
+    ``pairs``: int64 CPU [all, 2], those of one entry after those of another.
+    """
     core = _ext.core()
-    device = tensors[0].device
-    flat = torch.cat(pairs)
-    size = core.swap_table_bytes(len(tensors), flat.shape[0])
+    size = core.swap_table_bytes(len(entries), pairs.shape[0])
     on_gpu = device.type == "cuda"
     table = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
-    chunks = core.plan_swaps(
-        [
-            (tensor.data_ptr(), tensor.element_size(), *layout, pair.shape[0])
-            for tensor, pair, layout in zip(tensors, pairs, layouts, strict=True)
-        ],
-        flat.data_ptr(),
-        table.data_ptr(),
-        size,
-    )
+    chunks = core.plan_swaps(entries, pairs.data_ptr(), table.data_ptr(), size)
     if not on_gpu:
-        core.swap_blocks_cpu(table.data_ptr(), len(tensors))
+        core.swap_blocks_cpu(table.data_ptr(), len(entries))
         return
     with torch.cuda.device(device):
         # Both copies of the table may be freed on return: the allocators reuse them in stream order only.
         resident = table.to(device, non_blocking=True)
         stream = torch.cuda.current_stream(device).cuda_stream
-        core.swap_blocks_cuda(resident.data_ptr(), len(tensors), chunks, resident.device.index, stream)
+        core.swap_blocks_cuda(resident.data_ptr(), len(entries), chunks, resident.device.index, stream)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(_BITS[tensor.element_size()])
+
+
+def _by_device(tensors: Sequence[torch.Tensor], backend: str | None) -> list[tuple[str, list[int]]]:
+    """Backend and tensor numbers of every device; all are asked for their backend before anything is swapped."""
+    members: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        members.setdefault(tensor.device, []).append(i)
+    return [(backends.resolve(backend, tensors[m[0]], SUPPORTED), m) for m in members.values()]
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, axis: str, block: int) -> None:

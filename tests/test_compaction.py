@@ -106,6 +106,10 @@ def test_steps_and_way_back(backend: str, dtype: torch.dtype, bias: bool, shared
             assert_kept(compactor, group, dense)
         snapshots.append(state(block))
         orders.append({g.name: compactor.order(g.name) for g in groups})
+        # Heads are numbered 0 to 5, channels from 6 on.
+        for group, first in zip(groups, (0, 6), strict=True):
+            numbers = compactor.numbers[compactor.kept_span(group.name)]
+            assert torch.equal(numbers - first, compactor.order(group.name)[: compactor.kept(group.name)])
     assert compactor.depth == len(steps)
     assert compactor.kept("heads") == compactor.kept("channels") == 0
     for back in (1, 2, 2):
@@ -116,6 +120,7 @@ def test_steps_and_way_back(backend: str, dtype: torch.dtype, bias: bool, shared
             assert torch.equal(compactor.order(group.name), orders[-1][group.name])
             assert_kept(compactor, group, dense)
     assert compactor.depth == 0
+    assert torch.equal(compactor.numbers, torch.arange(6 + 37))
 
 
 def test_parameters_keep_their_identity() -> None:
@@ -256,6 +261,24 @@ def test_bad_removals_change_nothing(removal: dict, message: str) -> None:
     assert_same(block, before)
     assert torch.equal(compactor.order("channels"), order)
     assert (compactor.depth, compactor.kept("channels")) == (1, 37)
+
+
+def test_projections_of_a_group_may_have_blocks_of_different_size() -> None:
+    block = Block(shared_kv=True)
+    groups = [attention_group("heads", block, whole_kv_groups=True), mlp_group("channels", block)]
+    assert [p.block for p in groups[0].projections] == [8, 4, 4, 8]
+    dense, before = dense_of(block), state(block)
+    compactor = Compactor(groups)
+    compactor.remove({"heads": [0]})
+    assert_kept(compactor, groups[0], dense)
+    compactor.remove({"heads": [2]})
+    assert_kept(compactor, groups[0], dense)
+    assert [p.linear.weight.shape[0] for p in groups[0].projections[:3]] == [8, 4, 4]
+    compactor.rollback(2)
+    assert_same(block, before)
+    block.q_proj = nn.Linear(17, 20)
+    with pytest.raises(ValueError, match="5 query heads do not share 3 key/value heads evenly"):
+        attention_group("heads", block, whole_kv_groups=True)
 
 
 def test_tied_weights_are_refused() -> None:
