@@ -16,7 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 INDEXED_ATTENTION = "gisp_indexed"
-_INDEX = "gisp_kv_index"
+# Buffer of an attention module: int64 [query heads], the key/value head each uses.
+KV_INDEX = "gisp_kv_index"
 
 
 class _ExpandKeyValue(torch.autograd.Function):
@@ -50,7 +51,7 @@ def indexed_attention(
 
     On a module with a key/value index (int64 [H]) query head ``h`` attends to key/value head ``index[h]``.
     """
-    index = getattr(module, _INDEX, None)
+    index = getattr(module, KV_INDEX, None)
     if index is not None:
         key = _ExpandKeyValue.apply(key, index)
         value = _ExpandKeyValue.apply(value, index)
@@ -68,7 +69,7 @@ def use_indexed_attention(model: Any) -> None:
 
 def set_kv_index(attention: nn.Module, index: torch.Tensor | None) -> None:
     """Give an attention module its key/value index, or with ``None`` its even groups back."""
-    attention.register_buffer(_INDEX, index, persistent=False)
+    attention.register_buffer(KV_INDEX, index, persistent=False)
 
 
 class NoHeads(nn.Module):

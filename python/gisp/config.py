@@ -46,12 +46,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What goes where query heads share key/value heads. ``query``: any query head on its own; ``balanced``: query heads,
+# equally many of every key/value head of a layer; ``group``: a key/value head with all query heads that share it.
+GQA_MODES = ("query", "balanced", "group")
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
     "objective": ("lm", "margin"),
     "norm": ("params", "official", "none"),
     "engine": ("stream", "exact"),
-    "gqa": ("query",),
+    "gqa": GQA_MODES,
     "schedule": ("parameters", "structures"),
     "dtype": ("bfloat16", "float32"),
 }
@@ -79,6 +83,7 @@ class PruneConfig:
         protect_last: number of layers protected at the output end.
         align: width multiple for MLP channels.
         ema: weight of the past in the moving average of scores over steps.
+        gqa: one of ``GQA_MODES``; where no key/value head is shared they are all the same.
     """
 
     preset: str = "fast"

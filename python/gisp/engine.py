@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any, Literal
 import torch
 
 from gisp.data import Sequences
-from gisp.errors import GispError
+from gisp.fused_pass import ImportancePass, differs, why_not
 from gisp.objectives import evaluation_mode, row_weights, sequence_nll
+from gisp.structures import ModelMap
 from gisp_kernels import record_importance
 from gisp_kernels.groups import StructureGroup
 
@@ -23,16 +23,18 @@ _LOGIT_ELEMENTS = {"cuda": 2**30, "cpu": 2**24}
 
 @dataclass(frozen=True)
 class StepScores:
-    """Scores of one step.
+    """Scores of one step. Nothing here has waited for the GPU.
 
     Attributes:
         scores: group name -> fp32 [current count], on the model's device, by current position.
-        loss: loss of the scored sequences before anything of this step is removed.
+        loss: loss of the scored sequences before anything of this step is removed, 0-dim fp64 on the device.
+        finite: whether all scores are finite, 0-dim bool on the device.
         tokens: tokens passed through the model.
     """
 
     scores: dict[str, torch.Tensor]
-    loss: float
+    loss: torch.Tensor
+    finite: torch.Tensor
     tokens: int
 
 
@@ -67,8 +69,11 @@ class Sampler:
 class Engine:
     """Scores the structures of a model on calibration sequences.
 
+    A step of one batch runs the written-out pass of :mod:`gisp.fused_pass` where the model's layout allows it, any
+    other step autograd over the model with recorded Linear layers.
+
     Args:
-        model: causal language model; its own ``requires_grad`` flags are respected again after each call.
+        model_map: map of the dense model; its own ``requires_grad`` flags are respected again after each call.
         data: calibration sequences.
         kind: ``stream``: each step one batch of about ``batch_tokens`` tokens, |W * G| reduced as G is formed;
             ``exact``: every step the whole set, G summed in fp32 before the absolute value (paper Eq. 8).
@@ -79,44 +84,62 @@ class Engine:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model_map: ModelMap,
         data: Sequences,
         *,
         kind: str,
         batch_size: int | None,
         batch_tokens: int,
-        vocab_size: int,
         seed: int,
     ) -> None:
-        self._model = model
+        self._map = model_map
+        self._model = model_map.model
         self._data = data
         self._kind = kind
         self._batch_size = batch_size
-        self._device = next(model.parameters()).device
-        self._vocab_size = vocab_size
+        self._device = next(self._model.parameters()).device
+        self._vocab_size = model_map.vocab_size
+        self._pass: ImportancePass | None = None
+        self._pass_refused: str | None = None
         tokens = sum(len(data.rows[i][0]) for example in data.examples for i in example)
         per_example = tokens / len(data.examples)
         per_step = max(1, round(batch_tokens / per_example))
         self._sampler = Sampler(len(data.examples), per_step, seed) if kind == "stream" else None
 
-    def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
-        """Scores of ``groups`` at a step.
+    @property
+    def refused(self) -> str | None:
+        """Why the written-out pass does not score this model, ``None`` as long as nothing speaks against it."""
+        return self._pass_refused
 
-        Raises:
-            GispError: the loss or a score is not finite.
-        """
+    def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
+        """Scores of ``groups`` at a step."""
         data = self._data
         examples = self._sampler.numbers(step) if self._sampler else range(len(data.examples))
         numbers = [i for example in examples for i in data.examples[example]]
         weights = row_weights([data.signs[i] for i in numbers])
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        tokens = 0
         batches = list(self._batches(numbers))
         # One backward pass needs no gradient buffer; several must be summed before the absolute value.
-        mode: Literal["stream", "exact"] = "stream" if self._sampler and len(batches) == 1 else "exact"
-        with scoring(self._model), record_importance(groups, mode=mode) as recorder:
-            for start, stop in batches:
-                ids, labels = data.batch(numbers[start:stop])
+        one_pass = self._sampler is not None and len(batches) == 1
+        with deterministic():
+            written_out = self._written_out(numbers) if one_pass else None
+            if written_out is not None:
+                ids, labels = data.batch(numbers)
+                scored = [(group.name, group.count) for group in groups]
+                scores, loss = written_out.score(ids, labels, weights, scored)
+                tokens = ids.numel()
+            else:
+                scores, loss, tokens = self._by_autograd(groups, numbers, weights, "stream" if one_pass else "exact")
+        finite = torch.isfinite(torch.cat(list(scores.values()))).all() if scores else torch.isfinite(loss)
+        return StepScores(scores, loss, finite, tokens)
+
+    def _by_autograd(
+        self, groups: list[StructureGroup], numbers: list[int], weights: list[float], mode: Literal["stream", "exact"]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        tokens = 0
+        with frozen(self._model), record_importance(groups, mode=mode) as recorder:
+            for start, stop in self._batches(numbers):
+                ids, labels = self._data.batch(numbers[start:stop])
                 weight = torch.tensor(weights[start:stop], device=self._device)
                 nll = sequence_nll(self._model, ids.to(self._device), labels.to(self._device))
                 loss = (nll * weight).sum()
@@ -125,13 +148,23 @@ class Engine:
                     loss.backward()
                 total += loss.detach()
                 tokens += ids.numel()
-            scores = recorder.scores()
-        value = float(total)
-        if not math.isfinite(value):
-            raise GispError(f"the loss of step {step} is {value}: check the weights and the data of this model")
-        if scores and not bool(torch.isfinite(torch.cat(list(scores.values()))).all()):
-            raise GispError(f"scores of step {step} are not finite: use --dtype float32 or check the weights")
-        return StepScores(scores, value, tokens)
+            return recorder.scores(), total, tokens
+
+    def _written_out(self, numbers: list[int]) -> ImportancePass | None:
+        """The written-out pass, if it computes what the model computes; compared once, on the first sequence."""
+        if self._pass is None and self._pass_refused is None:
+            longest = max(len(ids) for ids, _ in self._data.rows)
+            self._pass_refused = why_not(self._map, longest)
+            if self._pass_refused is None:
+                candidate = ImportancePass(self._map)
+                ids = self._data.batch(numbers[:1])[0]
+                with evaluation_mode(self._model):
+                    distance = differs(self._model, candidate.hidden_states(ids), ids)
+                if distance is None:
+                    self._pass = candidate
+                else:
+                    self._pass_refused = f"its last hidden state is off by {distance:.1e}"
+        return self._pass
 
     def _batches(self, numbers: list[int]) -> Iterator[tuple[int, int]]:
         """Consecutive stretches of ``numbers`` small enough for one backward pass."""
@@ -146,12 +179,8 @@ class Engine:
 
 
 @contextlib.contextmanager
-def scoring(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradient for any parameter, deterministic kernels; everything as before afterwards.
-
-    With no parameter needing a gradient the backward pass ends at the first scored layer.
-    """
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+def deterministic() -> Iterator[None]:
+    """Deterministic kernels; the settings as before afterwards."""
     algorithms = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     switches: Any = torch.utils.deterministic
     fill = switches.fill_uninitialized_memory
@@ -159,6 +188,20 @@ def scoring(model: torch.nn.Module) -> Iterator[None]:
     # Attention backward passes are deterministic only in the strict mode; a warning would not make them so.
     torch.use_deterministic_algorithms(True)
     switches.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        switches.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def frozen(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient for any parameter; everything as before afterwards.
+
+    With no parameter needing a gradient the backward pass ends at the first scored layer.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     try:
@@ -167,5 +210,3 @@ def scoring(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-        switches.fill_uninitialized_memory = fill

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from gisp.averaging import ScoreAverage, in_original_numbering
 from gisp.config import OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
 from gisp.engine import Engine
 from gisp.errors import GispError
-from gisp.metrics import PhaseClock, score_histogram
+from gisp.metrics import PhaseClock, histogram_record, score_histogram
 from gisp.model_io import check_model_path, load_dense, resolve_device, resolve_dtype
 from gisp.runfolder import RunFolder
 from gisp.schedule import parameter_target, structure_ratio
-from gisp.select import Choice, Selector
+from gisp.select import Ranking, Selection, Selector
 from gisp.shrink import ShrinkableModel
+from gisp.step_writer import StepWriter
 from gisp.structures import ModelMap, fingerprint, first_bad_parameter, map_model, protected_layers
 from gisp.trajectory import StepRecord, Trajectory, move_to
+from gisp.transfer import Transfer
 
 OnStep = Callable[[StepRecord, int], None]
 
@@ -57,7 +62,7 @@ def prune(
     folder = RunFolder(Path(out)) if out is not None else None
     resuming = folder.check_free(resume) if folder else False
     dense, path = _dense_model(model, config)
-    model_map = map_model(dense)
+    model_map = map_model(dense, config.gqa)
     sequences = data
     if not isinstance(data, Sequences):
         sequences = load_sequences(
@@ -107,20 +112,24 @@ class PruningLoop:
         )
         self._check_reach()
         self.engine = Engine(
-            model_map.model,
+            model_map,
             data,
             kind=str(config.engine),
             batch_size=config.batch_size,
             batch_tokens=config.batch_tokens,
-            vocab_size=model_map.vocab_size,
             seed=config.seed,
         )
         base = {"path": base_path, "fingerprint": fingerprint(model_map.model), **model_map.describe()}
         self.shrinkable = ShrinkableModel(model_map)
-        self.average: dict[str, torch.Tensor] = {}
-        counts = {group.name: group.count for group in model_map.groups}
+        self._open = {block.name for block in self.selector.blocks if not block.protected}
+        device = next(model_map.model.parameters()).device
+        self.average = ScoreAverage(model_map.groups, self._open, float(config.ema or 0), device)
+        self._device, self._transfer = device, Transfer(device)
+        counts = {item.heads.name: model_map.num_heads for item in model_map.layers}
+        counts |= {item.channels.name: model_map.intermediate_size for item in model_map.layers}
+        self._removed_at = {name: np.zeros(count, dtype=np.int32) for name, count in counts.items()}
         self.trajectory = Trajectory(
-            removed_at={name: torch.zeros(count, dtype=torch.int32) for name, count in counts.items()},
+            removed_at={name: torch.from_numpy(at) for name, at in self._removed_at.items()},
             base_model=base,
             config=config.to_dict(),
             data={"spec": spec, "sequences": len(data), "sha256": data.digest()},
@@ -148,108 +157,111 @@ class PruningLoop:
                     f"{folder.path} was made with {name} {done.config.get(name)}, not {value}: "
                     "resume with the same options or give another --out"
                 )
-        self.average = {
-            name: tensor.to(next(self.map.model.parameters()).device)
-            for name, tensor in folder.load_state(len(done.steps)).items()
-        }
+        self.average.load(folder.load_state(len(done.steps)))
         self.trajectory.steps = done.steps
-        self.trajectory.removed_at = done.removed_at
         self.trajectory.complete = done.complete
+        for name, at in done.removed_at.items():
+            self._removed_at[name][:] = at.numpy()
         for step in range(1, len(done.steps) + 1):
-            removed = {name: index.numpy() for name, index in done.removal(step).items()}
-            self.selector.apply(Choice(removed, 0, None))
+            self.selector.apply(*self.selector.given(done.removal(step)))
         move_to(self.shrinkable, self.trajectory, len(done.steps))
 
     def run(self, folder: RunFolder | None, on_step: OnStep | None) -> Trajectory:
         """All steps that are left."""
         trajectory = self.trajectory
         steps = int(self.config.steps or 1)
-        written = 0.0
-        while not trajectory.complete:
-            clock = PhaseClock(next(self.map.model.parameters()).device)
-            step = len(trajectory.steps) + 1
-            record, metrics = self._step(step, steps, clock)
-            trajectory.steps.append(record)
-            trajectory.complete = step == steps or self._reached(record)
-            if folder:
-                # Its own writing time a step cannot write down; it carries the previous step's.
-                clock.seconds["write"] = written
-                folder.commit(trajectory, {**metrics, "seconds": clock.seconds}, self.average)
-                written = clock.mark("write")
-            if on_step:
-                on_step(record, steps)
+        writer = StepWriter(overlap=self._device.type == "cuda")
+        try:
+            while not trajectory.complete:
+                clock = PhaseClock(self._device)
+                step = len(trajectory.steps) + 1
+                record, metrics, state = self._step(step, steps, clock, writer)
+                trajectory.steps.append(record)
+                trajectory.complete = step == steps or self._reached(record)
+                if folder:
+                    # Its own writing time a step cannot write down; it carries the previous step's.
+                    clock.seconds["write"] = writer.held_up
+                    metrics["seconds"] = clock.seconds
+                    writer.take(partial(folder.commit, trajectory, metrics, state))
+                if on_step:
+                    on_step(record, steps)
+        finally:
+            writer.flush()
         return trajectory
 
-    def _step(self, step: int, steps: int, clock: PhaseClock) -> tuple[StepRecord, dict[str, Any]]:
+    def _step(
+        self, step: int, steps: int, clock: PhaseClock, writer: StepWriter
+    ) -> tuple[StepRecord, dict[str, Any], dict[str, torch.Tensor]]:
+        """One step: its record, its metrics and what a resumed run needs; a GPU is waited for once."""
         scored = self.engine.score(step, self._live_groups())
         clock.mark("forward_backward")
-        normalised = self.selector.normalise(self._smooth(scored.scores, step))
-        target, choice = self._select(normalised, step, steps)
-        histogram = score_histogram(normalised, self.selector.blocks)
-        self.selector.apply(choice)
+        scores = in_original_numbering(scored.scores, self.shrinkable, len(self.selector.removed))
+        ranking = self.selector.rank(self.average.update(scores, step))
+        target, selection = self._select(ranking, step, steps)
+        histogram = score_histogram(ranking, self.selector.first_channel)
         clock.mark("select")
-        removal = {name: torch.from_numpy(index) for name, index in choice.removed.items()}
-        for name, index in removal.items():
-            self.trajectory.removed_at[name][index] = step
-        self.shrinkable.remove(removal)
+        writer.flush()
+        results = (scored.loss, scored.finite, selection.removed, selection.threshold, *histogram, self.average.average)
+        loss, finite, removed, threshold, edges, counts, average = self._transfer.fetch(results)
+        clock.settle()
+        self._check_finite(step, float(loss), bool(finite))
+        choice = self.selector.choice(removed, float(threshold))
+        self.selector.apply(choice, selection)
+        for name, index in choice.removed.items():
+            self._removed_at[name][index.numpy()] = step
+        self.shrinkable.remove(choice.removed)
         clock.mark("compact")
+        record = self._record(step, target, float(loss), scored.tokens, clock.total())
+        metrics = {
+            "step": step,
+            "loss": record.loss,
+            "sparsity": record.sparsity,
+            "threshold": choice.threshold,
+            "tokens_per_second": scored.tokens / max(clock.seconds["forward_backward"], 1e-9),
+            "score_histogram": histogram_record(edges, counts),
+            "peak_bytes": clock.peak_bytes(),
+        }
+        return record, metrics, self.average.state(average)
+
+    def _record(self, step: int, target: float, loss: float, tokens: int, seconds: float) -> StepRecord:
         removed = self.selector.removed_parameters
-        record = StepRecord(
+        heads, channels = np.split(self.selector.removed, [self.selector.head_structures])
+        return StepRecord(
             step=step,
             sparsity=removed / self.map.decoder_parameters,
             target=target,
             model_sparsity=removed / self.map.parameters,
             removed_parameters=removed,
-            heads_removed=self._gone("heads"),
-            channels_removed=self._gone("channels"),
-            loss=scored.loss,
-            tokens=scored.tokens,
-            seconds=clock.total(),
-            kv_bytes_per_token=self._kv_bytes(),
+            heads_removed=int(np.count_nonzero(heads)) * self.map.heads_per_structure,
+            channels_removed=int(np.count_nonzero(channels)),
+            loss=loss,
+            tokens=tokens,
+            seconds=seconds,
+            kv_bytes_per_token=self._kv_bytes(heads),
         )
-        metrics = {
-            "step": step,
-            "loss": scored.loss,
-            "sparsity": record.sparsity,
-            "threshold": choice.threshold,
-            "tokens_per_second": scored.tokens / max(clock.seconds["forward_backward"], 1e-9),
-            "score_histogram": histogram,
-            "peak_bytes": clock.peak_bytes(),
-        }
-        return record, metrics
 
-    def _select(self, normalised: np.ndarray, step: int, steps: int) -> tuple[float, Choice]:
+    def _select(self, ranking: Ranking, step: int, steps: int) -> tuple[float, Selection]:
         if self.config.schedule == "structures":
             ratio = structure_ratio(float(self.config.ratio or OFFICIAL_RATIO), step, steps)
-            return ratio, self.selector.below_threshold(normalised, ratio)
+            return ratio, self.selector.below_threshold(ranking, ratio)
         sparsity = float(self.config.sparsity or 0)
         parameters = self.map.decoder_parameters
         allowed = parameter_target(sparsity, step, steps, parameters)
-        return allowed / parameters, self.selector.within_target(normalised, allowed)
+        return allowed / parameters, self.selector.within_target(ranking, allowed)
 
     def _live_groups(self) -> list[Any]:
-        protected = {block.name for block in self.selector.blocks if block.protected}
-        return [g for g in self.map.groups if g.name not in protected and self.shrinkable.kept(g.name)]
+        return [g for g in self.map.groups if g.name in self._open and self.shrinkable.kept(g.name)]
 
-    def _smooth(self, scores: dict[str, torch.Tensor], step: int) -> dict[str, torch.Tensor]:
-        """Scores in original numbering, averaged over steps with weight ``ema`` for the past."""
-        full = {}
-        for name, values in scores.items():
-            spread = torch.zeros(len(self.trajectory.removed_at[name]), device=values.device)
-            spread[self.shrinkable.order(name).to(values.device)] = values
-            full[name] = spread
-        weight = float(self.config.ema or 0)
-        if weight == 0:
-            return full
-        for name, values in full.items():
-            past = self.average.get(name, torch.zeros_like(values))
-            self.average[name] = weight * past + (1 - weight) * values
-        # The start from zero is divided out, so that early thresholds are comparable with late ones.
-        return {name: self.average[name] / (1 - weight**step) for name in full}
+    @staticmethod
+    def _check_finite(step: int, loss: float, scores: bool) -> None:
+        if not math.isfinite(loss):
+            raise GispError(f"the loss of step {step} is {loss}: check the weights and the data of this model")
+        if not scores:
+            raise GispError(f"scores of step {step} are not finite: use --dtype float32 or check the weights")
 
     def _check_reach(self) -> None:
         config, selector = self.config, self.selector
-        where = f"with {int(selector.protected.sum())} of {selector.size} structures protected"
+        where = f"with {selector.size - selector.unprotected} of {selector.size} structures protected"
         if config.schedule == "structures":
             ratio = float(config.ratio or OFFICIAL_RATIO)
             if selector.out_of_reach(ratio):
@@ -266,14 +278,9 @@ class PruningLoop:
         goal = self.config.sparsity
         return self.config.schedule == "structures" and goal is not None and record.sparsity >= goal
 
-    def _gone(self, kind: str) -> int:
-        at = self.trajectory.removed_at
-        return sum(int((at[name] > 0).sum()) for name in at if name.endswith(kind))
-
-    def _kv_bytes(self) -> int:
+    def _kv_bytes(self, removed_heads: np.ndarray) -> int:
         """Key and value bytes per token; a key/value head without any query head left is not counted."""
-        groups = self.map.num_heads // self.map.num_kv_heads
-        heads = sum(len(torch.unique(self.shrinkable.order(m.heads.name) // groups)) for m in self.map.layers)
+        heads = int((~removed_heads.reshape(len(self.map.layers) * self.map.num_kv_heads, -1)).any(1).sum())
         return 2 * heads * self.map.head_dim * next(self.map.model.parameters()).element_size()
 
 

@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from gisp.select import Block
+from gisp.select import Ranking
 
 _BINS = 40
 PHASES = ("forward_backward", "select", "compact", "write")
 
 
 class PhaseClock:
-    """Wall seconds of consecutive phases of one step; a GPU is waited for at each mark."""
+    """Wall seconds of consecutive phases of one step; on a GPU marking the end of a phase does not wait for it.
+
+    A GPU runs behind the host. Until :meth:`settle`, which the host calls once it has waited for the results of a step,
+    marks are events on the GPU's own clock; from then on the host's clock counts. What the GPU still did of the
+    previous step's last phase when this step began is part of the first phase marked after ``settle``: the seconds of
+    all phases add up to the wall time of the run.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._events: list[tuple[str, torch.cuda.Event]] | None = None
         self.seconds = dict.fromkeys(PHASES, 0.0)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+            self._events = [("", self._event())]
         self._start = self._last = time.perf_counter()
 
     def mark(self, phase: str) -> float:
-        """End a phase now; its seconds."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        """End a phase now; its seconds, 0 as long as they are not known."""
+        if self._events is not None:
+            self._events.append((phase, self._event()))
+            return 0.0
         now = time.perf_counter()
         spent, self._last = now - self._last, now
         self.seconds[phase] = spent
         return spent
+
+    def settle(self) -> None:
+        """Read the phases marked so far; the GPU has passed their marks."""
+        events, self._events = self._events or [], None
+        for (_, begin), (phase, end) in itertools.pairwise(events):
+            self.seconds[phase] = begin.elapsed_time(end) / 1000
+            self._last += self.seconds[phase]
 
     def total(self) -> float:
         return self._last - self._start
@@ -41,20 +57,42 @@ class PhaseClock:
         """Peak GPU memory allocated since the step began, None on a CPU."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
-def score_histogram(normalised: np.ndarray, blocks: Sequence[Block]) -> dict[str, Any]:
-    """Histogram of log10 of the live scores, heads and channels apart, on common edges."""
-    with np.errstate(divide="ignore"):
-        logs = np.log10(normalised)
-    live = np.isfinite(logs)
-    if not live.any():
-        return {"log10_edges": [0.0] * (_BINS + 1), "heads": [0] * _BINS, "channels": [0] * _BINS}
-    low, high = float(logs[live].min()), float(logs[live].max())
-    edges = np.linspace(low, high if high > low else low + 1e-6, _BINS + 1)
-    boundary = next((b.start for b in blocks if b.name.endswith("channels")), len(logs))
-    heads, channels = logs[:boundary], logs[boundary:]
-    return {
-        "log10_edges": edges.tolist(),
-        "heads": np.histogram(heads[np.isfinite(heads)], edges)[0].tolist(),
-        "channels": np.histogram(channels[np.isfinite(channels)], edges)[0].tolist(),
-    }
+
+def score_histogram(ranking: Ranking, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Histogram of log10 of the live scores that are not zero, heads and channels apart, on common edges.
+
+    Args:
+        heads: number of units of heads; they come first.
+
+    Returns:
+        On the device: edges, float64 [bins + 1], and counts, int64 [2, bins]; all zero if no score is positive.
+    """
+    logs = ranking.ascending.log10()
+    last = (logs < math.inf).sum() - 1
+    first = (logs == -math.inf).sum()
+    found = first <= last
+    low, high = (logs.gather(0, i.clamp(0, len(logs) - 1).view(1)) for i in (first, last))
+    high = torch.where(high > low, high, low + 1e-6)
+    edges = torch.arange(_BINS + 1, dtype=torch.float64, device=logs.device) * ((high - low) / _BINS) + low
+    edges = torch.cat((edges[:-1], high))
+    total = _counts(logs, edges)
+    of_heads = _counts(ranking.values[:heads].log10().sort().values, edges)
+    counts = torch.stack((of_heads, total - of_heads))
+    return torch.where(found, edges, 0.0), torch.where(found, counts, 0)
+
+
+def histogram_record(edges: torch.Tensor, counts: torch.Tensor) -> dict[str, Any]:
+    """The histogram as ``metrics.jsonl`` holds it, from CPU tensors."""
+    return {"log10_edges": edges.tolist(), "heads": counts[0].tolist(), "channels": counts[1].tolist()}
+
+
+def _counts(ascending: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """Numbers between consecutive edges, the last edge included."""
+    below = torch.searchsorted(ascending, edges)
+    below[-1:] = torch.searchsorted(ascending, edges[-1:], right=True)
+    return below.diff()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gisp.averaging import in_original_numbering
 from gisp.config import PruneConfig
 from gisp.data import Sequences
 from gisp.engine import Engine
@@ -29,36 +30,33 @@ def one_shot(
     Yields:
         (sparsity reached, the model at it).
     """
-    model_map = map_model(model)
+    model_map = map_model(model, config.gqa)
     protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
     selector = Selector(
         model_map,
-        norm=str(config.norm),
+        # Ranks are not divided: the r-th best fraction of every layer competes with that of every other.
+        norm="none" if uniform else str(config.norm),
         protected=protected,
         align=int(config.align or 1),
         keep_minimum=bool(config.keep_minimum),
     )
     engine = Engine(
-        model,
+        model_map,
         data,
         kind="exact",
         batch_size=config.batch_size,
         batch_tokens=config.batch_tokens,
-        vocab_size=model_map.vocab_size,
         seed=config.seed,
     )
     live = {block.name for block in selector.blocks if not block.protected}
     scored = engine.score(1, [group for group in model_map.groups if group.name in live])
     scores = {name: _ranks(values) for name, values in scored.scores.items()} if uniform else scored.scores
-    normalised = selector.normalise(scores)
-    if uniform:
-        # Ranks, undivided: the r-th best fraction of every layer competes with that of every other.
-        for block in selector.blocks:
-            normalised[block.start : block.stop] *= block.divisor
     shrinkable = ShrinkableModel(model_map)
+    ranking = selector.rank(in_original_numbering(scores, shrinkable, len(selector.removed)))
     for sparsity in sparsities:
-        choice = selector.within_target(normalised, sparsity * model_map.decoder_parameters)
-        shrinkable.remove({name: torch.from_numpy(index) for name, index in choice.removed.items()})
+        selection = selector.within_target(ranking, sparsity * model_map.decoder_parameters)
+        choice = selector.choice(selection.removed.cpu(), float(selection.threshold))
+        shrinkable.remove(choice.removed)
         yield choice.parameters / model_map.decoder_parameters, model
         shrinkable.rollback()
 

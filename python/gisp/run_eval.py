@@ -11,8 +11,6 @@ from gisp.evaluate import perplexity
 from gisp.loading import load
 from gisp.model_io import check_model_path, resolve_device, resolve_dtype
 from gisp.run_record import RECORD
-from gisp.shrink import ShrinkableModel
-from gisp.structures import map_model
 from gisp.trajectory import Trajectory, move_to
 
 
@@ -45,7 +43,7 @@ def evaluate_target(
         model = trajectory.load_base(device=device, dtype=dtype)
         source = str(trajectory.base_model["path"])
         reached = trajectory.sparsity_at(step)
-        move_to(ShrinkableModel(map_model(model)), trajectory, step)
+        move_to(trajectory.shrinkable(model), trajectory, step)
     else:
         if sparsity is not None:
             raise GispError(f"--sparsity {sparsity} needs a run folder, {target} is a model: leave it out")

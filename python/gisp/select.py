@@ -1,46 +1,72 @@
 """Which structures a step removes: normalisation, one global ranking, and the two removal rules.
 
-Structures are numbered once for the whole model: heads in layer order, then channels in layer order. Ties go to the
-lowest number. All arithmetic is float64 on the host, so that the choice depends on the fp32 scores alone.
+Everything runs on the device of the scores and nothing waits for it: a step is decided by a fixed sequence of sorts,
+scans and gathers over all units (see :mod:`gisp.units`), whatever the numbers are. Ties go to the lowest number. All
+arithmetic is float64 or integer, so that the choice depends on the fp32 scores alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from gisp.schedule import threshold_rank
-from gisp.structures import ModelMap, channels_name, heads_name
+from gisp.structures import ModelMap
+from gisp.units import BalancedHeads, make_blocks, structure_starts
 
 
 @dataclass(frozen=True)
-class Block:
-    """One group's stretch of the global numbering."""
+class Ranking:
+    """All units in the order in which they go; tensors on the device.
 
-    name: str
-    start: int
-    stop: int
-    cost: int
-    divisor: float
-    minimum: int
-    multiple: int
-    protected: bool
+    Attributes:
+        values: float64 [units], normalised scores; removed and protected units are +inf.
+        ascending: the same, sorted.
+        order: int64 [units], unit at every rank.
+        ranks: int64 [units], ranks of each block's units, ascending within the block, blocks one after another.
+        heads: for "balanced", which query heads the units are made of.
+    """
+
+    values: torch.Tensor
+    ascending: torch.Tensor
+    order: torch.Tensor
+    ranks: torch.Tensor
+    heads: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a step removes, still on the device.
+
+    Attributes:
+        removed: bool [structures].
+        units: int64 [blocks], units that go.
+        threshold: 0-dim float64, highest normalised score among them, -inf when nothing goes.
+    """
+
+    removed: torch.Tensor
+    units: torch.Tensor
+    threshold: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a step removes.
+    """What a step removes, on the host.
 
     Attributes:
-        removed: group name -> original indices, ascending.
+        removed: group name -> original indices of heads or channels, int64, ascending.
+        structures: their numbers, ascending; with ``gqa`` "group" a structure is a key/value head.
         parameters: decoder parameters these structures hold.
         threshold: highest normalised score among them, None when nothing goes.
     """
 
-    removed: dict[str, np.ndarray]
+    removed: dict[str, torch.Tensor]
+    structures: np.ndarray[Any, np.dtype[np.int64]]
     parameters: int
     threshold: float | None
 
@@ -48,170 +74,182 @@ class Choice:
 class Selector:
     """Global ranking over the structures of one model.
 
+    Attributes:
+        size: number of units.
+        head_structures: structures of all heads groups; they are numbered before the channels.
+        first_channel: number of the first unit that is no head.
+        unprotected: units of the layers that may be pruned, removed ones included.
+        removed: bool [structures], on the host.
+
     Args:
-        model_map: the dense model's map.
+        model_map: the dense model's map; its ``gqa`` says what a unit of heads is.
         norm: ``params`` (parameters of the scored structure, paper Eq. 9), ``official`` (what the released code
-            divides by: 4*head_dim*hidden and 3*intermediate_size) or ``none``.
+            divides by: 4*head_dim*hidden for every query head and 3*intermediate_size) or ``none``.
         protected: layers never pruned.
         align: kept MLP widths are multiples of this.
-        keep_minimum: keep at least one head and ``align`` channels per layer.
+        keep_minimum: keep at least one unit of heads and ``align`` channels per layer.
     """
 
     def __init__(
         self, model_map: ModelMap, *, norm: str, protected: frozenset[int], align: int, keep_minimum: bool
     ) -> None:
-        head_norm, channel_norm = _divisors(model_map, norm)
-        heads, width = model_map.num_heads, model_map.intermediate_size
-        kinds = (
-            (heads_name, heads, model_map.head_parameters, head_norm, int(keep_minimum), 1),
-            (channels_name, width, model_map.channel_parameters, channel_norm, align * keep_minimum, align),
-        )
-        self.blocks: list[Block] = []
-        start = 0
-        for name_of, count, cost, divisor, minimum, multiple in kinds:
-            for layer in range(len(model_map.layers)):
-                self.blocks.append(
-                    Block(
-                        name_of(layer),
-                        start,
-                        start + count,
-                        cost,
-                        divisor,
-                        min(minimum, count),
-                        multiple,
-                        layer in protected,
-                    )
-                )
-                start += count
-        self.size = start
-        self._block_cost = np.array([b.cost for b in self.blocks])
-        self._multiple = np.array([b.multiple for b in self.blocks])
-        # Fewest structures each block can be left with: its minimum rounded up to its multiple.
-        self._floor = np.array([min(-(-b.minimum // b.multiple) * b.multiple, b.stop - b.start) for b in self.blocks])
-        self.removed = np.zeros(start, dtype=bool)
-        self.protected = np.zeros(start, dtype=bool)
-        self._cost = np.zeros(start, dtype=np.int64)
-        self._block_of = np.zeros(start, dtype=np.int64)
-        for i, block in enumerate(self.blocks):
-            span = slice(block.start, block.stop)
-            self.protected[span] = block.protected
-            self._cost[span] = block.cost
-            self._block_of[span] = i
+        self.blocks = make_blocks(model_map, norm=norm, protected=protected, align=align, keep_minimum=keep_minimum)
+        self.size = self.blocks[-1].stop
+        self._balanced = BalancedHeads(model_map) if model_map.gqa == "balanced" else None
+        self._heads_per_structure = model_map.heads_per_structure
+        starts = structure_starts(model_map)
+        self.head_structures = starts[len(model_map.layers)]
+        self.first_channel = self.blocks[len(model_map.layers)].start
+        self.unprotected = sum(b.stop - b.start for b in self.blocks if not b.protected)
+        self._starts = np.array(starts)
+        self._number = {block.name: i for i, block in enumerate(self.blocks)}
+        # By block: parameters and structures of a unit, units that are gone.
+        self._costs = np.array([b.cost for b in self.blocks])
+        self._members = np.array([b.structures for b in self.blocks])
+        self._gone = np.zeros(len(self.blocks), dtype=np.int64)
+        self.removed = np.zeros(starts[-1], dtype=bool)
+
+        device = next(model_map.model.parameters()).device
+
+        def on_device(values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        units = on_device([b.stop - b.start for b in self.blocks])
+        self._live = units.clone()
+        self._last = on_device([b.stop - 1 for b in self.blocks])
+        self._multiple = on_device([b.multiple for b in self.blocks])
+        self._floor = on_device([b.floor for b in self.blocks])
+        self._cost = on_device([b.cost for b in self.blocks])
+        # By unit: its block.
+        self._block = torch.arange(len(self.blocks), device=device).repeat_interleave(units)
+        self._divisor = on_device([b.divisor for b in self.blocks], torch.float64)[self._block]
+        # Position of every unit in its block.
+        self._position = torch.arange(self.size, device=device) - on_device([b.start for b in self.blocks])[self._block]
+        counts = on_device(np.diff(starts).tolist())
+        # Structures that cannot be chosen (any more).
+        self._barred = on_device([b.protected for b in self.blocks], torch.bool).repeat_interleave(counts)
 
     @property
     def removed_parameters(self) -> int:
         """Decoder parameters removed so far."""
-        return int(self._cost[self.removed].sum())
+        return int(self._gone @ self._costs)
 
     @property
     def removable_parameters(self) -> int:
         """The most that can ever be removed, protection and minima respected."""
-        return sum(
-            block.cost * (block.stop - block.start - int(floor))
-            for block, floor in zip(self.blocks, self._floor, strict=True)
-            if not block.protected
-        )
+        return sum(b.cost * (b.stop - b.start - b.floor) for b in self.blocks if not b.protected)
 
-    def normalise(self, scores: Mapping[str, torch.Tensor]) -> np.ndarray:
-        """Float64 scores of all structures in the global numbering; removed and protected ones are +inf.
+    def rank(self, scores: torch.Tensor) -> Ranking:
+        """Normalise and sort.
 
         Args:
-            scores: group name -> scores [original count]; groups of protected layers may be absent.
+            scores: fp32 [structures] on the model's device, in original numbering; those of removed and protected
+                structures do not matter.
         """
-        result = np.full(self.size, np.inf)
-        for block in self.blocks:
-            if block.name in scores:
-                values = scores[block.name].detach().cpu().double().numpy()
-                result[block.start : block.stop] = values / block.divisor
-        result[self.removed | self.protected] = np.inf
-        return result
+        values, heads = scores.double().masked_fill(self._barred, math.inf), None
+        if self._balanced:
+            values, heads = self._balanced.to_units(values)
+        values = values / self._divisor
+        ascending, order = values.sort(stable=True)
+        # Few bits to sort by: block numbers, in the order of the ranking.
+        ranks = self._block[order].to(torch.int16).sort(stable=True).indices
+        return Ranking(values, ascending, order, ranks, heads)
 
-    def within_target(self, normalised: np.ndarray, target: float) -> Choice:
+    def within_target(self, ranking: Ranking, target: float) -> Selection:
         """Lowest scores first while all removed parameters stay at or below ``target``.
 
         With alignment the longest run of the ranking counts whose aligned removal fits.
         """
-        order = self._ranking(normalised)
-        block_of = self._block_of[order]
-        live = self._live()
-
-        def cost(count: int) -> int:
-            wanted = np.bincount(block_of[:count], minlength=len(self.blocks))
-            return int((self._allowed(wanted, live) * self._block_cost).sum())
-
         # Equality of target and sum is exact in the reals; floats may miss it by rounding.
-        budget = target * (1 + 1e-12) - self.removed_parameters
-        high = 256
-        while high < len(order) and cost(high) <= budget:
-            high *= 2
-        low, high = 0, min(high, len(order))
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if cost(middle) <= budget else (low, middle - 1)
-        return self._choose(normalised, self._aligned(order[:low]))
+        budget = math.floor(target * (1 + 1e-12) - self.removed_parameters)
+        # What a block loses never falls as more of it is wanted, so the cost of a run is the sum of the steps it takes.
+        before, after = self._allowed(self._position, self._block), self._allowed(self._position + 1, self._block)
+        spent = torch.empty_like(before).scatter_(0, ranking.ranks, (after - before) * self._cost[self._block])
+        count = (spent.cumsum(0)[: self._candidates()] <= budget).sum()
+        return self._selection(ranking, count)
 
-    def below_threshold(self, normalised: np.ndarray, ratio: float) -> Choice:
+    def below_threshold(self, ranking: Ranking, ratio: float) -> Selection:
         """Every live structure at or below the k-th smallest score, removed ones counting as the lowest.
 
         Protected ones count as +inf and stay in the number of structures, as in the released code.
         """
-        counted = normalised.copy()
-        counted[self.removed] = -np.inf
-        rank = threshold_rank(self.size, ratio)
-        threshold = np.partition(counted, rank - 1)[rank - 1]
-        order = self._ranking(normalised)
-        return self._choose(normalised, self._aligned(order[normalised[order] <= threshold]))
+        rank = threshold_rank(self.size, ratio) - int(self._gone.sum())
+        candidates = ranking.ascending[: self._candidates()]
+        if rank < 1:
+            return self._selection(ranking, torch.zeros_like(ranking.order[0]))
+        return self._selection(ranking, (candidates <= ranking.ascending[rank - 1]).sum())
 
-    def apply(self, choice: Choice) -> None:
-        """Count a choice as removed."""
-        for block in self.blocks:
-            index = choice.removed.get(block.name)
-            if index is not None:
-                self.removed[block.start + index] = True
+    def choice(self, removed: torch.Tensor, threshold: float) -> Choice:
+        """What a selection says once it is on the host.
+
+        Args:
+            removed: ``Selection.removed`` on the CPU.
+            threshold: ``Selection.threshold``.
+        """
+        structures = np.flatnonzero(removed.numpy())
+        bounds = np.searchsorted(structures, self._starts)
+        filled = np.flatnonzero(bounds[1:] > bounds[:-1]).tolist()
+        by_group = {
+            self.blocks[i].name: torch.from_numpy(
+                self._indices(i, structures[bounds[i] : bounds[i + 1]] - self._starts[i])
+            )
+            for i in filled
+        }
+        parameters = int(np.diff(bounds) // self._members @ self._costs)
+        return Choice(by_group, structures, parameters, threshold if filled else None)
+
+    def given(self, removed: Mapping[str, torch.Tensor]) -> tuple[Choice, Selection]:
+        """A choice made earlier, from its ``removed``."""
+        mask = torch.zeros(len(self.removed), dtype=torch.bool)
+        for name, index in removed.items():
+            i = self._number[name]
+            mask[self._starts[i] + (index // self._share(i))] = True
+        taken = [int(n) for n in np.add.reduceat(mask.numpy(), self._starts[:-1], dtype=np.int64) // self._members]
+        device = self._live.device
+        selection = Selection(mask.to(device), torch.tensor(taken, device=device), torch.tensor(math.nan))
+        return self.choice(mask, math.nan), selection
+
+    def apply(self, choice: Choice, selection: Selection) -> None:
+        """Count a choice as removed; ``selection`` is what it was made from."""
+        self.removed[choice.structures] = True
+        self._gone += np.diff(np.searchsorted(choice.structures, self._starts)) // self._members
+        self._barred |= selection.removed
+        self._live -= selection.units
 
     def out_of_reach(self, ratio: float) -> int:
         """How many protected structures a ratio would have to take (0 = none)."""
-        return max(0, threshold_rank(self.size, ratio) - int((~self.protected).sum()))
+        return max(0, threshold_rank(self.size, ratio) - self.unprotected)
 
-    def _live(self) -> np.ndarray:
-        """Kept structures per block."""
-        return np.array([int((~self.removed[b.start : b.stop]).sum()) for b in self.blocks])
+    def _candidates(self) -> int:
+        """Units that are neither removed nor protected."""
+        return self.unprotected - int(self._gone.sum())
 
-    def _allowed(self, wanted: np.ndarray, live: np.ndarray) -> np.ndarray:
-        """How many of ``wanted`` removals per block its width multiple and its minimum let through."""
-        kept = -(-(live - wanted) // self._multiple) * self._multiple
-        return live - np.minimum(np.maximum(kept, self._floor), live)
+    def _share(self, block: int) -> int:
+        return self._heads_per_structure if self.blocks[block].name.endswith("heads") else 1
 
-    def _ranking(self, normalised: np.ndarray) -> np.ndarray:
-        order = np.argsort(normalised, kind="stable")
-        return order[: int((~(self.removed | self.protected)).sum())]
+    def _indices(self, block: int, structures: np.ndarray) -> np.ndarray:
+        """Heads or channels of a block's structures."""
+        share = self._share(block)
+        return structures if share == 1 else (structures[:, None] * share + np.arange(share)).ravel()
 
-    def _aligned(self, candidates: np.ndarray) -> np.ndarray:
-        """Candidates (lowest score first) less each block's best few that its width multiple or minimum defers."""
-        block_of = self._block_of[candidates]
-        wanted = np.bincount(block_of, minlength=len(self.blocks))
-        allowed = self._allowed(wanted, self._live())
-        # Position of each candidate within its own block, in rank order.
-        by_block = np.argsort(block_of, kind="stable")
-        first = np.concatenate(([0], np.cumsum(wanted)[:-1]))
-        position = np.empty_like(candidates)
-        position[by_block] = np.arange(len(candidates)) - first[block_of[by_block]]
-        return candidates[position < allowed[block_of]]
+    def _allowed(self, wanted: torch.Tensor, block: torch.Tensor | None = None) -> torch.Tensor:
+        """How many of ``wanted`` removals a block's width multiple and its minimum let through.
 
-    def _choose(self, normalised: np.ndarray, chosen: np.ndarray) -> Choice:
-        removed: dict[str, np.ndarray] = {}
-        block_of = self._block_of[chosen]
-        for i in np.unique(block_of):
-            block = self.blocks[i]
-            removed[block.name] = np.sort(chosen[block_of == i]) - block.start
-        threshold = float(normalised[chosen].max()) if len(chosen) else None
-        return Choice(removed, int(self._cost[chosen].sum()), threshold)
+        Args:
+            wanted: int64, for every block or for those numbered in ``block``.
+        """
+        limits = (self._live, self._multiple, self._floor)
+        live, multiple, floor = limits if block is None else (limit[block] for limit in limits)
+        kept = -((wanted - live) // multiple) * multiple
+        return live - torch.minimum(torch.maximum(kept, floor), live)
 
-
-def _divisors(model_map: ModelMap, norm: str) -> tuple[float, float]:
-    if norm == "params":
-        return float(model_map.head_parameters), float(model_map.channel_parameters)
-    if norm == "official":
-        head = 4 * model_map.head_dim * model_map.hidden_size
-        return float(head), float(3 * model_map.intermediate_size)
-    return 1.0, 1.0
+    def _selection(self, ranking: Ranking, count: torch.Tensor) -> Selection:
+        """The ``count`` lowest less each block's best few that its width multiple or minimum defers."""
+        wanted = (ranking.ranks < count).cumsum(0)[self._last]
+        units = self._allowed(torch.cat((wanted[:1], wanted.diff())))
+        taken = self._position < units[self._block]
+        removed = torch.empty_like(taken).scatter_(0, ranking.order[ranking.ranks], taken)
+        threshold = torch.where(removed, ranking.values, -math.inf).amax()
+        if self._balanced and ranking.heads is not None:
+            removed = self._balanced.to_structures(removed, ranking.heads)
+        return Selection(removed, units, threshold)

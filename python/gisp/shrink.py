@@ -10,11 +10,11 @@ from torch import nn
 
 from gisp.attention import NoHeads, set_kv_index, use_indexed_attention
 from gisp.errors import GispError
-from gisp.structures import LayerMap, ModelMap, fingerprint
+from gisp.structures import ModelMap, fingerprint
 from gisp_kernels import Compactor
 
 Removal = Mapping[str, torch.Tensor]
-"""Group name -> original indices (int64) of the structures a step removes; absent = none."""
+"""Group name -> original indices (int64) of the heads or channels a step removes; absent = none."""
 
 
 class ShrinkableModel:
@@ -52,10 +52,23 @@ class ShrinkableModel:
         """Original index of every kept structure, by current position; int64 CPU tensor [kept]."""
         return self._compactor.order(name)[: self.kept(name)]
 
+    def numbers(self, name: str) -> torch.Tensor:
+        """Numbers of a group's kept structures, by current position; int64 [kept] on the device.
+
+        Structures are numbered in the order of ``map.groups``. The next step changes the tensor.
+        """
+        return self._compactor.numbers[self._compactor.kept_span(name)]
+
     def remove(self, removal: Removal) -> None:
-        """Apply one step (also when it removes nothing)."""
+        """Apply one step (also when it removes nothing).
+
+        Raises:
+            GispError: a layer was changed from outside, or only some query heads of a key/value head are to go where
+                the map has them go together.
+        """
+        structures = {name: self._structures(name, index) for name, index in removal.items()}
         with self._weights_in_place():
-            self._compactor.remove({name: index for name, index in removal.items() if index.numel()})
+            self._compactor.remove(structures)
         self.history.append(removal)
         self._refresh(removal)
 
@@ -86,22 +99,33 @@ class ShrinkableModel:
         except ValueError as error:
             raise GispError(f"this model can no longer be moved, load its base model anew: {error}") from None
 
-    def _refresh(self, changed: Container[str]) -> None:
-        for item in self.map.layers:
-            if item.heads.name in changed:
-                self._refresh_layer(item)
+    def _structures(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """Structures of a group that given heads or channels make up."""
+        share = self.map.heads_per_structure
+        if share == 1 or not name.endswith("heads"):
+            return index
+        heads = index.sort().values
+        structures = heads[::share] // share
+        if not torch.equal(heads, (structures[:, None] * share + torch.arange(share)).flatten()):
+            raise GispError(
+                f"{name} cannot lose heads {heads.tolist()}: the {share} heads of a key/value head go together"
+            )
+        return structures
 
-    def _refresh_layer(self, item: LayerMap) -> None:
-        kept = self.kept(item.heads.name)
-        current = item.layer.self_attn
-        if kept == 0 and current is item.attention:
-            item.layer.self_attn = NoHeads(item.attention)
-        elif kept and current is not item.attention:
-            item.layer.self_attn = item.attention
-        if self.map.shares_kv:
-            groups = self.map.num_heads // self.map.num_kv_heads
-            index = None
-            if kept < self.map.num_heads:
-                device = item.heads.projections[0].linear.weight.device
-                index = (self.order(item.heads.name) // groups).to(device)
-            set_kv_index(item.attention, index)
+    def _refresh(self, changed: Container[str]) -> None:
+        layers = [item for item in self.map.layers if item.heads.name in changed]
+        for item in layers:
+            current = item.layer.self_attn
+            kept = self.kept(item.heads.name)
+            if kept == 0 and current is item.attention:
+                item.layer.self_attn = NoHeads(item.attention)
+            elif kept and current is not item.attention:
+                item.layer.self_attn = item.attention
+        if layers and self.map.shares_kv and self.map.gqa != "group":
+            # Heads are numbered before everything else. One division for all layers: each costs a launch.
+            heads = self._compactor.numbers[: len(self.map.layers) * self.map.num_heads]
+            shared = heads % self.map.num_heads // self.map.heads_per_kv
+            for item in layers:
+                whole = self.kept(item.heads.name) == self.map.num_heads
+                index = None if whole else shared[self._compactor.kept_span(item.heads.name)]
+                set_kv_index(item.attention, index)

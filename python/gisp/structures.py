@@ -8,7 +8,7 @@ tied embeddings.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,7 +33,10 @@ def channels_name(layer: int) -> str:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """One decoder layer: its modules and its two groups, named ``layers.{i}.heads`` and ``layers.{i}.channels``."""
+    """One decoder layer: its modules and its two groups, named ``layers.{i}.heads`` and ``layers.{i}.channels``.
+
+    A structure of ``heads`` is a query head or, with ``gqa`` "group", a key/value head with all its query heads.
+    """
 
     index: int
     layer: Any
@@ -47,7 +50,10 @@ class ModelMap:
     """Everything the pruning loop needs to know about a dense model.
 
     Attributes:
+        gqa: what is removed where query heads share key/value heads (:data:`gisp.config.GQA_MODES`); ``query`` where
+            none do.
         head_parameters: parameters of a removed head: 4*head_dim*hidden, with shared key/value heads 2*head_dim*hidden.
+        kv_group_parameters: parameters of a key/value head with all its query heads.
         channel_parameters: parameters of a removed channel: 3*hidden.
         decoder_parameters: all parameters of the decoder layers, norms included.
         parameters: all parameters of the model (tied ones once).
@@ -64,6 +70,7 @@ class ModelMap:
     vocab_size: int
     decoder_parameters: int
     parameters: int
+    gqa: str = "query"
 
     @property
     def shares_kv(self) -> bool:
@@ -73,6 +80,20 @@ class ModelMap:
     @property
     def head_parameters(self) -> int:
         return (2 if self.shares_kv else 4) * self.head_dim * self.hidden_size
+
+    @property
+    def heads_per_kv(self) -> int:
+        """Query heads of the dense model that share a key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def kv_group_parameters(self) -> int:
+        return (2 * self.heads_per_kv + 2) * self.head_dim * self.hidden_size
+
+    @property
+    def heads_per_structure(self) -> int:
+        """Query heads of one structure of a layer's ``heads`` group."""
+        return self.heads_per_kv if self.gqa == "group" else 1
 
     @property
     def channel_parameters(self) -> int:
@@ -97,8 +118,12 @@ class ModelMap:
         }
 
 
-def map_model(model: Any) -> ModelMap:
+def map_model(model: Any, gqa: str = "query") -> ModelMap:
     """The structure map of a dense model.
+
+    Args:
+        gqa: one of :data:`gisp.config.GQA_MODES`; where every query head has its own key/value head they are all the
+            same.
 
     Raises:
         GispError: the layout is not one this project prunes; the message names the first thing that differs.
@@ -121,6 +146,9 @@ def map_model(model: Any) -> ModelMap:
                 f"layer {item.index} has {item.heads.count} heads and {item.channels.count} channels, layer 0 has "
                 f"{num_heads} and {maps[0].channels.count}: this model is already pruned, give the dense one"
             )
+    gqa = gqa if num_heads != num_kv_heads else "query"
+    if gqa == "group":
+        maps = tuple(_with_kv_groups(item) for item in maps)
     return ModelMap(
         model=model,
         layers=maps,
@@ -133,7 +161,12 @@ def map_model(model: Any) -> ModelMap:
         vocab_size=model.get_input_embeddings().num_embeddings,
         decoder_parameters=sum(p.numel() for p in layers.parameters()),
         parameters=sum(p.numel() for p in model.parameters()),
+        gqa=gqa,
     )
+
+
+def _with_kv_groups(item: LayerMap) -> LayerMap:
+    return replace(item, heads=attention_group(item.heads.name, item.attention, whole_kv_groups=True))
 
 
 def _map_layer(index: int, layer: nn.Module, model_type: str) -> LayerMap:

@@ -119,7 +119,7 @@ class Trajectory:
         model = model if model is not None else self.model
         if model is None:
             model = self.load_base()
-            shrinkable = ShrinkableModel(map_model(model))
+            shrinkable = self.shrinkable(model)
         else:
             shrinkable = self._attach(model)
         move_to(shrinkable, self, step)
@@ -142,14 +142,26 @@ class Trajectory:
         self._check_base(model, path)
         return model
 
+    def shrinkable(self, model: nn.Module) -> ShrinkableModel:
+        """A dense model made ready for this trajectory's steps."""
+        return ShrinkableModel(map_model(model, self._gqa))
+
+    @property
+    def _gqa(self) -> str:
+        return str(self.config.get("gqa") or "query")
+
     def _attach(self, model: nn.Module) -> ShrinkableModel:
         shrinkable = ShrinkableModel.of(model)
-        if shrinkable is not None:
-            if shrinkable.fingerprint != self.base_model["fingerprint"]:
-                raise GispError("this model was pruned from another base model than the trajectory's")
-            return shrinkable
-        self._check_base(model, "the given model")
-        return ShrinkableModel(map_model(model))
+        if shrinkable is None:
+            self._check_base(model, "the given model")
+            return self.shrinkable(model)
+        if shrinkable.fingerprint != self.base_model["fingerprint"]:
+            raise GispError("this model was pruned from another base model than the trajectory's")
+        if (shrinkable.map.gqa == "group") != (self._gqa == "group") and shrinkable.map.shares_kv:
+            # Its structures are others than this trajectory's: whole key/value heads, or single query heads.
+            shrinkable.rollback(len(shrinkable.history))
+            return self.shrinkable(model)
+        return shrinkable
 
     def _check_base(self, model: nn.Module, where: str) -> None:
         model_map = map_model(model)

@@ -51,7 +51,12 @@ def prune(
         int | None, typer.Option(help="Kept MLP widths are multiples of this.", rich_help_panel=_LIMITS)
     ] = None,
     gqa: Annotated[
-        str | None, typer.Option(help="Granularity with shared key/value heads: query.", rich_help_panel=_LIMITS)
+        str | None,
+        typer.Option(
+            help="Where query heads share key/value heads: query (any query head), balanced (equally many of each "
+            "key/value head) or group (whole key/value heads, which shrinks the cache).",
+            rich_help_panel=_LIMITS,
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the data order (0).", rich_help_panel=_COMPUTE)] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", rich_help_panel=_COMPUTE)] = None,

@@ -1,0 +1,65 @@
+"""The tokens of one pass, on the device, with everything derived from them that all layers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gisp.objectives import IGNORED
+
+
+@dataclass(frozen=True)
+class PassBatch:
+    """Sequences of one length, padded on the right; T = rows * length tokens.
+
+    Attributes:
+        ids: int64 [T].
+        targets: int64 [T], the token each position predicts, -100 = not scored.
+        weights: float32 [T], weight of each token's NLL in the loss.
+        cos, sin: [length, hd], rotary tables.
+    """
+
+    rows: int
+    length: int
+    ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def make_batch(decoder: Any, ids: torch.Tensor, labels: torch.Tensor, row_weights: list[float]) -> PassBatch:
+    """A batch for the pass.
+
+    Args:
+        decoder: the model's decoder stack (``rotary_emb`` and weights).
+        ids: int64 [B, S] on the CPU.
+        labels: int64 [B, S], token ``t`` is predicted from tokens before it, -100 is not scored.
+        row_weights: weight of each sequence's mean NLL.
+    """
+    rows, length = ids.shape
+    device = decoder.embed_tokens.weight.device
+    targets = torch.full_like(labels, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    scored = targets != IGNORED
+    share = torch.tensor(row_weights, dtype=torch.float64) / scored.sum(1)
+    weights = (share[:, None] * scored).float()
+    like = torch.empty(0, dtype=decoder.embed_tokens.weight.dtype, device=device)
+    cos, sin = decoder.rotary_emb(like, position_ids=torch.arange(length, device=device)[None])
+    return PassBatch(
+        rows=rows,
+        length=length,
+        ids=_upload(ids.flatten(), device),
+        targets=_upload(targets.flatten(), device),
+        weights=_upload(weights.flatten(), device),
+        cos=cos[0].contiguous(),
+        sin=sin[0].contiguous(),
+    )
+
+
+def _upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

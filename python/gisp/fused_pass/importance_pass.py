@@ -1,0 +1,137 @@
+"""Scores of one batch by a forward and a backward pass written out layer by layer.
+
+What this saves against autograd over the model: no weight gradient is formed that is not scored, none is kept; layers
+below the first scored one keep nothing and get no gradient; elementwise parts are fused and gradients overwrite what
+they are no longer needed with. Tensors that a layer keeps are listed in its blocks. Nothing here waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gisp.fused_pass.attention_block import AttentionBlock, AttentionState
+from gisp.fused_pass.batch import PassBatch, make_batch
+from gisp.fused_pass.lm_head import LMHead
+from gisp.fused_pass.memory import layers_to_recompute
+from gisp.fused_pass.mlp_block import MLPBlock, MLPState
+from gisp.fused_pass.products import Products
+from gisp.structures import LayerMap, ModelMap
+
+
+class _Layer:
+    """One decoder layer: attention, then MLP, each adding to the residual stream."""
+
+    def __init__(self, item: LayerMap, products: Products) -> None:
+        self.item = item
+        self.attention = AttentionBlock(item, products)
+        self.mlp = MLPBlock(item, products)
+
+    def forward(
+        self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch
+    ) -> tuple[_LayerState, torch.Tensor | None]:
+        attention, output = self.attention.forward(x, delta, batch)
+        mlp, output = self.mlp.forward(attention.x, output)
+        return _LayerState(attention, mlp), output
+
+
+@dataclass
+class _LayerState:
+    attention: AttentionState
+    mlp: MLPState
+
+
+class ImportancePass:
+    """Scores structures of one model, at whatever widths it has when called.
+
+    The model must be of the layout that :func:`gisp.fused_pass.why_not` accepts.
+    """
+
+    def __init__(self, model_map: ModelMap) -> None:
+        products = Products()
+        self._model = model_map.model
+        self._layers = [_Layer(item, products) for item in model_map.layers]
+        self._head = LMHead(model_map.model, products)
+
+    @torch.no_grad()
+    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Residual stream after the last layer, before the final norm; int64 [B, S] to [B * S, D]."""
+        batch = make_batch(self._model.model, ids, ids, [1.0] * len(ids))
+        x, delta = self._embed(batch), None
+        for layer in self._layers:
+            state, delta = layer.forward(x, delta, batch)
+            x = state.mlp.x
+        return x if delta is None else x + delta
+
+    @torch.no_grad()
+    def score(
+        self, ids: torch.Tensor, labels: torch.Tensor, row_weights: list[float], scored: Sequence[tuple[str, int]]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Scores of a batch: ``sum |W * dL/dW|`` per structure (GISP Eq. 8 with one batch as the set).
+
+        Args:
+            ids: int64 [B, S] on the CPU, padded on the right.
+            labels: int64 [B, S], -100 is not scored.
+            row_weights: weight of each sequence's mean NLL in the loss.
+            scored: name and present count of every group to score.
+
+        Returns:
+            Group name -> float32 [count] on the device (views of one buffer), and the loss, 0-dim float64.
+        """
+        batch = make_batch(self._model.model, ids, labels, row_weights)
+        sizes = [count for _, count in scored]
+        buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=batch.ids.device)
+        scores = dict(zip((name for name, _ in scored), buffer.split(sizes), strict=True))
+        if not scores:
+            return scores, self._loss_only(batch)
+        # Positions of the layers, not their names: below the lowest scored one no gradient is needed.
+        lowest = min(i for i, layer in enumerate(self._layers) if self._scored(layer, scores))
+        x, delta, states = self._forward(batch, lowest)
+        loss, grad = self._head.loss_and_grad(x, delta, batch)
+        del x, delta
+        for i in reversed(range(lowest, len(self._layers))):
+            layer, kept = self._layers[i], states.pop()
+            state = kept if isinstance(kept, _LayerState) else layer.forward(*kept, batch)[0]
+            heads, channels = scores.get(layer.item.heads.name), scores.get(layer.item.channels.name)
+            below = i > lowest
+            layer.mlp.backward(state.mlp, grad, channels, below or heads is not None)
+            attention_state = state.attention
+            # The MLP's tensors go before attention takes memory of its own.
+            del kept, state
+            layer.attention.backward(attention_state, grad, batch, heads, below)
+            del attention_state
+        return scores, loss
+
+    def _forward(
+        self, batch: PassBatch, lowest: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[_LayerState | tuple[torch.Tensor, torch.Tensor | None]]]:
+        """Residual stream and last output, and for every layer from ``lowest`` its state or, to save memory, only what
+        its forward starts from."""
+        states: list[_LayerState | tuple[torch.Tensor, torch.Tensor | None]] = []
+        recomputed = lowest + layers_to_recompute([layer.item for layer in self._layers[lowest:]], batch)
+        x, delta = self._embed(batch), None
+        for i, layer in enumerate(self._layers):
+            if lowest <= i < recomputed and delta is not None:
+                # A forward adds delta into its own memory; what is repeated later must start from the sum.
+                x, delta = delta.add_(x), None
+            start = x
+            state, delta = layer.forward(x, delta, batch)
+            x = state.mlp.x
+            if i >= lowest:
+                states.append((start, None) if i < recomputed else state)
+        return x, delta, states
+
+    def _loss_only(self, batch: PassBatch) -> torch.Tensor:
+        x, delta, _ = self._forward(batch, len(self._layers))
+        return self._head.loss_and_grad(x, delta, batch)[0]
+
+    def _embed(self, batch: PassBatch) -> torch.Tensor:
+        embedding: Any = self._model.model.embed_tokens
+        return embedding.weight.detach().index_select(0, batch.ids)
+
+    @staticmethod
+    def _scored(layer: _Layer, scores: dict[str, torch.Tensor]) -> bool:
+        return layer.item.heads.name in scores or layer.item.channels.name in scores

@@ -1,0 +1,49 @@
+"""The end of a pass: final norm, logits and their gradient in chunks of tokens, so that no full logits exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gisp.fused_pass.batch import PassBatch
+from gisp.fused_pass.products import Products
+from gisp_kernels import decoder
+
+# Elements of logits alive at a time: 256 MB in 16-bit precision, enough tokens for a fast product.
+CHUNK_ELEMENTS = 2**27
+TOKEN_MULTIPLE = 128
+
+
+class LMHead:
+    """Final norm and output projection of a model."""
+
+    def __init__(self, model: Any, products: Products) -> None:
+        self._norm = model.model.norm
+        self._linear = model.get_output_embeddings()
+        self._products = products
+
+    def loss_and_grad(
+        self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of the batch and its gradient.
+
+        Args:
+            x, delta: [T, D]; their sum is the input of the final norm.
+
+        Returns:
+            The weighted sum of token NLLs, 0-dim float64 in nats, and dL/dx [T, D].
+        """
+        norm = self._norm
+        x, normed, rstd = decoder.add_rms_norm(x, delta, norm.weight.detach(), norm.variance_epsilon, total=delta)
+        loss = torch.zeros((), dtype=torch.float64, device=x.device)
+        tokens = x.shape[0]
+        size = max(1, CHUNK_ELEMENTS // self._linear.weight.shape[0] // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        for start in range(0, tokens, size):
+            chunk = slice(start, start + size)
+            logits = self._products.forward(normed[chunk], self._linear)
+            nll = decoder.token_nll_grad_(logits, batch.targets[chunk], batch.weights[chunk])
+            loss += (nll.double() * batch.weights[chunk]).sum()
+            # The chunk of the normed input is not needed any more: its gradient takes its place.
+            torch.mm(logits, self._linear.weight.detach(), out=normed[chunk])
+        return loss, decoder.rms_norm_backward_(None, normed, x, rstd, norm.weight.detach())
