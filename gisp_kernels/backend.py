@@ -27,6 +27,11 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def is_auto(backend: str | None) -> bool:
+    """Whether the choice is left to the op."""
+    return (backend or os.environ.get("GISP_BACKEND", "auto")) == "auto"
+
+
 def resolve(backend: str | None, tensor: torch.Tensor, supported: Sequence[str]) -> str:
     """Name of the implementation for ``tensor``.
 
@@ -40,7 +45,7 @@ def resolve(backend: str | None, tensor: torch.Tensor, supported: Sequence[str])
         RuntimeError: the explicit choice cannot run this tensor, with the reason.
     """
     choice = backend or os.environ.get("GISP_BACKEND", "auto")
-    if choice == "auto":
+    if is_auto(backend):
         for name in supported:
             # The interpreter is for testing kernels, never a better choice than plain torch.
             if name == "triton" and tensor.device.type != "cuda":

@@ -6,27 +6,12 @@ scores the sum over its elements. Everything is summed in float32 in a fixed ord
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from gisp_kernels import backend as backends
-from gisp_kernels import checks, reference
+from gisp_kernels import checks, fusion, reference
 
 SUPPORTED = ("triton",)
-
-# The fused kernel saves writing and reading G, 4 bytes per weight in 16-bit precision, whatever the token count; the
-# matrix product grows with the tokens and there cuBLAS is ahead. On an H200 in bfloat16 the fused kernel wins
-# at 512 to 2048 tokens and no longer at 8192.
-FUSED_MAX_TOKENS = 4096
-
-
-def prefer_fused(tokens: int, dtype: torch.dtype) -> bool:
-    """Whether ``backend="auto"`` on a GPU fuses product and reduction rather than running cuBLAS and a reduction.
-
-    float32 never fuses: exact float32 products cannot use tensor cores, and cuBLAS is far ahead without them.
-    """
-    return dtype in (torch.bfloat16, torch.float16) and tokens <= FUSED_MAX_TOKENS
 
 
 def abs_weighted_reduce(
@@ -86,8 +71,8 @@ def wgrad_importance(
         input: [..., I], the layer's input, same leading shape and dtype as ``grad_output``.
         weight: [O, I]; its dtype may differ.
         axis, block, out: as in :func:`abs_weighted_reduce`.
-        backend: ``None`` or ``"auto"`` to choose (on a GPU the fused kernel or a cuBLAS product and a reduction, by
-            :func:`prefer_fused`), ``"triton"`` for the fused kernel, ``"reference"`` for plain torch.
+        backend: ``None`` or ``"auto"`` to choose (on a GPU a fused kernel or a cuBLAS product and a reduction, by
+            :func:`gisp_kernels.fusion.plan`), ``"triton"`` for a fused kernel, ``"reference"`` for plain torch.
 
     Returns:
         float32 [count]: ``out`` if given.
@@ -110,15 +95,16 @@ def wgrad_importance(
     out = checks.score_buffer(out, checks.structure_count(weight, axis, block), weight)
     dy, x = as_tokens(grad_output.detach()), as_tokens(input.detach())
     choice = backends.resolve(backend, weight, SUPPORTED)
-    if choice == "triton" and _is_auto(backend) and not prefer_fused(x.shape[0], x.dtype):
-        choice = "matmul"
+    if choice == "triton":
+        decide = fusion.plan if backends.is_auto(backend) else _fused
+        choice = decide(dy, x, [weight.detach()], axis)
     run = wgrad_importance_op if torch.compiler.is_compiling() else _wgrad_importance
     run(out, dy, x, weight.detach(), axis, block, choice)
     return out
 
 
-def _is_auto(backend: str | None) -> bool:
-    return (backend or os.environ.get("GISP_BACKEND", "auto")) == "auto"
+def _fused(grad_output: torch.Tensor, input: torch.Tensor, weights: list[torch.Tensor], axis: str) -> str:
+    return fusion.fused_kernel(grad_output, input, weights, axis)[0]
 
 
 def as_tokens(tensor: torch.Tensor) -> torch.Tensor:
@@ -152,6 +138,11 @@ def _wgrad_importance(
         from gisp_kernels.triton_kernels import wgrad_importance as kernel
 
         kernel.launch(out, grad_output, input, weight, axis, block)
+    elif choice == "tma":
+        from gisp_kernels.triton_kernels import wgrad_tma
+
+        layer = wgrad_tma.Layer(weight, 0, block, out)
+        wgrad_tma.launch(grad_output, input, [layer], axis, fusion.multiprocessors(input.device))
     elif choice == "matmul":
         from gisp_kernels.triton_kernels import abs_weighted_reduce as reduction
 
@@ -160,7 +151,8 @@ def _wgrad_importance(
         reference.wgrad_importance_(out, grad_output, input, weight, axis, block)
 
 
-# Registered forms for tracing; arguments already validated, ``choice`` resolved (``"matmul"``: cuBLAS and a reduction).
+# Registered forms for tracing; arguments already validated, ``choice`` resolved (``"tma"`` and ``"matmul"`` as in
+# :mod:`gisp_kernels.fusion`).
 abs_weighted_reduce_op = torch.library.custom_op(
     "gisp::abs_weighted_reduce_", _abs_weighted_reduce, mutates_args=("out",)
 )

@@ -11,8 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from gisp_kernels.importance import abs_weighted_reduce, prefer_fused, wgrad_importance
+from gisp_kernels import backend as backends
+from gisp_kernels.fusion import multiprocessors, plan
+from gisp_kernels.importance import abs_weighted_reduce, wgrad_importance
 from gisp_kernels.reference import weight_grad
+
+# Layers one launch of the TMA kernel takes.
+MAX_STACK = 3
 
 
 @dataclass(frozen=True)
@@ -31,27 +36,49 @@ class Part:
     block: int
     out: torch.Tensor
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.weight.shape[0]
 
-def stacked_wgrad_importance(grad_output: torch.Tensor, input: torch.Tensor, parts: Sequence[Part]) -> None:
+
+def stacked_wgrad_importance(
+    grad_output: torch.Tensor, input: torch.Tensor, parts: Sequence[Part], *, backend: str | None = None
+) -> None:
     """Add ``sum |W * (dY.T @ X)|`` over the rows of every structure of every part to its ``out``.
 
     Args:
         grad_output: [T, columns], the layers' output gradients side by side.
         input: [T, I], what all the layers read, same dtype.
         parts: the layers, by ascending start; columns that no part covers are not scored.
+        backend: as in :func:`gisp_kernels.wgrad_importance`.
 
     Raises:
         TypeError, ValueError: as :func:`gisp_kernels.wgrad_importance`.
     """
     if not parts:
         return
-    if len(parts) == 1 or prefer_fused(input.shape[0], input.dtype):
-        for part in parts:
-            columns = grad_output[:, part.start : part.start + part.weight.shape[0]]
-            wgrad_importance(columns, input, part.weight, block=part.block, out=part.out)
-        return
-    first, last = parts[0].start, parts[-1].start + parts[-1].weight.shape[0]
-    gradient = weight_grad(grad_output[:, first:last], input)
-    for part in parts:
-        rows = gradient[part.start - first : part.start - first + part.weight.shape[0]]
-        abs_weighted_reduce(part.weight, rows, block=part.block, out=part.out)
+    first = parts[0].start
+    columns = grad_output[:, first : parts[-1].stop]
+    weights = [part.weight.detach() for part in parts]
+    how = "matmul"
+    if len(parts) == 1:
+        how = "apart"
+    elif backends.resolve(backend, input, ("triton",)) == "triton":
+        how = plan(columns, input, weights, "row") if backends.is_auto(backend) else "apart"
+    if how == "tma" and len(parts) <= MAX_STACK:
+        from gisp_kernels.triton_kernels import wgrad_tma
+
+        layers = [
+            wgrad_tma.Layer(weight, part.start - first, part.block, part.out)
+            for weight, part in zip(weights, parts, strict=True)
+        ]
+        wgrad_tma.launch(columns, input, layers, "row", multiprocessors(input.device))
+    elif how == "matmul":
+        gradient = weight_grad(columns, input)
+        for part, weight in zip(parts, weights, strict=True):
+            rows = gradient[part.start - first : part.stop - first]
+            abs_weighted_reduce(weight, rows, block=part.block, out=part.out, backend=backend)
+    else:
+        for part, weight in zip(parts, weights, strict=True):
+            own = grad_output[:, part.start : part.stop]
+            wgrad_importance(own, input, weight, block=part.block, out=part.out, backend=backend)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gisp_kernels import abs_weighted_reduce, wgrad_importance
-from gisp_kernels.importance import FUSED_MAX_TOKENS, prefer_fused
+from gisp_kernels.fusion import FUSED_MAX_TOKENS, prefer_fused
 from gisp_kernels.testing import (
     Truth,
     assert_error_budget,

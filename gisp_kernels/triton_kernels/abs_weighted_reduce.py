@@ -30,9 +30,10 @@ class StripConfig:
     num_warps: int
 
 
-# Memory-bound: the inner dimension is always read in runs of at least 512 elements.
-ROWS = StripConfig(block_kept=8, block_summed=512, repeats=4, num_warps=4)
-COLUMNS = StripConfig(block_kept=512, block_summed=8, repeats=16, num_warps=4)
+# Memory-bound: the inner dimension is always read in runs of at least 512 elements. The fastest of those compared on an
+# H200 at 13B and 8B shapes.
+ROWS = StripConfig(block_kept=4, block_summed=1024, repeats=1, num_warps=4)
+COLUMNS = StripConfig(block_kept=512, block_summed=4, repeats=32, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["O", "I", "stride_wo", "stride_go"])
@@ -112,14 +113,14 @@ def _sum_columns_kernel(  # type: ignore[no-untyped-def]
     tl.store(partials_ptr + strip.to(tl.int64) * I + offs_i, tl.sum(total, axis=0), mask=mask_i)
 
 
-@triton.jit(do_not_specialize=["count", "block", "strips", "width"])
+@triton.jit(do_not_specialize=["count", "block", "strips", "pitch"])
 def _finish_kernel(  # type: ignore[no-untyped-def]
-    partials_ptr,  # float32 [strips, width], width = count * block
+    partials_ptr,  # float32 [strips, count * block], strips pitch apart
     out_ptr,  # float32 [count], any stride
     count,
     block,
     strips,
-    width,
+    pitch,
     stride_out,
     BLOCK_S: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -136,7 +137,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         mask_l = (structure < count) & (line < block)
         for first_strip in range(0, strips, BLOCK_K):
             strip = first_strip + offs_k
-            partials = partials_ptr + strip.to(tl.int64)[:, None] * width + column[None, :]
+            partials = partials_ptr + strip.to(tl.int64)[:, None] * pitch + column[None, :]
             total += tl.load(partials, mask=(strip < strips)[:, None] & mask_l[None, :], other=0.0)
     per_lane = tl.sum(total, axis=0)
     scores = tl.sum(tl.reshape(per_lane, (BLOCK_S, BLOCK_L)), axis=1)
@@ -146,8 +147,8 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
 
 
 def finish(out: torch.Tensor, partials: torch.Tensor, block: int) -> None:
-    """Add partial sums [strips, count * block] to ``out`` [count] in a fixed order."""
-    strips, width = partials.shape
+    """Add partial sums [strips, count * block], rows contiguous, to ``out`` [count] in a fixed order."""
+    strips = partials.shape[0]
     lines = min(FINISH_LANES, triton.next_power_of_2(block))
     structures = FINISH_LANES // lines
     _finish_kernel[(triton.cdiv(out.shape[0], structures),)](
@@ -156,7 +157,7 @@ def finish(out: torch.Tensor, partials: torch.Tensor, block: int) -> None:
         count=out.shape[0],
         block=block,
         strips=strips,
-        width=width,
+        pitch=partials.stride(0),
         stride_out=out.stride(0),
         BLOCK_S=structures,
         BLOCK_L=lines,

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gisp_kernels.fusion import MIN_LARGE_TILES
 from gisp_kernels.padding import aligned, pad_columns
 from gisp_kernels.triton_kernels.abs_weighted_reduce import finish
 
@@ -39,10 +40,6 @@ class TileConfig:
 LARGE_16BIT = TileConfig(block_o=128, block_i=256, block_t=64, group_o=8, num_warps=8, num_stages=3)
 SMALL_16BIT = TileConfig(block_o=64, block_i=64, block_t=64, group_o=8, num_warps=4, num_stages=4)
 FLOAT32 = TileConfig(block_o=64, block_i=64, block_t=16, group_o=8, num_warps=4, num_stages=3)
-
-# Below this many large tiles most multiprocessors of a big GPU would stay idle. A constant, not the size of the GPU
-# at hand: the choice of tile shapes the rounding.
-MIN_LARGE_TILES = 96
 
 
 def choose_config(rows: int, width: int, dtype: torch.dtype) -> TileConfig:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gisp_kernels import abs_weighted_reduce, wgrad_importance
-from gisp_kernels.importance import FUSED_MAX_TOKENS, wgrad_importance_op
+from gisp_kernels.fusion import FUSED_MAX_TOKENS
+from gisp_kernels.importance import wgrad_importance_op
 from gisp_kernels.reference import weight_grad
 from gisp_kernels.testing import assert_error_budget, assert_same_selection, reduce_truth, wgrad_truth
 

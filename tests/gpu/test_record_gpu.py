@@ -10,7 +10,7 @@ from recording import Block, score, true_scores, weight_grads
 from torch.utils.checkpoint import checkpoint
 
 from gisp_kernels import iter_groups, record_importance
-from gisp_kernels.importance import FUSED_MAX_TOKENS
+from gisp_kernels.fusion import FUSED_MAX_TOKENS
 from gisp_kernels.record import Mode
 
 pytestmark = pytest.mark.gpu

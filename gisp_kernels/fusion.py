@@ -1,0 +1,78 @@
+"""Which kernels score a weight gradient on a GPU: product and reduction in one, or cuBLAS and a reduction after it.
+
+Fusing saves writing and reading the gradient, 4 bytes per weight in 16-bit precision whatever the token count; cuBLAS
+makes better use of the GPU where the tiles of the product do not come out even. Measured on an H200 in bfloat16 at 13B
+and 8B shapes (``benchmarks/results``): the persistent TMA kernel is ahead at every shape up to 2048 tokens, and at 8192
+and more where its tiles fill the last wave.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+# Above this many tokens fusing pays only for products whose tiles fill the GPU evenly.
+FUSED_MAX_TOKENS = 4096
+# Share of the multiprocessors that work, averaged over the waves of a product.
+FULL_WAVES = 0.9
+# Below this many large tiles most multiprocessors of a big GPU would stay idle. A constant, not the size of the GPU
+# at hand: the choice of tile shapes the rounding.
+MIN_LARGE_TILES = 96
+
+
+def prefer_fused(tokens: int, dtype: torch.dtype, *, tiles: int = 0, multiprocessors: int = 1) -> bool:
+    """Whether ``backend="auto"`` on a GPU fuses product and reduction.
+
+    float32 never fuses: exact float32 products cannot use tensor cores, and cuBLAS is far ahead without them.
+
+    Args:
+        tokens: extent that is summed over in the product.
+        dtype: of the operands.
+        tiles: tiles of the TMA kernel, 0 where it does not run.
+        multiprocessors: of the GPU.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if tokens <= FUSED_MAX_TOKENS:
+        return True
+    waves = -(-tiles // multiprocessors)
+    return tiles >= FULL_WAVES * waves * multiprocessors > 0
+
+
+def fused_kernel(
+    grad_output: torch.Tensor, input: torch.Tensor, weights: Sequence[torch.Tensor], axis: str
+) -> tuple[str, int]:
+    """The fused kernel for these operands, ``"tma"`` or ``"triton"`` (pointers), and the tiles of the former or 0.
+
+    Args:
+        grad_output: [T, columns].
+        input: [T, I].
+        weights: [O, I] each, side by side in ``grad_output``.
+        axis: ``"row"`` or ``"column"``.
+    """
+    from gisp_kernels.triton_kernels import wgrad_tma
+
+    if not input.is_cuda or not wgrad_tma.usable(grad_output, input, weights):
+        return "triton", 0
+    kept = 0 if axis == "row" else 1
+    tiles = wgrad_tma.tiles([w.shape[kept] for w in weights], weights[0].shape[1 - kept])
+    return ("tma", tiles) if tiles >= MIN_LARGE_TILES else ("triton", 0)
+
+
+def plan(grad_output: torch.Tensor, input: torch.Tensor, weights: Sequence[torch.Tensor], axis: str) -> str:
+    """What ``backend="auto"`` runs on a GPU: ``"tma"``, ``"triton"``, or ``"matmul"`` for cuBLAS and a reduction."""
+    kernel, tiles = fused_kernel(grad_output, input, weights, axis)
+    count = multiprocessors(input.device) if tiles else 1
+    return kernel if prefer_fused(input.shape[0], input.dtype, tiles=tiles, multiprocessors=count) else "matmul"
+
+
+@functools.cache
+def _count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return _count(torch.cuda.current_device() if device.index is None else device.index)
