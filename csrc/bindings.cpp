@@ -8,6 +8,7 @@
 
 #include "gisp/check.h"
 #include "gisp/swap.h"
+#include "gisp/wgrad.h"
 
 namespace py = pybind11;
 
@@ -35,12 +36,29 @@ std::int64_t plan_swaps(const std::vector<Layout>& layouts, std::uintptr_t pairs
   return gisp::plan_swaps(tensors, as_pointer<const std::int64_t>(pairs), as_pointer<void>(table));
 }
 
+#if GISP_WITH_SM90
+using Operand = std::tuple<std::uint64_t, std::int64_t, std::int64_t>;
+using ScoredLayer = std::tuple<std::uint64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+void wgrad_sums_sm90(const Operand& left, const Operand& right, std::int64_t tokens,
+                     const std::vector<ScoredLayer>& layers, bool by_column, bool bfloat16, std::uintptr_t partials,
+                     int programs, int device, std::uintptr_t stream) {
+  const auto operand = [](const Operand& from) {
+    return gisp::WgradOperand{std::get<0>(from), std::get<1>(from), std::get<2>(from)};
+  };
+  gisp::WgradProblem problem{operand(left), operand(right), tokens, {}, by_column, bfloat16};
+  for (const auto& [address, pitch, rows, start] : layers) problem.layers.push_back({address, pitch, rows, start});
+  gisp::wgrad_sums_sm90(problem, as_pointer<float>(partials), programs, device, as_pointer<void>(stream));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled core of gisp_kernels; use it through gisp_kernels.partition.";
   m.attr("cuda") = static_cast<bool>(GISP_WITH_CUDA);
   m.attr("cuda_archs") = GISP_CUDA_ARCHS;
+  m.attr("sm90") = static_cast<bool>(GISP_WITH_SM90);
   m.attr("compiler") = GISP_COMPILER;
   m.attr("nvcc") = GISP_NVCC;
   m.def("swap_table_bytes", &gisp::swap_table_bytes, py::arg("tensors"), py::arg("pairs"));
@@ -57,5 +75,14 @@ PYBIND11_MODULE(_core, m) {
         gisp::swap_blocks_cuda(as_pointer<void>(table), tensors, chunks, device, as_pointer<void>(stream));
       },
       py::arg("table"), py::arg("tensors"), py::arg("chunks"), py::arg("device"), py::arg("stream"));
+#endif
+#if GISP_WITH_SM90
+  m.attr("wgrad_tile") = std::make_tuple(gisp::kWgradTileRows, gisp::kWgradTileWidth);
+  m.attr("wgrad_max_layers") = gisp::kWgradMaxLayers;
+  m.def("wgrad_sums_sm90", &wgrad_sums_sm90, py::arg("left"), py::arg("right"), py::arg("tokens"), py::arg("layers"),
+        py::arg("by_column"), py::arg("bfloat16"), py::arg("partials"), py::arg("programs"), py::arg("device"),
+        py::arg("stream"),
+        "Tile sums of |W * (left^T right)|; an operand is (address, pitch, columns), a layer (address, pitch, rows, "
+        "start), pitches in bytes.");
 #endif
 }

@@ -75,13 +75,19 @@ def why_not(device_type: str) -> str | None:
     return None
 
 
+def has_sm90() -> bool:
+    """Whether the core holds the kernels for Hopper GPUs."""
+    module, _ = _load()
+    return module is not None and getattr(module, "sm90", False)
+
+
 def build_info() -> dict[str, Any]:
     """What is installed, as JSON-ready values; touches no device.
 
     Returns:
         ``version``; ``core`` (whether the compiled core loads), ``reason`` (why not, else ``None``); ``cuda`` (whether
-        it holds CUDA kernels), ``cuda_archs`` (list), ``compiler`` and ``nvcc`` (versions or ``None``); ``torch``;
-        ``triton`` (version or ``None``).
+        it holds CUDA kernels), ``cuda_archs`` (list), ``sm90`` (whether it holds the kernels for Hopper GPUs),
+        ``compiler`` and ``nvcc`` (versions or ``None``); ``torch``; ``triton`` (version or ``None``).
     """
     module, reason = _load()
     return {
@@ -90,6 +96,7 @@ def build_info() -> dict[str, Any]:
         "reason": reason,
         "cuda": bool(module and module.cuda),
         "cuda_archs": module.cuda_archs.split() if module else [],
+        "sm90": has_sm90(),
         "compiler": module.compiler if module else None,
         "nvcc": (module.nvcc or None) if module else None,
         "torch": torch.__version__,

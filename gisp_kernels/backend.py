@@ -27,9 +27,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def requested(backend: str | None) -> str:
+    """The choice of a call or else of the process."""
+    return backend or os.environ.get("GISP_BACKEND", "auto")
+
+
 def is_auto(backend: str | None) -> bool:
     """Whether the choice is left to the op."""
-    return (backend or os.environ.get("GISP_BACKEND", "auto")) == "auto"
+    return requested(backend) == "auto"
 
 
 def resolve(backend: str | None, tensor: torch.Tensor, supported: Sequence[str]) -> str:
@@ -44,8 +49,8 @@ def resolve(backend: str | None, tensor: torch.Tensor, supported: Sequence[str])
         ValueError: unknown name.
         RuntimeError: the explicit choice cannot run this tensor, with the reason.
     """
-    choice = backend or os.environ.get("GISP_BACKEND", "auto")
-    if is_auto(backend):
+    choice = requested(backend)
+    if choice == "auto":
         for name in supported:
             # The interpreter is for testing kernels, never a better choice than plain torch.
             if name == "triton" and tensor.device.type != "cuda":

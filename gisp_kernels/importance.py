@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from gisp_kernels import backend as backends
-from gisp_kernels import checks, fusion, reference
+from gisp_kernels import checks, fusion, reference, wgrad_native
 
 SUPPORTED = ("triton",)
 
@@ -72,7 +72,8 @@ def wgrad_importance(
         weight: [O, I]; its dtype may differ.
         axis, block, out: as in :func:`abs_weighted_reduce`.
         backend: ``None`` or ``"auto"`` to choose (on a GPU a fused kernel or a cuBLAS product and a reduction, by
-            :func:`gisp_kernels.fusion.plan`), ``"triton"`` for a fused kernel, ``"reference"`` for plain torch.
+            :func:`gisp_kernels.fusion.plan`), ``"triton"`` for a fused kernel, ``"native"`` for the compiled one
+            (16-bit, aligned rows, a Hopper GPU), ``"reference"`` for plain torch.
 
     Returns:
         float32 [count]: ``out`` if given.
@@ -94,17 +95,26 @@ def wgrad_importance(
     checks.check_same_device(weight=weight, grad_output=grad_output, input=input)
     out = checks.score_buffer(out, checks.structure_count(weight, axis, block), weight)
     dy, x = as_tokens(grad_output.detach()), as_tokens(input.detach())
-    choice = backends.resolve(backend, weight, SUPPORTED)
-    if choice == "triton":
-        decide = fusion.plan if backends.is_auto(backend) else _fused
-        choice = decide(dy, x, [weight.detach()], axis)
+    choice = _choose(backend, dy, x, weight.detach(), axis)
     run = wgrad_importance_op if torch.compiler.is_compiling() else _wgrad_importance
     run(out, dy, x, weight.detach(), axis, block, choice)
     return out
 
 
-def _fused(grad_output: torch.Tensor, input: torch.Tensor, weights: list[torch.Tensor], axis: str) -> str:
-    return fusion.fused_kernel(grad_output, input, weights, axis)[0]
+def _choose(
+    backend: str | None, grad_output: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, axis: str
+) -> str:
+    if backends.requested(backend) == "native":
+        reason = wgrad_native.why_not(grad_output, input, [weight])
+        if reason is not None:
+            raise RuntimeError(f"backend 'native' cannot run here: {reason}")
+        return "native"
+    choice = backends.resolve(backend, weight, SUPPORTED)
+    if choice != "triton":
+        return choice
+    if backends.is_auto(backend):
+        return fusion.plan(grad_output, input, [weight], axis)
+    return fusion.fused_kernel(grad_output, input, [weight], axis)[0]
 
 
 def as_tokens(tensor: torch.Tensor) -> torch.Tensor:
@@ -138,11 +148,12 @@ def _wgrad_importance(
         from gisp_kernels.triton_kernels import wgrad_importance as kernel
 
         kernel.launch(out, grad_output, input, weight, axis, block)
-    elif choice == "tma":
+    elif choice in ("tma", "native"):
         from gisp_kernels.triton_kernels import wgrad_tma
 
         layer = wgrad_tma.Layer(weight, 0, block, out)
-        wgrad_tma.launch(grad_output, input, [layer], axis, fusion.multiprocessors(input.device))
+        launch = wgrad_tma.launch if choice == "tma" else wgrad_native.launch
+        launch(grad_output, input, [layer], axis, fusion.multiprocessors(input.device))
     elif choice == "matmul":
         from gisp_kernels.triton_kernels import abs_weighted_reduce as reduction
 
@@ -151,8 +162,8 @@ def _wgrad_importance(
         reference.wgrad_importance_(out, grad_output, input, weight, axis, block)
 
 
-# Registered forms for tracing; arguments already validated, ``choice`` resolved (``"tma"`` and ``"matmul"`` as in
-# :mod:`gisp_kernels.fusion`).
+# Registered forms for tracing; arguments already validated, ``choice`` resolved as by
+# :func:`gisp_kernels.fusion.plan`.
 abs_weighted_reduce_op = torch.library.custom_op(
     "gisp::abs_weighted_reduce_", _abs_weighted_reduce, mutates_args=("out",)
 )

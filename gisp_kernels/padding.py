@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 ALIGNMENT = 16
+# What a tensor memory accelerator asks of an address and of row strides.
+DESCRIPTOR_BYTES = 16
 
 
 def round_up(extent: int) -> int:
@@ -15,6 +17,12 @@ def round_up(extent: int) -> int:
 def aligned(*values: int) -> bool:
     """Whether every extent and stride is a multiple of :data:`ALIGNMENT` elements."""
     return all(value % ALIGNMENT == 0 for value in values)
+
+
+def descriptor_aligned(tensor: torch.Tensor) -> bool:
+    """Whether a tensor memory accelerator can address the rows of a matrix."""
+    pitch = tensor.stride(0) * tensor.element_size()
+    return tensor.stride(1) == 1 and pitch % DESCRIPTOR_BYTES == 0 and tensor.data_ptr() % DESCRIPTOR_BYTES == 0
 
 
 def pad_tokens(*operands: torch.Tensor) -> list[torch.Tensor]:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from gisp_kernels import backend as backends
+from gisp_kernels import wgrad_native
 from gisp_kernels.fusion import multiprocessors, plan
 from gisp_kernels.importance import abs_weighted_reduce, wgrad_importance
 from gisp_kernels.reference import weight_grad
 
-# Layers one launch of the TMA kernel takes.
+# Layers one launch of the Triton kernel takes.
 MAX_STACK = 3
 
 
@@ -61,18 +62,19 @@ def stacked_wgrad_importance(
     columns = grad_output[:, first : parts[-1].stop]
     weights = [part.weight.detach() for part in parts]
     how = "matmul"
-    if len(parts) == 1:
+    if len(parts) == 1 or backends.requested(backend) == "native":
         how = "apart"
     elif backends.resolve(backend, input, ("triton",)) == "triton":
         how = plan(columns, input, weights, "row") if backends.is_auto(backend) else "apart"
-    if how == "tma" and len(parts) <= MAX_STACK:
+    if how == "native" or (how == "tma" and len(parts) <= MAX_STACK):
         from gisp_kernels.triton_kernels import wgrad_tma
 
         layers = [
             wgrad_tma.Layer(weight, part.start - first, part.block, part.out)
             for weight, part in zip(weights, parts, strict=True)
         ]
-        wgrad_tma.launch(columns, input, layers, "row", multiprocessors(input.device))
+        launch = wgrad_native.launch if how == "native" else wgrad_tma.launch
+        launch(columns, input, layers, "row", multiprocessors(input.device))
     elif how == "matmul":
         gradient = weight_grad(columns, input)
         for part, weight in zip(parts, weights, strict=True):

@@ -31,7 +31,8 @@ class OpCase:
 
 
 def randn(*shape: int, device: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
 
 def strided(rows: int, width: int, device: str, dtype: torch.dtype, seed: int, pad: int = 16) -> torch.Tensor:
@@ -39,6 +40,22 @@ def strided(rows: int, width: int, device: str, dtype: torch.dtype, seed: int, p
     wide = torch.full((rows, width + pad), float("nan"), device=device, dtype=dtype)
     wide[:, :width] = randn(rows, width, device=device, dtype=dtype, seed=seed)
     return wide[:, :width]
+
+
+class Blank:
+    """A result to be written: [rows, width] inside a wider buffer, NaN everywhere."""
+
+    def __init__(self, rows: int, width: int, like: torch.Tensor, pad: int = 16) -> None:
+        self._wide = torch.full((rows, width + pad), float("nan"), device=like.device, dtype=like.dtype)
+        self.inside = self._wide[:, :width]
+
+    def heads(self, size: int) -> torch.Tensor:
+        return self.inside.unflatten(1, (-1, size))
+
+    def filled(self) -> torch.Tensor:
+        """The result, of which nothing lies outside."""
+        assert self._wide[:, self.inside.shape[1] :].isnan().all()
+        return self.inside
 
 
 def _norm_truth(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -60,15 +77,20 @@ def norm_cases(tokens: int, width: int) -> list[OpCase]:
 
     def forward(inputs: Tensors, backend: str) -> Tensors:
         x, delta, weight, *_ = inputs
-        return decoder.add_rms_norm(x, delta, weight, eps, total=delta, backend=backend)
+        out = Blank(tokens, width, x)
+        total, normed, rstd = decoder.add_rms_norm(x, delta, weight, eps, total=delta, out=out.inside, backend=backend)
+        assert total is delta
+        assert normed is out.inside
+        return total, out.filled(), rstd
 
     def again(inputs: Tensors, backend: str) -> Tensors:
         x, _, weight, *_ = inputs
         total, normed, rstd = decoder.add_rms_norm(x, None, weight, eps, backend=backend)
         assert total is x
-        repeated = decoder.rms_norm_apply(x, rstd, weight, backend=backend)
-        assert torch.equal(repeated, normed)
-        return (repeated,)
+        out = Blank(tokens, width, x)
+        decoder.rms_norm_apply(x, rstd, weight, out=out.inside, backend=backend)
+        assert torch.equal(out.filled(), normed)
+        return (normed,)
 
     def backward(inputs: Tensors, backend: str) -> Tensors:
         x, _, weight, grad, more = inputs
@@ -135,6 +157,11 @@ def swiglu_cases(tokens: int, width: int) -> list[OpCase]:
         assert torch.equal(inputs[2], activation)
         return inputs
 
+    def forward(inputs: Tensors, backend: str) -> Tensors:
+        out = Blank(tokens, width, inputs[0])
+        decoder.swiglu(inputs[0], inputs[1], out=out.inside, backend=backend)
+        return (out.filled(),)
+
     def act(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return functional.silu(gate) * up
 
@@ -142,7 +169,7 @@ def swiglu_cases(tokens: int, width: int) -> list[OpCase]:
         OpCase(
             f"swiglu {tokens}x{width}",
             make,
-            lambda i, backend: (decoder.swiglu(i[0], i[1], backend=backend),),
+            forward,
             lambda i: (act(i[0], i[1]),),
         ),
         OpCase(
@@ -170,10 +197,14 @@ def cross_entropy_case(tokens: int, vocabulary: int) -> OpCase:
         def nll(value: torch.Tensor) -> torch.Tensor:
             return functional.cross_entropy(value, targets.long(), reduction="none", ignore_index=-100)
 
-        return nll(logits), _gradients(lambda v: (nll(v) * weights).sum(), (logits,), torch.tensor(1.0))[0]
+        one = logits.new_ones(())
+        return nll(logits), nll(logits), _gradients(lambda v: (nll(v) * weights).sum(), (logits,), one)[0]
 
     def run(inputs: Tensors, backend: str) -> Tensors:
-        return decoder.token_nll_grad_(*inputs, backend=backend), inputs[0]
+        before = inputs[0].clone()
+        alone = decoder.token_nll(inputs[0], inputs[1], backend=backend)
+        assert torch.equal(inputs[0], before)
+        return alone, decoder.token_nll_grad_(*inputs, backend=backend), inputs[0]
 
     return OpCase(f"cross entropy {tokens}x{vocabulary}", make, run, truth)
 
@@ -185,7 +216,9 @@ def expand_case(tokens: int, heads: int, kv_heads: int, size: int) -> OpCase:
         return kv, index.to(device)
 
     def run(inputs: Tensors, backend: str) -> Tensors:
-        return (decoder.expand_kv(*inputs, backend=backend),)
+        out = Blank(tokens, heads * size, inputs[0])
+        decoder.expand_kv(*inputs, out=out.heads(size), backend=backend)
+        return (out.filled().unflatten(1, (heads, size)),)
 
     return OpCase(f"expand kv {tokens}x{heads}x{size}", make, run, lambda i: (i[0][:, i[1].long()],))
 
@@ -202,7 +235,9 @@ def kv_case(tokens: int, heads: int, kv_heads: int, size: int) -> OpCase:
         return (total.index_add_(1, index.long(), grad),)
 
     def run(inputs: Tensors, backend: str) -> Tensors:
-        return (decoder.sum_kv(*inputs, kv_heads, backend=backend),)
+        out = Blank(tokens, kv_heads * size, inputs[0])
+        decoder.sum_kv(*inputs, kv_heads, out=out.heads(size), backend=backend)
+        return (out.filled().unflatten(1, (kv_heads, size)),)
 
     return OpCase(f"sum kv {tokens}x{heads}x{size}", make, run, truth)
 
@@ -213,11 +248,11 @@ def added_error(case: OpCase, device: str, dtype: torch.dtype, backend: str) -> 
     def doubled(tensor: torch.Tensor) -> Any:
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    expected = case.truth(tuple(doubled(t.to("cpu")) for t in case.make(device, dtype)))
+    expected = case.truth(tuple(doubled(t) for t in case.make(device, dtype)))
     found = [case.run(case.make(device, dtype), name) for name in (backend, "reference")]
     errors = []
     for i, truth in enumerate(expected):
         scale = truth.abs().max().clamp_min(1e-30)
-        pair = [float((outputs[i].cpu().double() - truth).abs().max() / scale) for outputs in found]
+        pair = [float((outputs[i].double() - truth).abs().max() / scale) for outputs in found]
         errors.append((pair[0], pair[1]))
     return errors

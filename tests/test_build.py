@@ -169,7 +169,7 @@ def test_cuda_needs_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_build_info() -> None:
     info = _ext.build_info()
     assert set(info) == {
-        "version", "core", "reason", "cuda", "cuda_archs", "compiler", "nvcc", "torch", "triton"
+        "version", "core", "reason", "cuda", "cuda_archs", "sm90", "compiler", "nvcc", "torch", "triton"
     }  # fmt: skip
     assert json.loads(json.dumps(info)) == info
     assert info["version"] == __version__

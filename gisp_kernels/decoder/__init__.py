@@ -1,10 +1,11 @@
 """Elementwise parts of a decoder layer, forward and backward, for a pass written out without autograd.
 
 Tensors are [tokens, features] with contiguous rows and any row stride, bfloat16, float16 or float32; arithmetic is
-float32 and rounds where the transformers modules round. Arguments are checked little: a pass makes a thousand calls.
+float32 and rounds where the transformers modules round. A kernel copies an operand whose rows are not contiguous and
+refuses a result of that kind. Arguments are checked little: a pass makes a thousand calls.
 """
 
-from gisp_kernels.decoder.cross_entropy import token_nll_grad_
+from gisp_kernels.decoder.cross_entropy import token_nll, token_nll_grad_
 from gisp_kernels.decoder.kv_heads import expand_kv, sum_kv
 from gisp_kernels.decoder.norm import add_rms_norm, rms_norm_apply, rms_norm_backward_
 from gisp_kernels.decoder.rotary import rotary
@@ -19,5 +20,6 @@ __all__ = [
     "sum_kv",
     "swiglu",
     "swiglu_backward_",
+    "token_nll",
     "token_nll_grad_",
 ]

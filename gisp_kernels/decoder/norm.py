@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from gisp_kernels import backend as backends
+from gisp_kernels.decoder.results import result
 
 SUPPORTED = ("triton",)
 
@@ -20,6 +21,7 @@ def add_rms_norm(
     eps: float,
     *,
     total: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The norm of ``x + delta``.
@@ -30,6 +32,7 @@ def add_rms_norm(
         weight: [D], same dtype as ``x``.
         eps: added to the mean square.
         total: where ``x + delta`` goes, may be ``x`` or ``delta`` itself; unused without ``delta``.
+        out: where the norm goes; shares no memory with the sum.
         backend: ``None`` or ``"auto"``, ``"reference"`` or ``"triton"``.
 
     Returns:
@@ -37,26 +40,39 @@ def add_rms_norm(
         float32 [T].
     """
     _check(x, weight, delta)
+    summed = x if delta is None else result("total", total, x.shape, x)
+    out = result("out", out, x.shape, x)
     if backends.resolve(backend, x, SUPPORTED) == "triton":
         from gisp_kernels.triton_kernels import rms_norm as kernel
 
-        return kernel.add_norm(x, delta, weight, eps, total)
+        return summed, out, kernel.add_norm(x, delta, weight, eps, summed, out)
     if delta is not None:
-        x = torch.add(x, delta) if total is None else total.copy_(x + delta)
-    rstd = torch.rsqrt(x.float().pow(2).mean(1) + eps)
-    return x, _apply(x, rstd, weight), rstd
+        summed.copy_(x + delta)
+    rstd = torch.rsqrt(summed.float().pow(2).mean(1) + eps)
+    return summed, _apply(summed, rstd, weight, out), rstd
 
 
 def rms_norm_apply(
-    x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, *, backend: str | None = None
+    x: torch.Tensor,
+    rstd: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
-    """The norm of ``x`` [T, D] from its saved inverse RMS (float32 [T]): the bits :func:`add_rms_norm` gave."""
+    """The norm of ``x`` [T, D] from its saved inverse RMS (float32 [T]): the bits :func:`add_rms_norm` gave.
+
+    ``out`` takes the result and may be ``x``.
+    """
     _check(x, weight)
+    _check_rstd(rstd, x)
+    out = result("out", out, x.shape, x)
     if backends.resolve(backend, x, SUPPORTED) == "triton":
         from gisp_kernels.triton_kernels import rms_norm as kernel
 
-        return kernel.apply_norm(x, rstd, weight)
-    return _apply(x, rstd, weight)
+        kernel.apply_norm(x, rstd, weight, out)
+        return out
+    return _apply(x, rstd, weight, out)
 
 
 def rms_norm_backward_(
@@ -79,6 +95,7 @@ def rms_norm_backward_(
         ``grad``, or ``normed_grad`` overwritten. The sum is float32 and rounded once.
     """
     _check(x, weight, normed_grad, grad)
+    _check_rstd(rstd, x)
     if backends.resolve(backend, x, SUPPORTED) == "triton":
         from gisp_kernels.triton_kernels import rms_norm as kernel
 
@@ -86,12 +103,12 @@ def rms_norm_backward_(
     inverse = rstd[:, None]
     unit = x.float() * inverse
     weighted = normed_grad.float() * weight.float()
-    result = inverse * (weighted - unit * (weighted * unit).mean(1, keepdim=True))
-    return normed_grad.copy_(result) if grad is None else grad.copy_(grad.float() + result)
+    input_grad = inverse * (weighted - unit * (weighted * unit).mean(1, keepdim=True))
+    return normed_grad.copy_(input_grad) if grad is None else grad.copy_(grad.float() + input_grad)
 
 
-def _apply(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return weight * (x.float() * rstd[:, None]).to(x.dtype)
+def _apply(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return out.copy_(weight * (x.float() * rstd[:, None]).to(x.dtype))
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> None:
@@ -100,3 +117,8 @@ def _check(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) 
     for other in others:
         if other is not None and (other.shape != x.shape or other.dtype != x.dtype):
             raise ValueError(f"all operands must be {x.dtype} {tuple(x.shape)}, got {other.dtype} {tuple(other.shape)}")
+
+
+def _check_rstd(rstd: torch.Tensor, x: torch.Tensor) -> None:
+    if rstd.shape != x.shape[:1] or rstd.dtype != torch.float32:
+        raise ValueError(f"rstd must be torch.float32 {tuple(x.shape[:1])}, got {rstd.dtype} {tuple(rstd.shape)}")

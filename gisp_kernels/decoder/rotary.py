@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gisp_kernels import backend as backends
+from gisp_kernels.decoder.results import result
 
 SUPPORTED = ("triton",)
 
@@ -21,15 +22,23 @@ def rotary(
     """``x * cos + rotate_half(x) * sin`` as in transformers' ``apply_rotary_pos_emb``, or its transpose.
 
     Args:
-        x: [T, H, hd], last dimension contiguous; token ``t`` is at position ``t % S``.
-        cos, sin: [S, hd], contiguous; S divides T.
+        x: [T, H, hd], hd even; token ``t`` is at position ``t % S``.
+        cos, sin: [S, hd] in any float dtype; S divides T.
         inverse: the transposed linear map, which takes dL/d(output) to dL/d(input).
         out: result, may be ``x``.
         backend: ``None`` or ``"auto"``, ``"reference"`` or ``"triton"``.
     """
-    if x.dim() != 3 or cos.shape != sin.shape or cos.shape[1] != x.shape[2] or x.shape[0] % cos.shape[0]:
+    if (
+        x.dim() != 3
+        or cos.shape != sin.shape
+        or cos.shape[1:] != x.shape[2:]
+        or cos.shape[0] == 0
+        or x.shape[0] % cos.shape[0]
+    ):
         raise ValueError(f"x [T, H, hd] and tables [S, hd] do not fit: {x.shape}, {cos.shape}, {sin.shape}")
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    if x.shape[2] % 2:
+        raise ValueError(f"the head size of x must be even, got {x.shape[2]}")
+    out = result("out", out, x.shape, x)
     if backends.resolve(backend, x, SUPPORTED) == "triton":
         from gisp_kernels.triton_kernels import rotary as kernel
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import torch
 
 from gisp_kernels import backend as backends
+from gisp_kernels.decoder.results import result
 
 SUPPORTED = ("triton",)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
-    """``silu(gate) * up``, [T, I] each; silu is rounded to dtype before the product, as modules do it."""
+def swiglu(
+    gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = None, backend: str | None = None
+) -> torch.Tensor:
+    """``silu(gate) * up``, [T, I] each; silu is rounded to dtype before the product, as modules do it.
+
+    ``out`` takes the result and may be ``gate`` or ``up``.
+    """
     _check(gate, up)
+    out = result("out", out, gate.shape, gate)
     if backends.resolve(backend, gate, SUPPORTED) == "triton":
         from gisp_kernels.triton_kernels import swiglu as kernel
 
-        return kernel.forward(gate, up)
-    return _forward(gate, up)
+        kernel.forward(gate, up, out)
+        return out
+    return out.copy_(_forward(gate, up))
 
 
 def swiglu_backward_(

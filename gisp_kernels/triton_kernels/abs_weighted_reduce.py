@@ -1,7 +1,7 @@
 """``out[s] += sum |W * G|`` over the rows or columns of structure ``s``, one read of W and G.
 
-Two kernels: the first sums strips of the matrix into a small workspace of partial sums per row or column, the second
-adds the partials of a structure in a fixed order. No atomics, and nothing depends on the number of multiprocessors.
+Rows are summed whole. Columns are summed in strips, whose partial sums, like those of the rows of a larger structure,
+a second kernel adds in a fixed order. No atomics, and nothing depends on the number of multiprocessors.
 """
 
 from __future__ import annotations
@@ -21,58 +21,74 @@ FINISH_STRIPS = 16
 
 
 @dataclass(frozen=True)
-class StripConfig:
-    """Strip of ``block_kept`` rows (columns) by ``repeats * block_summed`` columns (rows) for each program."""
+class RowConfig:
+    """Rows of one program, summed in steps of ``block_i`` columns with ``stages`` steps in flight."""
 
-    block_kept: int
-    block_summed: int
-    repeats: int
+    block_o: int
+    block_i: int
+    stages: int
     num_warps: int
 
 
-# Memory-bound: the inner dimension is always read in runs of at least 512 elements. The fastest of those compared on an
-# H200 at 13B and 8B shapes.
-ROWS = StripConfig(block_kept=4, block_summed=1024, repeats=1, num_warps=4)
-COLUMNS = StripConfig(block_kept=512, block_summed=4, repeats=32, num_warps=4)
+@dataclass(frozen=True)
+class ColumnConfig:
+    """Strip of ``repeats * block_o`` rows and ``block_i`` columns for each program, ``stages`` steps in flight."""
+
+    block_o: int
+    block_i: int
+    repeats: int
+    stages: int
+    num_warps: int
 
 
-@triton.jit(do_not_specialize=["O", "I", "stride_wo", "stride_go"])
+# Memory-bound: what counts is how many bytes are under way at a time. The fastest of those compared on an H200 at 13B
+# and 8B shapes.
+ROWS = RowConfig(block_o=2, block_i=1024, stages=4, num_warps=4)
+COLUMNS = ColumnConfig(block_o=8, block_i=128, repeats=16, stages=4, num_warps=2)
+
+
+@triton.jit(do_not_specialize=["O", "I", "stride_wo", "stride_go", "stride_sum"])
 def _sum_rows_kernel(  # type: ignore[no-untyped-def]
     w_ptr,  # [O, I]
     g_ptr,  # [O, I]
-    partials_ptr,  # float32 [strips along I, O]
+    sums_ptr,  # float32 [O], any stride
     O,  # noqa: E741
     I,  # noqa: E741
     stride_wo,
     stride_wi,
     stride_go,
     stride_gi,
+    stride_sum,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    REPEATS: tl.constexpr,
+    STAGES: tl.constexpr,
+    ADD: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """partials[strip, o] = sum over the strip's columns of |W[o, i] * G[o, i]|."""
-    rows, width = O, I
+    """sums[o] = or (ADD) += sum over all columns of |W[o, i] * G[o, i]|."""
+    width = I
     if ALIGNED:
         # Widths are no part of the compiled kernel; this tells it that 16-byte loads are safe.
         width = (I // 16) * 16
         stride_wo = (stride_wo // 16) * 16
         stride_go = (stride_go // 16) * 16
-    strip = tl.program_id(1)
     offs_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    offs_i = strip * BLOCK_I * REPEATS + tl.arange(0, BLOCK_I)
+    offs_i = tl.arange(0, BLOCK_I)
     w_rows = w_ptr + offs_o.to(tl.int64)[:, None] * stride_wo
     g_rows = g_ptr + offs_o.to(tl.int64)[:, None] * stride_go
-    mask_o = offs_o < rows
+    mask_o = offs_o < O
     total = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-    for r in range(REPEATS):
-        cols = offs_i + r * BLOCK_I
+    for first in tl.range(0, width, BLOCK_I, num_stages=STAGES):
+        cols = first + offs_i
         mask = mask_o[:, None] & (cols < width)[None, :]
         w = tl.load(w_rows + cols.to(tl.int64)[None, :] * stride_wi, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(g_rows + cols.to(tl.int64)[None, :] * stride_gi, mask=mask, other=0.0).to(tl.float32)
         total += tl.abs(w * g)
-    tl.store(partials_ptr + strip.to(tl.int64) * O + offs_o, tl.sum(total, axis=1), mask=mask_o)
+    sums = sums_ptr + offs_o.to(tl.int64) * stride_sum
+    row_sums = tl.sum(total, axis=1)
+    if ADD:
+        row_sums += tl.load(sums, mask=mask_o, other=0.0)
+    tl.store(sums, row_sums, mask=mask_o)
 
 
 @triton.jit(do_not_specialize=["O", "I", "stride_wo", "stride_go"])
@@ -89,6 +105,7 @@ def _sum_columns_kernel(  # type: ignore[no-untyped-def]
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     REPEATS: tl.constexpr,
+    STAGES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """partials[strip, i] = sum over the strip's rows of |W[o, i] * G[o, i]|."""
@@ -104,7 +121,7 @@ def _sum_columns_kernel(  # type: ignore[no-untyped-def]
     g_cols = g_ptr + offs_i.to(tl.int64)[None, :] * stride_gi
     mask_i = offs_i < width
     total = tl.zeros((BLOCK_O, BLOCK_I), dtype=tl.float32)
-    for r in range(REPEATS):
+    for r in tl.range(0, REPEATS, num_stages=STAGES):
         rows = offs_o + r * BLOCK_O
         mask = (rows < O)[:, None] & mask_i[None, :]
         w = tl.load(w_cols + rows.to(tl.int64)[:, None] * stride_wo, mask=mask, other=0.0).to(tl.float32)
@@ -173,27 +190,61 @@ def launch(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: st
     rows, width = weight.shape
     if rows == 0 or width == 0:
         return
-    by_row = axis == "row"
-    config = ROWS if by_row else COLUMNS
-    kept, summed = (rows, width) if by_row else (width, rows)
-    strips = triton.cdiv(summed, config.block_summed * config.repeats)
-    partials = torch.empty((strips, kept), dtype=torch.float32, device=weight.device)
-    kernel = _sum_rows_kernel if by_row else _sum_columns_kernel
+    strides = {
+        "stride_wo": weight.stride(0),
+        "stride_wi": weight.stride(1),
+        "stride_go": grad.stride(0),
+        "stride_gi": grad.stride(1),
+        "ALIGNED": aligned(width, weight.stride(0), grad.stride(0)),
+    }
     with torch.cuda.device_of(weight):
-        kernel[(triton.cdiv(kept, config.block_kept), strips)](
-            w_ptr=weight,
-            g_ptr=grad,
-            partials_ptr=partials,
-            O=rows,
-            I=width,
-            stride_wo=weight.stride(0),
-            stride_wi=weight.stride(1),
-            stride_go=grad.stride(0),
-            stride_gi=grad.stride(1),
-            BLOCK_O=config.block_kept if by_row else config.block_summed,
-            BLOCK_I=config.block_summed if by_row else config.block_kept,
-            REPEATS=config.repeats,
-            ALIGNED=aligned(width, weight.stride(0), grad.stride(0)),
-            num_warps=config.num_warps,
-        )
-        finish(out, partials, block)
+        if axis == "row":
+            _launch_rows(out, weight, grad, block, strides)
+        else:
+            _launch_columns(out, weight, grad, block, strides)
+
+
+def _launch_rows(
+    out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, block: int, strides: dict[str, int | bool]
+) -> None:
+    rows, width = weight.shape
+    # A row that is a structure adds its sum to the score at once.
+    sums = out if block == 1 else torch.empty(rows, dtype=torch.float32, device=weight.device)
+    _sum_rows_kernel[(triton.cdiv(rows, ROWS.block_o),)](
+        w_ptr=weight,
+        g_ptr=grad,
+        sums_ptr=sums,
+        O=rows,
+        I=width,
+        stride_sum=sums.stride(0),
+        BLOCK_O=ROWS.block_o,
+        BLOCK_I=ROWS.block_i,
+        STAGES=ROWS.stages,
+        ADD=block == 1,
+        num_warps=ROWS.num_warps,
+        **strides,
+    )
+    if block > 1:
+        finish(out, sums.unsqueeze(0), block)
+
+
+def _launch_columns(
+    out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, block: int, strides: dict[str, int | bool]
+) -> None:
+    rows, width = weight.shape
+    strips = triton.cdiv(rows, COLUMNS.block_o * COLUMNS.repeats)
+    partials = torch.empty((strips, width), dtype=torch.float32, device=weight.device)
+    _sum_columns_kernel[(triton.cdiv(width, COLUMNS.block_i), strips)](
+        w_ptr=weight,
+        g_ptr=grad,
+        partials_ptr=partials,
+        O=rows,
+        I=width,
+        BLOCK_O=COLUMNS.block_o,
+        BLOCK_I=COLUMNS.block_i,
+        REPEATS=COLUMNS.repeats,
+        STAGES=COLUMNS.stages,
+        num_warps=COLUMNS.num_warps,
+        **strides,
+    )
+    finish(out, partials, block)

@@ -6,21 +6,24 @@ import torch
 import triton
 import triton.language as tl
 
+from gisp_kernels.triton_kernels.rows import check_writable, readable
+
 # A row of up to 8192 elements takes 8 warps; hidden size never changes in a run, so it may shape the kernel.
 WIDE = 2048
 
 
-@triton.jit(do_not_specialize=["stride_x", "stride_d", "stride_t"])
+@triton.jit(do_not_specialize=["stride_x", "stride_d", "stride_t", "stride_n"])
 def _add_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [T, D]
     delta_ptr,  # [T, D]
     weight_ptr,  # [D]
     total_ptr,  # [T, D]
-    normed_ptr,  # [T, D], contiguous
+    normed_ptr,  # [T, D]
     rstd_ptr,  # float32 [T]
     stride_x,
     stride_d,
     stride_t,
+    stride_n,
     eps,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -33,6 +36,7 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
         stride_x = (stride_x // 16) * 16
         stride_d = (stride_d // 16) * 16
         stride_t = (stride_t // 16) * 16
+        stride_n = (stride_n // 16) * 16
     offs = tl.arange(0, BLOCK)
     mask = offs < D
     x = tl.load(x_ptr + row * stride_x + offs, mask=mask, other=0.0)
@@ -46,16 +50,17 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(rstd_ptr + row, rstd)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
     unit = (value * rstd).to(kind)
-    tl.store(normed_ptr + row * D + offs, weight.to(tl.float32) * unit.to(tl.float32), mask=mask)
+    tl.store(normed_ptr + row * stride_n + offs, weight.to(tl.float32) * unit.to(tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["stride_x"])
+@triton.jit(do_not_specialize=["stride_x", "stride_n"])
 def _apply_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [T, D]
     rstd_ptr,  # float32 [T]
     weight_ptr,  # [D]
-    normed_ptr,  # [T, D], contiguous
+    normed_ptr,  # [T, D]
     stride_x,
+    stride_n,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -64,12 +69,13 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     if ALIGNED:
         stride_x = (stride_x // 16) * 16
+        stride_n = (stride_n // 16) * 16
     offs = tl.arange(0, BLOCK)
     mask = offs < D
     x = tl.load(x_ptr + row * stride_x + offs, mask=mask, other=0.0)
     unit = (x.to(tl.float32) * tl.load(rstd_ptr + row)).to(x.dtype)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
-    tl.store(normed_ptr + row * D + offs, weight.to(tl.float32) * unit.to(tl.float32), mask=mask)
+    tl.store(normed_ptr + row * stride_n + offs, weight.to(tl.float32) * unit.to(tl.float32), mask=mask)
 
 
 @triton.jit(do_not_specialize=["stride_o", "stride_g", "stride_x"])
@@ -116,33 +122,41 @@ def _shape(width: int, *strides: int) -> dict[str, int | bool]:
 
 
 def add_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float, total: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See :func:`gisp_kernels.decoder.add_rms_norm`."""
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    total: torch.Tensor,
+    normed: torch.Tensor,
+) -> torch.Tensor:
+    """See :func:`gisp_kernels.decoder.add_rms_norm`; fills ``total`` and ``normed``, returns the inverse RMS."""
     tokens, width = x.shape
-    normed = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
     rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    check_writable("out", normed)
+    x = readable(x)
     if delta is None:
-        total = x
-    elif total is None:
-        total = torch.empty_like(normed)
-    assert total is not None
-    other = x if delta is None else delta
+        delta, total, add = x, x, False
+    else:
+        check_writable("total", total)
+        delta, add = readable(delta), True
     if tokens and width:
-        strides = (x.stride(0), other.stride(0), total.stride(0))
-        _add_norm_kernel[(tokens,)](
-            x, other, weight, total, normed, rstd, *strides, eps, ADD=delta is not None, **_shape(width, *strides)
-        )
-    return total, normed, rstd
+        strides = (x.stride(0), delta.stride(0), total.stride(0), normed.stride(0))
+        with torch.cuda.device_of(x):
+            _add_norm_kernel[(tokens,)](
+                x, delta, readable(weight), total, normed, rstd, *strides, eps, ADD=add, **_shape(width, *strides)
+            )
+    return rstd
 
 
-def apply_norm(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """See :func:`gisp_kernels.decoder.rms_norm_apply`."""
+def apply_norm(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, normed: torch.Tensor) -> None:
+    """See :func:`gisp_kernels.decoder.rms_norm_apply`; fills ``normed``."""
     tokens, width = x.shape
-    normed = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
+    check_writable("out", normed)
+    x = readable(x)
     if tokens and width:
-        _apply_kernel[(tokens,)](x, rstd, weight, normed, x.stride(0), **_shape(width, x.stride(0)))
-    return normed
+        strides = (x.stride(0), normed.stride(0))
+        with torch.cuda.device_of(x):
+            _apply_kernel[(tokens,)](x, readable(rstd), readable(weight), normed, *strides, **_shape(width, *strides))
 
 
 def backward(
@@ -151,9 +165,19 @@ def backward(
     """See :func:`gisp_kernels.decoder.rms_norm_backward_`."""
     tokens, width = x.shape
     out = normed_grad if grad is None else grad
+    check_writable("normed_grad" if grad is None else "grad", out)
+    normed_grad, x = readable(normed_grad), readable(x)
     if tokens and width:
         strides = (out.stride(0), normed_grad.stride(0), x.stride(0))
-        _backward_kernel[(tokens,)](
-            out, normed_grad, x, rstd, weight, *strides, ADD=grad is not None, **_shape(width, *strides)
-        )
+        with torch.cuda.device_of(x):
+            _backward_kernel[(tokens,)](
+                out,
+                normed_grad,
+                x,
+                readable(rstd),
+                readable(weight),
+                *strides,
+                ADD=grad is not None,
+                **_shape(width, *strides),
+            )
     return out

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gisp_kernels.triton_kernels.rows import check_writable, readable
+
 TILE = 1024
 
 
@@ -74,15 +76,17 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(act_ptrs, silu.to(gate.dtype).to(tl.float32) * u, mask=mask)
 
 
-def forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """See :func:`gisp_kernels.decoder.swiglu`."""
-    act = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    _launch(_forward_kernel, gate, up, act)
-    return act
+def forward(gate: torch.Tensor, up: torch.Tensor, act: torch.Tensor) -> None:
+    """See :func:`gisp_kernels.decoder.swiglu`; fills ``act``."""
+    check_writable("out", act)
+    _launch(_forward_kernel, readable(gate), readable(up), act)
 
 
 def backward(gate: torch.Tensor, up: torch.Tensor, grad_act: torch.Tensor) -> None:
     """See :func:`gisp_kernels.decoder.swiglu_backward_`."""
+    check_writable("gate", gate)
+    check_writable("up", up)
+    check_writable("grad_act", grad_act)
     _launch(_backward_kernel, gate, up, grad_act)
 
 
@@ -91,13 +95,14 @@ def _launch(kernel: triton.JITFunction, gate: torch.Tensor, up: torch.Tensor, ac
     if tokens == 0 or width == 0:
         return
     strides = (gate.stride(0), up.stride(0), act.stride(0))
-    kernel[(triton.cdiv(width, TILE) * tokens,)](
-        gate,
-        up,
-        act,
-        width,
-        *strides,
-        ALIGNED=all(extent % 16 == 0 for extent in (width, *strides)),
-        BLOCK=TILE,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(gate):
+        kernel[(triton.cdiv(width, TILE) * tokens,)](
+            gate,
+            up,
+            act,
+            width,
+            *strides,
+            ALIGNED=all(extent % 16 == 0 for extent in (width, *strides)),
+            BLOCK=TILE,
+            num_warps=4,
+        )

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gisp_kernels.padding import descriptor_aligned
 from gisp_kernels.triton_kernels.abs_weighted_reduce import finish
 
 # One tile of the gradient per program and step: rows that belong to structures, the extent summed, tokens.
@@ -23,8 +24,6 @@ BLOCK_M, BLOCK_N, BLOCK_T = 128, 256, 64
 GROUP_M = 8
 NUM_WARPS, NUM_STAGES = 8, 3
 MAX_PARTS = 3
-# What a descriptor asks of an address and of strides, in bytes.
-ALIGNMENT = 16
 
 
 @triton.jit
@@ -141,7 +140,7 @@ def usable(grad_output: torch.Tensor, input: torch.Tensor, weights: Sequence[tor
     operands = (grad_output, input, *weights)
     if input.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != input.dtype for t in operands):
         return False
-    if not all(_addressable(t) for t in operands):
+    if not all(descriptor_aligned(t) for t in operands):
         return False
     return torch.cuda.get_device_capability(input.device)[0] >= 9
 
@@ -208,8 +207,3 @@ def launch(grad_output: torch.Tensor, input: torch.Tensor, layers: Sequence[Laye
 
 def _descriptor(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box)
-
-
-def _addressable(tensor: torch.Tensor) -> bool:
-    pitch = tensor.stride(0) * tensor.element_size()
-    return tensor.stride(1) == 1 and pitch % ALIGNMENT == 0 and tensor.data_ptr() % ALIGNMENT == 0

