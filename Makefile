@@ -6,12 +6,13 @@ JOBS ?= 2
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt tests/constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup demo test lint types format bench clean
+.PHONY: help setup demo test lint types format bench bench-quick bench-pytest clean
 help:
 	@echo "make demo    prune the shipped decoder to 50 %, export, reload, evaluate"
 	@echo "make test    all tests that run on this machine"
 	@echo "make lint    ruff, read-only          make types   mypy"
-	@echo "make format  ruff, rewriting files    make bench   kernel benchmark (GPU)"
+	@echo "make format  ruff, rewriting files    make bench   kernels and whole runs, with goals and plots (GPU)"
+	@echo "make bench-quick   a few kernels      make bench-pytest   the same under pytest-benchmark"
 
 setup: $(VENV)/.ready
 
@@ -39,7 +40,14 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python -m benchmarks.kernels --out out/kernels.json
+	$(BIN)/gisp bench kernels --goals --plot --out out/bench/kernels.json
+	$(BIN)/gisp bench prune --goals --plot --out out/bench/prune.json
+
+bench-quick: setup
+	$(BIN)/gisp bench kernels --quick --goals --out out/bench/kernels-quick.json
+
+bench-pytest: setup
+	$(BIN)/python -m pytest benchmarks/test_kernels.py --benchmark-group-by=group --benchmark-sort=mean $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,222 +1,134 @@
-"""Importance kernels on real shapes, against what plain PyTorch offers.
-
-    python -m benchmarks.kernels --out RESULT.json [--quick] [--sweep]
+"""Kernels on real shapes, against what plain PyTorch offers.
 
 Every implementation is first compared with the plain torch version and the float64 truth on the very inputs to be
-timed; a wrong one ends the program. ``--sweep`` also times other tile configurations of the fused kernel.
+timed; a wrong one is reported and not timed. Ceilings (8192^3 bfloat16 product, copy of 2 GiB) are measured in the same
+run. Inputs are never in the second-level cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import compaction_tasks, decoder_tasks, importance_tasks, sweep_tasks
+from benchmarks.command import Budget, Parser, check_writable, exit_code, positive, read_json, require_gpu, write_json
+from benchmarks.goals import goal_table, kernel_goals
 from benchmarks.identity import identity
-from benchmarks.measure import Ceilings, Inputs, ceilings, measure, rotation
-from benchmarks.registry import TOKENS, Case, all_cases, quick_cases
-from gisp_kernels import abs_weighted_reduce, reference, wgrad_importance
-from gisp_kernels.importance import prefer_fused, wgrad_importance_op
-from gisp_kernels.testing import Truth, assert_error_budget, reduce_truth, wgrad_truth
+from benchmarks.measure import ceilings
+from benchmarks.task import Row, Task, describe, first_line, run_task
+from gisp.errors import GispError
 
-DTYPE = torch.bfloat16
-QUICK_TOKENS = (512, 2048, 8192)
-Implementation = Callable[..., torch.Tensor]
+NAME = "gisp bench kernels"
 
 
-def reduce_eager(weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int) -> torch.Tensor:
-    """The reduction as plain PyTorch writes it."""
-    lines = (weight.float() * grad.float()).abs().sum(dim=1 if axis == "row" else 0)
-    return lines.view(-1, block).sum(dim=1)
+def all_tasks(quick: bool = False) -> list[Task]:
+    """Every task; those a goal is about come first."""
+    compaction = compaction_tasks.tasks(quick)
+    return [*compaction, *importance_tasks.tasks(quick), *decoder_tasks.tasks(quick)]
 
 
-reduce_compiled = torch.compile(reduce_eager, dynamic=True)
-
-
-def reductions(case: Case) -> dict[str, Implementation]:
-    """Implementations of the reduction alone: (weight, grad) to scores."""
-    axis, block = case.axis, case.block
-    return {
-        "triton": lambda w, g: abs_weighted_reduce(w, g, axis=axis, block=block, backend="triton"),
-        "eager": lambda w, g: reduce_eager(w, g, axis, block),
-        "compiled": lambda w, g: reduce_compiled(w, g, axis, block),
-    }
-
-
-def wgrad_implementations(case: Case) -> dict[str, Implementation]:
-    """Implementations of the scores from activations: (grad_output, input, weight) to scores."""
-    axis, block = case.axis, case.block
-    count = (case.rows if axis == "row" else case.width) // block
-
-    def cublas_and_ours(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(count, device=w.device)
-        wgrad_importance_op(out, dy, x, w, axis, block, "matmul")
-        return out
-
-    return {
-        "fused triton": lambda dy, x, w: wgrad_importance(dy, x, w, axis=axis, block=block, backend="triton"),
-        "cublas + triton": cublas_and_ours,
-        "cublas + compiled": lambda dy, x, w: reduce_compiled(w, reference.weight_grad(dy, x), axis, block),
-        "cublas + eager": lambda dy, x, w: reduce_eager(w, reference.weight_grad(dy, x), axis, block),
-    }
-
-
-def gate(implementations: dict[str, Implementation], inputs: Inputs, expected: torch.Tensor, truth: Truth) -> None:
-    """Refuse to go on unless every implementation errs no more than ``expected`` does.
+def chosen(tasks: list[Task], only: list[str]) -> list[Task]:
+    """Tasks whose name holds one of the given words, all for none.
 
     Raises:
-        SystemExit: naming the implementation.
+        GispError: a word that no task holds.
     """
-    for name, implementation in implementations.items():
-        try:
-            assert_error_budget(implementation(*inputs), expected, truth)
-        except AssertionError as error:
-            raise SystemExit(f"error: {name} is wrong and will not be timed: {error}") from error
+    for word in only:
+        if not any(word in task.name for task in tasks):
+            ops = ", ".join(dict.fromkeys(task.op for task in tasks))
+            raise GispError(f"--only {word!r} matches no benchmark: give a part of a name, there are {ops}")
+    return [task for task in tasks if not only or any(word in task.name for word in only)]
 
 
-def time_wgrad(case: Case, tokens: int, peak: Ceilings) -> list[dict[str, Any]]:
-    """Rows of scores-from-activations for one case."""
-    inputs = _operands(case, tokens)
-    dy, x, weight = inputs
-    implementations = wgrad_implementations(case)
-    expected = wgrad_importance(dy, x, weight, axis=case.axis, block=case.block, backend="reference")
-    gate(implementations, inputs, expected, wgrad_truth(dy, x, weight, case.axis, case.block))
-    implementations["cublas alone"] = lambda dy, x, w: reference.weight_grad(dy, x)
-    copies = rotation(inputs)
-    rows = []
-    for name, implementation in implementations.items():
-        result = measure(implementation, inputs, copies)
-        tflops = 2 * tokens * case.rows * case.width / result.median_ms / 1e9
-        rows.append(
-            {
-                "op": "wgrad_importance",
-                **asdict(case),
-                "tokens": tokens,
-                "implementation": name,
-                "auto": name == ("fused triton" if prefer_fused(tokens, DTYPE) else "cublas + triton"),
-                **asdict(result),
-                "tflops": tflops,
-                "percent_of_matmul": 100 * tflops / peak.matmul_tflops,
-            }
-        )
-    return rows
-
-
-def time_reduction(case: Case, peak: Ceilings) -> list[dict[str, Any]]:
-    """Rows of the reduction alone for one case; bytes are those of W and G, read once."""
-    weight, grad = (torch.randn(case.rows, case.width, device="cuda").to(DTYPE) for _ in range(2))
-    truth = reduce_truth(weight, grad, case.axis, case.block)
-    gate(reductions(case), (weight, grad), truth.scores.float(), truth)
-    copies = rotation((weight, grad))
-    rows = []
-    for name, implementation in reductions(case).items():
-        result = measure(implementation, (weight, grad), copies)
-        gbs = 2 * weight.numel() * weight.element_size() / result.median_ms / 1e6
-        rows.append(
-            {
-                "op": "abs_weighted_reduce",
-                **asdict(case),
-                "implementation": name,
-                **asdict(result),
-                "gbs": gbs,
-                "percent_of_copy": 100 * gbs / peak.copy_gbs,
-            }
-        )
-    return rows
-
-
-def sweep(case: Case, tokens: int, peak: Ceilings) -> list[dict[str, Any]]:
-    """Rows of the fused kernel under every configuration worth trying, fastest first."""
-    from triton.runtime.errors import OutOfResources
-
-    from gisp_kernels.triton_kernels import wgrad_importance as kernel
-
-    inputs = _operands(case, tokens)
-    dy, x, weight = inputs
-    expected = wgrad_importance(dy, x, weight, axis=case.axis, block=case.block, backend="reference")
-    truth = wgrad_truth(dy, x, weight, case.axis, case.block)
-    copies = rotation(inputs)
-    rows: list[dict[str, Any]] = []
-    for config in kernel.sweep_configs():
-
-        def run(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, config: kernel.TileConfig = config) -> torch.Tensor:
-            out = torch.zeros_like(expected)
-            kernel.launch(out, dy, x, w, case.axis, case.block, config)
-            return out
-
-        row = {"op": "sweep", **asdict(case), "tokens": tokens, "config": asdict(config)}
-        try:
-            gate({str(config): run}, inputs, expected, truth)
-        except OutOfResources as error:
-            rows.append({**row, "skipped": str(error)})
-            continue
-        result = measure(run, inputs, copies)
-        tflops = 2 * tokens * case.rows * case.width / result.median_ms / 1e9
-        percent = 100 * tflops / peak.matmul_tflops
-        rows.append({**row, **asdict(result), "tflops": tflops, "percent_of_matmul": percent})
-    return sorted(rows, key=lambda row: row.get("median_ms", float("inf")))
-
-
-def describe(row: dict[str, Any]) -> str:
-    """One line of the table."""
-    what = row["implementation"] if "implementation" in row else " ".join(str(v) for v in row["config"].values())
-    shape = f"{row['model']:12s} {row['projection']:8s} {row['rows']:6d} x {row['width']:5d}"
-    tokens = f"{row['tokens']:6d}" if "tokens" in row else f"{'':6s}"
-    if "skipped" in row:
-        return f"{shape} {tokens}  {what:22s} skipped: {row['skipped']}"
-    speed = (
-        f"{row['gbs']:7.0f} GB/s   {row['percent_of_copy']:5.1f} % of copy"
-        if "gbs" in row
-        else f"{row['tflops']:7.1f} TFLOP/s {row['percent_of_matmul']:4.1f} % of matmul"
-    )
-    mark = "*" if row.get("auto") else " "
-    return f"{shape} {tokens} {mark}{what:22s} {row['median_ms']:9.4f} ms {speed} {row['extra_bytes'] / 2**20:9.1f} MiB"
-
-
-def _operands(case: Case, tokens: int) -> Inputs:
-    shapes = ((tokens, case.rows), (tokens, case.width), (case.rows, case.width))
-    return tuple(torch.randn(shape, device="cuda", dtype=DTYPE) for shape in shapes)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--quick", action="store_true", help="a few shapes, about a minute")
-    parser.add_argument("--sweep", action="store_true", help="also time other tile configurations")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        raise SystemExit("error: this benchmark needs a CUDA device")
+def run(tasks: list[Task], budget: Budget) -> dict[str, Any]:
+    """Rows of all tasks, or of those that began within the budget."""
     torch.manual_seed(0)
     peak = ceilings()
     print(f"ceilings: {peak.matmul_tflops:.0f} TFLOP/s bfloat16 8192^3, {peak.copy_gbs:.0f} GB/s copy")
-    print("extra memory is the peak above the inputs; * marks what backend='auto' runs")
-    rows: list[dict[str, Any]] = []
-
-    def report(more: list[dict[str, Any]]) -> None:
-        rows.extend(more)
+    print("the last column is peak memory above the inputs; speed-ups are over the plain version of an op")
+    rows: list[Row] = []
+    done = 0
+    for task in tasks:
+        if budget.over:
+            print(f"budget of {budget.seconds:g} s is spent: {len(tasks) - done} of {len(tasks)} benchmarks left out")
+            break
+        try:
+            more = run_task(task, peak)
+        except RuntimeError as error:
+            # Out of memory, or a kernel that broke the device: what was measured before is kept.
+            more = [{"op": task.op, **task.labels, "implementation": "all", "red": first_line(error)}]
+        rows += more
+        done += 1
         for row in more:
             print(describe(row), flush=True)
+        # A device that broke refuses this too.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+    return {
+        "benchmark": "kernels",
+        "identity": identity(torch.device("cuda")),
+        "ceilings": asdict(peak),
+        "seconds": budget.spent,
+        "left_out": [task.name for task in tasks[done:]],
+        "rows": rows,
+    }
 
-    for case in quick_cases() if args.quick else all_cases():
-        report(time_reduction(case, peak))
-        for tokens in QUICK_TOKENS if args.quick else TOKENS:
-            report(time_wgrad(case, tokens, peak))
-        torch.cuda.empty_cache()
-    if args.sweep:
-        for case in quick_cases()[1:3]:
-            for tokens in (2048, 8192):
-                report(sweep(case, tokens, peak))
-    result = {"identity": identity(torch.device("cuda")), "ceilings": asdict(peak), "rows": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"wrote {args.out}")
-    return 0
+
+def parser() -> argparse.ArgumentParser:
+    options = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, help="JSON file to write")
+    options.add_argument("--quick", action="store_true", help="a few shapes, under a minute")
+    options.add_argument("--only", action="append", default=[], metavar="NAME", help="part of a name; may be repeated")
+    options.add_argument(
+        "--budget", type=positive, metavar="SECONDS", help="begin nothing after that; keep what is done"
+    )
+    options.add_argument("--sweep", action="store_true", help="instead, other tile configurations of the Triton kernel")
+    options.add_argument("--goals", action="store_true", help="also print which goals are met")
+    options.add_argument("--plot", action="store_true", help="also draw PNGs beside --out")
+    options.add_argument("--list", action="store_true", help="print the names and stop")
+    options.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE", help="goals and plots of an earlier result"
+    )
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 1 if an implementation was wrong.
+
+    Raises:
+        GispError: bad options, or no GPU.
+    """
+    args = parser().parse_args(argv)
+    tasks = chosen(sweep_tasks.tasks() if args.sweep else all_tasks(args.quick), args.only)
+    if args.list:
+        print("\n".join(task.name for task in tasks))
+        return 0
+    if args.plot and not (args.out or args.source):
+        raise GispError("--plot writes beside a result: give --out or --from")
+    if args.source:
+        result = read_json(args.source, "kernels")
+    else:
+        budget = Budget(args.budget)
+        require_gpu(NAME)
+        check_writable(args.out)
+        result = run(tasks, budget)
+        if args.out:
+            write_json(args.out, result)
+            print(f"wrote {args.out}")
+    if args.goals:
+        print(goal_table(kernel_goals(result.get("rows", []))))
+    if args.plot:
+        from benchmarks.plots import write_kernel_plots
+
+        for path in write_kernel_plots(result, args.out or args.source):
+            print(f"wrote {path}")
+    return 1 if any("red" in row for row in result.get("rows", [])) else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_code(main))

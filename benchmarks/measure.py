@@ -17,6 +17,7 @@ HEAD_START_CYCLES = 20_000_000
 CYCLES_PER_SECOND = 2e9
 
 Inputs = tuple[torch.Tensor, ...]
+Prepare = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -30,43 +31,77 @@ class Measurement:
     extra_bytes: int
 
 
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of the second-level cache of a GPU."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
 def rotation(inputs: Inputs) -> list[Inputs]:
     """Copies of ``inputs`` that together exceed the second-level cache several times, at least two."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in inputs)
-    cache = torch.cuda.get_device_properties(inputs[0].device).L2_cache_size
-    copies = min(32, max(2, -(-L2_MULTIPLE * cache // max(size, 1))))
+    copies = min(32, max(2, -(-L2_MULTIPLE * cache_bytes(inputs[0].device) // max(size, 1))))
     return [inputs, *(tuple(tensor.clone() for tensor in inputs) for _ in range(copies - 1))]
 
 
-def measure(function: Callable[..., Any], inputs: Inputs, copies: Sequence[Inputs] | None = None) -> Measurement:
-    """Device time of ``function(*inputs)``, called on rotating copies so that no input is in cache.
+def restorer(inputs: Inputs) -> Prepare:
+    """What brings inputs that are overwritten back to their present values, and empties the cache of them."""
+    originals = tuple(tensor.clone() for tensor in inputs)
+    flush = torch.empty(L2_MULTIPLE * cache_bytes(inputs[0].device), dtype=torch.int8, device=inputs[0].device)
+
+    def restore() -> None:
+        for tensor, original in zip(inputs, originals, strict=True):
+            tensor.copy_(original)
+        flush.zero_()
+
+    return restore
+
+
+def measure(
+    function: Callable[..., Any],
+    inputs: Inputs,
+    copies: Sequence[Inputs] | None = None,
+    *,
+    prepare: Prepare | None = None,
+) -> Measurement:
+    """Device time of ``function(*inputs)`` with none of its inputs in the cache.
 
     Args:
         function: what to time; its result is dropped.
         inputs: tensors it takes.
-        copies: the rotation, if already made.
+        copies: the rotation of inputs to call it on, if already made.
+        prepare: enqueued before every call and not timed, for a function that overwrites its inputs (see
+            :func:`restorer`); it then always gets ``inputs``.
     """
-    copies = copies or rotation(inputs)
-    for copy in copies[:2]:
+    copies = [inputs] if prepare else copies or rotation(inputs)
+    before_call = prepare or _nothing
+    for copy in (*copies[:2], inputs):
+        before_call()
         function(*copy)
+    before_call()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function(*inputs)
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
-    probe = _times(function, copies, 3)
+    probe = _times(function, copies, before_call, 3)
     repetitions = int(min(50, max(7, TARGET_SECONDS * 1000 / max(statistics.median(probe), 1e-3))))
-    times = _times(function, copies, repetitions, int(2 * _host_seconds(function, copies) * CYCLES_PER_SECOND))
+    cycles = int(2 * _host_seconds(function, copies, before_call) * CYCLES_PER_SECOND)
+    times = _times(function, copies, before_call, repetitions, cycles)
     return Measurement(statistics.median(times), min(times), max(times), repetitions, extra)
 
 
-def _host_seconds(function: Callable[..., Any], copies: Sequence[Inputs]) -> float:
+def _nothing() -> None:
+    pass
+
+
+def _host_seconds(function: Callable[..., Any], copies: Sequence[Inputs], prepare: Prepare) -> float:
     """Host time to enqueue one call."""
     torch.cuda.synchronize()
     torch.cuda._sleep(HEAD_START_CYCLES)
     start = time.perf_counter()
     for number in range(3):
+        prepare()
         function(*copies[number % len(copies)])
     seconds = (time.perf_counter() - start) / 3
     torch.cuda.synchronize()
@@ -74,12 +109,17 @@ def _host_seconds(function: Callable[..., Any], copies: Sequence[Inputs]) -> flo
 
 
 def _times(
-    function: Callable[..., Any], copies: Sequence[Inputs], repetitions: int, cycles_each: int = 0
+    function: Callable[..., Any],
+    copies: Sequence[Inputs],
+    prepare: Prepare,
+    repetitions: int,
+    cycles_each: int = 0,
 ) -> list[float]:
     marks = [(_event(), _event()) for _ in range(repetitions)]
     torch.cuda.synchronize()
     torch.cuda._sleep(HEAD_START_CYCLES + cycles_each * repetitions)
     for number, (start, stop) in enumerate(marks):
+        prepare()
         start.record()
         function(*copies[number % len(copies)])
         stop.record()

@@ -7,13 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Model:
-    """Dimensions of a decoder layer."""
+    """Dimensions of a decoder."""
 
+    layers: int
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     channels: int
+    vocabulary: int
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether several query heads share a key/value head (GQA)."""
+        return self.heads != self.kv_heads
 
 
 @dataclass(frozen=True)
@@ -42,25 +49,39 @@ class Case:
 
 
 MODELS = {
-    "llama-2-13b": Model(hidden=5120, heads=40, kv_heads=40, head_dim=128, channels=13824),
-    "llama-3-8b": Model(hidden=4096, heads=32, kv_heads=8, head_dim=128, channels=14336),
+    "llama-2-13b": Model(40, hidden=5120, heads=40, kv_heads=40, head_dim=128, channels=13824, vocabulary=32000),
+    "llama-3-8b": Model(32, hidden=4096, heads=32, kv_heads=8, head_dim=128, channels=14336, vocabulary=128256),
+    "tiny": Model(4, hidden=64, heads=4, kv_heads=2, head_dim=16, channels=128, vocabulary=256),
 }
+REAL = ("llama-2-13b", "llama-3-8b")
 TOKENS = (512, 2048, 8192, 32768)
 # Dense, and two points of a run down to one half. Channels stay at a multiple of 16, heads at whole heads.
-KEPT = (1.0, 0.73, 0.52)
+DENSE, MIDWAY, HALF = 1.0, 0.73, 0.52
+KEPT = (DENSE, MIDWAY, HALF)
 WIDTH_MULTIPLE = 16
+# An odd width and the multiple of 16 below it: what a run without aligned widths pays.
+ODD_WIDTH, EVEN_WIDTH = 13817, 13808
 
 
-def cases(model_name: str, kept: float = 1.0) -> list[Case]:
+def kept_heads(model: Model, kept: float) -> int:
+    """Heads of a layer that keeps a fraction of them."""
+    return max(1, round(model.heads * kept))
+
+
+def kept_channels(model: Model, kept: float) -> int:
+    """Channels of a layer that keeps a fraction of them, a multiple of 16."""
+    return max(WIDTH_MULTIPLE, round(model.channels * kept) // WIDTH_MULTIPLE * WIDTH_MULTIPLE)
+
+
+def cases(model_name: str, kept: float = DENSE) -> list[Case]:
     """Scored projections of a model of which a fraction ``kept`` of every layer's structures is left.
 
     With shared key/value heads (GQA) q and o alone are scored. Projections of equal shape are listed once.
     """
     model = MODELS[model_name]
-    heads = max(1, round(model.heads * kept))
-    channels = max(WIDTH_MULTIPLE, round(model.channels * kept) // WIDTH_MULTIPLE * WIDTH_MULTIPLE)
-    attention = "qkv" if model.heads == model.kv_heads else "q"
-    hidden, head_rows = model.hidden, heads * model.head_dim
+    channels = kept_channels(model, kept)
+    attention = "q" if model.shares_kv else "qkv"
+    hidden, head_rows = model.hidden, kept_heads(model, kept) * model.head_dim
     return [
         Case(model_name, attention, head_rows, hidden, "row", model.head_dim, kept),
         Case(model_name, "o", hidden, head_rows, "column", model.head_dim, kept),
@@ -70,11 +91,24 @@ def cases(model_name: str, kept: float = 1.0) -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every model at every point of :data:`KEPT`."""
-    return [case for kept in KEPT for name in MODELS for case in cases(name, kept)]
+    """Every real model at every point of :data:`KEPT`."""
+    return [case for kept in KEPT for name in REAL for case in cases(name, kept)]
+
+
+def odd_cases() -> list[Case]:
+    """MLP weights of the 13B at an odd width and at the multiple of 16 below it."""
+    hidden = MODELS["llama-2-13b"].hidden
+    return [
+        case
+        for width in (ODD_WIDTH, EVEN_WIDTH)
+        for case in (
+            Case("llama-2-13b", "gate/up", width, hidden, "row", 1, DENSE),
+            Case("llama-2-13b", "down", hidden, width, "column", 1, DENSE),
+        )
+    ]
 
 
 def quick_cases() -> list[Case]:
-    """A few cases that cover both axes, heads and channels, dense and halfway."""
-    dense, half = cases("llama-2-13b"), cases("llama-2-13b", KEPT[1])
-    return [dense[0], dense[2], dense[3], half[2]]
+    """A few cases that cover both axes, heads and channels, dense and midway."""
+    dense, midway = cases("llama-2-13b"), cases("llama-2-13b", MIDWAY)
+    return [dense[0], dense[2], dense[3], midway[2]]

@@ -24,7 +24,7 @@ _ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c._
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
-    from gisp.cli import demo_command, prune_command, run_commands  # noqa: F401  (they register themselves)
+    from gisp.cli import bench_command, demo_command, prune_command, run_commands  # noqa: F401  (they register themselves)
 
     try:
         code = app(args=argv, standalone_mode=False)

@@ -1,0 +1,124 @@
+"""What the benchmark commands share: options, refusals in one line, results written whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from gisp.errors import GispError
+from gisp.files import write_atomic
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a command; a mistake is one line for the caller to print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise GispError(f"{message} (see {self.prog} --help)")
+
+
+class Budget:
+    """Seconds a command may spend; without a limit it never ends."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._start = time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def over(self) -> bool:
+        return self.seconds is not None and self.spent >= self.seconds
+
+
+def positive(text: str) -> float:
+    """A number above zero, for argparse."""
+    value = float(text)
+    if not value > 0:
+        raise ValueError(text)
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def require_gpu(what: str) -> None:
+    """Refuse to go on without a GPU.
+
+    Raises:
+        GispError: there is none.
+    """
+    if not torch.cuda.is_available():
+        raise GispError(f"{what} needs a CUDA device, and torch {torch.__version__} finds none here")
+
+
+def check_writable(out: Path | None) -> None:
+    """Refuse a result file that could not be written, before minutes are spent on it.
+
+    Raises:
+        GispError: the path is a folder, or its folder cannot be made.
+    """
+    if out is None:
+        return
+    if out.is_dir():
+        raise GispError(f"--out {out} is a folder: give a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GispError(f"cannot write {out}: {error.strerror or error}") from None
+
+
+def write_json(out: Path, result: dict[str, Any]) -> None:
+    """Write a result; the file appears whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def read_json(path: Path, benchmark: str) -> dict[str, Any]:
+    """A result written before by ``gisp bench <benchmark>``.
+
+    Raises:
+        GispError: it cannot be read or holds no such result.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GispError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise GispError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict) or found.get("benchmark") != benchmark:
+        raise GispError(f"{path} is no result of gisp bench {benchmark}: give a file its --out wrote")
+    return found
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns of text; the first is flush left, numbers flush right."""
+    widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
+
+    def show(line: Sequence[str]) -> str:
+        padded = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([show(header), "  ".join("-" * width for width in widths), *map(show, lines)])
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Run a command: 2 and one line on stderr for bad input."""
+    try:
+        return main()
+    except GispError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
