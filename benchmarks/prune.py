@@ -93,7 +93,7 @@ def _forward(args: argparse.Namespace) -> list[str]:
         value = getattr(args, option)
         if value is not None:
             given += [f"--{option.replace('_', '-')}", str(value)]
-    return given + ([] if args.paper else ["--no-paper"])
+    return given + ([] if args.paper else ["--no-paper"]) + (["--fp8"] if args.fp8 else [])
 
 
 def show(runs: list[dict[str, Any]]) -> str:
@@ -146,6 +146,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--steps", type=count, help="pruning steps (200)")
     options.add_argument("--batch-tokens", type=count, help="tokens per step (8192)")
     options.add_argument("--budget", type=positive, metavar="SECONDS", help="stop a model's run after that")
+    options.add_argument("--fp8", action="store_true", help="8-bit products in the importance pass")
     options.add_argument("--no-paper", dest="paper", action="store_false", help="leave the paper's way out")
     options.add_argument("--out", type=Path, help="JSON file to write")
     options.add_argument("--goals", action="store_true", help="also print which goals are met")
@@ -197,7 +198,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
     if device.type == "cpu" and names != ["tiny"]:
         raise GispError(f"--device cpu takes --model tiny alone, not {', '.join(names)}")
-    setting = Setting.make(device, args.sparsity, args.steps, args.batch_tokens)
+    setting = Setting.make(device, args.sparsity, args.steps, args.batch_tokens, args.fp8)
     check_writable(args.out)
     if len(names) > 1:
         return measure_apart(names, args)

@@ -34,15 +34,19 @@ class Setting:
 
     Attributes:
         length: tokens per sequence.
+        fp8: 8-bit products in the importance pass.
     """
 
     sparsity: float
     steps: int
     batch_tokens: int
     length: int = LENGTH
+    fp8: bool = False
 
     @classmethod
-    def make(cls, device: torch.device, sparsity: float, steps: int | None, batch_tokens: int | None) -> Setting:
+    def make(
+        cls, device: torch.device, sparsity: float, steps: int | None, batch_tokens: int | None, fp8: bool = False
+    ) -> Setting:
         """Defaults of the device, checked.
 
         Raises:
@@ -52,12 +56,13 @@ class Setting:
         steps = steps or (FULL_STEPS if on_gpu else 6)
         batch_tokens = batch_tokens or (FULL_TOKENS if on_gpu else 2 * LENGTH)
         config = make_config(sparsity=sparsity, steps=steps, batch_tokens=batch_tokens)
-        return cls(float(config.sparsity or 0), steps, batch_tokens)
+        return cls(float(config.sparsity or 0), steps, batch_tokens, fp8=fp8)
 
     @property
     def full(self) -> bool:
         """Whether this is the run the goals are about."""
-        return (self.steps, self.batch_tokens, self.sparsity) == (FULL_STEPS, FULL_TOKENS, FULL_SPARSITY)
+        asked = (self.steps, self.batch_tokens, self.sparsity, self.fp8)
+        return asked == (FULL_STEPS, FULL_TOKENS, FULL_SPARSITY, False)
 
 
 class _BudgetSpentError(Exception):
@@ -82,7 +87,12 @@ def timed_run(
         if budget.over and record.step < steps:
             raise _BudgetSpentError
 
-    options = {"sparsity": setting.sparsity, "steps": setting.steps, "batch_tokens": setting.batch_tokens}
+    options = {
+        "sparsity": setting.sparsity,
+        "steps": setting.steps,
+        "batch_tokens": setting.batch_tokens,
+        "fp8": setting.fp8,
+    }
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         start = time.perf_counter()
@@ -105,6 +115,7 @@ def timed_run(
         "steps": len(trajectory.steps),
         "batch_tokens": setting.batch_tokens,
         "sequence_length": setting.length,
+        "fp8": setting.fp8,
         "sparsity": trajectory.steps[-1].sparsity,
         "seconds": seconds,
         "setup_seconds": max(0.0, ends[0] - start - first),

@@ -93,12 +93,22 @@ def assert_same_selection(actual: torch.Tensor, truth: Truth, count: int, slack:
 
 
 def repair_interpreter() -> None:
-    """Let loops over kernel arguments run in Triton's interpreter with NumPy 2.4 and later.
+    """Let Triton's interpreter do what compiled kernels do, where it does not.
 
-    The interpreter holds scalars as arrays of one element, which NumPy no longer turns into an ``int``.
+    It holds scalars as arrays of one element, which NumPy from 2.4 on no longer turns into an ``int`` for a loop. Its
+    float8 of float32 loses carries and NaN; torch rounds instead.
     """
+    from triton import language
     from triton.runtime import interpreter
 
+    convert = interpreter._convert_float
+
+    def round_to(data: Any, input_dtype: Any, output_dtype: Any, mode: Any) -> Any:
+        if (input_dtype, output_dtype) != (language.float32, language.float8e4nv):
+            return convert(data, input_dtype, output_dtype, mode)
+        return torch.from_numpy(data.view("float32").copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    interpreter._convert_float = round_to
     original = interpreter._patch_lang_tensor
 
     def patch(tensor: Any, scope: Any) -> None:

@@ -52,6 +52,7 @@ def test_a_resolved_config_resolves_to_itself():
         ({"seed": 2**50}, "seed is"),
         ({"ratio": 0.6}, "belongs to --preset official"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
+        ({"preset": "paper", "fp8": True}, "fp8 goes with one batch"),
     ],
 )
 def test_bad_options_name_option_and_value(options, message):

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 
 from gisp.data import Sequences
-from gisp.fused_pass import ImportancePass, differs, why_not
+from gisp.errors import GispError
+from gisp.fused_pass import Float8Products, ImportancePass, differs, why_not
 from gisp.objectives import evaluation_mode, row_weights, sequence_nll
 from gisp.structures import ModelMap
-from gisp_kernels import record_importance
+from gisp_kernels import float8, record_importance
 from gisp_kernels.groups import StructureGroup
 
 # Logits of one backward pass of the exact engine, in elements: bounds the largest temporary of the loss.
@@ -80,6 +81,10 @@ class Engine:
         batch_size: sequences per backward pass; ``None``: the whole step for ``stream``, for ``exact`` what keeps the
             logits small. It never changes a score beyond rounding: a ``stream`` step of several backward passes
             needs the gradient buffers of ``exact``.
+        fp8: 8-bit products of the decoder layers, by the written-out pass alone.
+
+    Raises:
+        GispError: ``fp8`` where there are no 8-bit products.
     """
 
     def __init__(
@@ -91,13 +96,19 @@ class Engine:
         batch_size: int | None,
         batch_tokens: int,
         seed: int,
+        fp8: bool = False,
     ) -> None:
+        self._fp8 = fp8
         self._map = model_map
         self._model = model_map.model
         self._data = data
         self._kind = kind
         self._batch_size = batch_size
-        self._device = next(self._model.parameters()).device
+        weight = next(self._model.parameters())
+        self._device = weight.device
+        reason = float8.why_not(weight.device, weight.dtype) if fp8 else None
+        if reason is not None:
+            raise GispError(f"--fp8 cannot run here: {reason}, leave it out")
         self._vocab_size = model_map.vocab_size
         self._pass: ImportancePass | None = None
         self._pass_refused: str | None = None
@@ -128,6 +139,9 @@ class Engine:
                 scores, loss = written_out.score(ids, labels, weights, scored)
                 tokens = ids.numel()
             else:
+                if self._fp8:
+                    reason = self._pass_refused or f"--batch-size {self._batch_size} makes several batches of a step"
+                    raise GispError(f"--fp8 needs the written-out pass over one batch: {reason}, leave it out")
                 scores, loss, tokens = self._by_autograd(groups, numbers, weights, "stream" if one_pass else "exact")
         finite = torch.isfinite(torch.cat(list(scores.values()))).all() if scores else torch.isfinite(loss)
         return StepScores(scores, loss, finite, tokens)
@@ -161,7 +175,7 @@ class Engine:
                 with evaluation_mode(self._model):
                     distance = differs(self._model, candidate.hidden_states(ids), ids)
                 if distance is None:
-                    self._pass = candidate
+                    self._pass = ImportancePass(self._map, Float8Products()) if self._fp8 else candidate
                 else:
                     self._pass_refused = f"its last hidden state is off by {distance:.1e}"
         return self._pass

@@ -118,6 +118,7 @@ class PruningLoop:
             batch_size=config.batch_size,
             batch_tokens=config.batch_tokens,
             seed=config.seed,
+            fp8=config.fp8,
         )
         base = {"path": base_path, "fingerprint": fingerprint(model_map.model), **model_map.describe()}
         self.shrinkable = ShrinkableModel(model_map)
@@ -152,9 +153,11 @@ class PruningLoop:
             if then != now:
                 raise GispError(f"{folder.path} was made with another {what}: give the same or another --out")
         for name, value in self.trajectory.config.items():
-            if name not in PLACE_OPTIONS and done.config.get(name) != value:
+            # A run older than an option did what its default does.
+            then = done.config.get(name, getattr(PruneConfig, name))
+            if name not in PLACE_OPTIONS and then != value:
                 raise GispError(
-                    f"{folder.path} was made with {name} {done.config.get(name)}, not {value}: "
+                    f"{folder.path} was made with {name} {then}, not {value}: "
                     "resume with the same options or give another --out"
                 )
         self.average.load(folder.load_state(len(done.steps)))

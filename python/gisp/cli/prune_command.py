@@ -63,6 +63,10 @@ def prune(
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16 (default on a GPU) or float32 (on a CPU).", rich_help_panel=_COMPUTE)
     ] = None,
+    fp8: Annotated[
+        bool | None,
+        typer.Option("--fp8/--no-fp8", help="8-bit products in the importance pass (off).", rich_help_panel=_COMPUTE),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out if there is one.")] = False,
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
 ) -> None:

@@ -1,6 +1,7 @@
 """One forward and backward pass that ends in scores: no autograd graph, no weight gradient that is not needed."""
 
 from gisp.fused_pass.importance_pass import ImportancePass
+from gisp.fused_pass.products import Float8Products
 from gisp.fused_pass.support import differs, why_not
 
-__all__ = ["ImportancePass", "differs", "why_not"]
+__all__ = ["Float8Products", "ImportancePass", "differs", "why_not"]

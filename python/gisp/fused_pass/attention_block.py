@@ -45,6 +45,7 @@ class AttentionBlock:
         self._group = item.heads
         self._products = products
         self._head_dim = int(item.attention.head_dim)
+        self._readers: list[Any] = [item.attention.q_proj, item.attention.k_proj, item.attention.v_proj]
         self._head_norms: list[Any] = [getattr(item.attention, name, None) for name in ("q_norm", "k_norm")]
 
     @property
@@ -66,16 +67,13 @@ class AttentionBlock:
             bias = module.o_proj.bias
             output = None if bias is None else bias.detach().expand_as(x).contiguous()
             return AttentionState(x, rstd, normed.new_empty(x.shape[0], 0)), output
-        heads, kv_heads = self._counts()
-        qkv = x.new_empty(x.shape[0], (heads + 2 * kv_heads) * self._head_dim)
-        for linear, part in zip((module.q_proj, module.k_proj, module.v_proj), self._split(qkv), strict=True):
-            self._products.forward(normed, linear, out=part)
+        qkv = self._products.forward(normed, self._readers)
         if self._head_norms[0] is None:
             for part in self._split(qkv)[:2]:
                 decoder.rotary(self._by_head(part), batch.cos, batch.sin, out=self._by_head(part))
         state = AttentionState(x, rstd, qkv)
         query, key, value = self._expanded(*self._rotated(state, batch)[0])
-        return state, self._products.forward(self._attend(query, key, value, batch), module.o_proj)
+        return state, self._products.forward(self._attend(query, key, value, batch), [module.o_proj])
 
     def backward(
         self,
@@ -96,7 +94,7 @@ class AttentionBlock:
         module = self._module
         blocks = {part.linear: part.block for part in self._group.projections}
         rotated, inverse_rms = self._rotated(state, batch)
-        grad_attended = self._products.input_grad(grad, module.o_proj)
+        grad_attended = self._products.input_grad(grad, [module.o_proj])
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in self._expanded(*rotated)]
             attended = self._attend(leaves[0], leaves[1], leaves[2], batch)
@@ -111,7 +109,7 @@ class AttentionBlock:
         if scores is not None:
             normed = decoder.rms_norm_apply(state.x, state.rstd, norm.weight.detach())
             parts, start = [], 0
-            for linear in (module.q_proj, module.k_proj, module.v_proj):
+            for linear in self._readers:
                 if linear in blocks:
                     parts.append(Part(start, linear.weight, blocks[linear], scores))
                 start += linear.weight.shape[0]
@@ -119,10 +117,7 @@ class AttentionBlock:
             del normed
         if not input_grad:
             return
-        grad_query, grad_key, grad_value = self._split(grad_qkv)
-        grad_normed = self._products.input_grad(grad_query, module.q_proj)
-        self._products.input_grad(grad_key, module.k_proj, add_to=grad_normed)
-        self._products.input_grad(grad_value, module.v_proj, add_to=grad_normed)
+        grad_normed = self._products.input_grad(grad_qkv, self._readers)
         decoder.rms_norm_backward_(grad, grad_normed, state.x, state.rstd, norm.weight.detach())
 
     def _counts(self) -> tuple[int, int]:

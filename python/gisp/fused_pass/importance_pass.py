@@ -48,13 +48,17 @@ class ImportancePass:
     """Scores structures of one model, at whatever widths it has when called.
 
     The model must be of the layout that :func:`gisp.fused_pass.why_not` accepts.
+
+    Args:
+        products: how the decoder layers' activations and their gradients are multiplied with weights, by default in the
+            weights' dtype. The output projection and the weight gradients always are.
     """
 
-    def __init__(self, model_map: ModelMap) -> None:
-        products = Products()
+    def __init__(self, model_map: ModelMap, products: Products | None = None) -> None:
+        products = products or Products()
         self._model = model_map.model
         self._layers = [_Layer(item, products) for item in model_map.layers]
-        self._head = LMHead(model_map.model, products)
+        self._head = LMHead(model_map.model, Products())
 
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ class LMHead:
         size = max(1, CHUNK_ELEMENTS // self._linear.weight.shape[0] // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
         for start in range(0, tokens, size):
             chunk = slice(start, start + size)
-            logits = self._products.forward(normed[chunk], self._linear)
+            logits = self._products.forward(normed[chunk], [self._linear])
             nll = decoder.token_nll_grad_(logits, batch.targets[chunk], batch.weights[chunk])
             loss += (nll.double() * batch.weights[chunk]).sum()
             # The chunk of the normed input is not needed any more: its gradient takes its place.

@@ -57,13 +57,9 @@ class MLPBlock:
             bias = module.down_proj.bias
             output = None if bias is None else bias.detach().expand_as(x).contiguous()
             return MLPState(x, rstd, normed.new_empty(x.shape[0], 0)), output
-        width = module.gate_proj.weight.shape[0]
-        gate_up = x.new_empty(x.shape[0], 2 * width)
-        gate, up = gate_up.split(width, dim=1)
-        self._products.forward(normed, module.gate_proj, out=gate)
-        self._products.forward(normed, module.up_proj, out=up)
-        activation = decoder.swiglu(gate, up)
-        return MLPState(x, rstd, gate_up), self._products.forward(activation, module.down_proj)
+        gate_up = self._products.forward(normed, (module.gate_proj, module.up_proj))
+        activation = decoder.swiglu(*gate_up.split(module.gate_proj.weight.shape[0], dim=1))
+        return MLPState(x, rstd, gate_up), self._products.forward(activation, [module.down_proj])
 
     def backward(self, state: MLPState, grad: torch.Tensor, scores: torch.Tensor | None, input_grad: bool) -> None:
         """Backward of the block; ``grad`` [T, D] is dL/d(output) on entry and has dL/d(input) added on return.
@@ -77,9 +73,10 @@ class MLPBlock:
         if self.empty or not (input_grad or scores is not None):
             return
         module, norm = self._module, self._norm
+        layers = (module.gate_proj, module.up_proj)
         width = module.gate_proj.weight.shape[0]
         gate, up = state.gate_up.split(width, dim=1)
-        activation = self._products.input_grad(grad, module.down_proj)
+        activation = self._products.input_grad(grad, [module.down_proj])
         # In place: dL/d(activation) becomes the activation, gate and up become their gradients.
         decoder.swiglu_backward_(gate, up, activation)
         if scores is not None:
@@ -87,12 +84,10 @@ class MLPBlock:
         del activation
         if scores is not None:
             normed = decoder.rms_norm_apply(state.x, state.rstd, norm.weight.detach())
-            layers = (module.gate_proj, module.up_proj)
             parts = [Part(i * width, linear.weight, 1, scores) for i, linear in enumerate(layers)]
             stacked_wgrad_importance(state.gate_up, normed, parts)
             del normed
         if not input_grad:
             return
-        grad_normed = self._products.input_grad(gate, module.gate_proj)
-        self._products.input_grad(up, module.up_proj, add_to=grad_normed)
+        grad_normed = self._products.input_grad(state.gate_up, layers)
         decoder.rms_norm_backward_(grad, grad_normed, state.x, state.rstd, norm.weight.detach())
