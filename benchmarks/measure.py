@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 
 L2_MULTIPLE = 3
 TARGET_SECONDS = 0.1
+ROUNDS = 5
 # The GPU waits while the host enqueues, so that launches are not timed; twice what that took is granted, at 2 GHz.
 HEAD_START_CYCLES = 20_000_000
 CYCLES_PER_SECOND = 2e9
 
 Inputs = tuple[torch.Tensor, ...]
 Prepare = Callable[[], object]
+Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -56,46 +59,68 @@ def restorer(inputs: Inputs) -> Prepare:
     return restore
 
 
-def measure(
-    function: Callable[..., Any],
+def measure(function: Function, inputs: Inputs, copies: Sequence[Inputs] | None = None) -> Measurement:
+    """:func:`measure_together` of one function."""
+    return measure_together({"": function}, inputs, copies)[""]
+
+
+def measure_together(
+    functions: Mapping[str, Function],
     inputs: Inputs,
     copies: Sequence[Inputs] | None = None,
     *,
     prepare: Prepare | None = None,
-) -> Measurement:
-    """Device time of ``function(*inputs)`` with none of its inputs in the cache.
+) -> dict[str, Measurement]:
+    """Device time of every ``function(*inputs)`` with none of its inputs in the cache.
+
+    The functions take turns, :data:`ROUNDS` times: a GPU at its power limit changes its clock from second to second, by
+    more than what tells some of them apart.
 
     Args:
-        function: what to time; its result is dropped.
-        inputs: tensors it takes.
-        copies: the rotation of inputs to call it on, if already made.
-        prepare: enqueued before every call and not timed, for a function that overwrites its inputs (see
-            :func:`restorer`); it then always gets ``inputs``.
+        functions: what to time; results are dropped.
+        inputs: tensors they take.
+        copies: the rotation of inputs to call them on, if already made.
+        prepare: enqueued before every call and not timed, for functions that overwrite their inputs (see
+            :func:`restorer`); they then always get ``inputs``.
     """
     copies = [inputs] if prepare else copies or rotation(inputs)
     before_call = prepare or _nothing
+    extra, turns, times = {}, {}, {}
+    for name, function in functions.items():
+        extra[name] = _warm_up(function, inputs, copies, before_call)
+        probe = _times(function, copies, before_call, 3)
+        repetitions = min(50, max(7, TARGET_SECONDS * 1000 / max(statistics.median(probe), 1e-3)))
+        cycles = int(2 * _host_seconds(function, copies, before_call) * CYCLES_PER_SECOND)
+        turns[name] = math.ceil(repetitions / ROUNDS), cycles
+        times[name] = list[float]()
+    for _ in range(ROUNDS):
+        for name, function in functions.items():
+            times[name] += _times(function, copies, before_call, *turns[name])
+    return {
+        name: Measurement(statistics.median(found), min(found), max(found), len(found), extra[name])
+        for name, found in times.items()
+    }
+
+
+def _warm_up(function: Function, inputs: Inputs, copies: Sequence[Inputs], prepare: Prepare) -> int:
+    """Peak bytes a call takes above its inputs, once everything is compiled."""
     for copy in (*copies[:2], inputs):
-        before_call()
+        prepare()
         function(*copy)
-    before_call()
+    prepare()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function(*inputs)
     torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before
-    probe = _times(function, copies, before_call, 3)
-    repetitions = int(min(50, max(7, TARGET_SECONDS * 1000 / max(statistics.median(probe), 1e-3))))
-    cycles = int(2 * _host_seconds(function, copies, before_call) * CYCLES_PER_SECOND)
-    times = _times(function, copies, before_call, repetitions, cycles)
-    return Measurement(statistics.median(times), min(times), max(times), repetitions, extra)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _nothing() -> None:
     pass
 
 
-def _host_seconds(function: Callable[..., Any], copies: Sequence[Inputs], prepare: Prepare) -> float:
+def _host_seconds(function: Function, copies: Sequence[Inputs], prepare: Prepare) -> float:
     """Host time to enqueue one call."""
     torch.cuda.synchronize()
     torch.cuda._sleep(HEAD_START_CYCLES)
@@ -109,7 +134,7 @@ def _host_seconds(function: Callable[..., Any], copies: Sequence[Inputs], prepar
 
 
 def _times(
-    function: Callable[..., Any],
+    function: Function,
     copies: Sequence[Inputs],
     prepare: Prepare,
     repetitions: int,

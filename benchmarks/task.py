@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Ceilings, Inputs, measure, restorer, rotation
+from benchmarks.measure import Ceilings, Inputs, measure_together, restorer, rotation
 
 Row = dict[str, Any]
 Implementation = Callable[..., Any]
@@ -93,8 +93,8 @@ def run_task(task: Task, peak: Ceilings) -> list[Row]:
     restore = restorer(prepared.inputs) if prepared.in_place else None
     copies = None if restore else rotation(prepared.inputs)
     rows = [{**base, "implementation": name, "red": reason} for name, reason in wrong.items()]
-    for name, implementation in {**right, **prepared.parts}.items():
-        result = measure(implementation, prepared.inputs, copies, prepare=restore)
+    timed = measure_together({**right, **prepared.parts}, prepared.inputs, copies, prepare=restore)
+    for name, result in timed.items():
         rate = rates(prepared.flops, prepared.bytes, result.median_ms, peak)
         rows.append({**base, "implementation": name, **asdict(result), **rate})
     return with_speedups(rows, prepared.baseline)

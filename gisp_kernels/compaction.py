@@ -17,6 +17,9 @@ from gisp_kernels.groups import Projection, StructureGroup
 from gisp_kernels.ordering import Change, Ordering
 from gisp_kernels.partition import PreparedSwaps
 
+# Bytes of an int64.
+_WORD = 8
+
 
 class _Store:
     """One weight or bias with the storage it owns, kept and removed structures together."""
@@ -56,7 +59,7 @@ class _Store:
         """
         data = self.parameter.detach()
         if not (data.is_contiguous() and data.untyped_storage().nbytes() == _bytes(data)):
-            self.parameter.data = data.clone(memory_format=torch.contiguous_format)
+            self.parameter.data = _in_words(data).clone(memory_format=torch.contiguous_format).view(data.dtype)
         self._take(self.parameter.detach())
 
     def is_shown(self, count: int) -> bool:
@@ -277,6 +280,18 @@ class Compactor:
             self._ordering.kept[group] = count
             for store in self._flat_stores[group]:
                 store.narrow(count)
+
+
+def _in_words(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as int64 where it can be read so: torch copies strided rows element by element."""
+    size = tensor.element_size()
+    places = (
+        tensor.data_ptr(),
+        *(size * n for n in (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])),
+    )
+    if tensor.dim() == 0 or tensor.stride(-1) != 1 or any(place % _WORD for place in places):
+        return tensor
+    return tensor.view(torch.int64)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -77,7 +77,8 @@ def quantize_rows(
     else:
         value = x.float() if column_scale is None else x.float() * column_scale
         largest = value.abs().amax(1) if columns else value.new_zeros(rows)
-        scale.copy_((largest / LARGEST).clamp_min(SMALLEST_SCALE))
+        # Divided by a tensor: torch multiplies by the reciprocal of a number, which rounds differently on a GPU.
+        scale.copy_((largest / torch.full_like(largest, LARGEST)).clamp_min(SMALLEST_SCALE))
         out.copy_((value * (1 / scale)[:, None]).to(FLOAT8))
     return out, scale
 

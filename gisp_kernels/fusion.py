@@ -2,10 +2,11 @@
 
 Fusing saves writing and reading the gradient, 4 bytes per weight in 16-bit precision whatever the token count; cuBLAS
 makes better use of the GPU where the tiles of the product do not come out even. Measured on an H200 in bfloat16 at 13B
-and 8B shapes, the compiled Hopper kernel is 1.5 to 1.7 times as fast as cuBLAS and a reduction at 512 tokens and 1.1 to
-1.2 times at 2048. From 8192 tokens repeated runs of every way, bare cuBLAS too, spread by a tenth, and the ways differ
-by less, but fused ones are 5 to 8 % slower where their tiles leave the last wave nearly empty. The persistent Triton
-kernel, for where the compiled one was not built, needs 1.2 times its time at 512 tokens and 1.06 times at 2048.
+shapes (benchmarks/results/h200/kernels.json), the compiled Hopper kernel is 1.4 to 1.65 times as fast as cuBLAS and a
+reduction at 512 tokens and 1.03 to 1.2 times at 2048. At 8192 the same kernel timed twice differs by up to a tenth;
+within that, fused ones are as fast where their tiles fill the last wave and 5 to 12 % slower elsewhere. At 32768 tokens
+they gain at most 2 % and lose up to 10 %. The persistent Triton kernel, for where the compiled one was not built, needs
+1.2 times its time at 512 tokens and 1.06 times at 2048.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from gisp_kernels import wgrad_native
 
 # Above this many tokens fusing pays only for products whose tiles fill the GPU evenly.
 FUSED_MAX_TOKENS = 4096
+# Above this many it never does: between the two counts that were measured, 8192 and 32768.
+EVEN_MAX_TOKENS = 16384
 # Share of the multiprocessors that work, averaged over the waves of a product.
 FULL_WAVES = 0.9
 # Below this many large tiles most multiprocessors of a big GPU would stay idle. A constant, not the size of the GPU
@@ -41,6 +44,8 @@ def prefer_fused(tokens: int, dtype: torch.dtype, *, tiles: int = 0, multiproces
         return False
     if tokens <= FUSED_MAX_TOKENS:
         return True
+    if tokens > EVEN_MAX_TOKENS:
+        return False
     waves = -(-tiles // multiprocessors)
     return tiles >= FULL_WAVES * waves * multiprocessors > 0
 

@@ -325,3 +325,24 @@ def test_a_removed_channel_no_longer_contributes(backend: str) -> None:
         masked = forward()
         Compactor(block.groups(), backend=backend).remove({"channels": gone})
         torch.testing.assert_close(forward(), masked, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("kept", "offset", "pitch"), [(16, 0, 32), (16, 3, 32), (13, 0, 32), (16, 0, 33), (4, 4, 24), (1, 0, 16)]
+)
+def test_pack_keeps_bits_whatever_words_a_prefix_is_made_of(
+    kept: int, offset: int, pitch: int, dtype: torch.dtype
+) -> None:
+    memory = torch.randn(offset + 5 * pitch).to(dtype)
+    linear = torch.nn.Linear(1, 1, bias=False)
+    linear.weight = torch.nn.Parameter(memory.as_strided((5, 24 if pitch > 16 else 16), (pitch, 1), offset), False)
+    linear.in_features, linear.out_features = linear.weight.shape[1], 5
+    linear.weight.data[0, 0] = float("nan")
+    compactor = Compactor([StructureGroup("g", (Projection(linear, "column", 1),))])
+    compactor.remove({"g": list(range(kept, linear.in_features))})
+    before = linear.weight.detach().clone()
+    compactor.pack()
+    assert linear.weight.dtype == dtype and linear.weight.is_contiguous()
+    assert linear.weight.untyped_storage().nbytes() == before.numel() * before.element_size()
+    assert torch.equal(linear.weight.detach().view(torch.uint8), before.view(torch.uint8))

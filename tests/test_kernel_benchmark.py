@@ -35,7 +35,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "random_matrix", random_matrix)
     monkeypatch.setattr(task, "rotation", lambda inputs: [inputs])
     monkeypatch.setattr(task, "restorer", lambda inputs: None)
-    monkeypatch.setattr(task, "measure", lambda *_, **__: Measurement(2.0, 1.0, 3.0, 7, 2**20))
+    timed = Measurement(2.0, 1.0, 3.0, 7, 2**20)
+    monkeypatch.setattr(task, "measure_together", lambda functions, *_, **__: dict.fromkeys(functions, timed))
 
 
 def right_ones(prepared: Prepared) -> list[str]:

@@ -64,7 +64,14 @@ def test_operands_without_a_gpu_take_no_tma():
 
 @pytest.mark.parametrize(
     ("tokens", "tiles", "fused"),
-    [(FUSED_MAX_TOKENS + 1, 0, False), (8192, 132, True), (8192, 133, False), (8192, 800, False), (32768, 2160, True)],
+    [
+        (FUSED_MAX_TOKENS + 1, 0, False),
+        (8192, 132, True),
+        (8192, 133, False),
+        (8192, 800, False),
+        (8192, 2160, True),
+        (32768, 2160, False),
+    ],
 )
 def test_many_tokens_fuse_when_the_last_wave_is_full(tokens, tiles, fused):
     assert prefer_fused(tokens, torch.bfloat16, tiles=tiles, multiprocessors=132) == fused
