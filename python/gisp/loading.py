@@ -7,15 +7,26 @@ from typing import Any
 
 import torch
 
+from gisp.errors import GispError
 from gisp.model_io import check_model_path, load_dense, resolve_device
+from gisp.nested import is_nested, load_nested
 
 
-def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | None = None) -> Any:
-    """A causal language model from an exported folder, a plain model folder or a hub name.
+def load(
+    path: str | Path,
+    *,
+    sparsity: float | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    verify: bool = False,
+) -> Any:
+    """A causal language model from an exported folder, a nested checkpoint, a plain model folder or a hub name.
 
     Args:
+        sparsity: point of a nested checkpoint; the nearest is taken, ``None`` for the end of its run.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
         dtype: of the weights; ``None`` keeps the checkpoint's.
+        verify: compare the SHA-256 of all files of a nested checkpoint first.
 
     Returns:
         The model, complete, in evaluation mode. It and ``AutoModelForCausalLM`` know the pruned model types afterwards.
@@ -25,6 +36,14 @@ def load(path: str | Path, *, device: str = "cpu", dtype: torch.dtype | str | No
     """
     check_model_path(str(path))
     place = resolve_device(device)
+    if is_nested(path):
+        kind = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        return load_nested(
+            path, sparsity, device=place, dtype=kind if isinstance(kind, torch.dtype) else None, verify=verify
+        )
+    if sparsity is not None or verify:
+        given = f"sparsity {sparsity}" if sparsity is not None else "verify"
+        raise GispError(f"{given} needs a nested checkpoint, {path} holds one size: leave it out")
     register_models()
     return load_dense(str(path), place, dtype or "auto")
 

@@ -21,6 +21,7 @@ from gisp.engine import Engine
 from gisp.errors import GispError
 from gisp.metrics import PhaseClock, histogram_record, score_histogram
 from gisp.model_io import check_model_path, load_dense, resolve_device, resolve_dtype
+from gisp.nested.model import NestedModelMixin
 from gisp.runfolder import RunFolder
 from gisp.schedule import parameter_target, structure_ratio
 from gisp.select import Ranking, Selection, Selector
@@ -81,6 +82,8 @@ def prune(
 
 def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[Any, str]:
     """The model to prune and the path a later session finds it at (empty for a model in memory)."""
+    if isinstance(model, NestedModelMixin):
+        raise GispError("a model of a nested checkpoint is not pruned again: give its dense base model")
     if isinstance(model, nn.Module):
         previous = ShrinkableModel.of(model)
         if previous is not None and previous.history:

@@ -10,6 +10,7 @@ from gisp.errors import GispError
 from gisp.evaluate import perplexity
 from gisp.loading import load
 from gisp.model_io import check_model_path, resolve_device, resolve_dtype
+from gisp.nested import is_nested
 from gisp.run_record import RECORD
 from gisp.trajectory import Trajectory, move_to
 
@@ -33,7 +34,7 @@ def evaluate_target(
 
     Args:
         target: dense model or exported folder, hub name, or run folder.
-        sparsity: point of a run (``None`` = its end); only for runs.
+        sparsity: point of a run or nested checkpoint (``None`` = its end); only for these.
     """
     step: int | None = None
     place = resolve_device(device)
@@ -45,11 +46,13 @@ def evaluate_target(
         reached = trajectory.sparsity_at(step)
         move_to(trajectory.shrinkable(model), trajectory, step)
     else:
-        if sparsity is not None:
-            raise GispError(f"--sparsity {sparsity} needs a run folder, {target} is a model: leave it out")
+        if sparsity is not None and not is_nested(target):
+            raise GispError(
+                f"--sparsity {sparsity} needs a run folder or a nested checkpoint, {target} is a model: leave it out"
+            )
         check_model_path(target)
         source = target
-        model = load(target, device=str(place), dtype=resolve_dtype(dtype, place))
+        model = load(target, sparsity=sparsity, device=str(place), dtype=resolve_dtype(dtype, place))
         reached = float((getattr(model.config, "gisp", None) or {}).get("sparsity", 0.0))
     vocab_size = model.get_input_embeddings().num_embeddings
     sequences = load_sequences(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gisp.errors import GispError
-from gisp.export import ExportReport, LayerKeep, PrunedSpec, export_hf, export_masked
-from gisp.structures import channels_name, heads_name
+from gisp.export import ExportReport, PrunedSpec, export_hf, export_masked
+from gisp.nested import NestedReport, export_nested
+from gisp.run_spec import pruned_spec
 from gisp.trajectory import Trajectory
 
 FORMATS = {"hf": export_hf, "masked": export_masked}
@@ -41,24 +41,13 @@ def export_run(
     return RunExport(spec, report)
 
 
-def pruned_spec(trajectory: Trajectory, step: int) -> PrunedSpec:
-    """The state after ``step`` in the exporters' terms."""
+def export_nested_run(run: str | Path, out: str | Path, *, device: str = "auto") -> NestedReport:
+    """Write the nested checkpoint of a run: every sparsity it passed in one set of weights.
 
-    def indices(name: str) -> tuple[int, ...]:
-        return tuple(trajectory.kept(name, step).tolist())
-
-    layers = tuple(
-        LayerKeep(heads=indices(heads_name(i)), channels=indices(channels_name(i))) for i in range(trajectory.layers)
-    )
-    run: dict[str, Any] = {
-        "base_model": trajectory.base_model,
-        "config": trajectory.config,
-        "versions": trajectory.versions,
-    }
-    return PrunedSpec(
-        layers=layers,
-        sparsity=trajectory.sparsity_at(step),
-        model_sparsity=trajectory.model_sparsity_at(step),
-        step=step,
-        run=run,
-    )
+    Raises:
+        GispError: no run there, ``out`` taken, another base model, or logits that do not agree.
+    """
+    trajectory = Trajectory.load(run)
+    base = trajectory.load_base(device=device, dtype="auto")
+    folder = Path(str(trajectory.base_model["path"]))
+    return export_nested(base, trajectory, Path(out), tokenizer_from=folder if folder.is_dir() else None)

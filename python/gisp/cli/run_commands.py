@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gisp.cli import app
+from gisp.errors import GispError
 
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -19,14 +20,32 @@ _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    sparsity: Annotated[float, typer.Option(help="Sparsity to export; the nearest step is taken.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    sparsity: Annotated[float | None, typer.Option(help="Sparsity to export; the nearest step is taken.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    nested: Annotated[
+        Path | None, typer.Option(help="Folder to write all sparsities to, in one set of weights; instead of --out.")
+    ] = None,
     format: Annotated[str, typer.Option(help="hf (default) or masked.")] = "hf",
     device: _Device = "auto",
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
-    from gisp.run_export import export_run
+    from gisp.run_export import export_nested_run, export_run
 
+    if nested is not None:
+        if sparsity is not None or out is not None:
+            raise GispError("--nested writes every sparsity: leave --sparsity and --out out")
+        written = export_nested_run(run, nested, device=device)
+        worst = max(written.relative_differences.values())
+        print(
+            f"{nested}: dense and {written.steps} sparsities in {written.bytes / 1e6:,.1f} MB, "
+            f"logits differ by {worst:.1e} relative"
+        )
+        return
+    if sparsity is None or out is None:
+        missing = "--sparsity" if sparsity is None else "--out"
+        raise GispError(
+            f"{missing} is missing: gisp export RUN --sparsity S --out DIR, or gisp export RUN --nested DIR"
+        )
     done = export_run(run, sparsity, out, format=format, device=device)
     print(
         f"{out}: decoder sparsity {done.spec.sparsity:.4f} (step {done.spec.step}), "
@@ -70,14 +89,20 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 
 @app.command()
-def inspect(target: Annotated[str, typer.Argument(help="Run folder or dense model.", metavar="RUN|MODEL")]) -> None:
-    """Show what a run removed, or what could be removed from a model."""
+def inspect(
+    target: Annotated[str, typer.Argument(help="Run folder, nested checkpoint or dense model.", metavar="RUN|MODEL")],
+) -> None:
+    """Show what a run removed, which sizes a nested checkpoint holds, or what could be removed from a model."""
     from gisp.model_io import load_dense, resolve_device
+    from gisp.nested import is_nested
     from gisp.run_eval import is_run
     from gisp.structures import map_model
     from gisp.trajectory import Trajectory
 
     console = Console(highlight=False)
+    if is_nested(target):
+        _show_nested(console, target)
+        return
     if is_run(target):
         _show_run(console, Trajectory.load(target))
         return
@@ -107,4 +132,15 @@ def _show_run(console: Console, trajectory: Any) -> None:
         steps = [int(at[at > 0].min()) for at in removed if bool((at > 0).any())]
         cells = [f"{len(trajectory.kept(n, last))} / {len(at)}" for n, at in zip(names, removed, strict=True)]
         table.add_row(str(layer), *cells, str(min(steps)) if steps else "-")
+    console.print(table)
+
+
+def _show_nested(console: Console, folder: str) -> None:
+    from gisp.nested.files import NestedFiles
+
+    files = NestedFiles.open(folder)
+    table = Table("sparsity", "query heads", "key/value heads", "MLP channels", title=folder)
+    rows = zip(files.sparsities, files.nesting.prefixes.sum(1).tolist(), strict=True)
+    for sparsity, counts in rows:
+        table.add_row(f"{sparsity:.4f}", *(f"{count:,}" for count in counts))
     console.print(table)

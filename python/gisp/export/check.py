@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gisp.attention import INDEXED_ATTENTION
 from gisp.errors import GispError
 from gisp.export.spec import ExportReport, LayerLayout, PrunedSpec
 from gisp.structures import ModelMap
@@ -134,7 +135,9 @@ def _deterministic_mode(model: Any) -> Iterator[None]:
     attention = model.config._attn_implementation
     precision = torch.get_float32_matmul_precision()
     model.eval()
-    model.set_attn_implementation("sdpa")
+    if attention != INDEXED_ATTENTION:
+        # That one is the same with an index of key/value heads, which the model needs.
+        model.set_attn_implementation("sdpa")
     torch.set_float32_matmul_precision("highest")
     try:
         yield
