@@ -34,7 +34,7 @@ def build_model(model: Model, device: torch.device, dtype: torch.dtype, seed: in
         attn_implementation="sdpa",
     )
     torch.manual_seed(seed)
-    with _default_dtype(dtype), torch.device(device):
+    with default_dtype(dtype), torch.device(device):
         built = LlamaForCausalLM(config)
     return built.eval()
 
@@ -45,7 +45,8 @@ def random_tokens(model: Model, rows: int, length: int, seed: int = 0) -> torch.
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Floating-point tensors made meanwhile have ``dtype``; as before afterwards."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -31,6 +31,12 @@ def prune(context: typer.Context) -> None:
     _run("prune", context.args)
 
 
+@bench.command(context_settings=_OPTIONS_OF_THE_MODULE)
+def infer(context: typer.Context) -> None:
+    """Time inference of pruned models beside the dense one; see --help."""
+    _run("infer", context.args)
+
+
 def _run(name: str, arguments: list[str]) -> None:
     """Run ``benchmarks.<name>`` of the checkout this package lies in.
 
