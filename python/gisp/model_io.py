@@ -61,7 +61,7 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
         GispError: missing, foreign, incomplete or broken model.
     """
     check_model_path(path)
-    _quiet()
+    quiet()
     from transformers import AutoModelForCausalLM
 
     quantisation = _quantisation(path)
@@ -96,7 +96,7 @@ def _quantisation(path: str) -> str | None:
     return None
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Loading says nothing but errors: progress bars and advice would bury the one line that matters."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging

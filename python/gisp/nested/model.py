@@ -11,6 +11,7 @@ from torch import nn
 
 from gisp.attention import NoHeads, set_kv_index, use_indexed_attention
 from gisp.errors import GispError
+from gisp.model_io import quiet
 from gisp.nested.files import RECORD, TRANSPOSED, NestedFiles
 from gisp.run_record import corrupt
 
@@ -245,6 +246,7 @@ def _place(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _empty_model(files: NestedFiles) -> Any:
     """The dense model without memory."""
+    quiet()
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     values = dict(files.record["base_config"])
