@@ -60,12 +60,20 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> int:
     Raises:
         GispError: the disk has too little room.
     """
-    size = sum(t.numel() * t.element_size() for t in state.values())
+    check_room(folder, sum(t.numel() * t.element_size() for t in state.values()))
+    save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        GispError: fewer than ``size`` bytes are free.
+    """
     free = shutil.disk_usage(folder).free
     if size > free:
         raise GispError(f"the export needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free some space")
-    save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def dense_state(base: Any) -> dict[str, torch.Tensor]:
