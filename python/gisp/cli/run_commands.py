@@ -21,13 +21,14 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     sparsity: Annotated[float, typer.Option(help="Sparsity to export; the nearest step is taken.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    format: Annotated[str, typer.Option(help="hf (default) or masked.")] = "hf",
+    format: Annotated[str, typer.Option(help="hf (default), gguf (llama.cpp) or masked.")] = "hf",
     device: _Device = "auto",
+    dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     from gisp.run_export import export_run
 
-    done = export_run(run, sparsity, out, format=format, device=device)
+    done = export_run(run, sparsity, out, format=format, device=device, dtype=dtype)
     print(
         f"{out}: decoder sparsity {done.spec.sparsity:.4f} (step {done.spec.step}), "
         f"{done.report.parameters_pruned:,} of {done.report.parameters_dense:,} parameters, "
