@@ -55,8 +55,8 @@ RUN = {
 }
 
 
-def dense(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Four layers, hidden size 64, 8 query heads on 2 key/value heads unless the family says otherwise."""
+def dense(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """Four layers, hidden size 64, 8 query heads on 2 key/value heads unless family or ``overrides`` say otherwise."""
     config_class, model_class, options = _FAMILIES[family]
     sizes = {
         "vocab_size": VOCAB,
@@ -72,7 +72,7 @@ def dense(family: str, dtype: torch.dtype = torch.float32) -> Any:
         "eos_token_id": None,
     }
     torch.manual_seed(3)
-    model = model_class(config_class(**{**sizes, **options})).eval()
+    model = model_class(config_class(**{**sizes, **options, **overrides})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "norm.weight")):
@@ -114,3 +114,13 @@ def _mask_input(linear: nn.Linear, kept: tuple[int, ...], block: int) -> None:
 
 def tokens(rows: int = 2, length: int = 16) -> torch.Tensor:
     return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+# Families llama.cpp can run, with what it takes to switch sliding windows off.
+GGUF_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama-mha": {},
+    "llama-gqa": {},
+    "llama-bias": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False},
+}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gisp.errors import GispError
-from gisp.export import ExportReport, PrunedSpec, export_hf, export_masked
+from gisp.export import ExportReport, PrunedSpec, export_gguf, export_hf, export_masked
+from gisp.export.gguf_file import require_gguf
 from gisp.nested import NestedReport, export_nested
 from gisp.run_spec import pruned_spec
 from gisp.trajectory import Trajectory
 
-FORMATS = {"hf": export_hf, "masked": export_masked}
+FORMATS: dict[str, Callable[..., ExportReport]] = {"hf": export_hf, "gguf": export_gguf, "masked": export_masked}
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,35 @@ class RunExport:
 
 
 def export_run(
-    run: str | Path, sparsity: float | None, out: str | Path, *, format: str = "hf", device: str = "auto"
+    run: str | Path,
+    sparsity: float | None,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    device: str = "auto",
+    dtype: str | None = None,
 ) -> RunExport:
     """Export the step of a run whose sparsity is nearest to ``sparsity`` (``None`` = its end).
+
+    Args:
+        dtype: of the matrices of a ``gguf`` export: ``f32``, ``f16`` or ``bf16``.
 
     Raises:
         GispError: no run there, unknown format, ``out`` taken, another base model, or logits that do not agree.
     """
     if format not in FORMATS:
         raise GispError(f"format {format!r} is not available: choose one of {', '.join(FORMATS)}")
+    if format == "gguf":
+        require_gguf()  # before a large model is loaded
+    elif dtype is not None:
+        raise GispError(f"--dtype {dtype} is for --format gguf: {format} keeps the dtype of the base model")
+    options = {"dtype": dtype} if format == "gguf" else {}
     trajectory = Trajectory.load(run)
     step = trajectory.step_for(sparsity)
     base = trajectory.load_base(device=device, dtype="auto")
     spec = pruned_spec(trajectory, step)
     folder = Path(str(trajectory.base_model["path"]))
-    report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder if folder.is_dir() else None)
+    report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder if folder.is_dir() else None, **options)
     return RunExport(spec, report)
 
 

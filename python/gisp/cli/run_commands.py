@@ -25,15 +25,16 @@ def export(
     nested: Annotated[
         Path | None, typer.Option(help="Folder to write all sparsities to, in one set of weights; instead of --out.")
     ] = None,
-    format: Annotated[str, typer.Option(help="hf (default) or masked.")] = "hf",
+    format: Annotated[str, typer.Option(help="hf (default), gguf (llama.cpp) or masked.")] = "hf",
     device: _Device = "auto",
+    dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     from gisp.run_export import export_nested_run, export_run
 
     if nested is not None:
-        if sparsity is not None or out is not None:
-            raise GispError("--nested writes every sparsity: leave --sparsity and --out out")
+        if sparsity is not None or out is not None or dtype is not None or format != "hf":
+            raise GispError("--nested has a form of its own for every sparsity: leave the other options out")
         written = export_nested_run(run, nested, device=device)
         worst = max(written.relative_differences.values())
         print(
@@ -46,7 +47,7 @@ def export(
         raise GispError(
             f"{missing} is missing: gisp export RUN --sparsity S --out DIR, or gisp export RUN --nested DIR"
         )
-    done = export_run(run, sparsity, out, format=format, device=device)
+    done = export_run(run, sparsity, out, format=format, device=device, dtype=dtype)
     print(
         f"{out}: decoder sparsity {done.spec.sparsity:.4f} (step {done.spec.step}), "
         f"{done.report.parameters_pruned:,} of {done.report.parameters_dense:,} parameters, "

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gisp.export.check import TOLERANCE
 from gisp.export.spec import ExportReport, PrunedSpec
 
 _LOAD_PRUNED = """\
@@ -42,28 +42,62 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 > as the base model. Export with `--format hf` for the smaller and faster model.
 """
 
+_RELAID = (
+    "Query heads stored may exceed the heads kept: key/value heads must serve equally many query heads, so some are "
+    "stored twice and missing query heads are zero. This changes no output."
+)
 
-def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, *, masked: bool = False) -> None:
+
+@dataclass(frozen=True)
+class CardKind:
+    """What the card of a format says that others do not.
+
+    Attributes:
+        title: name of the format for the title; empty for the usual one.
+        library: the hub's name of the library that loads it.
+        tags: of the hub, beside those of every pruned model.
+        load: how to load it, Markdown.
+        layers: what to know of the table of layers.
+        facts: more lines for the table of facts: what, value.
+    """
+
+    load: str
+    title: str = ""
+    library: str = "transformers"
+    tags: tuple[str, ...] = ()
+    layers: str = _RELAID
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+PRUNED = CardKind(_LOAD_PRUNED)
+MASKED = CardKind(_LOAD_MASKED, title="masked", layers="Shapes are those of the base model.")
+
+
+def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, kind: CardKind = PRUNED) -> None:
     """Write ``README.md``: where the model comes from, what was removed, how exact the export is, how to load it."""
     name = base_name(base, spec)
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gisp", "pruned"]}
+    front = {
+        "library_name": kind.library,
+        "pipeline_tag": "text-generation",
+        "tags": ["gisp", "pruned", *kind.tags],
+    }
     # JSON values are YAML values, quoted where a model's name needs it.
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
     if "/" in name:
         lines.append(f"base_model: {json.dumps(name)}")
-    lines += ["---", "", f"# {name}, pruned by {spec.sparsity:.0%}" + (" (masked)" if masked else ""), ""]
+    lines += ["---", "", f"# {name}, pruned by {spec.sparsity:.0%}" + (f" ({kind.title})" if kind.title else ""), ""]
     lines += [
         f"`{name}` with attention heads and MLP channels removed by global iterative structured pruning "
         "([GISP](https://arxiv.org/abs/2510.18030)).",
         "",
-        *_facts(spec, report),
+        *_facts(spec, report, kind),
         "",
         "## Load",
         "",
-        _LOAD_MASKED if masked else _LOAD_PRUNED,
+        kind.load,
         "## Layers",
         "",
-        *_table(report, masked),
+        *_table(report, kind),
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
@@ -78,7 +112,7 @@ def base_name(base: Any, spec: PrunedSpec) -> str:
     return path if is_hub_name else Path(path).name
 
 
-def _facts(spec: PrunedSpec, report: ExportReport) -> list[str]:
+def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[str]:
     config = spec.run.get("config") or {}
     versions = spec.run.get("versions") or {}
     facts = [
@@ -92,22 +126,17 @@ def _facts(spec: PrunedSpec, report: ExportReport) -> list[str]:
         (
             "logits against the masked dense model (float32)",
             f"differ by at most {report.absolute_difference:.2e} absolute, {report.relative_difference:.2e} relative "
-            f"(accepted up to {TOLERANCE:.0e})",
+            f"(accepted up to {report.tolerance:.0e})",
         ),
+        *kind.facts,
     ]
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)]
 
 
-def _table(report: ExportReport, masked: bool) -> list[str]:
-    note = (
-        "Shapes are those of the base model."
-        if masked
-        else "Query heads stored may exceed the heads kept: key/value heads must serve equally many query heads, so "
-        "some are stored twice and missing query heads are zero. This changes no output."
-    )
+def _table(report: ExportReport, kind: CardKind) -> list[str]:
     rows = [
         f"| {layer} | {item.heads} | {item.query_heads} | {item.kv_heads} | {item.channels} |"
         for layer, item in enumerate(report.layout)
     ]
     head = "| layer | heads kept | query heads stored | key/value heads stored | MLP channels stored |"
-    return [note, "", head, "|---|---|---|---|---|", *rows]
+    return [kind.layers, "", head, "|---|---|---|---|---|", *rows]

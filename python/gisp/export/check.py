@@ -17,10 +17,9 @@ from torch import nn
 
 from gisp.attention import INDEXED_ATTENTION
 from gisp.errors import GispError
-from gisp.export.spec import ExportReport, LayerLayout, PrunedSpec
+from gisp.export.spec import TOLERANCE, ExportReport, LayerLayout, PrunedSpec
 from gisp.structures import ModelMap
 
-TOLERANCE = 1e-5
 _ROWS, _TOKENS, _SEED = 2, 64, 20251018
 
 
@@ -38,9 +37,7 @@ def checked_report(
     """
     from gisp.loading import load
 
-    positions = int(getattr(base.config, "max_position_embeddings", None) or _TOKENS)
-    tokens = check_tokens(model_map.vocab_size, positions)
-    wanted = float32_logits(base, tokens, removed_columns(model_map, spec))
+    tokens, wanted = wanted_logits(base, model_map, spec)
     dtype = weight_dtype(base)
     reloaded = load(folder, device=str(base.get_input_embeddings().weight.device), dtype=dtype)
     absolute, relative = compare_logits(wanted, float32_logits(reloaded, tokens))
@@ -65,6 +62,13 @@ def checked_report(
         kv_bytes_per_token_dense=kv_head_bytes * model_map.num_kv_heads * len(model_map.layers),
         layout=layout,
     )
+
+
+def wanted_logits(base: Any, model_map: ModelMap, spec: PrunedSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The check tokens and the masked base model's float32 logits on them."""
+    positions = int(getattr(base.config, "max_position_embeddings", None) or _TOKENS)
+    tokens = check_tokens(model_map.vocab_size, positions)
+    return tokens, float32_logits(base, tokens, removed_columns(model_map, spec))
 
 
 def weight_dtype(model: Any) -> torch.dtype:
@@ -109,21 +113,21 @@ def float32_logits(
     return logits.float().cpu()
 
 
-def compare_logits(wanted: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
+def compare_logits(wanted: torch.Tensor, got: torch.Tensor, tolerance: float = TOLERANCE) -> tuple[float, float]:
     """Largest absolute difference, and the same divided by the largest absolute wanted logit.
 
     Raises:
-        GispError: they differ by more than ``TOLERANCE`` relative, or the wanted ones are not finite.
+        GispError: they differ by more than ``tolerance`` relative, or the wanted ones are not finite.
     """
     scale = float(wanted.abs().max())
     if not math.isfinite(scale):
         raise GispError("the pruned model computes NaN or infinite logits: choose a smaller sparsity")
     absolute = float((wanted - got).abs().max())
     relative = absolute / scale if scale else absolute
-    if not relative <= TOLERANCE:
+    if not relative <= tolerance:
         raise GispError(
             f"logits of the exported model differ by {relative:.1e} relative from the masked model, more than "
-            f"{TOLERANCE:.0e}: nothing was written, report this model type"
+            f"{tolerance:.0e}: nothing was written, report this model type"
         )
     return absolute, relative
 

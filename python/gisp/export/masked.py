@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gisp.export.card import write_card
+from gisp.export.card import MASKED, write_card
 from gisp.export.check import checked_report
 from gisp.export.folder import copy_base_files, dense_state, new_folder, write_weights
 from gisp.export.spec import ExportReport, LayerKeep, PrunedSpec, gisp_record, map_checked
@@ -37,7 +37,7 @@ def export_masked(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Pat
         config.save_pretrained(folder)
         copy_base_files(folder, base, tokenizer_from)
         report = checked_report(base, model_map, spec, folder, out, size)
-        write_card(folder, base, spec, report, masked=True)
+        write_card(folder, base, spec, report, MASKED)
     return report
 
 

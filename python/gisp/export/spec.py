@@ -10,6 +10,8 @@ from gisp.errors import GispError
 from gisp.structures import ModelMap, fingerprint, map_model
 
 FORMAT_VERSION = 1
+TOLERANCE = 1e-5
+"""Largest relative difference of logits between an export and the masked dense model, both in float32."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,10 @@ class ExportReport:
         parameters_dense: parameters of the base model, tied ones once.
         parameters_pruned: parameters stored in the export.
         bytes: size of the weight files.
-        kv_bytes_per_token: key/value cache of one token, all layers, in the dtype of the export.
+        kv_bytes_per_token: key/value cache of one token, all layers, in the dtype of the export (gguf: in float16,
+            which llama.cpp takes unless told otherwise).
         kv_bytes_per_token_dense: the same for the base model.
+        tolerance: relative difference up to which the export was accepted.
     """
 
     path: Path
@@ -79,6 +83,7 @@ class ExportReport:
     kv_bytes_per_token: int
     kv_bytes_per_token_dense: int
     layout: tuple[LayerLayout, ...]
+    tolerance: float = TOLERANCE
 
 
 def map_checked(base: Any, spec: PrunedSpec) -> ModelMap:
