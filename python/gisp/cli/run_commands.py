@@ -21,18 +21,31 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     sparsity: Annotated[float, typer.Option(help="Sparsity to export; the nearest step is taken.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    format: Annotated[str, typer.Option(help="hf (default) or masked.")] = "hf",
+    format: Annotated[str, typer.Option(help="hf (default), uniform or masked.")] = "hf",
+    round_mlp: Annotated[int | None, typer.Option(help="Round MLP widths up to multiples, with real weights.")] = None,
+    align_heads: Annotated[int | None, typer.Option(help="Query heads per layer: a multiple of it.")] = None,
+    min_heads: Annotated[int | None, typer.Option(help="Fewest query heads per layer.")] = None,
+    data: Annotated[str | None, typer.Option(help="Evaluation data: measure perplexity for the model card.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window of the evaluation.")] = 128,
     device: _Device = "auto",
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
+    from gisp.export import SizeOptions
+    from gisp.export.rounding import option_text
     from gisp.run_export import export_run
 
-    done = export_run(run, sparsity, out, format=format, device=device)
+    sizes = SizeOptions(round_mlp, align_heads, min_heads)
+    done = export_run(run, sparsity, out, format=format, device=device, sizes=sizes, data=data, window=window)
+    asked = [f"format {format}"] if format != "hf" else []
+    asked += [option_text(sizes.given())] if sizes.given() else []
     print(
-        f"{out}: decoder sparsity {done.spec.sparsity:.4f} (step {done.spec.step}), "
+        f"{out}: {', '.join(asked)}{', ' if asked else ''}"
+        f"decoder sparsity {done.spec.sparsity:.4f} (step {done.spec.step}), "
         f"{done.report.parameters_pruned:,} of {done.report.parameters_dense:,} parameters, "
         f"logits differ by {done.report.relative_difference:.1e} relative"
     )
+    for what, value in done.spec.notes:
+        print(f"  {what}: {value}")
 
 
 @app.command("eval")

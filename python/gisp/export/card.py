@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gisp.export.check import TOLERANCE
+from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec
 
 _LOAD_PRUNED = """\
@@ -31,27 +32,51 @@ model = gisp.load("path/to/this/folder")
 > `ignore_mismatched_sizes=True`: that can replace pruned weights by random ones without an error.
 """
 
-_LOAD_MASKED = """\
+_LOAD_STOCK = """\
 ```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
+"""
 
+_LOAD_MASKED = f"""\
+{_LOAD_STOCK}
 > **No speed-up.** This export keeps the dense shapes and stores zeros for what was removed: it is as large and as slow
 > as the base model. Export with `--format hf` for the smaller and faster model.
 """
 
+_LOAD_UNIFORM = f"""\
+{_LOAD_STOCK}
+All layers have one size, so this is an ordinary checkpoint of its model class and loads wherever that class does.
 
-def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, *, masked: bool = False) -> None:
-    """Write ``README.md``: where the model comes from, what was removed, how exact the export is, how to load it."""
+> **One size costs quality.** The pruning gave every layer its own size; here layers lost structures it kept and got
+> others back. Export with `--format hf` for the exact pruned model.
+"""
+
+_LOAD = {"hf": _LOAD_PRUNED, "masked": _LOAD_MASKED, "uniform": _LOAD_UNIFORM}
+_TITLE = {"hf": "", "masked": " (masked)", "uniform": " (one size for all layers)"}
+_LAYERS = {
+    "hf": "Query heads stored may exceed the heads kept: key/value heads must serve equally many query heads, so "
+    "some are stored twice and missing query heads are zero. This changes no output.",
+    "masked": "Shapes are those of the base model.",
+    "uniform": "All layers store the same, with real weights.",
+}
+
+
+def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, *, form: str = "hf") -> None:
+    """Write ``README.md``: where the model comes from, what was removed, how exact the export is, how to load it.
+
+    Args:
+        form: ``hf``, ``masked`` or ``uniform``.
+    """
     name = base_name(base, spec)
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gisp", "pruned"]}
     # JSON values are YAML values, quoted where a model's name needs it.
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
     if "/" in name:
         lines.append(f"base_model: {json.dumps(name)}")
-    lines += ["---", "", f"# {name}, pruned by {spec.sparsity:.0%}" + (" (masked)" if masked else ""), ""]
+    lines += ["---", "", f"# {name}, pruned by {spec.sparsity:.0%}{_TITLE[form]}", ""]
     lines += [
         f"`{name}` with attention heads and MLP channels removed by global iterative structured pruning "
         "([GISP](https://arxiv.org/abs/2510.18030)).",
@@ -60,10 +85,10 @@ def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, 
         "",
         "## Load",
         "",
-        _LOAD_MASKED if masked else _LOAD_PRUNED,
+        _LOAD[form],
         "## Layers",
         "",
-        *_table(report, masked),
+        *_table(report, _LAYERS[form]),
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
@@ -84,6 +109,8 @@ def _facts(spec: PrunedSpec, report: ExportReport) -> list[str]:
     facts = [
         ("sparsity of the decoder layers", f"{spec.sparsity:.4f} (step {spec.step})"),
         ("sparsity of the whole model", f"{spec.model_sparsity:.4f}"),
+        *([("options", f"`{option_text(spec.options)}`")] if spec.options else []),
+        *spec.notes,
         ("parameters stored", f"{report.parameters_pruned:,} of {report.parameters_dense:,}"),
         ("weight files", f"{report.bytes / 1e6:,.1f} MB"),
         ("key/value cache per token", f"{report.kv_bytes_per_token:,} of {report.kv_bytes_per_token_dense:,} bytes"),
@@ -98,13 +125,7 @@ def _facts(spec: PrunedSpec, report: ExportReport) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)]
 
 
-def _table(report: ExportReport, masked: bool) -> list[str]:
-    note = (
-        "Shapes are those of the base model."
-        if masked
-        else "Query heads stored may exceed the heads kept: key/value heads must serve equally many query heads, so "
-        "some are stored twice and missing query heads are zero. This changes no output."
-    )
+def _table(report: ExportReport, note: str) -> list[str]:
     rows = [
         f"| {layer} | {item.heads} | {item.query_heads} | {item.kv_heads} | {item.channels} |"
         for layer, item in enumerate(report.layout)

@@ -37,7 +37,7 @@ def export_masked(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Pat
         config.save_pretrained(folder)
         copy_base_files(folder, base, tokenizer_from)
         report = checked_report(base, model_map, spec, folder, out, size)
-        write_card(folder, base, spec, report, masked=True)
+        write_card(folder, base, spec, report, form="masked")
     return report
 
 
