@@ -114,6 +114,7 @@ def _facts(spec: PrunedSpec, report: ExportReport) -> list[str]:
         ("parameters stored", f"{report.parameters_pruned:,} of {report.parameters_dense:,}"),
         ("weight files", f"{report.bytes / 1e6:,.1f} MB"),
         ("key/value cache per token", f"{report.kv_bytes_per_token:,} of {report.kv_bytes_per_token_dense:,} bytes"),
+        ("tensor parallelism", f"{', '.join(map(str, report.tensor_parallel))} devices share every layer evenly"),
         ("preset", config.get("preset", "not recorded")),
         ("versions", ", ".join(f"{key} {value}" for key, value in versions.items()) or "not recorded"),
         (

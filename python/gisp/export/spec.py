@@ -100,6 +100,21 @@ class ExportReport:
     kv_bytes_per_token_dense: int
     layout: tuple[LayerLayout, ...]
 
+    @property
+    def tensor_parallel(self) -> tuple[int, ...]:
+        """Numbers of devices that can share every layer evenly: query heads and channels divided, key/value heads
+        divided or repeated."""
+        return tuple(
+            devices
+            for devices in range(1, min(item.query_heads for item in self.layout) + 1)
+            if all(
+                item.query_heads % devices == 0
+                and item.channels % devices == 0
+                and (item.kv_heads % devices == 0 or devices % item.kv_heads == 0)
+                for item in self.layout
+            )
+        )
+
 
 def map_checked(base: Any, spec: PrunedSpec) -> ModelMap:
     """The structure map of the base model, checked to fit the spec.
