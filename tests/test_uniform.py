@@ -133,6 +133,7 @@ def test_a_llama_whose_heads_do_not_divide_its_hidden_size_becomes_a_mistral(tmp
     export_uniform(base, rounded, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert type(model) is MistralForCausalLM
+    assert "5 query heads, 5 key/value heads, 20 MLP channels (MistralForCausalLM)" in dict(rounded.notes).values()
     assert AutoConfig.from_pretrained(tmp_path / "out").num_attention_heads == 5
     with torch.no_grad():
         wanted = masked(base, rounded)(input_ids=tokens(length=100)).logits
@@ -214,7 +215,7 @@ def test_the_card_says_what_was_exchanged(tmp_path: Path) -> None:
     for part in (
         "(one size for all layers)",
         "| options | `--round-mlp 3` |",
-        "| size of every layer | 4 query heads, 4 key/value heads, 15 MLP channels |",
+        "| size of every layer | 4 query heads, 4 key/value heads, 15 MLP channels (LlamaForCausalLM) |",
         "the pruned point of sparsity 0.5000",
         "2 heads and 10 channels of it are gone, 2 heads and 10 channels of the dense model are back",
         "One size costs quality.",

@@ -68,7 +68,7 @@ def uniform_spec(base: Any, spec: PrunedSpec, options: SizeOptions | None = None
         sparsity=removed / model_map.decoder_parameters,
         model_sparsity=removed / model_map.parameters,
         options={**spec.options, **given},
-        notes=(*spec.notes, *_notes(spec, layers, size), *arbitrary_note(spec, layers)),
+        notes=(*spec.notes, *_notes(base, spec, layers, size), *_arbitrary(spec, layers)),
     )
 
 
@@ -220,7 +220,7 @@ def _kept(model_map: ModelMap, size: UniformSize, ranking: LayerRanking) -> Laye
     )
 
 
-def arbitrary_note(spec: PrunedSpec, layers: Sequence[LayerKeep]) -> list[tuple[str, str]]:
+def _arbitrary(spec: PrunedSpec, layers: Sequence[LayerKeep]) -> list[tuple[str, str]]:
     """A row of the model card if layers lost structures that the run never removed."""
     pairs = list(zip(layers, spec.ranking, strict=True))
     heads = sum(max(ranking.tied_heads - len(keep.heads), 0) for keep, ranking in pairs)
@@ -237,7 +237,7 @@ def arbitrary_note(spec: PrunedSpec, layers: Sequence[LayerKeep]) -> list[tuple[
     ]
 
 
-def _notes(spec: PrunedSpec, layers: Sequence[LayerKeep], size: UniformSize) -> list[tuple[str, str]]:
+def _notes(base: Any, spec: PrunedSpec, layers: Sequence[LayerKeep], size: UniformSize) -> list[tuple[str, str]]:
     """Rows of the model card: the common size and how far it is from the pruned point."""
 
     def difference(of: Sequence[LayerKeep], without: Sequence[LayerKeep]) -> str:
@@ -246,10 +246,12 @@ def _notes(spec: PrunedSpec, layers: Sequence[LayerKeep], size: UniformSize) -> 
         channels = sum(len(set(a.channels) - set(b.channels)) for a, b in pairs)
         return f"{heads:,} heads and {channels:,} channels"
 
+    classes = _stock_classes(base, size.heads)
+    name = classes[1].__name__ if classes else type(base).__name__
     return [
         (
             "size of every layer",
-            f"{size.heads} query heads, {size.kv_heads} key/value heads, {size.channels} MLP channels",
+            f"{size.heads} query heads, {size.kv_heads} key/value heads, {size.channels} MLP channels ({name})",
         ),
         (
             "made from",
