@@ -82,7 +82,7 @@ def save(merged: Any, export: Path, out: Path, dtype: torch.dtype, note: str) ->
         if (export / "README.md").is_file():
             shutil.copyfile(export / "README.md", folder / "README.md")
         with (folder / "README.md").open("a", encoding="utf-8") as card:
-            card.write(f"\n## Healed\n\n{note}\nThe logits above are those of the model before healing.\n")
+            card.write(f"\n## Healed\n\n{note} Logits and perplexities above are those before healing.\n")
 
 
 def heal(arguments: argparse.Namespace) -> tuple[Perplexity, Perplexity]:
@@ -127,6 +127,11 @@ def heal(arguments: argparse.Namespace) -> tuple[Perplexity, Perplexity]:
     healed = gisp.load(out, device=str(device), dtype=torch.float32)
     after = perplexity(healed, held_out, arguments.seq_len)
     print(f"after:  perplexity {after.perplexity:.4f} ({how}, {seconds:.0f} s)")
+    with (out / "README.md").open("a", encoding="utf-8") as card:
+        card.write(
+            f"Perplexity {before.perplexity:.4f} before, {after.perplexity:.4f} after ({after.tokens:,} tokens of "
+            f"{Path(arguments.held_out).name}, window {after.window}, float32).\n"
+        )
     print(out)
     return before, after
 

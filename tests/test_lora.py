@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +106,11 @@ def test_the_example_heals_an_export(form: str, tmp_path: Path, heal_lora: Modul
     card = (tmp_path / "healed" / "README.md").read_text()
     assert "## Healed" in card
     assert "20 steps of 4 x 24 tokens of text.safetensors, LoRA rank 4, lr 0.005; merged." in card
+    found = re.search(r"Perplexity ([\d.]+) before, ([\d.]+) after \(368 tokens of text.safetensors, window 24", card)
+    assert found is not None
+    assert [float(value) for value in found.groups()] == pytest.approx(
+        [before["perplexity"], after["perplexity"]], rel=1e-4
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "healed", "text.safetensors"]
 
 
