@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gisp.export import LayerKeep, PrunedSpec
+from gisp.export import ExportReport, LayerKeep, LayerRanking, PrunedSpec, export_uniform, uniform_spec
 
 HEADS, CHANNELS, VOCAB = 8, 48, 128
 LLAMA3_ROPE = {
@@ -90,6 +92,23 @@ def dense_rounded(family: str) -> Any:
 
 def spec_of(layers: tuple[LayerKeep, ...] = KEPT) -> PrunedSpec:
     return PrunedSpec(layers=layers, sparsity=0.5, model_sparsity=0.4, step=17, run=RUN)
+
+
+def ranked(spec: PrunedSpec, seed: int = 0, channels: int = CHANNELS) -> PrunedSpec:
+    """The spec with a random order of structures in which those it keeps come first."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def order(kept: tuple[int, ...], count: int) -> tuple[int, ...]:
+        shuffled = torch.randperm(count, generator=generator).tolist()
+        return tuple(sorted(shuffled, key=lambda index: index not in kept))
+
+    ranking = tuple(LayerRanking(order(keep.heads, HEADS), order(keep.channels, channels)) for keep in spec.layers)
+    return replace(spec, ranking=ranking)
+
+
+def export_one_size(base: Any, spec: PrunedSpec, out: Path, **options: Any) -> ExportReport:
+    """A uniform export of any spec."""
+    return export_uniform(base, uniform_spec(base, ranked(spec)), out, **options)
 
 
 def masked(model: Any, spec: PrunedSpec) -> Any:

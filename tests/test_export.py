@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from export_models import CHANNELS, FAMILIES, HEADS, KEPT, dense, dense_rounded, masked, spec_of, tokens
+from export_models import (
+    CHANNELS,
+    FAMILIES,
+    HEADS,
+    KEPT,
+    dense,
+    dense_rounded,
+    export_one_size,
+    masked,
+    spec_of,
+    tokens,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -151,7 +162,7 @@ def test_emptied_layers_hold_zeros_and_output_biases_stay(exported: tuple[Path, 
 
 
 @pytest.mark.parametrize("family", ["llama-mha", "qwen2"])
-@pytest.mark.parametrize("export", [export_hf, export_masked])
+@pytest.mark.parametrize("export", [export_hf, export_masked, export_one_size])
 def test_the_base_is_left_as_it_was(family: str, export: Export, tmp_path: Path) -> None:
     base = dense(family, torch.bfloat16).train()
     base.set_attn_implementation("eager")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_models import KEPT, dense, spec_of
+from export_models import KEPT, dense, export_one_size, spec_of
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
@@ -26,7 +26,7 @@ WEIGHTS = "model.safetensors"
 Export = Callable[..., ExportReport]
 
 
-@pytest.mark.parametrize("export", [export_hf, export_masked])
+@pytest.mark.parametrize("export", [export_hf, export_masked, export_one_size])
 def test_a_taken_place_is_refused(export: Export, tmp_path: Path) -> None:
     taken = tmp_path / "out"
     taken.mkdir()
@@ -65,7 +65,7 @@ def test_nan_logits_leave_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("export", [export_hf, export_masked])
+@pytest.mark.parametrize("export", [export_hf, export_masked, export_one_size])
 def test_a_failing_write_leaves_nothing(export: Export, tmp_path: Path) -> None:
     """The system refuses to let any file grow beyond 8 KiB, in the middle of writing the weights."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -18,7 +18,8 @@ import gisp
 from gisp.cli import main
 from gisp.errors import GispError
 from gisp.export import ExportReport, export_gguf, export_hf, gguf_check, gguf_file
-from gisp.run_export import export_run, pruned_spec
+from gisp.run_export import export_run
+from gisp.run_spec import pruned_spec
 
 gguf = pytest.importorskip("gguf")
 

@@ -3,25 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gisp.errors import GispError
-from gisp.export import ExportReport, PrunedSpec, export_gguf, export_hf, export_masked
+from gisp.export import (
+    ExportReport,
+    PrunedSpec,
+    SizeOptions,
+    export_gguf,
+    export_hf,
+    export_masked,
+    export_uniform,
+    round_mlp,
+    uniform_spec,
+)
+from gisp.export.folder import check_place
 from gisp.export.gguf_file import require_gguf
+from gisp.export.rounding import option_text
 from gisp.nested import NestedReport, export_nested
+from gisp.run_quality import Quality, measure_quality
 from gisp.run_spec import pruned_spec
+from gisp.structures import map_model
 from gisp.trajectory import Trajectory
 
-FORMATS: dict[str, Callable[..., ExportReport]] = {"hf": export_hf, "gguf": export_gguf, "masked": export_masked}
+FORMATS: dict[str, Callable[..., ExportReport]] = {
+    "hf": export_hf,
+    "gguf": export_gguf,
+    "uniform": export_uniform,
+    "masked": export_masked,
+}
+# Size options each format follows.
+SIZES = {
+    "hf": ("round_mlp", "align_heads", "min_heads"),
+    "gguf": ("round_mlp",),
+    "uniform": ("round_mlp", "align_heads", "min_heads"),
+}
+UNMEASURED = (
+    "perplexity",
+    "not measured; `gisp export RUN --sparsity S --format uniform --data DATA` measures it here and at the exact "
+    "pruned point",
+)
 
 
 @dataclass(frozen=True)
 class RunExport:
-    """What was exported and how it compares with the masked model."""
+    """What was exported and how it compares with the masked model.
 
+    Attributes:
+        point: the point of the run.
+        spec: what the export holds; other than the point where sizes were rounded.
+        quality: perplexities of both, where asked for.
+    """
+
+    point: PrunedSpec
     spec: PrunedSpec
     report: ExportReport
+    quality: Quality | None = None
 
 
 def export_run(
@@ -31,30 +70,62 @@ def export_run(
     *,
     format: str = "hf",
     device: str = "auto",
+    sizes: SizeOptions | None = None,
+    data: str | None = None,
+    window: int = 128,
     dtype: str | None = None,
 ) -> RunExport:
     """Export the step of a run whose sparsity is nearest to ``sparsity`` (``None`` = its end).
 
     Args:
+        sizes: what sizes are rounded to.
+        data: evaluation data, to measure the perplexity of the export and of the exact point it was made from.
+        window: tokens per window of the evaluation.
         dtype: of the matrices of a ``gguf`` export: ``f32``, ``f16`` or ``bf16``.
 
     Raises:
-        GispError: no run there, unknown format, ``out`` taken, another base model, or logits that do not agree.
+        GispError: no run there, unknown format, an option the format does not follow, ``out`` taken, another base
+            model, unreadable data, or logits that do not agree.
     """
+    sizes = sizes or SizeOptions()
+    _check_options(format, sizes, dtype)
+    check_place(Path(out))
+    trajectory = Trajectory.load(run)
+    point = pruned_spec(trajectory, trajectory.step_for(sparsity))
+
+    def rounded(base: Any, spec: PrunedSpec) -> PrunedSpec:
+        if format == "uniform":
+            return uniform_spec(base, spec, sizes)
+        return spec if sizes.round_mlp is None else round_mlp(map_model(base), spec, sizes.round_mlp)
+
+    quality = None
+    if data is not None:
+        quality = measure_quality(trajectory, point, rounded, data, window=window, device=device)
+    base = trajectory.load_base(device=device, dtype="auto")
+    spec = rounded(base, point)
+    notes = quality.notes() if quality else (UNMEASURED,) if format == "uniform" else ()
+    spec = replace(spec, notes=(*spec.notes, *notes))
+    options: dict[str, Any] = {"dtype": dtype} if format == "gguf" else {}
+    if format == "hf":
+        options = {"align_heads": sizes.align_heads or 1, "min_heads": sizes.min_heads or 1}
+    folder = Path(str(trajectory.base_model["path"]))
+    report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder if folder.is_dir() else None, **options)
+    return RunExport(point, spec, report, quality)
+
+
+def _check_options(format: str, sizes: SizeOptions, dtype: str | None) -> None:
     if format not in FORMATS:
         raise GispError(f"format {format!r} is not available: choose one of {', '.join(FORMATS)}")
     if format == "gguf":
         require_gguf()  # before a large model is loaded
     elif dtype is not None:
         raise GispError(f"--dtype {dtype} is for --format gguf: {format} keeps the dtype of the base model")
-    options = {"dtype": dtype} if format == "gguf" else {}
-    trajectory = Trajectory.load(run)
-    step = trajectory.step_for(sparsity)
-    base = trajectory.load_base(device=device, dtype="auto")
-    spec = pruned_spec(trajectory, step)
-    folder = Path(str(trajectory.base_model["path"]))
-    report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder if folder.is_dir() else None, **options)
-    return RunExport(spec, report)
+    for name, value in sizes.given().items():
+        if name not in SIZES.get(format, ()):
+            formats = " or ".join(other for other, names in SIZES.items() if name in names)
+            raise GispError(
+                f"{option_text({name: value})} changes nothing in format {format}: leave it out, or --format {formats}"
+            )
 
 
 def export_nested_run(run: str | Path, out: str | Path, *, device: str = "auto") -> NestedReport:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gisp.export.spec import LayerKeep, PrunedSpec
+import torch
+
+from gisp.export.spec import LayerKeep, LayerRanking, PrunedSpec
 from gisp.structures import channels_name, heads_name
 from gisp.trajectory import Trajectory
 
@@ -29,4 +31,25 @@ def pruned_spec(trajectory: Trajectory, step: int) -> PrunedSpec:
         model_sparsity=trajectory.model_sparsity_at(step),
         step=step,
         run=run,
+        ranking=tuple(_ranking(trajectory, i) for i in range(trajectory.layers)),
     )
+
+
+def _ranking(trajectory: Trajectory, layer: int) -> LayerRanking:
+    heads, channels = (trajectory.removed_at[name(layer)] for name in (heads_name, channels_name))
+    return LayerRanking(
+        heads=last_to_go(heads),
+        channels=last_to_go(channels),
+        tied_heads=int((heads == 0).sum()),
+        tied_channels=int((channels == 0).sum()),
+    )
+
+
+def last_to_go(removed_at: torch.Tensor) -> tuple[int, ...]:
+    """Structures of a group, those the run kept first, then those it removed latest; ties by lowest index.
+
+    Args:
+        removed_at: int32 [structures], 0 = kept, t = removed at step t.
+    """
+    steps = removed_at.tolist()
+    return tuple(sorted(range(len(steps)), key=lambda i: (steps[i] != 0, -steps[i], i)))

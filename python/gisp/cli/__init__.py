@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -18,12 +19,16 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130
+# transformers imports torchao where it is installed; complaints about its binaries must not bury an error's one line.
+_NOISY = ("torchao", "torch.utils._pytree")
 # Typer's own parsing errors, whichever click it is built on.
 _ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     from gisp.cli import bench_command, demo_command, prune_command, run_commands  # noqa: F401  (they register themselves)
 
     try:

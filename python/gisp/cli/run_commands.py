@@ -25,15 +25,23 @@ def export(
     nested: Annotated[
         Path | None, typer.Option(help="Folder to write all sparsities to, in one set of weights; instead of --out.")
     ] = None,
-    format: Annotated[str, typer.Option(help="hf (default), gguf (llama.cpp) or masked.")] = "hf",
+    format: Annotated[str, typer.Option(help="hf (default), gguf (llama.cpp), uniform or masked.")] = "hf",
+    round_mlp: Annotated[int | None, typer.Option(help="Round MLP widths up to multiples, with real weights.")] = None,
+    align_heads: Annotated[int | None, typer.Option(help="Query heads per layer: a multiple of it.")] = None,
+    min_heads: Annotated[int | None, typer.Option(help="Fewest query heads per layer.")] = None,
+    data: Annotated[str | None, typer.Option(help="Evaluation data: measure perplexity for the model card.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window of the evaluation.")] = 128,
     device: _Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
+    from gisp.export import SizeOptions
+    from gisp.export.rounding import option_text
     from gisp.run_export import export_nested_run, export_run
 
     if nested is not None:
-        if sparsity is not None or out is not None or dtype is not None or format != "hf":
+        others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data)
+        if format != "hf" or any(other is not None for other in others):
             raise GispError("--nested has a form of its own for every sparsity: leave the other options out")
         written = export_nested_run(run, nested, device=device)
         worst = max(written.relative_differences.values())
@@ -47,12 +55,20 @@ def export(
         raise GispError(
             f"{missing} is missing: gisp export RUN --sparsity S --out DIR, or gisp export RUN --nested DIR"
         )
-    done = export_run(run, sparsity, out, format=format, device=device, dtype=dtype)
+    sizes = SizeOptions(round_mlp, align_heads, min_heads)
+    done = export_run(
+        run, sparsity, out, format=format, device=device, sizes=sizes, data=data, window=window, dtype=dtype
+    )
+    asked = [f"format {format}"] if format != "hf" else []
+    asked += [option_text(sizes.given())] if sizes.given() else []
     print(
-        f"{out}: decoder sparsity {done.spec.sparsity:.4f} (step {done.spec.step}), "
+        f"{out}: {', '.join(asked)}{', ' if asked else ''}"
+        f"decoder sparsity {done.spec.sparsity:.4f} (step {done.spec.step}), "
         f"{done.report.parameters_pruned:,} of {done.report.parameters_dense:,} parameters, "
         f"logits differ by {done.report.relative_difference:.1e} relative"
     )
+    for what, value in done.spec.notes:
+        print(f"  {what}: {value}")
 
 
 @app.command("eval")

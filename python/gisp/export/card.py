@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec
 
 _LOAD_PRUNED = """\
@@ -31,15 +32,26 @@ model = gisp.load("path/to/this/folder")
 > `ignore_mismatched_sizes=True`: that can replace pruned weights by random ones without an error.
 """
 
-_LOAD_MASKED = """\
+_LOAD_STOCK = """\
 ```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
+"""
 
+_LOAD_MASKED = f"""\
+{_LOAD_STOCK}
 > **No speed-up.** This export keeps the dense shapes and stores zeros for what was removed: it is as large and as slow
 > as the base model. Export with `--format hf` for the smaller and faster model.
+"""
+
+_LOAD_UNIFORM = f"""\
+{_LOAD_STOCK}
+All layers have one size, so this is an ordinary checkpoint of its model class and loads wherever that class does.
+
+> **One size costs quality.** The pruning gave every layer its own size; here layers lost structures it kept and got
+> others back. Export with `--format hf` for the exact pruned model.
 """
 
 _RELAID = (
@@ -71,6 +83,9 @@ class CardKind:
 
 PRUNED = CardKind(_LOAD_PRUNED)
 MASKED = CardKind(_LOAD_MASKED, title="masked", layers="Shapes are those of the base model.")
+UNIFORM = CardKind(
+    _LOAD_UNIFORM, title="one size for all layers", layers="All layers store the same, with real weights."
+)
 
 
 def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, kind: CardKind = PRUNED) -> None:
@@ -118,9 +133,12 @@ def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[str]:
     facts = [
         ("sparsity of the decoder layers", f"{spec.sparsity:.4f} (step {spec.step})"),
         ("sparsity of the whole model", f"{spec.model_sparsity:.4f}"),
+        *([("options", f"`{option_text(spec.options)}`")] if spec.options else []),
+        *spec.notes,
         ("parameters stored", f"{report.parameters_pruned:,} of {report.parameters_dense:,}"),
         ("weight files", f"{report.bytes / 1e6:,.1f} MB"),
         ("key/value cache per token", f"{report.kv_bytes_per_token:,} of {report.kv_bytes_per_token_dense:,} bytes"),
+        ("tensor parallelism", f"{', '.join(map(str, report.tensor_parallel))} devices share every layer evenly"),
         ("preset", config.get("preset", "not recorded")),
         ("versions", ", ".join(f"{key} {value}" for key, value in versions.items()) or "not recorded"),
         (

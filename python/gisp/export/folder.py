@@ -32,6 +32,18 @@ _BASE_FILES = (
 )
 
 
+def check_place(out: Path) -> Path:
+    """The absolute path of a folder to be written.
+
+    Raises:
+        GispError: the place is taken.
+    """
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link that `out` itself may be
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise GispError(f"{out} exists and is not an empty folder: choose another --out")
+    return out
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` to write into; it becomes ``out`` when the block ends well and vanishes otherwise.
@@ -39,9 +51,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         GispError: ``out`` is taken, the disk is full or the place cannot be written.
     """
-    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a link that `out` itself may be
-    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise GispError(f"{out} exists and is not an empty folder: choose another --out")
+    out = check_place(out)
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

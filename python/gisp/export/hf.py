@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,9 @@ def export_hf(
             ``out``.
     """
     model_map = map_checked(base, spec)
-    if model_map.model_type not in FAMILIES:
-        raise GispError(f"model type {model_map.model_type!r} cannot be exported: {', '.join(FAMILIES)} can")
+    check_family(model_map)
+    asked = {name: n for name, n in (("align_heads", align_heads), ("min_heads", min_heads)) if n != 1}
+    spec = replace(spec, options={**spec.options, **asked})
     layouts = [
         plan_attention(keep.heads, model_map.num_heads, model_map.num_kv_heads, align=align_heads, minimum=min_heads)
         for keep in spec.layers
@@ -61,6 +63,16 @@ def export_hf(
         report = checked_report(base, model_map, spec, folder, out, size)
         write_card(folder, base, spec, report)
     return report
+
+
+def check_family(model_map: ModelMap) -> None:
+    """Refuse models whose pruned form is not known.
+
+    Raises:
+        GispError: unsupported model type.
+    """
+    if model_map.model_type not in FAMILIES:
+        raise GispError(f"model type {model_map.model_type!r} cannot be exported: {', '.join(FAMILIES)} can")
 
 
 def pruned_state(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,22 @@ class LayerKeep:
 
 
 @dataclass(frozen=True)
+class LayerRanking:
+    """All structures of one layer, original indices, in the order in which they are kept: the last to go is first.
+
+    Attributes:
+        tied_heads, tied_channels: how many at the beginning the run never removed, so that their order is arbitrary.
+    """
+
+    heads: tuple[int, ...]
+    channels: tuple[int, ...]
+    tied_heads: int = 0
+    tied_channels: int = 0
+
+
+@dataclass(frozen=True)
 class PrunedSpec:
-    """One point of a pruning run.
+    """One point of a pruning run, or what it became when its sizes were rounded.
 
     Attributes:
         layers: what every decoder layer keeps.
@@ -32,6 +46,9 @@ class PrunedSpec:
         model_sparsity: removed parameters / parameters of the whole model.
         step: number of the step, 0 = dense.
         run: ``base_model``, ``config`` and ``versions`` of the run, for the model card.
+        ranking: of every layer, for exports that round sizes; empty where it is not known.
+        options: sizes asked for (``round_mlp``, ``align_heads``, ``min_heads``), for the model card.
+        notes: further rows of the model card, (what, value).
     """
 
     layers: tuple[LayerKeep, ...]
@@ -39,6 +56,9 @@ class PrunedSpec:
     model_sparsity: float
     step: int
     run: dict[str, Any]
+    ranking: tuple[LayerRanking, ...] = ()
+    options: dict[str, int] = field(default_factory=dict)
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +105,21 @@ class ExportReport:
     layout: tuple[LayerLayout, ...]
     tolerance: float = TOLERANCE
 
+    @property
+    def tensor_parallel(self) -> tuple[int, ...]:
+        """Numbers of devices that can share every layer evenly: query heads and channels divided, key/value heads
+        divided or repeated."""
+        return tuple(
+            devices
+            for devices in range(1, min(item.query_heads for item in self.layout) + 1)
+            if all(
+                item.query_heads % devices == 0
+                and item.channels % devices == 0
+                and (item.kv_heads % devices == 0 or devices % item.kv_heads == 0)
+                for item in self.layout
+            )
+        )
+
 
 def map_checked(base: Any, spec: PrunedSpec) -> ModelMap:
     """The structure map of the base model, checked to fit the spec.
@@ -110,10 +145,11 @@ def map_checked(base: Any, spec: PrunedSpec) -> ModelMap:
 
 def gisp_record(base: Any, spec: PrunedSpec) -> dict[str, Any]:
     """What ``config.json`` says about the pruning."""
-    return {
+    record = {
         "format_version": FORMAT_VERSION,
         "sparsity": spec.sparsity,
         "model_sparsity": spec.model_sparsity,
         "step": spec.step,
         "base_fingerprint": (spec.run.get("base_model") or {}).get("fingerprint") or fingerprint(base),
     }
+    return {**record, "options": spec.options} if spec.options else record
