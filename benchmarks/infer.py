@@ -2,7 +2,8 @@
 
 The models are those an export loads (per-layer widths, the modeling file of exports) with random weights of real shape,
 made on the device, or with --run the sizes of a run. Decoding replays a CUDA graph over a static cache, as serving
-engines do; --no-graph shows what plain generate pays in launches. All sizes of a model are measured in one process.
+engines do; --no-graph shows what plain generate pays in launches. Norms and activations run fused (gisp.fuse), also as
+serving engines do; --plain leaves them as transformers runs them. All sizes of a model are measured in one process.
 """
 
 from __future__ import annotations
@@ -136,6 +137,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batches", default="1,32", help="batch sizes of decoding (1,32)")
     options.add_argument("--repetitions", type=count, default=10, help="of everything (10)")
     options.add_argument("--no-graph", dest="graph", action="store_false", help="launch decoding kernel by kernel")
+    options.add_argument(
+        "--plain", dest="fused", action="store_false", help="norms and activations as plain transformers runs them"
+    )
     options.add_argument("--device", default="auto", help="auto, cpu or cuda; a CPU takes tiny or a small run alone")
     options.add_argument("--out", type=Path, help="JSON file to write")
     options.add_argument("--goals", action="store_true", help="also print which goals are met")
@@ -172,7 +176,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     batches = tuple(_numbers("--batches", args.batches, int))
     if not all(batch > 0 for batch in batches):
         raise GispError(f"--batches is {args.batches!r}: give numbers above 0")
-    setting = Setting(args.prompt, args.context, batches, args.repetitions, args.graph)
+    setting = Setting(args.prompt, args.context, batches, args.repetitions, args.graph, args.fused)
     check_writable(args.out)
     names = list(dict.fromkeys(args.model or REAL))
     for name in names:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from gisp.fused_inference import fuse
+
 Step = Callable[[], Any]
 _WARM_UP = 3
 
@@ -24,6 +26,7 @@ class Setting:
         batches: batch sizes of decoding.
         repetitions: of everything; the median counts.
         graph: replay a captured CUDA graph when decoding, as serving engines do; otherwise the host's launches count.
+        fused: norms and MLP activations run as one kernel each (``gisp.fuse``), in dense and pruned models alike.
     """
 
     prompt: int
@@ -31,6 +34,7 @@ class Setting:
     batches: tuple[int, ...]
     repetitions: int
     graph: bool
+    fused: bool = True
 
 
 @torch.no_grad()
@@ -40,6 +44,8 @@ def measure_inference(model: Any, setting: Setting) -> dict[str, Any]:
     ``prefill_ms`` is the pass over the prompt with the logits of its last token, ``first_token_ms`` that and the choice
     of the token on the host; ``decode_ms`` a token for every sequence of a batch.
     """
+    if setting.fused:
+        fuse(model)
     device = next(model.parameters()).device
     ids = torch.randint(0, model.config.vocab_size, (1, setting.prompt), device=device)
 

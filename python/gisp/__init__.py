@@ -1,7 +1,8 @@
 """GISP: global iterative structured pruning of decoder LLMs.
 
 ``prune`` removes attention heads and MLP channels of a loaded model in place and returns a :class:`Trajectory` holding
-every sparsity passed on the way; ``load`` opens an exported model; ``export_run`` writes one from a run folder.
+every sparsity passed on the way; ``load`` opens an exported model and ``fuse`` lets it run fused kernels;
+``export_run`` writes one from a run folder.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from gisp.errors import GispError
 
 if TYPE_CHECKING:
+    from gisp.fused_inference import fuse
     from gisp.loading import load
     from gisp.loop import prune
     from gisp.run_export import export_run
     from gisp.trajectory import Trajectory
 
-__all__ = ["GispError", "Trajectory", "export_run", "load", "prune"]
+__all__ = ["GispError", "Trajectory", "export_run", "fuse", "load", "prune"]
 
 _HOME = {
     "Trajectory": ("gisp.trajectory", "Trajectory"),
     "export_run": ("gisp.run_export", "export_run"),
+    "fuse": ("gisp.fused_inference", "fuse"),
     "load": ("gisp.loading", "load"),
     "prune": ("gisp.loop", "prune"),
 }

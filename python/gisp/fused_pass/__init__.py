@@ -2,6 +2,6 @@
 
 from gisp.fused_pass.importance_pass import ImportancePass
 from gisp.fused_pass.products import Float8Products
-from gisp.fused_pass.support import differs, why_not
+from gisp.fused_pass.support import differs, is_rms_norm, is_silu, why_not
 
-__all__ = ["Float8Products", "ImportancePass", "differs", "why_not"]
+__all__ = ["Float8Products", "ImportancePass", "differs", "is_rms_norm", "is_silu", "why_not"]

@@ -27,7 +27,7 @@ def why_not(model_map: ModelMap, length: int) -> str | None:
         return "a module has hooks or a forward of its own"
     if not isinstance(getattr(decoder, "embed_tokens", None), nn.Embedding) or not hasattr(decoder, "rotary_emb"):
         return "no token embedding and rotary tables"
-    if not _is_norm(getattr(decoder, "norm", None)):
+    if not is_rms_norm(getattr(decoder, "norm", None)):
         return "no final RMS norm"
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
@@ -64,28 +64,34 @@ def _layer_reason(item: Any, length: int) -> str | None:
         return f"it also has {', '.join(sorted(extra))}"
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    if not all(_is_norm(norm) for norm in norms):
+    if not all(is_rms_norm(norm) for norm in norms):
         return "its norms are no RMS norms"
-    if any(norm is not None and not _is_norm(norm) for norm in head_norms) or head_norms.count(None) == 1:
+    if any(norm is not None and not is_rms_norm(norm) for norm in head_norms) or head_norms.count(None) == 1:
         return "its head norms are no RMS norms"
     window = getattr(attention, "sliding_window", None) or getattr(attention.config, "sliding_window", None)
     if window is not None and length > window and getattr(attention.config, "use_sliding_window", True):
         return f"sequences of {length} tokens are longer than its attention window of {window}"
     if not isinstance(getattr(attention, "scaling", None), float):
         return "its attention has no scaling"
-    probe = torch.linspace(-4, 4, 9)
-    if not torch.allclose(mlp.act_fn(probe), nn.functional.silu(probe)):
+    if not is_silu(mlp.act_fn):
         return f"its activation is {type(mlp.act_fn).__name__}, not SiLU"
     return None
 
 
-def _is_norm(module: Any) -> bool:
+def is_rms_norm(module: Any) -> bool:
+    """Whether a module has the parts of transformers' ``LlamaRMSNorm``; what it computes is not looked at."""
     return (
         isinstance(module, nn.Module)
         and isinstance(getattr(module, "weight", None), nn.Parameter)
         and isinstance(getattr(module, "variance_epsilon", None), float)
         and getattr(module, "bias", None) is None
     )
+
+
+def is_silu(activation: Any) -> bool:
+    """Whether an elementwise function is SiLU, by its values."""
+    probe = torch.linspace(-4, 4, 9)
+    return torch.allclose(activation(probe), nn.functional.silu(probe))
 
 
 def _hooked(module: nn.Module) -> bool:
