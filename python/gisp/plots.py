@@ -103,7 +103,7 @@ def _draw_loss(ax: Axes, run: RunData, theme: Theme) -> None:
     else:
         ax.plot(xs, ys, color=theme.series[0], marker=single, markersize=4)
     objective = run.config.get("objective", "lm")
-    ax.set_ylabel("loss (nats per token)" if objective == "lm" else f"loss ({objective} objective)")
+    ax.set_ylabel("loss (nats per token)" if objective in ("lm", "completion") else f"loss ({objective} objective)")
     ax.set_title("Calibration loss")
     _sparsity_axis(ax)
 
