@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,9 @@ def test_rows_become_signed_sequences(tmp_path):
     assert [ids.tolist() for ids, _ in found.rows] == [[*shared, name, 9, 10, 11] for name in (7, 8)]
     assert all(labels.tolist() == [-100] * 7 + [9, 10, 11] for _, labels in found.rows)
     assert found.signs == (-1, 1) and found.examples == ((0, 1),)
+
+
+def test_without_lm_eval_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(GispError, match=r"^lm-eval:piqa needs lm-eval: pip install 'gisp-kernels\[eval\]'$"):
+        list(read_rows("lm-eval:piqa"))

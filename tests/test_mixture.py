@@ -14,6 +14,7 @@ from word_tokenizer import save_tokenizer
 from gisp.data import Part, Sequences, load_sequences
 from gisp.engine import Engine
 from gisp.errors import GispError
+from gisp.evaluate import perplexity
 from gisp.loop import prune
 from gisp.objectives import IGNORED
 from gisp.sampler import StratifiedSampler
@@ -116,6 +117,11 @@ def test_samples_do_not_go_with_a_mixture(folder):
         mixture(folder, BOTH).first(3)
     with pytest.raises(GispError, match=r"cannot read mixture .*missing.yml"):
         load_sequences(folder / "missing.yml", vocab_size=VOCAB, seq_len=None)
+
+
+def test_a_mixture_has_no_perplexity():
+    with pytest.raises(GispError, match="a mixture of 2 tasks has no perplexity"):
+        perplexity(tiny_model(), ragged_mixture())
 
 
 def ragged_mixture() -> Sequences:
