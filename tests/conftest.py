@@ -18,6 +18,9 @@ if not HAS_CUDA:
     # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# No test reads or fills the user's own cache of tokenised data.
+os.environ["GISP_CACHE"] = "off"
+
 if has_triton() and not HAS_CUDA:
     repair_interpreter()
 

@@ -50,9 +50,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 # equally many of every key/value head of a layer; ``group``: a key/value head with all query heads that share it.
 GQA_MODES = ("query", "balanced", "group")
 
+# lm: every token, or the completion's alone; completion: a completion's, plain text is refused; margin: gold against
+# wrong answers.
+OBJECTIVES = ("lm", "completion", "margin")
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
-    "objective": ("lm", "margin"),
+    "objective": OBJECTIVES,
     "norm": ("params", "official", "none"),
     "engine": ("stream", "exact"),
     "gqa": GQA_MODES,
@@ -79,6 +83,7 @@ class PruneConfig:
         seq_len: tokens per sequence; ``None`` = 256 for text, the row length for token files.
         batch_size: sequences per backward pass (``stream``: per microbatch), ``None`` = chosen.
         batch_tokens: tokens of one step of the ``stream`` engine.
+        objective: ``lm``, ``completion`` or ``margin``, or the qualified name (with a dot) of a user's own loss.
         protect_first: fraction of the layers protected at the input end, ``int(fraction * layers)``.
         protect_last: number of layers protected at the output end.
         align: width multiple for MLP channels.
@@ -138,7 +143,7 @@ class PruneConfig:
     def _check(self) -> None:
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if value is not None and value not in allowed:
+            if value is not None and value not in allowed and not (name == "objective" and "." in value):
                 raise GispError(_unknown(name, value))
         _between("sparsity", self.sparsity, 0, 1)
         _between("ratio", self.ratio, 0, 1)

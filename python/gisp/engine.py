@@ -13,7 +13,8 @@ import torch
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.fused_pass import Float8Products, ImportancePass, differs, why_not
-from gisp.objectives import evaluation_mode, row_weights, sequence_nll
+from gisp.objectives import SequenceLoss, evaluation_mode, objective_name, own_losses, sequence_nll
+from gisp.sampler import StratifiedSampler
 from gisp.structures import ModelMap
 from gisp_kernels import float8, record_importance
 from gisp_kernels.groups import StructureGroup
@@ -39,34 +40,6 @@ class StepScores:
     tokens: int
 
 
-class Sampler:
-    """Which examples a step sees: a seeded shuffle of the set, walked through epoch after epoch.
-
-    The choice is a function of seed and step alone, so a resumed run sees what an undisturbed one sees.
-    """
-
-    def __init__(self, examples: int, per_step: int, seed: int) -> None:
-        self._examples = examples
-        self._per_step = min(per_step, examples)
-        self._seed = seed
-        self._shuffled: tuple[int, list[int]] = (-1, [])
-
-    def numbers(self, step: int) -> list[int]:
-        """Example numbers of a step (1-based)."""
-        first = (step - 1) * self._per_step
-        return [self._at(i) for i in range(first, first + self._per_step)]
-
-    def _at(self, position: int) -> int:
-        epoch, offset = divmod(position, self._examples)
-        return self._order(epoch)[offset]
-
-    def _order(self, epoch: int) -> list[int]:
-        if self._shuffled[0] != epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._shuffled = (epoch, torch.randperm(self._examples, generator=generator).tolist())
-        return self._shuffled[1]
-
-
 class Engine:
     """Scores the structures of a model on calibration sequences.
 
@@ -82,6 +55,7 @@ class Engine:
             logits small. It never changes a score beyond rounding: a ``stream`` step of several backward passes
             needs the gradient buffers of ``exact``.
         fp8: 8-bit products of the decoder layers, by the written-out pass alone.
+        loss: a user's own loss per sequence instead of the mean NLL, by autograd (see ``objectives.SequenceLoss``).
 
     Raises:
         GispError: ``fp8`` where there are no 8-bit products.
@@ -97,6 +71,7 @@ class Engine:
         batch_tokens: int,
         seed: int,
         fp8: bool = False,
+        loss: SequenceLoss | None = None,
     ) -> None:
         self._fp8 = fp8
         self._map = model_map
@@ -111,11 +86,9 @@ class Engine:
             raise GispError(f"--fp8 cannot run here: {reason}, leave it out")
         self._vocab_size = model_map.vocab_size
         self._pass: ImportancePass | None = None
-        self._pass_refused: str | None = None
-        tokens = sum(len(data.rows[i][0]) for example in data.examples for i in example)
-        per_example = tokens / len(data.examples)
-        per_step = max(1, round(batch_tokens / per_example))
-        self._sampler = Sampler(len(data.examples), per_step, seed) if kind == "stream" else None
+        self._loss = loss
+        self._pass_refused: str | None = f"{objective_name(loss)} is a loss of its own" if loss else None
+        self._sampler = StratifiedSampler(data, batch_tokens, seed) if kind == "stream" else None
 
     @property
     def refused(self) -> str | None:
@@ -127,7 +100,7 @@ class Engine:
         data = self._data
         examples = self._sampler.numbers(step) if self._sampler else range(len(data.examples))
         numbers = [i for example in examples for i in data.examples[example]]
-        weights = row_weights([data.signs[i] for i in numbers])
+        weights = data.weights(examples)
         batches = list(self._batches(numbers))
         # One backward pass needs no gradient buffer; several must be summed before the absolute value.
         one_pass = self._sampler is not None and len(batches) == 1
@@ -155,14 +128,19 @@ class Engine:
             for start, stop in self._batches(numbers):
                 ids, labels = self._data.batch(numbers[start:stop])
                 weight = torch.tensor(weights[start:stop], device=self._device)
-                nll = sequence_nll(self._model, ids.to(self._device), labels.to(self._device))
-                loss = (nll * weight).sum()
+                losses = self._losses(ids.to(self._device), labels.to(self._device))
+                loss = (losses * weight).sum()
                 # A block of a layer without any live structure passes no gradient on.
                 if loss.requires_grad:
                     loss.backward()
                 total += loss.detach()
                 tokens += ids.numel()
             return recorder.scores(), total, tokens
+
+    def _losses(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self._loss is None:
+            return sequence_nll(self._model, ids, labels)
+        return own_losses(self._loss, self._model, ids, labels)
 
     def _written_out(self, numbers: list[int]) -> ImportancePass | None:
         """The written-out pass, if it computes what the model computes; compared once, on the first sequence."""

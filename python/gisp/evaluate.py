@@ -30,8 +30,10 @@ def perplexity(model: nn.Module, data: Sequences, window: int = 128) -> Perplexi
     Every window starts afresh: its first token is context only.
 
     Raises:
-        GispError: ``window`` below 2, or nothing to predict.
+        GispError: ``window`` below 2, nothing to predict, or a mixture, whose tasks are to be measured one by one.
     """
+    if data.parts:
+        raise GispError(f"a mixture of {len(data.parts)} tasks has no perplexity: give the data of one of them")
     if window < 2:
         raise GispError(f"--window is {window}: give at least 2")
     device = next(model.parameters()).device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import platform
 from collections.abc import Callable
@@ -15,13 +16,14 @@ import torch
 from torch import nn
 
 from gisp.averaging import ScoreAverage, in_original_numbering
-from gisp.config import OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig, make_config
+from gisp.config import OBJECTIVES, OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
 from gisp.engine import Engine
 from gisp.errors import GispError
 from gisp.metrics import PhaseClock, histogram_record, score_histogram
 from gisp.model_io import check_model_path, load_dense, resolve_device, resolve_dtype
 from gisp.nested.model import NestedModelMixin
+from gisp.objectives import SequenceLoss, objective_name
 from gisp.runfolder import RunFolder
 from gisp.schedule import parameter_target, structure_ratio
 from gisp.select import Ranking, Selection, Selector
@@ -51,7 +53,9 @@ def prune(
         out: run folder to write after every step; none is written for ``None``.
         resume: continue the run in ``out`` if there is one; the result is the undisturbed run's.
         on_step: called with every new record and the number of steps of the schedule.
-        **options: see :class:`gisp.config.PruneConfig`.
+        **options: see :class:`gisp.config.PruneConfig`. ``objective`` may also be a loss of your own,
+            ``loss(model, input_ids, labels) -> [B]`` (see ``gisp.objectives.SequenceLoss``); rows are read as for
+            ``lm``, and the run records the function's qualified name.
 
     Returns:
         The trajectory; its ``model`` is the pruned model.
@@ -59,7 +63,16 @@ def prune(
     Raises:
         GispError: bad input or an impossible request, before anything is written.
     """
+    loss = options.get("objective")
+    loss = loss if callable(loss) else None
+    if loss is not None:
+        options["objective"] = objective_name(loss)
     config = make_config(**options)
+    if loss is None and config.objective not in OBJECTIVES:
+        raise GispError(
+            f"objective {config.objective} is a function's name: give gisp.prune the function itself, "
+            f"or choose one of {', '.join(OBJECTIVES)}"
+        )
     folder = RunFolder(Path(out)) if out is not None else None
     resuming = folder.check_free(resume) if folder else False
     dense, path = _dense_model(model, config)
@@ -71,10 +84,11 @@ def prune(
             vocab_size=model_map.vocab_size,
             seq_len=config.seq_len,
             tokenizer_from=path or str(getattr(dense, "name_or_path", "")) or None,
-            objective=config.objective,
+            objective="lm" if loss else config.objective,
+            seed=config.seed,
         )
     sequences = sequences.first(config.samples)
-    loop = PruningLoop(model_map, sequences, config, _spec_name(data), path)
+    loop = PruningLoop(model_map, sequences, config, _spec_name(data), path, loss)
     if folder and resuming:
         loop.restore(Trajectory.load(folder.path), folder)
     return loop.run(folder, on_step)
@@ -103,7 +117,15 @@ def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[An
 class PruningLoop:
     """State of one run between steps."""
 
-    def __init__(self, model_map: ModelMap, data: Sequences, config: PruneConfig, spec: str, base_path: str) -> None:
+    def __init__(
+        self,
+        model_map: ModelMap,
+        data: Sequences,
+        config: PruneConfig,
+        spec: str,
+        base_path: str,
+        loss: SequenceLoss | None = None,
+    ) -> None:
         self.map = model_map
         self.config = config
         self.selector = Selector(
@@ -122,6 +144,7 @@ class PruningLoop:
             batch_tokens=config.batch_tokens,
             seed=config.seed,
             fp8=config.fp8,
+            loss=loss,
         )
         base = {"path": base_path, "fingerprint": fingerprint(model_map.model), **model_map.describe()}
         self.shrinkable = ShrinkableModel(model_map)
@@ -136,7 +159,7 @@ class PruningLoop:
             removed_at={name: torch.from_numpy(at) for name, at in self._removed_at.items()},
             base_model=base,
             config=config.to_dict(),
-            data={"spec": spec, "sequences": len(data), "sha256": data.digest()},
+            data=_describe(data, spec),
             versions=_versions(),
             model=model_map.model,
         )
@@ -292,6 +315,14 @@ class PruningLoop:
 
 def _spec_name(data: Any) -> str:
     return "tokens in memory" if isinstance(data, (torch.Tensor, Sequences)) else str(data)
+
+
+def _describe(data: Sequences, spec: str) -> dict[str, Any]:
+    """What a run records of its data."""
+    described: dict[str, Any] = {"spec": spec, "sequences": len(data), "sha256": data.digest()}
+    if data.parts:
+        described["tasks"] = [dataclasses.asdict(part) for part in data.parts]
+    return described
 
 
 def _versions() -> dict[str, str]:

@@ -1,19 +1,49 @@
-"""The loss a run scores by: mean negative log-likelihood per sequence, weighted over sequences.
+"""The loss a run scores by: a loss per sequence, weighted over sequences.
 
-The loss of a sequence is the mean NLL of its scored tokens and the loss of a set the weighted sum over its sequences,
-so batch size, padding and bucketing never change it beyond rounding.
+The loss of a sequence is the mean NLL of its scored tokens, or a user's own, and the loss of a set the weighted sum
+over its sequences, so batch size, padding and bucketing never change it beyond rounding. The objectives by name differ
+in which tokens of which rows are scored (:mod:`gisp.data`) and in the sequences' weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from gisp.errors import GispError
+
 IGNORED = -100
+# A user's own loss: (model, input_ids int64 [B, S], labels int64 [B, S]) -> loss per sequence, floating point [B].
+# Rows are padded on the right with token 0 and label -100; a row's loss must not depend on its padding or on the
+# other rows of the batch. It must not touch gradients itself.
+SequenceLoss = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def objective_name(loss: SequenceLoss) -> str:
+    """The name a run records for a user's own loss: module and qualified name of the function, or of its class."""
+    named = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def own_losses(loss: SequenceLoss, model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A user's loss of every sequence, fp32 [B].
+
+    Raises:
+        GispError: it does not return one floating-point number per sequence.
+    """
+    losses = loss(model, input_ids, labels)
+    shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+    if not isinstance(losses, torch.Tensor) or shape != (len(input_ids),) or not losses.is_floating_point():
+        raise GispError(
+            f"objective {objective_name(loss)} returns {shape}: "
+            f"give a floating-point tensor with one loss per sequence, here [{len(input_ids)}]"
+        )
+    return losses.float()
 
 
 @contextlib.contextmanager

@@ -102,8 +102,8 @@ def _draw_loss(ax: Axes, run: RunData, theme: Theme) -> None:
         ax.legend(loc="upper left")
     else:
         ax.plot(xs, ys, color=theme.series[0], marker=single, markersize=4)
-    objective = run.config.get("objective", "lm")
-    ax.set_ylabel("loss (nats per token)" if objective == "lm" else f"loss ({objective} objective)")
+    objective = "mixture" if run.data.get("tasks") else run.config.get("objective", "lm")
+    ax.set_ylabel("loss (nats per token)" if objective in ("lm", "completion") else f"loss ({objective})")
     ax.set_title("Calibration loss")
     _sparsity_axis(ax)
 

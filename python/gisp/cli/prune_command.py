@@ -20,7 +20,11 @@ _COMPUTE = "Compute"
 def prune(
     model: Annotated[str | None, typer.Argument(help="Folder or hub name of the dense model.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Calibration data: .safetensors, .jsonl, .txt, .parquet or a dataset name.")
+        str | None,
+        typer.Option(
+            help="Calibration data: .safetensors, .jsonl, .txt or .parquet, a folder saved by datasets, a dataset, "
+            "lm-eval:TASK[,TASK] (commonsense: the usual seven) or a .yaml that weighs several (docs/data.md)."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write.")] = None,
     preset: Annotated[str | None, typer.Option(help="fast (default), paper or official.")] = None,
@@ -35,7 +39,7 @@ def prune(
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens per step of the stream engine (8192).", rich_help_panel=_COMPUTE)
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="lm or margin.", rich_help_panel=_SCORES)] = None,
+    objective: Annotated[str | None, typer.Option(help="lm, completion or margin.", rich_help_panel=_SCORES)] = None,
     norm: Annotated[str | None, typer.Option(help="params, official or none.", rich_help_panel=_SCORES)] = None,
     engine: Annotated[str | None, typer.Option(help="stream or exact.", rich_help_panel=_SCORES)] = None,
     ema: Annotated[

@@ -1,0 +1,112 @@
+"""Tokenised rows kept between runs, under ``$GISP_CACHE`` or ``~/.cache/gisp``.
+
+A cache only saves time: an entry that cannot be read or is not what its checksum says is made anew, and one that
+cannot be written is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from gisp.data.rows import FIELDS
+from gisp.data.sequences import Sequences
+from gisp.data.tokenise import FORMAT_VERSION
+from gisp.errors import GispError
+from gisp.files import write_atomic
+
+_CHECKSUM = "sha256"
+
+
+def cache_folder() -> Path | None:
+    """Where entries lie, ``None`` where ``GISP_CACHE`` is ``off`` or there is no home."""
+    chosen = os.environ.get("GISP_CACHE", "").strip()
+    if chosen.lower() == "off":
+        return None
+    try:
+        return (Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "gisp") / "tokens"
+    except RuntimeError:
+        return None
+
+
+def cache_entry(rows: Iterable[dict[str, Any]], tokenizer: Any, seq_len: int, objective: str) -> Path | None:
+    """File of what these rows become; ``None`` = no cache.
+
+    The name is a SHA-256 over the rows' contents, the tokenizer's files, the versions of the libraries that read
+    them, the length, the objective and the version of this format.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return None
+    digest = hashlib.sha256(f"{FORMAT_VERSION},{seq_len},{objective};".encode())
+    digest.update(_tokenizer_digest(tokenizer))
+    for row in rows:
+        used = {name: row[name] for name in FIELDS if name in row}
+        digest.update(json.dumps(used, sort_keys=True, default=str).encode())
+        digest.update(b"\n")
+    return folder / f"{digest.hexdigest()}.safetensors"
+
+
+def read_entry(path: Path | None) -> Sequences | None:
+    """The sequences of an entry, ``None`` if it is not there or not sound."""
+    if path is None:
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            checksum = (file.metadata() or {}).get(_CHECKSUM)
+            found = {name: file.get_tensor(name) for name in ("ids", "labels", "lengths", "signs", "examples")}
+        lengths = found["lengths"].tolist()
+        rows = zip(found["ids"].long().split(lengths), found["labels"].long().split(lengths), strict=True)
+        numbers = torch.arange(len(lengths)).split(found["examples"].tolist())
+        sequences = Sequences(
+            tuple(rows), tuple(found["signs"].tolist()), tuple(tuple(example.tolist()) for example in numbers)
+        )
+        return sequences if _checksum(sequences) == checksum else None
+    except (OSError, SafetensorError, RuntimeError, ValueError):
+        return None
+
+
+def write_entry(path: Path | None, sequences: Sequences) -> None:
+    """Keep sequences whose examples are consecutive; without effect where that is not possible."""
+    if path is None:
+        return
+    tensors = {
+        "ids": torch.cat([ids for ids, _ in sequences.rows]).int(),
+        "labels": torch.cat([labels for _, labels in sequences.rows]).int(),
+        "lengths": torch.tensor([len(ids) for ids, _ in sequences.rows]),
+        "signs": torch.tensor(sequences.signs, dtype=torch.int8),
+        "examples": torch.tensor([len(example) for example in sequences.examples]),
+    }
+    with contextlib.suppress(OSError, GispError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save(tensors, {_CHECKSUM: _checksum(sequences)}))
+
+
+def _checksum(sequences: Sequences) -> str:
+    sizes = ",".join(str(len(example)) for example in sequences.examples)
+    return hashlib.sha256(f"{sequences.digest()};{sizes}".encode()).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> bytes:
+    """SHA-256 over the files a tokenizer is saved as: the same for a folder and for a hub name."""
+    import tokenizers
+    import transformers
+
+    digest = hashlib.sha256(f"{transformers.__version__},{tokenizers.__version__},{type(tokenizer)};".encode())
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                digest.update(f"{file.name};".encode())
+                digest.update(file.read_bytes())
+    return digest.digest()

@@ -1,0 +1,96 @@
+"""From a SPEC to sequences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gisp.data.cache import cache_entry, read_entry, write_entry
+from gisp.data.rows import kind_of_rows
+from gisp.data.sequences import Sequences
+from gisp.data.sources import MIXTURE_FILES, read_rows
+from gisp.data.token_files import from_token_file, from_tokens
+from gisp.data.tokenise import load_tokenizer, tokenise
+from gisp.errors import GispError
+from gisp.objectives import IGNORED
+
+DEFAULT_SEQ_LEN = 256
+
+
+def load_sequences(
+    spec: Any,
+    *,
+    vocab_size: int,
+    seq_len: int | None,
+    tokenizer_from: str | None = None,
+    objective: str = "lm",
+    held_out: bool = False,
+    seed: int = 0,
+) -> Sequences:
+    """Sequences from a SPEC.
+
+    Args:
+        spec: an int tensor [N, S]; a ``.safetensors`` with ``input_ids`` int [N, S] and optional ``labels``; whatever
+            :func:`gisp.data.read_rows` reads; or a ``.yaml`` that lists the tasks of a mixture
+            (:mod:`gisp.data.mixture`).
+        vocab_size: token ids must lie below it.
+        seq_len: sequences are cut to this length; ``None`` = token rows as they are, text in rows of 256.
+        tokenizer_from: model folder or name whose tokenizer reads text.
+        objective: ``margin`` needs choices; ``lm`` and ``completion`` take their gold answer alone; ``completion``
+            needs something in front of what is scored. Tasks of a mixture may name their own.
+        held_out: of a source with several splits, take its test or validation split instead of the training split.
+        seed: of the order in which a mixture takes its tasks' examples; without effect on anything else.
+
+    Raises:
+        GispError: anything unreadable, empty, of the wrong type or out of range.
+    """
+    if not isinstance(spec, (torch.Tensor, str, Path)):
+        raise GispError(f"data is a {type(spec).__name__}: give an int tensor [sequences, tokens], a path or a name")
+    if not isinstance(spec, torch.Tensor) and Path(spec).suffix in MIXTURE_FILES:
+        from gisp.data.mixture import load_mixture
+
+        return load_mixture(
+            Path(spec),
+            vocab_size=vocab_size,
+            seq_len=seq_len,
+            tokenizer_from=tokenizer_from,
+            objective=objective,
+            held_out=held_out,
+            seed=seed,
+        )
+    where = "the token tensor" if isinstance(spec, torch.Tensor) else str(spec)
+    if isinstance(spec, torch.Tensor):
+        sequences = from_tokens(spec, None, where, vocab_size, seq_len)
+    elif where.endswith(".safetensors"):
+        sequences = from_token_file(Path(spec), vocab_size, seq_len)
+    else:
+        sequences = _from_rows(where, tokenizer_from, seq_len or DEFAULT_SEQ_LEN, objective, vocab_size, held_out)
+    if objective == "margin" and len(set(sequences.signs)) != 2:
+        raise GispError(f"{where}: --objective margin needs rows of context, choices and answer")
+    # Token rows whose labels leave nothing out are plain text.
+    if objective == "completion" and not any(bool((labels == IGNORED).any()) for _, labels in sequences.rows):
+        raise GispError(f"{where} scores every token: --objective completion needs labels of {IGNORED} for the prompt")
+    return sequences
+
+
+def _from_rows(
+    spec: str, tokenizer_from: str | None, seq_len: int, objective: str, vocab_size: int, held_out: bool
+) -> Sequences:
+    rows = list(read_rows(spec, held_out))
+    kind = kind_of_rows(rows, spec)
+    if objective == "completion" and kind == "text":
+        raise GispError(f"{spec} is plain text: --objective completion needs prompts and completions, or choices")
+    if objective == "margin" and kind != "choices":
+        raise GispError(f"{spec}: --objective margin needs rows of context, choices and answer")
+    tokenizer = load_tokenizer(tokenizer_from, spec)
+    entry = cache_entry(rows, tokenizer, seq_len, objective)
+    sequences = read_entry(entry)
+    if sequences is None:
+        sequences = tokenise(rows, kind, tokenizer, seq_len, objective, spec)
+        write_entry(entry, sequences)
+    highest = max(int(ids.max()) for ids, _ in sequences.rows)
+    if highest >= vocab_size:
+        raise GispError(f"{spec}: the tokenizer gives token {highest}, the model's vocabulary is {vocab_size}")
+    return sequences

@@ -1,0 +1,159 @@
+"""Mixtures: several tasks in one sweep, the loss the weighted sum of their own.
+
+::
+
+    tokens: 200000          # for all tasks together, split evenly; a task's own tokens or samples override its part
+    tasks:
+      - {data: piqa.jsonl, objective: margin, weight: 1.0, tokens: 50000}
+      - {data: wiki.txt, objective: lm, weight: 0.5, samples: 100, seq_len: 256}
+
+``data`` is any SPEC but a mixture, paths relative to the file. Weights are divided by their sum.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from gisp.config import OBJECTIVES
+from gisp.data.load import load_sequences
+from gisp.data.sequences import Part, Sequences
+from gisp.data.sources import LM_EVAL, MIXTURE_FILES
+from gisp.errors import GispError
+
+_TASK_KEYS = ("data", "objective", "weight", "tokens", "samples", "seq_len")
+_KEYS = ("tasks", "tokens")
+# Seeds of the tasks' shuffles lie this far apart, so that no two tasks are shuffled alike.
+_SEED_STRIDE = 1_000_003
+
+
+@dataclass(frozen=True)
+class _Task:
+    data: str
+    objective: str
+    weight: float
+    tokens: int | None
+    samples: int | None
+    seq_len: int | None
+
+
+def load_mixture(
+    path: Path,
+    *,
+    vocab_size: int,
+    seq_len: int | None,
+    tokenizer_from: str | None,
+    objective: str,
+    held_out: bool,
+    seed: int,
+) -> Sequences:
+    """Sequences of all tasks of a mixture, see :func:`gisp.data.load_sequences`.
+
+    A task that is limited takes its examples in a seeded random order: as many as fit into its tokens (at least one),
+    and no more than its samples.
+
+    Raises:
+        GispError: the file or one of its tasks is not sound.
+    """
+    tasks = _read(path, objective)
+    total = sum(task.weight for task in tasks)
+    loaded = []
+    for number, task in enumerate(tasks):
+        sequences = load_sequences(
+            task.data,
+            vocab_size=vocab_size,
+            seq_len=task.seq_len or seq_len,
+            tokenizer_from=tokenizer_from,
+            objective=task.objective,
+            held_out=held_out,
+        )
+        if task.tokens is not None or task.samples is not None:
+            sequences = _sample(sequences, task, seed * _SEED_STRIDE + number)
+        part = Part(task.data, task.objective, task.weight / total, len(sequences.examples))
+        loaded.append((part, sequences))
+    return Sequences.mixture(loaded)
+
+
+def _sample(sequences: Sequences, task: _Task, seed: int) -> Sequences:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(sequences.examples), generator=generator).tolist()[: task.samples]
+    if task.tokens is not None:
+        spent, fitting = 0, 0
+        for example in order:
+            spent += sum(len(sequences.rows[i][0]) for i in sequences.examples[example])
+            if spent > task.tokens:
+                break
+            fitting += 1
+        order = order[: max(1, fitting)]
+    return sequences.chosen(order)
+
+
+def _read(path: Path, objective: str) -> list[_Task]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GispError(f"cannot read mixture {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise GispError(f"mixture {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    listed = content.get("tasks") if isinstance(content, dict) else None
+    if not isinstance(listed, list) or not listed:
+        raise GispError(f"mixture {path} lists no tasks: give tasks: [{{data: SPEC, objective: lm, weight: 1.0}}, …]")
+    _check_keys(content, _KEYS, str(path))
+    budget = _count(content, "tokens", str(path), 1)
+    if budget is not None and budget < len(listed):
+        raise GispError(f"{path}: tokens is {budget} for {len(listed)} tasks: give more")
+    share = None if budget is None else budget // len(listed)
+    return [_task(item, path, f"{path} task {number}", objective, share) for number, item in enumerate(listed, 1)]
+
+
+def _task(item: Any, path: Path, where: str, objective: str, share: int | None) -> _Task:
+    if not isinstance(item, dict) or not isinstance(item.get("data"), str) or not item["data"]:
+        raise GispError(f"{where} is {str(item)[:60]!r}: give it data, a file or the name of a dataset")
+    _check_keys(item, _TASK_KEYS, where)
+    own = item.get("objective", objective)
+    if own not in OBJECTIVES:
+        raise GispError(f"{where} has objective {own!r}: choose one of {', '.join(OBJECTIVES)}")
+    weight = item.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+        raise GispError(f"{where} has weight {weight!r}: give a number above 0")
+    tokens, samples = (_count(item, key, where, 1) for key in ("tokens", "samples"))
+    if tokens is None and samples is None:
+        tokens = share
+    return _Task(
+        data=_located(item["data"], path, where),
+        objective=own,
+        weight=float(weight),
+        tokens=tokens,
+        samples=samples,
+        seq_len=_count(item, "seq_len", where, 2),
+    )
+
+
+def _located(data: str, path: Path, where: str) -> str:
+    """A task's SPEC with paths relative to the mixture's folder made paths from here."""
+    if Path(data).suffix in MIXTURE_FILES:
+        raise GispError(f"{where} has data {data}: a mixture holds no mixtures, list its tasks here")
+    if data.startswith(LM_EVAL):
+        names, at, folder = data.partition("@")
+        return f"{names}@{path.parent / folder}" if at else data
+    beside = path.parent / data
+    # A file that is missing is looked for, and reported, where it should be; anything else may be a dataset's name.
+    return str(beside) if beside.exists() or beside.suffix else data
+
+
+def _check_keys(given: dict[Any, Any], known: tuple[str, ...], where: str) -> None:
+    unknown = next((key for key in given if key not in known), None)
+    if unknown is not None:
+        raise GispError(f"{where} has {unknown!r}: choose among {', '.join(known)}")
+
+
+def _count(given: dict[Any, Any], key: str, where: str, least: int) -> int | None:
+    value = given.get(key)
+    if value is not None and (type(value) is not int or value < least):
+        raise GispError(f"{where} has {key} {value!r}: give a whole number of at least {least}")
+    return value

@@ -1,0 +1,148 @@
+"""Token sequences grouped into examples, and the weight of each in the loss."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, islice
+
+import torch
+
+from gisp.errors import GispError
+from gisp.objectives import IGNORED, row_weights
+
+Row = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The examples of one task of a mixture, consecutive ones.
+
+    Attributes:
+        name: SPEC of the task.
+        objective: its objective.
+        weight: its share of the loss; the shares of a mixture sum to 1.
+        examples: how many examples it has.
+    """
+
+    name: str
+    objective: str
+    weight: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences of any lengths, grouped into examples.
+
+    Attributes:
+        rows: per sequence (input_ids int64 [S], labels int64 [S], -100 = not scored).
+        signs: per sequence +1, or -1 for a wrong answer of a choice example.
+        examples: per example the sequence numbers it holds (the pieces of a row, or the gold and the wrong answers of
+            a choice).
+        parts: tasks of a mixture, in the order of their examples; empty where there is one task.
+    """
+
+    rows: tuple[Row, ...]
+    signs: tuple[int, ...]
+    examples: tuple[tuple[int, ...], ...]
+    parts: tuple[Part, ...] = ()
+
+    @classmethod
+    def plain(cls, rows: list[Row]) -> Sequences:
+        """One example per sequence."""
+        return cls(tuple(rows), (1,) * len(rows), tuple((i,) for i in range(len(rows))))
+
+    @classmethod
+    def mixture(cls, tasks: Sequence[tuple[Part, Sequences]]) -> Sequences:
+        """Tasks one after the other; each part's ``examples`` must be the number of its sequences' examples."""
+        rows: list[Row] = []
+        signs: list[int] = []
+        examples: list[tuple[int, ...]] = []
+        for _, task in tasks:
+            examples += [tuple(len(rows) + number for number in example) for example in task.examples]
+            rows += task.rows
+            signs += task.signs
+        return cls(tuple(rows), tuple(signs), tuple(examples), tuple(part for part, _ in tasks))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def first(self, examples: int | None) -> Sequences:
+        """The first examples in order, all for ``None``.
+
+        Raises:
+            GispError: of a mixture, whose first examples are all of one task.
+        """
+        if examples is None:
+            return self
+        if self.parts:
+            raise GispError(f"--samples {examples} does not go with a mixture: give its tasks samples or tokens")
+        if examples >= len(self.examples):
+            return self
+        chosen = self.examples[:examples]
+        last = max(max(rows) for rows in chosen) + 1
+        return Sequences(self.rows[:last], self.signs[:last], chosen)
+
+    def chosen(self, examples: Sequence[int]) -> Sequences:
+        """Examples by number, in the given order, without what is not chosen."""
+        rows: list[Row] = []
+        signs: list[int] = []
+        grouped: list[tuple[int, ...]] = []
+        for number in examples:
+            old = self.examples[number]
+            grouped.append(tuple(range(len(rows), len(rows) + len(old))))
+            rows += [self.rows[i] for i in old]
+            signs += [self.signs[i] for i in old]
+        return Sequences(tuple(rows), tuple(signs), tuple(grouped))
+
+    def digest(self) -> str:
+        """SHA-256 over all tokens, labels and signs, and the shares of a mixture's tasks."""
+        digest = hashlib.sha256()
+        for (ids, labels), sign in zip(self.rows, self.signs, strict=True):
+            digest.update(f"{len(ids)},{sign};".encode())
+            digest.update(ids.numpy().tobytes())
+            digest.update(labels.numpy().tobytes())
+        for part in self.parts:
+            digest.update(f"{part.weight!r},{part.examples};".encode())
+        return digest.hexdigest()
+
+    def batch(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequences by number as (input_ids, labels), int64 [B, S], padded on the right with token 0 and -100."""
+        rows = [self.rows[i] for i in numbers]
+        ids = torch.nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
+        labels = torch.nn.utils.rnn.pad_sequence([row[1] for row in rows], batch_first=True, padding_value=IGNORED)
+        return ids, labels
+
+    def weights(self, examples: Sequence[int]) -> list[float]:
+        """Weight in the loss of every sequence of ``examples``, in their order.
+
+        One task: :func:`gisp.objectives.row_weights` of the batch. A mixture: the weights of the whole set, scaled by
+        how many of its task's examples are in the batch (Horvitz and Thompson 1952), so that the expected loss of a
+        random batch of every task is the loss of the whole mixture, also where examples hold different numbers of
+        sequences.
+        """
+        if not self.parts:
+            return row_weights([self.signs[i] for example in examples for i in self.examples[example]])
+        ends = list(accumulate(part.examples for part in self.parts))
+        part_of = [bisect_right(ends, example) for example in examples]
+        drawn, totals = Counter(part_of), self._signs_of_parts
+        weights = []
+        for k, example in zip(part_of, examples, strict=True):
+            part = self.parts[k]
+            scale = part.weight * (part.examples / drawn[k])
+            weights += [scale * self.signs[i] / totals[k][self.signs[i]] for i in self.examples[example]]
+        return weights
+
+    @cached_property
+    def _signs_of_parts(self) -> list[Counter[int]]:
+        """How many sequences of either sign each task has."""
+        examples = iter(self.examples)
+        return [
+            Counter(self.signs[i] for example in islice(examples, part.examples) for i in example)
+            for part in self.parts
+        ]

@@ -1,0 +1,144 @@
+"""Where rows come from: jsonl, txt and parquet files, folders of ``datasets``, named datasets, lm-eval tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gisp.data.rows import FORMATS
+from gisp.errors import GispError
+
+# Short names for datasets on the hub: (path, configuration, split to evaluate on); calibration takes the train split.
+NAMED_DATASETS: dict[str, tuple[str, str | None, str]] = {
+    "c4": ("allenai/c4", "en", "validation"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
+}
+LM_EVAL = "lm-eval:"
+# Short names for lm-eval tasks: those of the LLM-Pruner line of work, which the paper reports.
+NAMED_TASKS = {
+    "commonsense": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+}
+MIXTURE_FILES = (".yaml", ".yml")
+_STREAMED_ROWS = 20000
+_TEXT_FILES = (".jsonl", ".txt", ".parquet")
+_SAVED_DATASET = ("state.json", "dataset_dict.json")
+_HELD_OUT_SPLITS = ("test", "validation")
+
+
+def read_rows(spec: str, held_out: bool = False) -> Iterator[dict[str, Any]]:
+    """Rows of a text SPEC as dictionaries, in their order.
+
+    A row is ``{"text"}``, ``{"prompt", "completion"}``, ``{"messages"}`` or ``{"context", "choices", "answer"}``
+    (``answer`` is the index of the gold choice), with ``{"contexts", "choices", "answer"}`` where each choice has a
+    context of its own. Rows of lm-eval tasks also carry the name of their ``task``; what follows a prompt or a context
+    begins with the task's delimiter.
+
+    Args:
+        spec: a file, a folder that ``save_to_disk`` wrote, a named dataset, or ``lm-eval:NAME[,NAME…][@FOLDER]``.
+        held_out: take the rows to evaluate on, where a source has both.
+
+    Raises:
+        GispError: not there, not readable, or of no known format.
+    """
+    path = Path(spec)
+    if spec.startswith(LM_EVAL) or spec in NAMED_TASKS:
+        from gisp.data.lm_eval_tasks import task_rows
+
+        yield from task_rows(spec, held_out)
+    elif path.suffix in MIXTURE_FILES:
+        raise GispError(f"{spec} is a mixture: it has no rows of its own, give the data of one of its tasks")
+    elif any((path / name).is_file() for name in _SAVED_DATASET):
+        yield from _saved_rows(path, held_out)
+    elif path.suffix in _TEXT_FILES:
+        yield from _file_rows(path)
+    else:
+        yield from _dataset_rows(spec, held_out)
+
+
+def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        raise GispError(f"data file {path} does not exist: give an existing .safetensors, .jsonl, .txt or .parquet")
+    try:
+        if path.suffix == ".txt":
+            text = path.read_text(encoding="utf-8")
+            yield from ([{"text": text}] if text.strip() else [])
+        elif path.suffix == ".jsonl":
+            yield from _json_rows(path)
+        else:
+            yield from _parquet_rows(path)
+    except UnicodeDecodeError as error:
+        raise GispError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise GispError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise GispError(f"{path} line {number} is not JSON: {error.msg}") from None
+            if not isinstance(row, dict):
+                raise GispError(f"{path} line {number} holds a {type(row).__name__}: give an object with {FORMATS}")
+            yield row
+
+
+def _parquet_rows(path: Path) -> Iterable[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise GispError(f"{path}: reading parquet needs pyarrow: pip install 'gisp-kernels[data]'") from None
+    try:
+        return list(pyarrow.parquet.read_table(path).to_pylist())
+    except (pyarrow.lib.ArrowException, ValueError) as error:
+        raise GispError(f"{path} is not a readable parquet file: {' '.join(str(error).split())}") from None
+
+
+def _saved_rows(path: Path, held_out: bool) -> Iterator[dict[str, Any]]:
+    datasets = _datasets(f"folder {path}")
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # arrow, json and file errors have no common type
+        raise _unreadable(f"folder {path}", error) from None
+    if isinstance(saved, datasets.DatasetDict):
+        wanted = _HELD_OUT_SPLITS if held_out else ("train",)
+        split = next((name for name in wanted if name in saved), None)
+        if split is None:
+            raise GispError(f"{path} has splits {', '.join(saved)}, no {' or '.join(wanted)}: give the folder of one")
+        saved = saved[split]
+    yield from (dict(row) for row in saved)
+
+
+def _dataset_rows(name: str, held_out: bool) -> Iterator[dict[str, Any]]:
+    if name not in NAMED_DATASETS:
+        known = ", ".join([*NAMED_DATASETS, *NAMED_TASKS])
+        raise GispError(
+            f"data {name!r} is neither a .safetensors, .jsonl, .txt, .parquet or .yaml file nor a folder saved by "
+            f"datasets, {LM_EVAL}TASK or a named dataset ({known})"
+        )
+    datasets = _datasets(f"dataset {name!r}")
+    path, configuration, evaluation_split = NAMED_DATASETS[name]
+    split = evaluation_split if held_out else "train"
+    try:
+        stream = datasets.load_dataset(path, configuration, split=split, streaming=True)
+        yield from (dict(row) for row in stream.take(_STREAMED_ROWS) if str(row.get("text", "")).strip())
+    except Exception as error:  # network, hub and format failures have no common type
+        raise _unreadable(f"dataset {name!r}", error) from None
+
+
+def _datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise GispError(f"{what} needs the datasets library: pip install 'gisp-kernels[data]'") from None
+    return datasets
+
+
+def _unreadable(what: str, error: Exception) -> GispError:
+    return GispError(f"{what} cannot be read: {' '.join(str(error).split())[:200]}")

@@ -1,0 +1,84 @@
+"""Sequences from token ids: a tensor, or a safetensors file of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gisp.data.sequences import Row, Sequences
+from gisp.errors import GispError
+from gisp.objectives import IGNORED
+
+
+def from_token_file(path: Path, vocab_size: int, seq_len: int | None) -> Sequences:
+    """Sequences of a ``.safetensors`` with ``input_ids`` int [N, S] and optional ``labels`` of the same shape."""
+    if not path.is_file():
+        raise GispError(f"token file {path} does not exist: give an existing .safetensors, .jsonl, .txt or .parquet")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            found = {key: file.get_tensor(key) for key in ("input_ids", "labels") if key in keys}
+    except (SafetensorError, OSError, ValueError) as error:
+        where = " ".join(str(error).split())
+        raise GispError(f"{path} is not a readable safetensors file: {where}") from None
+    if "input_ids" not in found:
+        raise GispError(f"{path} holds {', '.join(keys) or 'nothing'}: it must hold input_ids")
+    return from_tokens(found["input_ids"], found.get("labels"), str(path), vocab_size, seq_len)
+
+
+def from_tokens(
+    ids: torch.Tensor, labels: torch.Tensor | None, where: str, vocab_size: int, seq_len: int | None
+) -> Sequences:
+    """Sequences of ids [N, S], a row longer than ``seq_len`` in pieces; ``labels`` are the ids where there are none."""
+    _check_integers(ids, "input_ids", where)
+    if ids.dim() != 2:
+        raise GispError(f"{where}: input_ids has shape {tuple(ids.shape)}, it must be [sequences, tokens]")
+    if ids.shape[0] == 0 or ids.shape[1] < 2:
+        raise GispError(f"{where}: input_ids is {tuple(ids.shape)}: give at least one sequence of two tokens")
+    ids = ids.long().cpu()
+    _check_range(ids, "input_ids", where, vocab_size)
+    if labels is None:
+        labels = ids
+    else:
+        _check_integers(labels, "labels", where)
+        if labels.shape != ids.shape:
+            raise GispError(
+                f"{where}: labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} must have one shape"
+            )
+        labels = labels.long().cpu()
+        _check_range(labels[labels != IGNORED], "labels", where, vocab_size)
+    rows: list[Row] = []
+    examples: list[tuple[int, ...]] = []
+    for number, pair in enumerate(zip(ids, labels, strict=True)):
+        pieces = cut(*pair, seq_len)
+        if not pieces:
+            raise GispError(f"{where}: sequence {number} has no scored token: remove it or give it labels")
+        examples.append(tuple(range(len(rows), len(rows) + len(pieces))))
+        rows += pieces
+    return Sequences(tuple(rows), (1,) * len(rows), tuple(examples))
+
+
+def cut(ids: torch.Tensor, labels: torch.Tensor, seq_len: int | None) -> list[Row]:
+    """A row in pieces of at most ``seq_len``, those that have a scored token."""
+    size = seq_len or len(ids)
+    pieces = zip(ids.split(size), labels.split(size), strict=True)
+    return [piece for piece in pieces if bool((piece[1][1:] != IGNORED).any())]
+
+
+def _check_integers(values: torch.Tensor, name: str, where: str) -> None:
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise GispError(f"{where}: {name} is {values.dtype}, it must hold integers")
+
+
+def _check_range(values: torch.Tensor, name: str, where: str, vocab_size: int) -> None:
+    if values.numel() == 0:
+        return
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise GispError(
+            f"{where}: {name} holds {bad}, outside the model's vocabulary of {vocab_size}: "
+            "use tokens of this model's tokenizer"
+        )
