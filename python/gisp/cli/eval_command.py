@@ -19,6 +19,7 @@ from gisp.files import check_writable, write_atomic
 _ROWS = "Choices, prompts and completions"
 _HARNESS = "lm-eval"
 _ALONG = "Along a run"
+_PIPE_WIDTH = 400
 
 
 @app.command("eval")
@@ -74,6 +75,9 @@ def evaluate(
     """Perplexity, choice accuracy, exact match or lm-eval tasks of a model, of a run at a sparsity, or along it."""
     if data is None and lm_eval is None:
         raise GispError("--data is missing: gisp eval MODEL|RUN --data SPEC, or --lm-eval TASKS")
+    if data is None and (generate or stride is not None or window is not None):
+        option = "--generate" if generate else "--window" if stride is None else "--stride"
+        raise GispError(f"{option} is about --data: give --data SPEC or leave it out")
     if lm_eval is None and lm_eval_include is not None:
         raise GispError(f"--lm-eval-include {lm_eval_include} belongs to --lm-eval: add the names of tasks")
     if sparsities is not None and sparsity is not None:
@@ -172,7 +176,9 @@ def _print_points(points: list[dict[str, Any]]) -> None:
     from gisp.evaluation.figures import figures
 
     names = [name for name, _, _ in figures(points[0])]
-    table = Table("sparsity", "whole model", "parameters", "KV bytes/token", *names)
+    table = Table()
+    for heading in ("sparsity", "whole model", "parameters", "KV bytes/token", *names):
+        table.add_column(heading, no_wrap=True)
     for point in points:
         kv = point["kv_bytes_per_token"]
         table.add_row(
@@ -182,4 +188,5 @@ def _print_points(points: list[dict[str, Any]]) -> None:
             "-" if kv is None else f"{kv:,}",
             *(_number(value, error) for _, value, error in figures(point)),
         )
-    Console(highlight=False).print(table)
+    # A file or pipe has no width to keep to.
+    Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)

@@ -70,8 +70,10 @@ def generate_greedily(
                 ids.to(device), attention_mask=mask.to(device), generation_config=options, stopping_criteria=stop
             )
             for row, i in enumerate(batch):
-                text = tokenizer.decode(found[row, longest:], skip_special_tokens=True)
-                answers[i] = _before_first(text, until)
+                new = found[row, longest:].tolist()
+                # What follows is padding, and a tokenizer need not know the model's end tokens as special.
+                end = next((place for place, token in enumerate(new) if token in ends), len(new))
+                answers[i] = _before_first(tokenizer.decode(new[:end], skip_special_tokens=True), until)
     return answers
 
 

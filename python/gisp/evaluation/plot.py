@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from gisp.evaluation.figures import figures
 from gisp.plot_style import LIGHT, MARKERS, Theme, new_figure, themed, to_png
@@ -57,6 +57,9 @@ def _axes(ax: Axes, kind: str, series: dict[str, list[tuple[float, float, float]
     heights = [y for values in series.values() for _, y, _ in values]
     if kind == "perplexity" and max(heights) > 4 * min(heights):
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     ax.set_ylabel(kind)
     ax.set_xlabel("decoder sparsity")
     ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
