@@ -17,7 +17,7 @@ from gisp.config import GQA_MODES
 from gisp.data import Sequences
 from gisp.engine import Engine
 from gisp.errors import GispError
-from gisp.run_eval import evaluate_target
+from gisp.evaluation import evaluate_target
 from gisp.run_export import export_run
 from gisp.shrink import ShrinkableModel
 from gisp.structures import map_model

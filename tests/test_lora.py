@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import gisp
 from gisp.data import load_sequences
+from gisp.evaluation import evaluate_target
 from gisp.export import export_hf
-from gisp.run_eval import evaluate_target
 
 peft = pytest.importorskip("peft")
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import gisp
 from gisp.cli import main
+from gisp.evaluation import evaluate_target
 from gisp.export import SizeOptions
-from gisp.run_eval import evaluate_target
 from gisp.run_export import export_run
 from gisp.run_spec import last_to_go, pruned_spec
 

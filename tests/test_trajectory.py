@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_tokens
 import gisp
 from gisp.cli import main
 from gisp.errors import GispError
-from gisp.run_eval import evaluate_target
+from gisp.evaluation import evaluate_target
 
 OPTIONS = {"sparsity": 0.3, "steps": 4, "align": 4, "batch_tokens": 64, "device": "cpu", "dtype": "float32"}
 

@@ -36,6 +36,19 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise GispError(disk_message(path, error)) from None
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a file that could not be written, before the work it is to hold.
+
+    Raises:
+        GispError: the folder is missing or not writable, or a folder stands where the file is to be.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise GispError(f"cannot write {path}: it is a folder, give a file")
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise GispError(f"cannot write {path}: {folder} is not a folder this user may write to")
+
+
 def disk_message(path: Path, error: OSError) -> str:
     """One line for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -72,7 +72,7 @@ def export_run(
     device: str = "auto",
     sizes: SizeOptions | None = None,
     data: str | None = None,
-    window: int = 128,
+    window: int | None = None,
     dtype: str | None = None,
 ) -> RunExport:
     """Export the step of a run whose sparsity is nearest to ``sparsity`` (``None`` = its end).
@@ -80,7 +80,7 @@ def export_run(
     Args:
         sizes: what sizes are rounded to.
         data: evaluation data, to measure the perplexity of the export and of the exact point it was made from.
-        window: tokens per window of the evaluation.
+        window: longest input of the evaluation in tokens, as for ``gisp eval``.
         dtype: of the matrices of a ``gguf`` export: ``f32``, ``f16`` or ``bf16``.
 
     Raises:

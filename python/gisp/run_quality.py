@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from gisp.data import load_sequences
-from gisp.evaluate import Perplexity, perplexity
+from gisp.evaluation import EvalOptions, Perplexity
+from gisp.evaluation.data import prepare
 from gisp.export import PrunedSpec
 from gisp.shrink import ShrinkableModel
 from gisp.structures import channels_name, heads_name, map_model
@@ -45,7 +45,7 @@ def measure_quality(
     rounded: Callable[[torch.nn.Module, PrunedSpec], PrunedSpec],
     data: str,
     *,
-    window: int,
+    window: int | None,
     device: str,
 ) -> Quality:
     """Perplexity of a point of a run and of what rounding makes of it, as ``gisp eval RUN`` measures it.
@@ -59,21 +59,15 @@ def measure_quality(
     """
     model = trajectory.load_base(device=device)
     model_map = map_model(model)
-    sequences = load_sequences(
-        data,
-        vocab_size=model_map.vocab_size,
-        seq_len=None if data.endswith(".safetensors") else window,
-        tokenizer_from=str(trajectory.base_model["path"]),
-        held_out=True,
-    )
+    measure = prepare(data, EvalOptions(window=window), model, str(trajectory.base_model["path"]))
     exported = rounded(model, point)
     shrinkable = ShrinkableModel(model_map)
 
     def result(spec: PrunedSpec) -> Perplexity:
         shrinkable.remove(_removal(spec, model_map.num_heads, model_map.intermediate_size))
-        found = perplexity(model, sequences, window)
+        found = measure(model)
         shrinkable.rollback()
-        return found
+        return Perplexity(found["perplexity"], found["tokens"], found["window"])
 
     exact = result(point)
     return Quality(

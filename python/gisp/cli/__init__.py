@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    from gisp.cli import bench_command, demo_command, prune_command, run_commands  # noqa: F401  (they register themselves)
+    # They register themselves.
+    from gisp.cli import bench_command, demo_command, eval_command, prune_command, run_commands  # noqa: F401
 
     try:
         code = app(args=argv, standalone_mode=False)

@@ -1,9 +1,7 @@
-"""Commands on finished runs and models: export, eval, report, inspect."""
+"""Commands on finished runs and models: export, report, inspect."""
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +28,7 @@ def export(
     align_heads: Annotated[int | None, typer.Option(help="Query heads per layer: a multiple of it.")] = None,
     min_heads: Annotated[int | None, typer.Option(help="Fewest query heads per layer.")] = None,
     data: Annotated[str | None, typer.Option(help="Evaluation data: measure perplexity for the model card.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window of the evaluation.")] = 128,
+    window: Annotated[int | None, typer.Option(help="Tokens per window of the evaluation, as for eval.")] = None,
     device: _Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
 ) -> None:
@@ -71,32 +69,6 @@ def export(
         print(f"  {what}: {value}")
 
 
-@app.command("eval")
-def evaluate(
-    target: Annotated[
-        str, typer.Argument(help="Model or exported folder, hub name, or run folder.", metavar="MODEL|RUN")
-    ],
-    data: Annotated[str, typer.Option(help="Evaluation data, as for prune.")],
-    sparsity: Annotated[float | None, typer.Option(help="Point of a run; the nearest step is taken.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
-    device: _Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Perplexity of a model, or of a run at a sparsity."""
-    from gisp.run_eval import evaluate_target
-
-    result = evaluate_target(target, data, sparsity=sparsity, window=window, device=device, dtype=dtype)
-    if as_json:
-        # JSON has no infinity.
-        print(json.dumps({k: None if v == math.inf else v for k, v in result.items()}))
-        return
-    print(
-        f"perplexity {result['perplexity']:.4f} at decoder sparsity {result['sparsity']:.4f} "
-        f"({result['tokens']:,} tokens, window {result['window']})"
-    )
-
-
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Write report.html and its pictures into the run folder."""
@@ -110,9 +82,9 @@ def inspect(
     target: Annotated[str, typer.Argument(help="Run folder, nested checkpoint or dense model.", metavar="RUN|MODEL")],
 ) -> None:
     """Show what a run removed, which sizes a nested checkpoint holds, or what could be removed from a model."""
+    from gisp.evaluation.target import is_run
     from gisp.model_io import load_dense, resolve_device
     from gisp.nested import is_nested
-    from gisp.run_eval import is_run
     from gisp.structures import map_model
     from gisp.trajectory import Trajectory
 

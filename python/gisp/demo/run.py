@@ -14,7 +14,7 @@ from gisp.config import make_config
 from gisp.data import Sequences, load_sequences
 from gisp.demo import demo_files
 from gisp.errors import GispError
-from gisp.evaluate import Perplexity, perplexity
+from gisp.evaluation.perplexity import Perplexity, perplexity
 from gisp.files import write_atomic
 from gisp.loop import OnStep, prune
 from gisp.model_io import load_dense, resolve_device

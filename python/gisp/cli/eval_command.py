@@ -1,0 +1,192 @@
+"""``gisp eval``: options to an evaluation, and its figures as text, JSON, table or picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gisp.cli import app
+from gisp.errors import GispError
+from gisp.files import check_writable, write_atomic
+
+_ROWS = "Choices, prompts and completions"
+_HARNESS = "lm-eval"
+_ALONG = "Along a run"
+_PIPE_WIDTH = 400
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(help="Model or exported folder, hub name, nested checkpoint or run.", metavar="MODEL|RUN"),
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Evaluation data, as for prune: text and tokens give perplexity, choices give accuracy, prompts and "
+            "completions the completions' perplexity."
+        ),
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Point of a run; the nearest step is taken.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Longest input in tokens (text 128; choices and completions the model's limit).")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between the starts of windows of text and tokens (the window).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first rows, or examples of each task, only.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Exact match of generated completions.", rich_help_panel=_ROWS)
+    ] = False,
+    until: Annotated[
+        list[str] | None,
+        typer.Option(help=r"Text that ends an answer; may be repeated (\n, \t).", rich_help_panel=_ROWS),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", rich_help_panel=_ROWS)] = 256,
+    extract: Annotated[
+        str | None,
+        typer.Option(help="Regular expression: compare what it finds, its first group.", rich_help_panel=_ROWS),
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="lm-eval tasks, with commas between them.", rich_help_panel=_HARNESS)
+    ] = None,
+    lm_eval_include: Annotated[
+        Path | None, typer.Option(help="Folder of further lm-eval task files.", rich_help_panel=_HARNESS)
+    ] = None,
+    sparsities: Annotated[
+        str | None,
+        typer.Option(help="Dense and these points of a run, as 0.2,0.3,0.5.", rich_help_panel=_ALONG),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw the figures in.", rich_help_panel=_ALONG)] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Perplexity, choice accuracy, exact match or lm-eval tasks of a model, of a run at a sparsity, or along it."""
+    if data is None and lm_eval is None:
+        raise GispError("--data is missing: gisp eval MODEL|RUN --data SPEC, or --lm-eval TASKS")
+    if data is None and (generate or stride is not None or window is not None):
+        option = "--generate" if generate else "--window" if stride is None else "--stride"
+        raise GispError(f"{option} is about --data: give --data SPEC or leave it out")
+    if lm_eval is None and lm_eval_include is not None:
+        raise GispError(f"--lm-eval-include {lm_eval_include} belongs to --lm-eval: add the names of tasks")
+    if sparsities is not None and sparsity is not None:
+        raise GispError("--sparsity and --sparsities are both given: leave one out")
+    if plot is not None and (sparsities is None or plot.suffix.lower() != ".png"):
+        raise GispError(f"--plot {plot} is a .png file and needs --sparsities: give both")
+    if out is not None and out.suffix.lower() != ".json":
+        raise GispError(f"--out is {out}: give a .json file")
+    asked = None if sparsities is None else _numbers(sparsities)
+    for path in (out, plot):
+        if path is not None:
+            check_writable(path)
+
+    from gisp.evaluation import EvalOptions, LmEvalTasks, evaluate_along, evaluate_target
+
+    options = EvalOptions(
+        window=window,
+        stride=stride,
+        limit=limit,
+        batch_size=batch_size,
+        generate=generate,
+        until=tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in until or ()),
+        max_new_tokens=max_new_tokens,
+        extract=extract,
+    )
+    names = tuple(name.strip() for name in (lm_eval or "").split(","))
+    tasks = LmEvalTasks(names, lm_eval_include, limit, batch_size) if lm_eval is not None else None
+    common: dict[str, Any] = {"options": options, "lm_eval": tasks, "device": device, "dtype": dtype}
+    if asked is None:
+        result = evaluate_target(target, data, sparsity=sparsity, **common)
+    else:
+        result = evaluate_along(target, data, sparsities=asked, on_point=_progress, **common)
+    written = json.dumps(_plain(result))
+    if out is not None:
+        write_atomic(out, written.encode())
+    if plot is not None:
+        from gisp.evaluation.plot import draw_points
+
+        write_atomic(plot, draw_points(result["points"]))
+    if as_json:
+        print(written)
+    elif asked is None:
+        _print_one(result)
+    else:
+        _print_points(result["points"])
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise GispError(f"--sparsities is {text!r}: give numbers with commas between them, as 0.2,0.3,0.5") from None
+
+
+def _plain(value: Any) -> Any:
+    """JSON has neither infinity nor NaN: ``null`` stands for both."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _progress(point: dict[str, Any]) -> None:
+    print(f"sparsity {point['sparsity']:.4f}: {_figures_line(point)}", file=sys.stderr)
+
+
+def _figures_line(result: dict[str, Any]) -> str:
+    from gisp.evaluation.figures import figures
+
+    return ", ".join(f"{name} {_number(value, error)}" for name, value, error in figures(result))
+
+
+def _number(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+def _print_one(result: dict[str, Any]) -> None:
+    conditions = []
+    if "examples" in result:
+        conditions.append(f"{result['examples']:,} examples")
+    if "tokens" in result:
+        conditions.append(f"{result['tokens']:,} tokens, window {result['window']}")
+        if result.get("stride", result["window"]) != result["window"]:
+            conditions.append(f"stride {result['stride']}")
+    shown = f" ({', '.join(conditions)})" if conditions else ""
+    print(f"{_figures_line(result)} at decoder sparsity {result['sparsity']:.4f}{shown}")
+    for name, what in (("truncated", "examples"), ("prompts_truncated", "prompts")):
+        if result.get(name):
+            print(f"{result[name]:,} {what} were longer than the window and lost tokens at their start")
+
+
+def _print_points(points: list[dict[str, Any]]) -> None:
+    from gisp.evaluation.figures import figures
+
+    names = [name for name, _, _ in figures(points[0])]
+    table = Table()
+    for heading in ("sparsity", "whole model", "parameters", "KV bytes/token", *names):
+        table.add_column(heading, no_wrap=True)
+    for point in points:
+        kv = point["kv_bytes_per_token"]
+        table.add_row(
+            f"{point['sparsity']:.4f}",
+            f"{point['model_sparsity']:.4f}",
+            f"{point['parameters']:,}",
+            "-" if kv is None else f"{kv:,}",
+            *(_number(value, error) for _, value, error in figures(point)),
+        )
+    # A file or pipe has no width to keep to.
+    Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)

@@ -1,0 +1,126 @@
+"""Tasks of lm-eval (EleutherAI's lm-evaluation-harness) on a model in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gisp.errors import GispError
+from gisp.text import load_tokenizer
+
+_BATCH_SIZE = 16
+_HIDDEN = ("alias", "name", "sample_len", "sample_count")
+
+
+@dataclass(frozen=True)
+class LmEvalTasks:
+    """What to run.
+
+    Attributes:
+        names: tasks, groups or tags; ``*`` matches any text.
+        include: folder of further task files.
+        limit: examples of each task, the first ones; ``None`` = all.
+        batch_size: sequences per forward pass, ``None`` = 16.
+    """
+
+    names: tuple[str, ...]
+    include: Path | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what needs no model to be refused."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise GispError("--lm-eval needs lm-eval: pip install 'gisp-kernels[eval]'")
+        if not self.names or not all(self.names):
+            raise GispError("--lm-eval names no task: give task names with commas between them")
+        if self.include is not None and not self.include.is_dir():
+            raise GispError(f"--lm-eval-include {self.include} is no folder: give the folder of the task files")
+
+
+class Harness:
+    """Tasks found, ready for any number of prunings of one model.
+
+    Args:
+        tokenizer_from: model folder or name whose tokenizer the tasks go through.
+
+    Raises:
+        GispError: an unknown task, or no tokenizer.
+    """
+
+    def __init__(self, tasks: LmEvalTasks, tokenizer_from: str | None) -> None:
+        self._tasks = tasks
+        with _quiet():
+            from lm_eval.tasks import TaskManager
+
+            self._manager = TaskManager(include_path=None if tasks.include is None else str(tasks.include))
+            unknown = [name for name in tasks.names if not self._manager.match_tasks([name])]
+        if unknown:
+            raise GispError(
+                f"lm-eval has no task {unknown[0]!r}: see `lm-eval ls tasks`, or give --lm-eval-include DIR"
+            )
+        self._names = self._manager.match_tasks(list(tasks.names))
+        self._tokenizer = load_tokenizer(tokenizer_from, "--lm-eval")
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        """``{"lm_eval": {task: {metric: value}}}``; metrics of a filter are named ``metric,filter``.
+
+        Raises:
+            GispError: a task whose data cannot be read.
+        """
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        size = self._tasks.batch_size or _BATCH_SIZE
+        with _quiet():
+            try:
+                wrapped = HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=size)
+                found: Any = lm_eval.simple_evaluate(
+                    model=wrapped,
+                    tasks=self._names,
+                    task_manager=self._manager,
+                    limit=self._tasks.limit,
+                    log_samples=False,
+                )
+            except GispError:
+                raise
+            except RuntimeError:
+                # Out of memory among them, which has its own advice.
+                raise
+            except Exception as error:  # task files, data sets and the network have no common type
+                names = ", ".join(self._tasks.names)
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                raise GispError(f"lm-eval cannot run {names}: {reason}") from None
+        return {"lm_eval": {task: _figures(values) for task, values in sorted(found["results"].items())}}
+
+
+def _figures(values: dict[str, Any]) -> dict[str, float | None]:
+    """Numbers of one task; a standard error that does not exist is ``None``."""
+    figures: dict[str, float | None] = {}
+    for key, value in values.items():
+        if key in _HIDDEN:
+            continue
+        name = key.removesuffix(",none")
+        figures[name] = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return figures
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """lm-eval's advice stays away and nothing of it reaches standard output; its progress goes to standard error."""
+    names: Sequence[str] = ("lm_eval", "lm-eval", "datasets")
+    levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
+    for logger, _ in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)
