@@ -7,8 +7,9 @@ import torch
 from tiny import VOCAB, tiny_model, tiny_tokens
 
 from gisp.data import Sequences
-from gisp.engine import Engine, Sampler
+from gisp.engine import Engine
 from gisp.objectives import IGNORED, row_weights, sequence_nll
+from gisp.step_batches import Sampler
 from gisp.structures import map_model
 
 
