@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from gisp_kernels._ext import build_info
 from gisp_kernels._version import __version__
+from gisp_kernels.activations import ActivationRecorder, ActivationStatistics, record_activations
 from gisp_kernels.compaction import Compactor
 from gisp_kernels.groups import Projection, StructureGroup, attention_group, iter_groups, mlp_group
 from gisp_kernels.importance import abs_weighted_reduce, wgrad_importance
 from gisp_kernels.record import ImportanceRecorder, record_importance
 
 __all__ = [
+    "ActivationRecorder",
+    "ActivationStatistics",
     "Compactor",
     "ImportanceRecorder",
     "Projection",
@@ -23,6 +26,7 @@ __all__ = [
     "build_info",
     "iter_groups",
     "mlp_group",
+    "record_activations",
     "record_importance",
     "wgrad_importance",
 ]

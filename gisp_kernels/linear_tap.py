@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,14 @@ def current_backward() -> int | None:
     """Number of the backward pass this thread is running, or ``None``."""
     task = torch._C._current_graph_task_id()
     return None if task == -1 else task
+
+
+class Needs(NamedTuple):
+    """Which tensors of a use of the layer its backward pass reads beside the gradient of the output."""
+
+    input: bool
+    output: bool
+    grad_input: bool
 
 
 class LinearTap:
@@ -122,10 +130,22 @@ class LinearTap:
             self._anchor.register_hook(self._flush)
         return _RecordedLinear.apply(input, linear.bias, self._anchor, linear.weight.detach(), self)
 
-    def collect(self, grad_output: torch.Tensor, input: torch.Tensor) -> None:
-        """Take one use of the layer in the running backward pass: [T, O] and [T, I]."""
+    @property
+    def needs(self) -> Needs:
+        """What :meth:`collect` is to be given."""
+        return Needs(input=True, output=False, grad_input=False)
+
+    def collect(
+        self,
+        grad_output: torch.Tensor,
+        input: torch.Tensor | None,
+        output: torch.Tensor | None,
+        grad_input: torch.Tensor | None,
+    ) -> None:
+        """Take one use of the layer in the running backward pass: [T, O], [T, I], [T, O] and [T, I]."""
         self.check_width()
         self._seen()
+        assert input is not None
         if self._padded_grad is not None:
             _accumulate_product(self._padded_grad, grad_output, input)
         else:
@@ -195,23 +215,26 @@ class _RecordedLinear(torch.autograd.Function):
         if torch.is_autocast_enabled(kind) and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
             # Autocast would make this copy for the product; the backward pass needs the same one.
             input = input.to(torch.get_autocast_dtype(kind))
-        ctx.save_for_backward(input, weight)
-        return F.linear(input, weight, bias)
+        output = F.linear(input, weight, bias)
+        needs = tap.needs
+        ctx.save_for_backward(input if needs.input else None, weight, output if needs.output else None)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None, None
-        input, weight = ctx.saved_tensors
+        input, weight, output = ctx.saved_tensors
         grad_input = grad_bias = None
         with torch.autocast(weight.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                grad_input = grad_output.matmul(weight.to(grad_output.dtype)).to(ctx.input_dtype)
+            if ctx.needs_input_grad[0] or ctx.tap.needs.grad_input:
+                grad_input = grad_output.matmul(weight.to(grad_output.dtype))
             tokens = as_tokens(grad_output)
             if ctx.needs_input_grad[1]:
                 grad_bias = tokens.sum(0)
-            ctx.tap.collect(tokens, as_tokens(input))
+            ctx.tap.collect(tokens, *(None if t is None else as_tokens(t) for t in (input, output, grad_input)))
+        grad_input = None if grad_input is None else grad_input.to(ctx.input_dtype)
         return grad_input, grad_bias, weight.new_zeros(0, dtype=torch.float32), None, None
 
 

@@ -18,8 +18,9 @@ from torch import nn
 from gisp_kernels import checks
 from gisp_kernels.groups import Projection, StructureGroup, iter_groups
 from gisp_kernels.linear_tap import LinearTap, current_backward
+from gisp_kernels.signed_tap import SignedTap
 
-Mode = Literal["stream", "exact"]
+Mode = Literal["stream", "exact", "signed"]
 Target = nn.Module | Iterable[StructureGroup] | Iterable[nn.Linear] | Mapping[str, nn.Linear]
 
 _taken: weakref.WeakSet[nn.Linear] = weakref.WeakSet()
@@ -35,8 +36,8 @@ class ImportanceRecorder:
     def __init__(
         self, groups: tuple[StructureGroup, ...], *, mode: Mode = "stream", backend: str | None = None
     ) -> None:
-        if mode not in ("stream", "exact"):
-            raise ValueError(f"mode must be 'stream' or 'exact', got {mode!r}")
+        if mode not in ("stream", "exact", "signed"):
+            raise ValueError(f"mode must be 'stream', 'exact' or 'signed', got {mode!r}")
         names = [group.name for group in groups]
         if len(set(names)) != len(names):
             raise ValueError(f"group names must be unique, got {names}")
@@ -48,7 +49,8 @@ class ImportanceRecorder:
                 linear = projection.linear
                 if linear not in self._taps:
                     _check_linear(group.name, linear)
-                    self._taps[linear] = LinearTap(
+                    tap = SignedTap if mode == "signed" else LinearTap
+                    self._taps[linear] = tap(
                         group.name, linear, exact=mode == "exact", backend=backend, seen=self._saw_backward
                     )
                 self._taps[linear].add(projection)
@@ -74,7 +76,7 @@ class ImportanceRecorder:
         """Scores of every group so far, float32 [count]; sums over its projections in their order.
 
         ``stream``: the sum over backward passes of ``|W * G_pass|``. ``exact``: ``|W * sum of G_pass|`` (paper Eq. 8)
-        with the weights as they are now.
+        with the weights as they are now. ``signed``: ``|sum of W * G|`` over all elements and passes.
 
         Raises:
             RuntimeError: a covered layer changed its width while being recorded.
@@ -85,7 +87,7 @@ class ImportanceRecorder:
             total = parts[0].clone()
             for part in parts[1:]:
                 total += part.to(total.device)
-            scores[group.name] = total
+            scores[group.name] = total.abs().float() if self.mode == "signed" else total
         return scores
 
     def __enter__(self) -> ImportanceRecorder:
@@ -177,7 +179,12 @@ def record_importance(target: Target, *, mode: Mode = "stream", backend: str | N
             between passes. ``"exact"``: ``G`` is summed over passes in a float32 buffer of the size of the weight and
             the absolute value is taken once, in :meth:`ImportanceRecorder.scores` (paper Eq. 8). With one pass
             the two agree up to rounding. Uses of one layer in one pass are summed before the absolute value; with
-            reentrant checkpointing ``"stream"`` sums only uses within one checkpointed segment.
+            reentrant checkpointing ``"stream"`` sums only uses within one checkpointed segment. ``"signed"``: the
+            absolute value of ``W * G`` summed over a structure, all its projections and all passes, which is the
+            gradient of a gate on the structure (LLM-Pruner's "vector" score, arXiv 2305.11627, taken over the whole
+            structure). It is linear in ``G``, so it is exact over any number of passes and no weight gradient is
+            formed; the outputs of layers scored by rows are kept for the backward pass and must not be changed in
+            place.
         backend: implementation of the ops, see :mod:`gisp_kernels.backend`.
 
     Raises:

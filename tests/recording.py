@@ -76,6 +76,19 @@ def score(grads: dict[nn.Linear, torch.Tensor], groups: Iterable[StructureGroup]
     return scores
 
 
+def signed_scores(model: Block, *batches: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The definition: |sum of W * G| over all elements of a structure and all batches, in float64."""
+    groups = list(iter_groups(model))
+    totals = {group.name: torch.zeros(group.count, dtype=torch.float64) for group in groups}
+    for batch in batches:
+        grads = weight_grads(model.loss(batch), groups)
+        for group in groups:
+            for p in group.projections:
+                product = (p.linear.weight.double() * grads[p.linear].double()).detach()
+                totals[group.name] += product.sum(1 if p.axis == "row" else 0).view(group.count, p.block).sum(1)
+    return {name: total.abs() for name, total in totals.items()}
+
+
 def true_scores(model: Block, *batches: torch.Tensor, exact: bool = False) -> dict[str, torch.Tensor]:
     """Scores of one backward pass per batch: summed afterwards, or (``exact``) gradients summed first."""
     groups = list(iter_groups(model))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from gisp.criteria.choices import ABSOLUTE, ALLOCATORS, CRITERIA, GRADIENT, WHOLE_LAYERS
 from gisp.errors import GispError
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -57,7 +58,9 @@ OBJECTIVES = ("lm", "completion", "margin")
 CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
     "objective": OBJECTIVES,
-    "norm": ("params", "official", "none"),
+    "criterion": tuple(CRITERIA),
+    "allocator": ALLOCATORS,
+    "norm": ("params", "official", "none", "zscore"),
     "engine": ("stream", "exact"),
     "gqa": GQA_MODES,
     "schedule": ("parameters", "structures"),
@@ -66,6 +69,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 OFFICIAL_RATIO = 0.7
 # Options that say where and how fast a run is computed, not what it computes.
 PLACE_OPTIONS = ("device",)
+# What a run did that is older than an option whose default depends on others.
+_UNRECORDED = {"allocator": "global"}
+# What --one-shot sets where an option is not given.
+_ONE_SHOT = {"engine": "exact", "steps": 1, "ema": 0.0}
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,10 @@ class PruneConfig:
         ratio: final fraction of the number of structures (``official`` only); with a sparsity instead, the schedule of
             the released code's default ratio runs until that sparsity is passed.
         samples: calibration sequences used (``None`` = all).
+        criterion: where scores come from, one of :data:`gisp.criteria.choices.CRITERIA`.
+        allocator: how blocks compete: ``global`` by their scores, ``uniform`` the same fraction of every block, ``owl``
+            a fraction per layer by its outliers; ``None`` = as the criterion was published.
+        one_shot: everything goes in one step, scored once over all calibration data.
         seq_len: tokens per sequence; ``None`` = 256 for text, the row length for token files.
         batch_size: sequences per backward pass (``stream``: per microbatch), ``None`` = chosen.
         batch_tokens: tokens of one step of the ``stream`` engine.
@@ -102,6 +113,9 @@ class PruneConfig:
     batch_size: int | None = None
     batch_tokens: int = 8192
     objective: str = "lm"
+    criterion: str = "gisp"
+    allocator: str | None = None
+    one_shot: bool = False
     norm: str | None = None
     engine: str | None = None
     schedule: str | None = None
@@ -124,7 +138,9 @@ class PruneConfig:
         """
         if self.preset not in PRESETS:
             raise GispError(_unknown("preset", self.preset))
-        filled = dict(PRESETS[self.preset])
+        if self.criterion not in CRITERIA:
+            raise GispError(_unknown("criterion", self.criterion))
+        filled = {**PRESETS[self.preset], **CRITERIA[self.criterion], **(_ONE_SHOT if self.one_shot else {})}
         filled.update({k: v for k, v in dataclasses.asdict(self).items() if v is not None})
         if filled["schedule"] == "structures":
             # A sparsity given alone is where the ratio schedule stops, a ratio given alone never stops early.
@@ -145,6 +161,7 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value not in allowed and not (name == "objective" and "." in value):
                 raise GispError(_unknown(name, value))
+        self._check_criterion()
         _between("sparsity", self.sparsity, 0, 1)
         _between("ratio", self.ratio, 0, 1)
         _at_least("steps", self.steps, 1)
@@ -162,6 +179,23 @@ class PruneConfig:
             raise GispError(f"--protect-first is {self.protect_first}: give a fraction in [0, 1)")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise GispError(f"--ema is {self.ema}: give a weight in [0, 1)")
+
+    def _check_criterion(self) -> None:
+        """What does not go together with a criterion or with one shot."""
+        criterion = f"--criterion {self.criterion}"
+        if (self.objective == "margin" or "." in self.objective) and self.criterion not in GRADIENT:
+            raise GispError(
+                f"{criterion} sees no loss: --objective {self.objective} needs one of {', '.join(GRADIENT)}"
+            )
+        if self.fp8 and self.criterion not in ABSOLUTE:
+            raise GispError(f"--fp8 goes with --criterion {' or '.join(ABSOLUTE)}: leave it out")
+        if self.criterion == WHOLE_LAYERS:
+            if self.allocator != "global" or self.norm != "none":
+                raise GispError(f"{criterion} ranks whole layers: leave --allocator and --norm out")
+            if self.keep_minimum:
+                raise GispError(f"{criterion} removes whole layers: keep_minimum cannot be true")
+        if self.one_shot and (self.steps != 1 or self.ema):
+            raise GispError(f"--one-shot is one step: leave --steps ({self.steps}) and --ema ({self.ema}) out")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -206,6 +240,11 @@ def make_config(**options: Any) -> PruneConfig:
             raise GispError(f"option {name} is {value!r}: give a {kind}")
     given = {name: value for name, value in options.items() if value is not None}
     return PruneConfig(**given).resolve()
+
+
+def recorded(options: dict[str, Any], name: str) -> Any:
+    """An option of a run as it was recorded; a run older than the option did what is its default now."""
+    return options.get(name, _UNRECORDED.get(name, getattr(PruneConfig, name)))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

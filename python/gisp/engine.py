@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,13 +14,11 @@ from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.fused_pass import Float8Products, ImportancePass, differs, why_not
 from gisp.objectives import SequenceLoss, evaluation_mode, objective_name, own_losses, sequence_nll
-from gisp.sampler import StratifiedSampler
+from gisp.step_batches import StepBatches
 from gisp.structures import ModelMap
 from gisp_kernels import float8, record_importance
 from gisp_kernels.groups import StructureGroup
-
-# Logits of one backward pass of the exact engine, in elements: bounds the largest temporary of the loss.
-_LOGIT_ELEMENTS = {"cuda": 2**30, "cpu": 2**24}
+from gisp_kernels.record import Mode
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,16 @@ class StepScores:
     finite: torch.Tensor
     tokens: int
 
+    @classmethod
+    def of(cls, scores: dict[str, torch.Tensor], loss: torch.Tensor, tokens: int) -> StepScores:
+        """Scores of a step, with whether all of them are finite."""
+        return cls(
+            scores,
+            loss,
+            torch.isfinite(torch.cat([*scores.values()])).all() if scores else torch.isfinite(loss),
+            tokens,
+        )
+
 
 class Engine:
     """Scores the structures of a model on calibration sequences.
@@ -56,6 +64,8 @@ class Engine:
             needs the gradient buffers of ``exact``.
         fp8: 8-bit products of the decoder layers, by the written-out pass alone.
         loss: a user's own loss per sequence instead of the mean NLL, by autograd (see ``objectives.SequenceLoss``).
+        signed: the absolute value of the sum of ``W * G`` over a structure instead of the sum of absolute values; by
+            recorded Linear layers always. It is linear in ``G``, so that neither kind needs a gradient buffer.
 
     Raises:
         GispError: ``fp8`` where there are no 8-bit products.
@@ -72,23 +82,23 @@ class Engine:
         seed: int,
         fp8: bool = False,
         loss: SequenceLoss | None = None,
+        signed: bool = False,
     ) -> None:
         self._fp8 = fp8
+        self._signed = signed
         self._map = model_map
         self._model = model_map.model
         self._data = data
-        self._kind = kind
         self._batch_size = batch_size
         weight = next(self._model.parameters())
         self._device = weight.device
         reason = float8.why_not(weight.device, weight.dtype) if fp8 else None
         if reason is not None:
             raise GispError(f"--fp8 cannot run here: {reason}, leave it out")
-        self._vocab_size = model_map.vocab_size
         self._pass: ImportancePass | None = None
         self._loss = loss
         self._pass_refused: str | None = f"{objective_name(loss)} is a loss of its own" if loss else None
-        self._sampler = StratifiedSampler(data, batch_tokens, seed) if kind == "stream" else None
+        self._steps = StepBatches(model_map, data, kind=kind, batch_size=batch_size, tokens=batch_tokens, seed=seed)
 
     @property
     def refused(self) -> str | None:
@@ -98,14 +108,12 @@ class Engine:
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
         """Scores of ``groups`` at a step."""
         data = self._data
-        examples = self._sampler.numbers(step) if self._sampler else range(len(data.examples))
-        numbers = [i for example in examples for i in data.examples[example]]
-        weights = data.weights(examples)
-        batches = list(self._batches(numbers))
+        numbers, weights = self._steps.numbers(step), self._steps.weights(step)
+        batches = list(self._steps.batches(numbers))
         # One backward pass needs no gradient buffer; several must be summed before the absolute value.
-        one_pass = self._sampler is not None and len(batches) == 1
+        one_pass = self._steps.fresh and len(batches) == 1
         with deterministic():
-            written_out = self._written_out(numbers) if one_pass else None
+            written_out = self._written_out(numbers) if one_pass and not self._signed else None
             if written_out is not None:
                 ids, labels = data.batch(numbers)
                 scored = [(group.name, group.count) for group in groups]
@@ -115,17 +123,17 @@ class Engine:
                 if self._fp8:
                     reason = self._pass_refused or f"--batch-size {self._batch_size} makes several batches of a step"
                     raise GispError(f"--fp8 needs the written-out pass over one batch: {reason}, leave it out")
-                scores, loss, tokens = self._by_autograd(groups, numbers, weights, "stream" if one_pass else "exact")
-        finite = torch.isfinite(torch.cat(list(scores.values()))).all() if scores else torch.isfinite(loss)
-        return StepScores(scores, loss, finite, tokens)
+                mode: Mode = "signed" if self._signed else "stream" if one_pass else "exact"
+                scores, loss, tokens = self._by_autograd(groups, numbers, weights, mode)
+        return StepScores.of(scores, loss, tokens)
 
     def _by_autograd(
-        self, groups: list[StructureGroup], numbers: list[int], weights: list[float], mode: Literal["stream", "exact"]
+        self, groups: list[StructureGroup], numbers: list[int], weights: list[float], mode: Mode
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         tokens = 0
         with frozen(self._model), record_importance(groups, mode=mode) as recorder:
-            for start, stop in self._batches(numbers):
+            for start, stop in self._steps.batches(numbers):
                 ids, labels = self._data.batch(numbers[start:stop])
                 weight = torch.tensor(weights[start:stop], device=self._device)
                 losses = self._losses(ids.to(self._device), labels.to(self._device))
@@ -157,17 +165,6 @@ class Engine:
                 else:
                     self._pass_refused = f"its last hidden state is off by {distance:.1e}"
         return self._pass
-
-    def _batches(self, numbers: list[int]) -> Iterator[tuple[int, int]]:
-        """Consecutive stretches of ``numbers`` small enough for one backward pass."""
-        size = self._batch_size
-        if size is None and self._kind == "exact":
-            longest = max(len(self._data.rows[i][0]) for i in numbers)
-            limit = _LOGIT_ELEMENTS["cuda" if self._device.type == "cuda" else "cpu"]
-            size = max(1, limit // (longest * self._vocab_size))
-        size = size or len(numbers)
-        for start in range(0, len(numbers), size):
-            yield start, min(start + size, len(numbers))
 
 
 @contextlib.contextmanager

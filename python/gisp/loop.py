@@ -15,18 +15,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from gisp.allocators import Allocator
 from gisp.averaging import ScoreAverage, in_original_numbering
-from gisp.config import OBJECTIVES, OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig, make_config
+from gisp.config import OBJECTIVES, OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig, make_config, recorded
+from gisp.criteria.registry import make_scorer
 from gisp.data import Sequences, load_sequences
-from gisp.engine import Engine
 from gisp.errors import GispError
+from gisp.layer_select import LayerSelector, make_selector
 from gisp.metrics import PhaseClock, histogram_record, score_histogram
 from gisp.model_io import check_model_path, load_dense, resolve_device, resolve_dtype
 from gisp.nested.model import NestedModelMixin
 from gisp.objectives import SequenceLoss, objective_name
 from gisp.runfolder import RunFolder
 from gisp.schedule import parameter_target, structure_ratio
-from gisp.select import Ranking, Selection, Selector
+from gisp.select import Ranking, Selection
 from gisp.shrink import ShrinkableModel
 from gisp.step_writer import StepWriter
 from gisp.structures import ModelMap, fingerprint, first_bad_parameter, map_model, protected_layers
@@ -128,26 +130,13 @@ class PruningLoop:
     ) -> None:
         self.map = model_map
         self.config = config
-        self.selector = Selector(
-            model_map,
-            norm=str(config.norm),
-            protected=protected_layers(len(model_map.layers), config.protect_first, config.protect_last),
-            align=int(config.align or 1),
-            keep_minimum=bool(config.keep_minimum),
-        )
+        protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
+        self.selector = make_selector(config, model_map, protected)
         self._check_reach()
-        self.engine = Engine(
-            model_map,
-            data,
-            kind=str(config.engine),
-            batch_size=config.batch_size,
-            batch_tokens=config.batch_tokens,
-            seed=config.seed,
-            fp8=config.fp8,
-            loss=loss,
-        )
         base = {"path": base_path, "fingerprint": fingerprint(model_map.model), **model_map.describe()}
         self.shrinkable = ShrinkableModel(model_map)
+        self.engine = make_scorer(config, self.shrinkable, data, loss)
+        Allocator(config, self.shrinkable, data, self.selector).aim_for(config)
         self._open = {block.name for block in self.selector.blocks if not block.protected}
         device = next(model_map.model.parameters()).device
         self.average = ScoreAverage(model_map.groups, self._open, float(config.ema or 0), device)
@@ -179,8 +168,7 @@ class PruningLoop:
             if then != now:
                 raise GispError(f"{folder.path} was made with another {what}: give the same or another --out")
         for name, value in self.trajectory.config.items():
-            # A run older than an option did what its default does.
-            then = done.config.get(name, getattr(PruneConfig, name))
+            then = recorded(done.config, name)
             if name not in PLACE_OPTIONS and then != value:
                 raise GispError(
                     f"{folder.path} was made with {name} {then}, not {value}: "
@@ -296,6 +284,13 @@ class PruningLoop:
             if selector.out_of_reach(ratio):
                 raise GispError(f"ratio {ratio} is out of reach {where}: lower --ratio or protect fewer layers")
         most = selector.removable_parameters / self.map.decoder_parameters
+        if isinstance(selector, LayerSelector) and config.schedule == "parameters":
+            one = selector.layer_parameters / self.map.decoder_parameters
+            if float(config.sparsity or 0) < one:
+                raise GispError(
+                    f"sparsity {config.sparsity} is less than one layer, which is {one:.4f}: whole layers go with "
+                    f"--criterion {config.criterion}, give more"
+                )
         if float(config.sparsity or 0) > most:
             raise GispError(
                 f"sparsity {config.sparsity} is out of reach: at most {most:.4f} {where}, "

@@ -64,7 +64,7 @@ class PhaseClock:
 
 
 def score_histogram(ranking: Ranking, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Histogram of log10 of the live scores that are not zero, heads and channels apart, on common edges.
+    """Histogram of log10 of the live scores that are positive, heads and channels apart, on common edges.
 
     Args:
         heads: number of units of heads; they come first.
@@ -72,7 +72,7 @@ def score_histogram(ranking: Ranking, heads: int) -> tuple[torch.Tensor, torch.T
     Returns:
         On the device: edges, float64 [bins + 1], and counts, int64 [2, bins]; all zero if no score is positive.
     """
-    logs = ranking.ascending.log10()
+    logs = ranking.ascending.clamp_min(0).log10()
     last = (logs < math.inf).sum() - 1
     first = (logs == -math.inf).sum()
     found = first <= last
@@ -81,7 +81,7 @@ def score_histogram(ranking: Ranking, heads: int) -> tuple[torch.Tensor, torch.T
     edges = torch.arange(_BINS + 1, dtype=torch.float64, device=logs.device) * ((high - low) / _BINS) + low
     edges = torch.cat((edges[:-1], high))
     total = _counts(logs, edges)
-    of_heads = _counts(ranking.values[:heads].log10().sort().values, edges)
+    of_heads = _counts(ranking.values[:heads].clamp_min(0).log10().sort().values, edges)
     counts = torch.stack((of_heads, total - of_heads))
     return torch.where(found, edges, 0.0), torch.where(found, counts, 0)
 

@@ -8,7 +8,7 @@ arithmetic is float64 or integer, so that the choice depends on the fp32 scores 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ class Ranking:
     """All units in the order in which they go; tensors on the device.
 
     Attributes:
-        values: float64 [units], normalised scores; removed and protected units are +inf.
+        values: float64 [units], normalised scores, or what :meth:`Selector.allocate` makes of them; removed and
+            protected units are +inf.
         ascending: the same, sorted.
         order: int64 [units], unit at every rank.
         ranks: int64 [units], ranks of each block's units, ascending within the block, blocks one after another.
@@ -84,7 +85,8 @@ class Selector:
     Args:
         model_map: the dense model's map; its ``gqa`` says what a unit of heads is.
         norm: ``params`` (parameters of the scored structure, paper Eq. 9), ``official`` (what the released code
-            divides by: 4*head_dim*hidden for every query head and 3*intermediate_size) or ``none``.
+            divides by: 4*head_dim*hidden for every query head and 3*intermediate_size), ``none``, or ``zscore`` for
+            scores that are standardised already.
         protected: layers never pruned.
         align: kept MLP widths are multiples of this.
         keep_minimum: keep at least one unit of heads and ``align`` channels per layer.
@@ -122,6 +124,8 @@ class Selector:
         self._cost = on_device([b.cost for b in self.blocks])
         # By unit: its block.
         self._block = torch.arange(len(self.blocks), device=device).repeat_interleave(units)
+        self._units = units
+        self._shares: torch.Tensor | None = None
         self._divisor = on_device([b.divisor for b in self.blocks], torch.float64)[self._block]
         # Position of every unit in its block.
         self._position = torch.arange(self.size, device=device) - on_device([b.start for b in self.blocks])[self._block]
@@ -139,6 +143,18 @@ class Selector:
         """The most that can ever be removed, protection and minima respected."""
         return sum(b.cost * (b.stop - b.start - b.floor) for b in self.blocks if not b.protected)
 
+    def allocate(self, shares: Sequence[float]) -> None:
+        """Rank from now on by how much of its block a unit goes with, divided by the block's share.
+
+        The unit of a block of n that goes after k others is ranked by ``(k + 1/2) / n / share``, units removed earlier
+        counted: at a threshold of t every block has lost the part ``t * share`` of its units, to the nearest unit.
+
+        Args:
+            shares: for every block the relative part it is to lose, 0 = last of all.
+        """
+        smallest = torch.finfo(torch.float32).tiny
+        self._shares = torch.tensor(shares, dtype=torch.float64, device=self._live.device).clamp_min(smallest)
+
     def rank(self, scores: torch.Tensor) -> Ranking:
         """Normalise and sort.
 
@@ -150,10 +166,20 @@ class Selector:
         if self._balanced:
             values, heads = self._balanced.to_units(values)
         values = values / self._divisor
+        ascending, order, ranks = self._sorted(values)
+        if self._shares is not None:
+            part = (self._position + (self._units - self._live)[self._block] + 0.5) / self._units[self._block]
+            # Units that cannot go are the last of their block.
+            allocated = torch.empty_like(values).scatter_(0, order[ranks], part / self._shares[self._block])
+            values = torch.where(values < math.inf, allocated, math.inf)
+            ascending, order, ranks = self._sorted(values)
+        return Ranking(values, ascending, order, ranks, heads)
+
+    def _sorted(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``ascending``, ``order`` and ``ranks`` of a ranking."""
         ascending, order = values.sort(stable=True)
         # Few bits to sort by: block numbers, in the order of the ranking.
-        ranks = self._block[order].to(torch.int16).sort(stable=True).indices
-        return Ranking(values, ascending, order, ranks, heads)
+        return ascending, order, self._block[order].to(torch.int16).sort(stable=True).indices
 
     def within_target(self, ranking: Ranking, target: float) -> Selection:
         """Lowest scores first while all removed parameters stay at or below ``target``.

@@ -62,6 +62,8 @@ def make_blocks(
         "params": (cost, channel),
         "official": (heads * 4 * model_map.head_dim * model_map.hidden_size, 3 * width),
         "none": (1, 1),
+        # A unit of several structures has the mean of their scores.
+        "zscore": (structures, 1),
     }[norm]
     kinds = (
         (heads_name, count, structures, cost, head_norm, int(keep_minimum), 1),

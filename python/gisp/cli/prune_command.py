@@ -40,7 +40,31 @@ def prune(
         int | None, typer.Option(help="Tokens per step of the stream engine (8192).", rich_help_panel=_COMPUTE)
     ] = None,
     objective: Annotated[str | None, typer.Option(help="lm, completion or margin.", rich_help_panel=_SCORES)] = None,
-    norm: Annotated[str | None, typer.Option(help="params, official or none.", rich_help_panel=_SCORES)] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="Where scores come from: gisp (default), magnitude, random, taylor-local, signed, wanda-sp, flap or "
+            "block-influence.",
+            rich_help_panel=_SCORES,
+        ),
+    ] = None,
+    allocator: Annotated[
+        str | None,
+        typer.Option(
+            help="How layers compete: global (by their scores), uniform (the same part of each) or owl (less of layers "
+            "with outliers); as the criterion was published by default.",
+            rich_help_panel=_SCORES,
+        ),
+    ] = None,
+    one_shot: Annotated[
+        bool | None,
+        typer.Option(
+            "--one-shot/--no-one-shot",
+            help="Remove everything in one step, scored once on all calibration data (off).",
+            rich_help_panel=_SCORES,
+        ),
+    ] = None,
+    norm: Annotated[str | None, typer.Option(help="params, official, zscore or none.", rich_help_panel=_SCORES)] = None,
     engine: Annotated[str | None, typer.Option(help="stream or exact.", rich_help_panel=_SCORES)] = None,
     ema: Annotated[
         float | None, typer.Option(help="Weight of the past in averaged scores.", rich_help_panel=_SCORES)

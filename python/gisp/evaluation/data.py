@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from gisp.data import Sequences, load_sequences
+from gisp.data import Sequences, load_sequences, read_rows
+from gisp.data.tokenise import load_tokenizer
 from gisp.errors import GispError
 from gisp.evaluation.choices import ChoiceAccuracy, read_choice
 from gisp.evaluation.completions import CompletionPerplexity, ExactMatch, read_completion
 from gisp.evaluation.pairs import PairEncoder
 from gisp.evaluation.perplexity import check_stride, perplexity
-from gisp.text import load_tokenizer, read_rows
 
 DEFAULT_WINDOW = 128
 _DEFAULT_MAX_LENGTH = 2048

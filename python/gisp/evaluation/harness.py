@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gisp.data.tokenise import load_tokenizer
 from gisp.errors import GispError
-from gisp.text import load_tokenizer
 
 _BATCH_SIZE = 16
 _HIDDEN = ("alias", "name", "sample_len", "sample_count")

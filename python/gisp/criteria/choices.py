@@ -1,0 +1,24 @@
+"""Names of the criteria, and the options each is published with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What a criterion sets where an option is not given; the preset has the rest.
+CRITERIA: dict[str, dict[str, Any]] = {
+    "gisp": {"allocator": "global"},
+    "magnitude": {"allocator": "global"},
+    # Divided by parameters every head would go before any channel.
+    "random": {"allocator": "global", "norm": "none"},
+    "taylor-local": {"allocator": "uniform"},
+    "signed": {"allocator": "global"},
+    "wanda-sp": {"allocator": "uniform"},
+    "flap": {"allocator": "global", "norm": "zscore"},
+    # A layer goes whole: no width is left to align and no minimum to keep.
+    "block-influence": {"allocator": "global", "norm": "none", "align": 1, "keep_minimum": False},
+}
+ALLOCATORS = ("global", "uniform", "owl")
+# Criteria made of gradients of the loss, and among them those of the sum of absolute values.
+GRADIENT = ("gisp", "taylor-local", "signed")
+ABSOLUTE = ("gisp", "taylor-local")
+WHOLE_LAYERS = "block-influence"

@@ -1,0 +1,73 @@
+"""From the options of a run to what scores its steps."""
+
+from __future__ import annotations
+
+from gisp.config import PruneConfig
+from gisp.criteria.block_influence import BlockInfluence
+from gisp.criteria.choices import ABSOLUTE, GRADIENT, WHOLE_LAYERS
+from gisp.criteria.flap import FLAP
+from gisp.criteria.magnitude import Magnitude
+from gisp.criteria.random_scores import Random
+from gisp.criteria.wanda import WandaSP
+from gisp.criteria.zscore import Scorer, Standardised
+from gisp.data import Sequences
+from gisp.engine import Engine
+from gisp.objectives import SequenceLoss
+from gisp.shrink import ShrinkableModel
+from gisp.step_batches import StepBatches
+
+
+def make_scorer(
+    config: PruneConfig, shrinkable: ShrinkableModel, data: Sequences, loss: SequenceLoss | None = None
+) -> Scorer:
+    """The criterion of a run on its model and data.
+
+    Args:
+        loss: a user's own loss, for criteria that see one.
+
+    Raises:
+        GispError: options that do not run here.
+    """
+    standardise = config.norm == "zscore"
+    if config.criterion == "flap":
+        return FLAP(shrinkable.map, step_batches(config, shrinkable, data), standardise=standardise)
+    scorer = _plain(config, shrinkable, data, loss)
+    return Standardised(scorer) if standardise else scorer
+
+
+def step_batches(config: PruneConfig, shrinkable: ShrinkableModel, data: Sequences) -> StepBatches:
+    """What the steps of a run see."""
+    return StepBatches(
+        shrinkable.map,
+        data,
+        kind=str(config.engine),
+        batch_size=config.batch_size,
+        tokens=config.batch_tokens,
+        seed=config.seed,
+    )
+
+
+def _plain(config: PruneConfig, shrinkable: ShrinkableModel, data: Sequences, loss: SequenceLoss | None) -> Scorer:
+    model_map, criterion = shrinkable.map, config.criterion
+    if criterion in GRADIENT:
+        return Engine(
+            model_map,
+            data,
+            kind=str(config.engine),
+            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
+            seed=config.seed,
+            fp8=config.fp8,
+            signed=criterion not in ABSOLUTE,
+            loss=loss,
+        )
+    steps = step_batches(config, shrinkable, data)
+    if criterion == "magnitude":
+        return Magnitude(model_map, steps)
+    if criterion == "random":
+        return Random(shrinkable, steps, config.seed)
+    if criterion == "wanda-sp":
+        return WandaSP(model_map, steps)
+    if criterion == WHOLE_LAYERS:
+        return BlockInfluence(model_map, steps)
+    raise ValueError(f"no criterion is named {criterion!r}")

@@ -1,0 +1,61 @@
+"""Which calibration sequences a step sees, and in which batches they pass through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from gisp.data import Sequences
+from gisp.sampler import StratifiedSampler
+from gisp.structures import ModelMap
+
+# Logits of one pass over the whole set, in elements: bounds the largest temporary of the loss.
+_LOGIT_ELEMENTS = {"cuda": 2**30, "cpu": 2**24}
+
+
+class StepBatches:
+    """The sequences of every step of a run.
+
+    Args:
+        model_map: the model they pass through.
+        data: calibration sequences.
+        kind: ``stream``: each step a fresh batch of about ``tokens`` tokens; ``exact``: every step the whole set.
+        batch_size: sequences per pass; ``None``: the whole step for ``stream``, for ``exact`` what keeps the logits
+            small.
+    """
+
+    def __init__(
+        self, model_map: ModelMap, data: Sequences, *, kind: str, batch_size: int | None, tokens: int, seed: int
+    ) -> None:
+        self.data = data
+        self._kind = kind
+        self._batch_size = batch_size
+        self._vocab_size = model_map.vocab_size
+        self._device = next(model_map.model.parameters()).device
+        self._sampler = StratifiedSampler(data, tokens, seed) if kind == "stream" else None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether every step has a batch of its own."""
+        return self._sampler is not None
+
+    def numbers(self, step: int) -> list[int]:
+        """Sequence numbers of a step (1-based)."""
+        return [i for example in self._examples(step) for i in self.data.examples[example]]
+
+    def weights(self, step: int) -> list[float]:
+        """Weight in the step's loss of every sequence of :meth:`numbers`."""
+        return self.data.weights(self._examples(step))
+
+    def _examples(self, step: int) -> Sequence[int]:
+        return self._sampler.numbers(step) if self._sampler else range(len(self.data.examples))
+
+    def batches(self, numbers: list[int]) -> Iterator[tuple[int, int]]:
+        """Consecutive stretches of ``numbers`` small enough for one pass."""
+        size = self._batch_size
+        if size is None and self._kind == "exact":
+            longest = max(len(self.data.rows[i][0]) for i in numbers)
+            limit = _LOGIT_ELEMENTS["cuda" if self._device.type == "cuda" else "cpu"]
+            size = max(1, limit // (longest * self._vocab_size))
+        size = size or len(numbers)
+        for start in range(0, len(numbers), size):
+            yield start, min(start + size, len(numbers))
