@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gisp.compensation import CompensationRequest, compensate
 from gisp.data import load_sequences
 from gisp.errors import GispError
 from gisp.evaluate import perplexity
@@ -29,15 +31,22 @@ def evaluate_target(
     window: int = 128,
     device: str = "auto",
     dtype: str | None = None,
+    compensation: CompensationRequest | None = None,
 ) -> dict[str, Any]:
     """Perplexity with its conditions: ``perplexity, tokens, window, sparsity, step, data, parameters``.
+
+    With a compensation also ``compensation``: what was done.
 
     Args:
         target: dense model or exported folder, hub name, or run folder.
         sparsity: point of a run or nested checkpoint (``None`` = its end); only for these.
+        compensation: done to the pruned model first; only for a run.
     """
     step: int | None = None
+    compensated: dict[str, str] = {}
     place = resolve_device(device)
+    if compensation is not None and not is_run(target):
+        raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
     if is_run(target):
         trajectory = Trajectory.load(target)
         step = trajectory.step_for(sparsity)
@@ -45,6 +54,10 @@ def evaluate_target(
         source = str(trajectory.base_model["path"])
         reached = trajectory.sparsity_at(step)
         move_to(trajectory.shrinkable(model), trajectory, step)
+        if compensation is not None:
+            compensated["compensation"] = compensation.describe(
+                compensate(model, compensation.calibration, **asdict(compensation.options))
+            )
     else:
         if sparsity is not None and not is_nested(target):
             raise GispError(
@@ -71,4 +84,5 @@ def evaluate_target(
         "step": step,
         "data": data,
         "parameters": sum(p.numel() for p in model.parameters()),
+        **compensated,
     }

@@ -15,6 +15,11 @@ from gisp.cli import app
 from gisp.errors import GispError
 
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+_Compensate = Annotated[str | None, typer.Option(help="Refit output projections: lsq, affine or bias.")]
+_Calibration = Annotated[str | None, typer.Option(help="Data to compensate with, as for prune.")]
+_Tokens = Annotated[int | None, typer.Option(help="Calibration tokens, the first of the data (131072).")]
+_Damping = Annotated[float | None, typer.Option(help="Ridge of lsq, relative to the mean diagonal.")]
+_Target = Annotated[str | None, typer.Option(help="What to fit to: local or dense (default of lsq).")]
 
 
 @app.command()
@@ -33,12 +38,24 @@ def export(
     window: Annotated[int, typer.Option(help="Tokens per window of the evaluation.")] = 128,
     device: _Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
+    compensate: _Compensate = None,
+    calibration: _Calibration = None,
+    calibration_tokens: _Tokens = None,
+    damping: _Damping = None,
+    target: _Target = None,
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
+    from gisp.compensation import make_request
     from gisp.export import SizeOptions
     from gisp.export.rounding import option_text
     from gisp.run_export import export_nested_run, export_run
 
+    request = make_request(compensate, calibration, tokens=calibration_tokens, damping=damping, target=target)
+    if nested is not None and request is not None:
+        raise GispError(
+            f"--compensate {compensate} fits the weights to one sparsity, --nested holds one set of weights for all: "
+            "leave one of them out"
+        )
     if nested is not None:
         others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data)
         if format != "hf" or any(other is not None for other in others):
@@ -57,7 +74,16 @@ def export(
         )
     sizes = SizeOptions(round_mlp, align_heads, min_heads)
     done = export_run(
-        run, sparsity, out, format=format, device=device, sizes=sizes, data=data, window=window, dtype=dtype
+        run,
+        sparsity,
+        out,
+        format=format,
+        device=device,
+        sizes=sizes,
+        data=data,
+        window=window,
+        dtype=dtype,
+        compensation=request,
     )
     asked = [f"format {format}"] if format != "hf" else []
     asked += [option_text(sizes.given())] if sizes.given() else []
@@ -67,6 +93,8 @@ def export(
         f"{done.report.parameters_pruned:,} of {done.report.parameters_dense:,} parameters, "
         f"logits differ by {done.report.relative_difference:.1e} relative"
     )
+    if done.spec.compensation:
+        print(f"  compensation: {done.spec.compensation}")
     for what, value in done.spec.notes:
         print(f"  {what}: {value}")
 
@@ -82,11 +110,24 @@ def evaluate(
     device: _Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    compensate: _Compensate = None,
+    calibration: _Calibration = None,
+    calibration_tokens: _Tokens = None,
+    damping: _Damping = None,
+    compensation_target: Annotated[
+        str | None, typer.Option("--target", help="What to compensate to: local or dense (default of lsq).")
+    ] = None,
 ) -> None:
     """Perplexity of a model, or of a run at a sparsity."""
+    from gisp.compensation import make_request
     from gisp.run_eval import evaluate_target
 
-    result = evaluate_target(target, data, sparsity=sparsity, window=window, device=device, dtype=dtype)
+    request = make_request(
+        compensate, calibration, tokens=calibration_tokens, damping=damping, target=compensation_target
+    )
+    result = evaluate_target(
+        target, data, sparsity=sparsity, window=window, device=device, dtype=dtype, compensation=request
+    )
     if as_json:
         # JSON has no infinity.
         print(json.dumps({k: None if v == math.inf else v for k, v in result.items()}))
@@ -95,6 +136,8 @@ def evaluate(
         f"perplexity {result['perplexity']:.4f} at decoder sparsity {result['sparsity']:.4f} "
         f"({result['tokens']:,} tokens, window {result['window']})"
     )
+    if "compensation" in result:
+        print(f"  compensation: {result['compensation']}")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from gisp.compensation.apply import (
     kept_structures,
 )
 from gisp.compensation.options import METHODS, TARGETS, CompensationOptions
+from gisp.compensation.request import CompensationRequest, make_request
 from gisp.compensation.sweep import BlockUpdate
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "BlockUpdate",
     "Compensation",
     "CompensationOptions",
+    "CompensationRequest",
     "compensate",
     "fit_compensation",
     "fold_into_dense",
     "fold_into_pruned",
     "kept_structures",
+    "make_request",
 ]

@@ -67,9 +67,7 @@ def calibration_sequences(model_map: ModelMap, data: Any, tokenizer_from: str | 
     """The data as sequences of at most 256 tokens."""
     if isinstance(data, Sequences):
         return data
-    return load_sequences(
-        data, vocab_size=model_map.vocab_size, seq_len=DEFAULT_SEQ_LEN, tokenizer_from=tokenizer_from
-    )
+    return load_sequences(data, vocab_size=model_map.vocab_size, seq_len=DEFAULT_SEQ_LEN, tokenizer_from=tokenizer_from)
 
 
 def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, **options: Any) -> Compensation:
@@ -162,8 +160,12 @@ def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
         for update in compensation.updates:
             linear, _ = blocks[update.name]
             if update.weight is not None:
-                linear.weight[:, update.columns] = update.weight
+                linear.weight[:, update.columns] = update.weight.to(linear.weight.dtype)
             _set_bias(linear, update.bias)
+        if any(update.bias is not None for update in compensation.updates):
+            # A checkpoint has them in all layers or in none.
+            for linear, _ in blocks.values():
+                _set_bias(linear, linear.weight.new_zeros(linear.out_features) if linear.bias is None else None)
 
 
 def _projections(model_map: ModelMap) -> dict[str, tuple[nn.Linear, int]]:
@@ -210,6 +212,6 @@ def _set_bias(linear: nn.Linear, bias: torch.Tensor | None) -> None:
     if bias is None:
         return
     if linear.bias is None:
-        linear.bias = nn.Parameter(bias.clone(), requires_grad=linear.weight.requires_grad)
+        linear.bias = nn.Parameter(bias.to(linear.weight.dtype, copy=True), requires_grad=linear.weight.requires_grad)
     else:
         linear.bias.copy_(bias)

@@ -40,10 +40,10 @@ class CompensationOptions:
     intercept: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, value, choices in (("compensate", self.method, METHODS), ("target", self.target, (None, *TARGETS))):
-            if value not in choices:
-                choices = tuple(choice for choice in choices if choice)
-                raise GispError(f"--{name} is {value!r}: choose one of {', '.join(choices)}")
+        if self.method not in METHODS:
+            raise GispError(f"--compensate is {self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.target is not None and self.target not in TARGETS:
+            raise GispError(f"--target is {self.target!r}: choose one of {', '.join(TARGETS)}")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise GispError(f"--damping is {self.damping}: give a number of at least 0")
         if self.tokens < 1:

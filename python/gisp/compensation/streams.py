@@ -148,11 +148,11 @@ class Decoder:
 @contextlib.contextmanager
 def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if own is None:
             del module.__dict__["forward"]
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own

@@ -102,20 +102,17 @@ class _Sweep:
         self.pruned = self.decoder.embedded
         # The dense stream is kept once the pruned one departs from it.
         self.dense: list[torch.Tensor] | None = None
-        self.departed = False
         self.updates: list[BlockUpdate] = []
 
     def advance(self, block: Block, columns: torch.Tensor, on_block: OnBlock | None) -> None:
         """Fit one block and move both streams past it."""
-        whole = len(columns) == block.projection.in_features
-        fits_dense = self.options.target == "dense"
-        if whole and not (fits_dense and self.departed):
-            for number, states in enumerate(self.pruned):
-                self.pruned[number] = states + block.run(states)[1]
+        if len(columns) == block.projection.in_features:
+            # Blocks that lost nothing stay as they are: corrected for errors of others they do worse on other text.
+            for stream in (self.pruned, self.dense or []):
+                stream[:] = [states + block.run(states)[1] for states in stream]
             return
-        if fits_dense and self.dense is None:
+        if self.options.target == "dense" and self.dense is None:
             self.dense = list(self.pruned)
-        self.departed = True
         columns = columns.to(block.projection.weight.device)
         update, inputs = self._fit(block, columns)
         self.updates.append(update)
