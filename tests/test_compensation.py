@@ -148,7 +148,7 @@ def logits(model: Any) -> torch.Tensor:
 )
 def test_every_method_is_its_formula(family: str, method: str, target: str, options: dict[str, Any]) -> None:
     model = tiny_model(family)
-    removed = {k: v for k, v in REMOVED.items()}
+    removed = dict(REMOVED)
     if family == "llama-mha":
         removed["layers.3.heads"] = torch.tensor([1])
     wanted = logits(oracle(model, removed, method, target, **options).model)
@@ -218,7 +218,7 @@ def test_the_reported_errors_are_those_of_the_activations() -> None:
     pruned(model, removed)
     update = compensate(model, TOKENS, target="local", damping=0.1).updates[0]
     linear, _ = projection(masked.dense, name)
-    plain = wanted - x[:, update.columns] @ linear.weight[:, update.columns].T
+    plain = wanted - x[:, update.columns] @ linear.weight[:, update.columns].detach().T
     rest = wanted - x[:, update.columns] @ update.weight.double().T
     assert update.before == pytest.approx(float(plain.square().sum() / wanted.square().sum()), rel=1e-4)
     assert update.after == pytest.approx(float(rest.square().sum() / wanted.square().sum()), rel=1e-4)
@@ -236,9 +236,9 @@ def test_blocks_that_lost_nothing_stay(target: str) -> None:
     pruned(model, {"layers.1.channels": torch.tensor([2])})
     compensate(model, TOKENS, target=target, intercept=True)
     changed = {n for n, p in model.named_parameters() if p.shape != weights[n].shape or not torch.equal(p, weights[n])}
-    assert changed == {f"model.layers.1.mlp.{n}" for n in ("gate_proj.weight", "up_proj.weight", "down_proj.weight")} | {
-        f"model.layers.1.mlp.{n}_proj.bias" for n in ("gate", "up", "down")
-    }
+    assert changed == {
+        f"model.layers.1.mlp.{n}" for n in ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    } | {f"model.layers.1.mlp.{n}_proj.bias" for n in ("gate", "up", "down")}
 
 
 @pytest.mark.parametrize("options", [{"method": "bias"}, {"method": "affine"}, {"intercept": True}, {}])

@@ -34,8 +34,8 @@ class Compensation:
         """Method and options in one line."""
         options = self.options
         extra = f", damping {options.damping:g}" if options.method == "lsq" else ""
-        if options.method != "bias" and not options.intercept:
-            extra += ", without biases"
+        if options.method != "bias" and options.intercept != (options.method == "affine"):
+            extra += ", with biases" if options.intercept else ", without biases"
         return f"{options.method}, target {options.target}{extra}, {self.tokens:,} calibration tokens"
 
 
