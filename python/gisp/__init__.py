@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from gisp.errors import GispError
 
 if TYPE_CHECKING:
+    from gisp.compensation import compensate
     from gisp.fused_inference import fuse
     from gisp.loading import load
     from gisp.loop import prune
     from gisp.run_export import export_run
     from gisp.trajectory import Trajectory
 
-__all__ = ["GispError", "Trajectory", "export_run", "fuse", "load", "prune"]
+__all__ = ["GispError", "Trajectory", "compensate", "export_run", "fuse", "load", "prune"]
 
 _HOME = {
     "Trajectory": ("gisp.trajectory", "Trajectory"),
+    "compensate": ("gisp.compensation", "compensate"),
     "export_run": ("gisp.run_export", "export_run"),
     "fuse": ("gisp.fused_inference", "fuse"),
     "load": ("gisp.loading", "load"),

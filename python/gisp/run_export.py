@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gisp.compensation import CompensationRequest, fold_into_dense
 from gisp.errors import GispError
 from gisp.export import (
     ExportReport,
@@ -74,6 +75,7 @@ def export_run(
     data: str | None = None,
     window: int | None = None,
     dtype: str | None = None,
+    compensation: CompensationRequest | None = None,
 ) -> RunExport:
     """Export the step of a run whose sparsity is nearest to ``sparsity`` (``None`` = its end).
 
@@ -82,10 +84,11 @@ def export_run(
         data: evaluation data, to measure the perplexity of the export and of the exact point it was made from.
         window: longest input of the evaluation in tokens, as for ``gisp eval``.
         dtype: of the matrices of a ``gguf`` export: ``f32``, ``f16`` or ``bf16``.
+        compensation: of what is exported, fitted in the dtype of the run and rounded to the base model's.
 
     Raises:
         GispError: no run there, unknown format, an option the format does not follow, ``out`` taken, another base
-            model, unreadable data, or logits that do not agree.
+            model, unreadable data, a compensation the format cannot hold, or logits that do not agree.
     """
     sizes = sizes or SizeOptions()
     _check_options(format, sizes, dtype)
@@ -98,11 +101,18 @@ def export_run(
             return uniform_spec(base, spec, sizes)
         return spec if sizes.round_mlp is None else round_mlp(map_model(base), spec, sizes.round_mlp)
 
-    quality = None
-    if data is not None:
-        quality = measure_quality(trajectory, point, rounded, data, window=window, device=device)
+    quality = fitted = None
+    if data is not None or compensation is not None:
+        quality, fitted = measure_quality(
+            trajectory, point, rounded, data, window=window, device=device, request=compensation, format=format
+        )
     base = trajectory.load_base(device=device, dtype="auto")
     spec = rounded(base, point)
+    if compensation is not None and fitted is not None:
+        # Exporters see a base model with other output projections, and compare with it masked.
+        fold_into_dense(map_model(base), fitted)
+        spec = replace(spec, compensation=compensation.describe(fitted))
+        del fitted
     notes = quality.notes() if quality else (UNMEASURED,) if format == "uniform" else ()
     spec = replace(spec, notes=(*spec.notes, *notes))
     options: dict[str, Any] = {"dtype": dtype} if format == "gguf" else {}

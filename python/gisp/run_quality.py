@@ -1,4 +1,4 @@
-"""What rounding a pruned point to other sizes costs in perplexity."""
+"""What rounding a pruned point to other sizes costs in perplexity, and what compensation gives back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from gisp.compensation import Compensation, CompensationRequest, fit_compensation, fold_into_pruned
 from gisp.evaluation import EvalOptions, Perplexity
 from gisp.evaluation.data import prepare
 from gisp.export import PrunedSpec
@@ -23,19 +24,22 @@ class Quality:
     Attributes:
         data: name of the evaluation data.
         dtype: of the weights while it was measured.
+        compensated: whether the export is compensated; the point never is.
     """
 
     point: Perplexity
     exported: Perplexity
     data: str
     dtype: str
+    compensated: bool = False
 
     def notes(self) -> tuple[tuple[str, str], ...]:
         """Lines of the model card and the command line."""
         how = f"{self.exported.tokens:,} tokens of {self.data}, window {self.exported.window}, {self.dtype}"
         rows = [("perplexity", f"{self.exported.perplexity:.4f} ({how})")]
         if self.exported is not self.point:
-            rows.append(("perplexity of the exact pruned point, same tokens", f"{self.point.perplexity:.4f}"))
+            what = " without compensation" if self.compensated else ""
+            rows.append((f"perplexity of the exact pruned point{what}, same tokens", f"{self.point.perplexity:.4f}"))
         return tuple(rows)
 
 
@@ -43,39 +47,66 @@ def measure_quality(
     trajectory: Trajectory,
     point: PrunedSpec,
     rounded: Callable[[torch.nn.Module, PrunedSpec], PrunedSpec],
-    data: str,
+    data: str | None,
     *,
     window: int | None,
     device: str,
-) -> Quality:
-    """Perplexity of a point of a run and of what rounding makes of it, as ``gisp eval RUN`` measures it.
+    request: CompensationRequest | None = None,
+    format: str = "hf",
+) -> tuple[Quality | None, Compensation | None]:
+    """Perplexity of a point of a run and of what rounding and compensation make of it, measured as ``gisp eval`` does.
 
     Args:
         rounded: the exported spec, from the dense base model and the point.
-        data: evaluation data, as for ``gisp eval``.
+        data: evaluation data, as for ``gisp eval``; None to measure nothing.
+        request: compensation of the exported spec, fitted in the dtype of the run.
+        format: of the export, which says what a compensation may change.
 
     Raises:
-        GispError: the data cannot be read, or a loss is NaN.
+        GispError: the data cannot be read, a loss is NaN, or the format cannot hold the compensation.
     """
     model = trajectory.load_base(device=device)
     model_map = map_model(model)
-    measure = prepare(data, EvalOptions(window=window), model, str(trajectory.base_model["path"]))
+    source = str(trajectory.base_model["path"])
+    # Data that cannot be read is found before anything costly.
+    measure = None if data is None else prepare(data, EvalOptions(window=window), model, source)
     exported = rounded(model, point)
+    compensation = None
+    if request is not None:
+        options = request.for_format(format, model_map)
+        kept = _kept(exported)
+        compensation = fit_compensation(model_map, kept, request.calibration, options, tokenizer_from=source)
+    if data is None or measure is None:
+        return None, compensation
     shrinkable = ShrinkableModel(model_map)
 
-    def result(spec: PrunedSpec) -> Perplexity:
+    def result(spec: PrunedSpec, folded: Compensation | None = None) -> Perplexity:
         shrinkable.remove(_removal(spec, model_map.num_heads, model_map.intermediate_size))
+        if folded is not None:
+            fold_into_pruned(shrinkable, folded)
         found = measure(model)
         shrinkable.rollback()
         return Perplexity(found["perplexity"], found["tokens"], found["window"])
 
     exact = result(point)
-    return Quality(
+    same = compensation is None and exported.layers == point.layers
+    quality = Quality(
         point=exact,
-        exported=exact if exported.layers == point.layers else result(exported),
+        exported=exact if same else result(exported, compensation),
         data=Path(data).name if Path(data).exists() else data,
         dtype=str(model.dtype).removeprefix("torch."),
+        compensated=compensation is not None,
     )
+    return quality, compensation
+
+
+def _kept(spec: PrunedSpec) -> dict[str, torch.Tensor]:
+    """What the spec keeps, by group."""
+    kept = {}
+    for layer, keep in enumerate(spec.layers):
+        kept[heads_name(layer)] = torch.tensor(keep.heads, dtype=torch.int64)
+        kept[channels_name(layer)] = torch.tensor(keep.channels, dtype=torch.int64)
+    return kept
 
 
 def _removal(spec: PrunedSpec, heads: int, channels: int) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ class ShrinkableModel:
         self.fingerprint = fingerprint(model_map.model)
         self.history: list[Removal] = []
         self._compactor = Compactor(model_map.groups)
+        self._restore: Callable[[], None] | None = None
         if model_map.shares_kv:
             use_indexed_attention(model_map.model)
         setattr(model_map.model, self._ATTRIBUTE, self)
@@ -67,6 +68,7 @@ class ShrinkableModel:
                 the map has them go together.
         """
         structures = {name: self._structures(name, index) for name, index in removal.items()}
+        self._settle()
         with self._weights_in_place():
             self._compactor.remove(structures)
         self.history.append(removal)
@@ -82,6 +84,7 @@ class ShrinkableModel:
             raise GispError(
                 f"{steps} steps cannot be undone, {self._compactor.depth} are left after pack(): reload the base"
             )
+        self._settle()
         with self._weights_in_place():
             self._compactor.rollback(steps)
         undone = self.history[len(self.history) - steps :]
@@ -89,8 +92,25 @@ class ShrinkableModel:
         self._refresh({name for removal in undone for name in removal})
 
     def pack(self) -> None:
-        """Give the memory of removed weights back; earlier steps can no longer be rolled back."""
+        """Give the memory of removed weights back; earlier steps can no longer be rolled back.
+
+        Weights written in place since the last step (:meth:`until_moved`) stay.
+        """
         self._compactor.pack()
+        self._restore = None
+
+    def until_moved(self, restore: Callable[[], None]) -> None:
+        """Call ``restore`` before the next step or rollback.
+
+        For weights written into the pruned model in place: with it steps stay exactly reversible.
+        """
+        self._settle()
+        self._restore = restore
+
+    def _settle(self) -> None:
+        if self._restore is not None:
+            restore, self._restore = self._restore, None
+            restore()
 
     @contextlib.contextmanager
     def _weights_in_place(self) -> Iterator[None]:

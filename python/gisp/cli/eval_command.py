@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gisp.cli import app
+from gisp.cli.compensation_options import Calibration, CalibrationTokens, Compensate, CompensationTarget, Damping
 from gisp.errors import GispError
 from gisp.files import check_writable, write_atomic
 
@@ -68,6 +69,11 @@ def evaluate(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to draw the figures in.", rich_help_panel=_ALONG)] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
+    compensate: Compensate = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = None,
+    damping: Damping = None,
+    compensation_target: CompensationTarget = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -91,6 +97,7 @@ def evaluate(
         if path is not None:
             check_writable(path)
 
+    from gisp.compensation import make_request
     from gisp.evaluation import EvalOptions, LmEvalTasks, evaluate_along, evaluate_target
 
     options = EvalOptions(
@@ -105,7 +112,16 @@ def evaluate(
     )
     names = tuple(name.strip() for name in (lm_eval or "").split(","))
     tasks = LmEvalTasks(names, lm_eval_include, limit, batch_size) if lm_eval is not None else None
-    common: dict[str, Any] = {"options": options, "lm_eval": tasks, "device": device, "dtype": dtype}
+    request = make_request(
+        compensate, calibration, tokens=calibration_tokens, damping=damping, target=compensation_target
+    )
+    common: dict[str, Any] = {
+        "options": options,
+        "lm_eval": tasks,
+        "device": device,
+        "dtype": dtype,
+        "compensation": request,
+    }
     if asked is None:
         result = evaluate_target(target, data, sparsity=sparsity, **common)
     else:
@@ -167,6 +183,8 @@ def _print_one(result: dict[str, Any]) -> None:
             conditions.append(f"stride {result['stride']}")
     shown = f" ({', '.join(conditions)})" if conditions else ""
     print(f"{_figures_line(result)} at decoder sparsity {result['sparsity']:.4f}{shown}")
+    if "compensation" in result:
+        print(f"  compensation: {result['compensation']}")
     for name, what in (("truncated", "examples"), ("prompts_truncated", "prompts")):
         if result.get(name):
             print(f"{result[name]:,} {what} were longer than the window and lost tokens at their start")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gisp.cli import app
+from gisp.cli.compensation_options import Calibration, CalibrationTokens, Compensate, CompensationTarget, Damping
 from gisp.errors import GispError
 
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -31,12 +32,24 @@ def export(
     window: Annotated[int | None, typer.Option(help="Tokens per window of the evaluation, as for eval.")] = None,
     device: _Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
+    compensate: Compensate = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = None,
+    damping: Damping = None,
+    target: CompensationTarget = None,
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
+    from gisp.compensation import make_request
     from gisp.export import SizeOptions
     from gisp.export.rounding import option_text
     from gisp.run_export import export_nested_run, export_run
 
+    request = make_request(compensate, calibration, tokens=calibration_tokens, damping=damping, target=target)
+    if nested is not None and request is not None:
+        raise GispError(
+            f"--compensate {compensate} fits the weights to one sparsity, --nested holds one set of weights for all: "
+            "leave one of them out"
+        )
     if nested is not None:
         others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data)
         if format != "hf" or any(other is not None for other in others):
@@ -55,7 +68,16 @@ def export(
         )
     sizes = SizeOptions(round_mlp, align_heads, min_heads)
     done = export_run(
-        run, sparsity, out, format=format, device=device, sizes=sizes, data=data, window=window, dtype=dtype
+        run,
+        sparsity,
+        out,
+        format=format,
+        device=device,
+        sizes=sizes,
+        data=data,
+        window=window,
+        dtype=dtype,
+        compensation=request,
     )
     asked = [f"format {format}"] if format != "hf" else []
     asked += [option_text(sizes.given())] if sizes.given() else []
@@ -65,6 +87,8 @@ def export(
         f"{done.report.parameters_pruned:,} of {done.report.parameters_dense:,} parameters, "
         f"logits differ by {done.report.relative_difference:.1e} relative"
     )
+    if done.spec.compensation:
+        print(f"  compensation: {done.spec.compensation}")
     for what, value in done.spec.notes:
         print(f"  {what}: {value}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gisp.compensation import CompensationRequest
 from gisp.errors import GispError
 from gisp.evaluation.data import EvalOptions, Measure, prepare
 from gisp.evaluation.harness import Harness, LmEvalTasks
@@ -23,6 +24,7 @@ def evaluate_target(
     lm_eval: LmEvalTasks | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    compensation: CompensationRequest | None = None,
 ) -> dict[str, Any]:
     """Figures of one model with their conditions.
 
@@ -32,14 +34,18 @@ def evaluate_target(
         sparsity: point of a run or nested checkpoint (``None`` = its end); only for these.
         window: short for ``options=EvalOptions(window=...)``.
         lm_eval: tasks to run beside ``data``, or instead.
+        compensation: done to the pruned model first; only for a run.
 
     Returns:
         ``sparsity, model_sparsity, step, parameters, kv_bytes_per_token, data`` and what was measured.
     """
     chosen = _options(options, window)
     _check_asked(data, lm_eval)
+    _check_compensation(compensation, target)
     opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype)
     measure = _measure(opened, data, chosen, lm_eval)
+    if compensation is not None:
+        opened.compensate(compensation)
     return {**measure(opened.model), **opened.describe(), "data": data}
 
 
@@ -53,12 +59,14 @@ def evaluate_along(
     lm_eval: LmEvalTasks | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    compensation: CompensationRequest | None = None,
     on_point: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """The same for the dense model and each sparsity of a run or nested checkpoint, moving one model.
 
     Args:
         sparsities: of each the nearest step is taken, every step once.
+        compensation: done anew at each point of a run.
         on_point: called with each point when it is measured.
 
     Returns:
@@ -74,12 +82,15 @@ def evaluate_along(
     if not is_run(target) and not is_nested(target):
         check_model_path(target)
         raise GispError(f"--sparsities needs a run folder or a nested checkpoint, {target} is a model: leave it out")
+    _check_compensation(compensation, target)
     opened = open_target(target, sparsity=0.0, device=device, dtype=dtype)
     wanted = {0: opened.points[0]} | {p.step or 0: p for p in map(opened.nearest, sparsities)}
     measure = _measure(opened, data, chosen, lm_eval)
     points = []
     for _, point in sorted(wanted.items()):
         opened.move(point)
+        if compensation is not None:
+            opened.compensate(compensation)
         points.append({**opened.describe(), **measure(opened.model)})
         if on_point is not None:
             on_point(points[-1])
@@ -90,6 +101,11 @@ def _options(options: EvalOptions | None, window: int | None) -> EvalOptions:
     if options is not None and window is not None:
         raise GispError("window and options are both given: set options.window")
     return options or EvalOptions(window=window)
+
+
+def _check_compensation(compensation: CompensationRequest | None, target: str) -> None:
+    if compensation is not None and not is_run(target):
+        raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
 
 
 def _check_asked(data: str | None, lm_eval: LmEvalTasks | None) -> None:

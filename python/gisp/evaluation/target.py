@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gisp.attention import KV_INDEX, NoHeads
+from gisp.compensation import CompensationRequest, compensate
 from gisp.errors import GispError
 from gisp.loading import load
 from gisp.model_io import check_model_path, resolve_device, resolve_dtype
@@ -48,12 +49,20 @@ class Target:
     ) -> None:
         self.model, self.source, self.points, self.point = model, source, points, point
         self._move = move
+        self._compensation: str | None = None
+
+    def compensate(self, request: CompensationRequest) -> None:
+        """Compensate a run's model where it is; moving takes that back."""
+        if self.point.step:
+            done = compensate(self.model, request.calibration, **asdict(request.options))
+            self._compensation = request.describe(done)
 
     def move(self, point: Point) -> None:
         """Prune or restore the model in place."""
         if self._move is not None:
             self._move(point)
             self.point = point
+            self._compensation = None
 
     def nearest(self, sparsity: float) -> Point:
         """The point nearest to a sparsity, the smaller of two equally near.
@@ -70,13 +79,18 @@ class Target:
         return min(self.points, key=lambda point: (abs(point.sparsity - sparsity), point.sparsity))
 
     def describe(self) -> dict[str, Any]:
-        """``sparsity, model_sparsity, step, parameters, kv_bytes_per_token`` of the model as it is."""
+        """``sparsity, model_sparsity, step, parameters, kv_bytes_per_token`` of the model as it is.
+
+        After a compensation also ``compensation``: what was done.
+        """
+        done = {} if self._compensation is None else {"compensation": self._compensation}
         return {
             "sparsity": self.point.sparsity,
             "model_sparsity": self.point.model_sparsity,
             "step": self.point.step,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "kv_bytes_per_token": kv_bytes_per_token(self.model),
+            **done,
         }
 
 

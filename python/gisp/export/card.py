@@ -134,6 +134,7 @@ def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[str]:
         ("sparsity of the decoder layers", f"{spec.sparsity:.4f} (step {spec.step})"),
         ("sparsity of the whole model", f"{spec.model_sparsity:.4f}"),
         *([("options", f"`{option_text(spec.options)}`")] if spec.options else []),
+        *([("compensation", spec.compensation)] if spec.compensation else []),
         *spec.notes,
         ("parameters stored", f"{report.parameters_pruned:,} of {report.parameters_dense:,}"),
         ("weight files", f"{report.bytes / 1e6:,.1f} MB"),

@@ -122,4 +122,12 @@ def pruned_config(base: Any, model_map: ModelMap, spec: PrunedSpec, layouts: lis
             for layer, (keep, layout) in enumerate(zip(spec.layers, layouts, strict=True))
         },
     )
+    if adds_output_biases(base, model_map):
+        values["output_bias"] = True
     return config_class(**values)
+
+
+def adds_output_biases(base: Any, model_map: ModelMap) -> bool:
+    """Whether o_proj and down_proj have biases that the base model's configuration does not speak of."""
+    biased = model_map.layers[0].layer.mlp.down_proj.bias is not None
+    return biased and not getattr(base.config, "mlp_bias", False)

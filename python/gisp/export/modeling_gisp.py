@@ -1,7 +1,8 @@
 """Decoders whose layers differ in attention heads and MLP width (transformers >= 5.14).
 
 The widths are read from the standard ``per_layer_config`` of the configuration: ``num_attention_heads``,
-``num_key_value_heads`` and ``intermediate_size`` of every layer that differs from the global values. This file needs
+``num_key_value_heads`` and ``intermediate_size`` of every layer that differs from the global values. With
+``output_bias`` o_proj and down_proj have biases, whatever the model's kind gives its other projections. This file needs
 nothing but torch and transformers and travels with the weights.
 """
 
@@ -25,6 +26,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 def layer_config(config: Any, layer: int) -> Any:
     """The configuration of one layer."""
     return config.per_layer_config[layer] if config.is_heterogeneous else config
+
+
+def with_bias(linear: nn.Linear) -> nn.Linear:
+    """A layer of the same shape with a bias."""
+    return nn.Linear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
 
 
 class PrunedConfigMixin:
@@ -72,6 +78,9 @@ class PrunedDecoderMixin(PrunedModelMixin):
         for layer in self.layers:
             # A layer's configuration is a copy; the attention implementation must follow the model's.
             layer.self_attn.config = config
+            if getattr(config, "output_bias", False):
+                layer.self_attn.o_proj = with_bias(layer.self_attn.o_proj)
+                layer.mlp.down_proj = with_bias(layer.mlp.down_proj)
         self.norm = norm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = rotary_embedding(config=config)
         self.gradient_checkpointing = False

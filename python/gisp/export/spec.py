@@ -49,6 +49,7 @@ class PrunedSpec:
         ranking: of every layer, for exports that round sizes; empty where it is not known.
         options: sizes asked for (``round_mlp``, ``align_heads``, ``min_heads``), for the model card.
         notes: further rows of the model card, (what, value).
+        compensation: what was done to the output projections of the base model given to the exporter.
     """
 
     layers: tuple[LayerKeep, ...]
@@ -59,6 +60,7 @@ class PrunedSpec:
     ranking: tuple[LayerRanking, ...] = ()
     options: dict[str, int] = field(default_factory=dict)
     notes: tuple[tuple[str, str], ...] = ()
+    compensation: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,4 +154,6 @@ def gisp_record(base: Any, spec: PrunedSpec) -> dict[str, Any]:
         "step": spec.step,
         "base_fingerprint": (spec.run.get("base_model") or {}).get("fingerprint") or fingerprint(base),
     }
+    if spec.compensation:
+        record["compensation"] = spec.compensation
     return {**record, "options": spec.options} if spec.options else record

@@ -1,0 +1,33 @@
+"""Compensation: new output projections for what pruning left, fitted to calibration data without training.
+
+It composes with any way of choosing structures and ends in plain weights (and biases) of o_proj and down_proj.
+"""
+
+from __future__ import annotations
+
+from gisp.compensation.apply import (
+    Compensation,
+    compensate,
+    fit_compensation,
+    fold_into_dense,
+    fold_into_pruned,
+    kept_structures,
+)
+from gisp.compensation.options import METHODS, TARGETS, CompensationOptions
+from gisp.compensation.request import CompensationRequest, make_request
+from gisp.compensation.sweep import BlockUpdate
+
+__all__ = [
+    "METHODS",
+    "TARGETS",
+    "BlockUpdate",
+    "Compensation",
+    "CompensationOptions",
+    "CompensationRequest",
+    "compensate",
+    "fit_compensation",
+    "fold_into_dense",
+    "fold_into_pruned",
+    "kept_structures",
+    "make_request",
+]

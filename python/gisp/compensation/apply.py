@@ -1,0 +1,217 @@
+"""Fitting and folding in: into a model pruned in place, or into the dense model an export is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gisp.compensation.options import CompensationOptions
+from gisp.compensation.sweep import BlockUpdate, Kept, OnBlock, fit_updates
+from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
+from gisp.errors import GispError
+from gisp.shrink import ShrinkableModel
+from gisp.structures import ModelMap
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What was fitted.
+
+    Attributes:
+        updates: of every output projection that changes, in the order of the layers.
+        tokens: calibration tokens.
+    """
+
+    options: CompensationOptions
+    updates: tuple[BlockUpdate, ...]
+    tokens: int
+
+    def describe(self) -> str:
+        """Method and options in one line."""
+        options = self.options
+        extra = f", damping {options.damping:g}" if options.method == "lsq" else ""
+        if options.method != "bias" and options.intercept != (options.method == "affine"):
+            extra += ", with biases" if options.intercept else ", without biases"
+        return f"{options.method}, target {options.target}{extra}, {self.tokens:,} calibration tokens"
+
+
+def fit_compensation(
+    model_map: ModelMap,
+    kept: Kept,
+    data: Any,
+    options: CompensationOptions,
+    *,
+    tokenizer_from: str | None = None,
+    on_block: OnBlock | None = None,
+) -> Compensation:
+    """Fit a dense model's output projections to what stays of its blocks; the model is left as it was.
+
+    Args:
+        kept: original indices of the query heads and channels that stay, for every group.
+        data: ``Sequences``, or a SPEC as for ``gisp prune`` (see :func:`gisp.data.load_sequences`).
+        tokenizer_from: model folder or name whose tokenizer reads text.
+
+    Raises:
+        GispError: unreadable data, a model built otherwise, or activations that are not finite.
+    """
+    sequences = calibration_sequences(model_map, data, tokenizer_from)
+    updates, tokens = fit_updates(model_map, kept, sequences, options, on_block)
+    return Compensation(options, tuple(updates), tokens)
+
+
+def calibration_sequences(model_map: ModelMap, data: Any, tokenizer_from: str | None) -> Sequences:
+    """The data as sequences of at most 256 tokens."""
+    if isinstance(data, Sequences):
+        return data
+    return load_sequences(data, vocab_size=model_map.vocab_size, seq_len=DEFAULT_SEQ_LEN, tokenizer_from=tokenizer_from)
+
+
+def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, **options: Any) -> Compensation:
+    """Compensate a model that was pruned in place, whatever chose its structures.
+
+    The output projections (o_proj, down_proj) get new weights and, with an intercept, biases. Moving the model along
+    its steps (``Trajectory.at``, ``ShrinkableModel.remove`` and ``rollback``) first takes the compensation back, bit
+    for bit; compensating again replaces it.
+
+    Args:
+        model: pruned by :func:`gisp.prune`, ``Trajectory.at`` or :class:`gisp.shrink.ShrinkableModel`, not packed.
+        data: calibration data, as for :func:`gisp.prune`.
+        on_block: called with every block's update.
+        **options: see :class:`CompensationOptions`.
+
+    Raises:
+        GispError: a model that is not pruned or was packed, a bad option, unreadable data.
+    """
+    chosen = make_options(**options)
+    shrinkable = ShrinkableModel.of(model)
+    if shrinkable is None:
+        raise GispError("this model was not pruned: nothing is there to compensate, prune it or take it along a run")
+    model_map = shrinkable.map
+    name = str(getattr(model, "name_or_path", "")) or None
+    sequences = calibration_sequences(model_map, data, name)
+    kept = kept_structures(shrinkable)
+    history = list(shrinkable.history)
+    shrinkable.rollback(len(history))
+    try:
+        found = fit_compensation(model_map, kept, sequences, chosen, on_block=on_block)
+    finally:
+        for removal in history:
+            shrinkable.remove(removal)
+    fold_into_pruned(shrinkable, found)
+    return found
+
+
+def make_options(**options: Any) -> CompensationOptions:
+    """Checked options.
+
+    Raises:
+        GispError: an unknown option or value.
+    """
+    try:
+        return CompensationOptions(**options)
+    except TypeError:
+        known = ", ".join(CompensationOptions.__dataclass_fields__)
+        raise GispError(f"unknown option among {', '.join(options)}: compensation has {known}") from None
+
+
+def kept_structures(shrinkable: ShrinkableModel) -> dict[str, torch.Tensor]:
+    """What a pruned model keeps: original query heads and channels of every group, ascending."""
+    return {group.name: _order(shrinkable, group.name).sort().values for group in shrinkable.map.groups}
+
+
+def fold_into_pruned(shrinkable: ShrinkableModel, compensation: Compensation) -> None:
+    """Write a compensation into a model in the state it was fitted for, until the model is moved.
+
+    Raises:
+        GispError: the model keeps other structures.
+    """
+    current = kept_structures(shrinkable)
+    blocks = _projections(shrinkable.map)
+    undo: list[Callable[[], None]] = []
+    places = []
+    for update in compensation.updates:
+        linear, width = blocks[update.name]
+        order = _columns(_order(shrinkable, update.name), width)
+        if not torch.equal(_columns(current[update.name], width), update.columns.cpu()):
+            raise GispError(f"{update.name} keeps other structures than this compensation was fitted for: fit it anew")
+        # Columns of the update stand in original order, those of the model in the order of its swaps.
+        places.append((linear, update, torch.searchsorted(update.columns.cpu(), order).to(linear.weight.device)))
+    for linear, update, position in places:
+        undo.append(_overwrite(linear, None if update.weight is None else update.weight[:, position], update.bias))
+
+    def restore() -> None:
+        for step in reversed(undo):
+            step()
+
+    shrinkable.until_moved(restore)
+
+
+def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
+    """Write a compensation into the dense model it was fitted on, at the columns that stay, for an export.
+
+    The model as a whole computes nothing useful then: only with the removed structures gone.
+    """
+    blocks = _projections(model_map)
+    with torch.no_grad():
+        for update in compensation.updates:
+            linear, _ = blocks[update.name]
+            if update.weight is not None:
+                linear.weight[:, update.columns] = update.weight.to(linear.weight.dtype)
+            _set_bias(linear, update.bias)
+        if any(update.bias is not None for update in compensation.updates):
+            # A checkpoint has them in all layers or in none.
+            for linear, _ in blocks.values():
+                _set_bias(linear, linear.weight.new_zeros(linear.out_features) if linear.bias is None else None)
+
+
+def _projections(model_map: ModelMap) -> dict[str, tuple[nn.Linear, int]]:
+    """By group: its output projection and the columns of a query head or channel."""
+    found: dict[str, tuple[nn.Linear, int]] = {}
+    for item in model_map.layers:
+        found[item.heads.name] = (item.attention.o_proj, model_map.head_dim)
+        found[item.channels.name] = (item.layer.mlp.down_proj, 1)
+    return found
+
+
+def _order(shrinkable: ShrinkableModel, name: str) -> torch.Tensor:
+    """Original query heads or channels of a group by current position."""
+    structures = shrinkable.order(name)
+    share = shrinkable.map.heads_per_structure
+    return _columns(structures, share) if name.endswith("heads") else structures
+
+
+def _columns(structures: torch.Tensor, width: int) -> torch.Tensor:
+    return (structures[:, None] * width + torch.arange(width)).flatten()
+
+
+@torch.no_grad()
+def _overwrite(linear: nn.Linear, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Callable[[], None]:
+    """Give a layer other values in place; the returned call brings the old ones back."""
+    old_weight = None if weight is None else linear.weight.detach().clone()
+    old_bias, old_values = linear.bias, None if linear.bias is None else linear.bias.detach().clone()
+    if weight is not None:
+        linear.weight.copy_(weight)
+    _set_bias(linear, bias)
+
+    def restore() -> None:
+        with torch.no_grad():
+            if old_weight is not None:
+                linear.weight.copy_(old_weight)
+            linear.bias = old_bias
+            if old_values is not None:
+                old_bias.copy_(old_values)
+
+    return restore
+
+
+def _set_bias(linear: nn.Linear, bias: torch.Tensor | None) -> None:
+    if bias is None:
+        return
+    if linear.bias is None:
+        linear.bias = nn.Parameter(bias.to(linear.weight.dtype, copy=True), requires_grad=linear.weight.requires_grad)
+    else:
+        linear.bias.copy_(bias)

@@ -1,0 +1,56 @@
+"""What a compensation does, and its checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from gisp.errors import GispError
+
+METHODS = ("bias", "affine", "lsq")
+TARGETS = ("local", "dense")
+# By method, see docs/compensation.md: a mean or a slope cannot follow the dense stream and overshoots.
+DEFAULT_TARGET = {"bias": "local", "affine": "local", "lsq": "dense"}
+DEFAULT_DAMPING = 0.01
+DEFAULT_TOKENS = 131072
+
+
+@dataclass(frozen=True)
+class CompensationOptions:
+    """Options of one compensation.
+
+    Attributes:
+        method: ``bias``, ``affine`` or ``lsq``, see :mod:`gisp.compensation.fits`.
+        target: output every block is fitted to: ``local``, that of the unpruned block on the same input; ``dense``,
+            the one that brings the residual stream back to the dense model's, so that errors do not add up. ``None``
+            is ``dense`` for ``lsq`` and ``local`` for the others.
+        damping: of ``lsq``: multiple of the mean diagonal of the Gram matrix added to its diagonal.
+        tokens: calibration tokens used, the first of the data.
+        intercept: whether output biases are fitted. ``None`` is no for ``lsq``, which gains next to nothing by them and
+            so fits every format, and yes for the others.
+
+    Raises:
+        GispError: a value that is not one of these.
+    """
+
+    method: str = "lsq"
+    target: str | None = None
+    damping: float = DEFAULT_DAMPING
+    tokens: int = DEFAULT_TOKENS
+    intercept: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise GispError(f"--compensate is {self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.target is not None and self.target not in TARGETS:
+            raise GispError(f"--target is {self.target!r}: choose one of {', '.join(TARGETS)}")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise GispError(f"--damping is {self.damping}: give a number of at least 0")
+        if self.tokens < 1:
+            raise GispError(f"--calibration-tokens is {self.tokens}: give at least 1")
+        if self.target is None:
+            object.__setattr__(self, "target", DEFAULT_TARGET[self.method])
+        if self.intercept is None:
+            object.__setattr__(self, "intercept", self.method != "lsq")
+        if self.method == "bias" and not self.intercept:
+            raise GispError("--compensate bias fits output biases alone: choose affine or lsq where they have no place")

@@ -1,0 +1,73 @@
+"""A compensation asked for by name: options and calibration data, and what a format can carry of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gisp.compensation.apply import Compensation, make_options
+from gisp.compensation.options import CompensationOptions
+from gisp.errors import GispError
+from gisp.structures import ModelMap
+
+# Formats that hold output biases the base model has not: the others take its own biases only.
+ADDS_BIASES = ("hf",)
+
+
+@dataclass(frozen=True)
+class CompensationRequest:
+    """Options and calibration data (a SPEC) of a compensation."""
+
+    options: CompensationOptions
+    calibration: str
+
+    def for_format(self, format: str, model_map: ModelMap) -> CompensationOptions:
+        """The options as far as an export of the model can hold what they fit.
+
+        Raises:
+            GispError: ``bias``, where output biases have no place.
+        """
+        item = model_map.layers[0]
+        has_biases = all(linear.bias is not None for linear in (item.attention.o_proj, item.layer.mlp.down_proj))
+        if format in ADDS_BIASES or has_biases or not self.options.intercept:
+            return self.options
+        if self.options.method == "bias":
+            raise GispError(
+                f"--compensate bias needs output biases, which format {format} of this model has not: "
+                "give --compensate lsq, or --format hf"
+            )
+        return replace(self.options, intercept=False)
+
+    def describe(self, done: Compensation) -> str:
+        """What was done with which data, in one line; a path is told by its last part."""
+        data = Path(self.calibration).name if Path(self.calibration).exists() else self.calibration
+        return f"{done.describe()} of {data}"
+
+
+def make_request(
+    method: str | None,
+    calibration: str | None,
+    *,
+    tokens: int | None = None,
+    damping: float | None = None,
+    target: str | None = None,
+) -> CompensationRequest | None:
+    """The request that options of the command line make up, None for none.
+
+    Raises:
+        GispError: a bad value, an option without ``--compensate``, or no calibration data.
+    """
+    given = {"tokens": tokens, "damping": damping, "target": target}
+    given = {name: value for name, value in given.items() if value is not None}
+    if method is None:
+        for name, value in {"calibration": calibration, **given}.items():
+            if value is not None:
+                option = "calibration-tokens" if name == "tokens" else name
+                raise GispError(f"--{option} {value} is for --compensate METHOD: give both or leave it out")
+        return None
+    options = make_options(method=method, **given)
+    if damping is not None and method != "lsq":
+        raise GispError(f"--damping {damping} changes nothing in --compensate {method}: leave it out, or use lsq")
+    if calibration is None:
+        raise GispError(f"--compensate {method} needs --calibration DATA, as for gisp prune --data")
+    return CompensationRequest(options, calibration)

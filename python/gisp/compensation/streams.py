@@ -1,0 +1,158 @@
+"""Residual streams of calibration tokens, moved through a decoder one block at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gisp.data import Row, Sequences
+from gisp.errors import GispError
+from gisp.structures import LayerMap, ModelMap
+
+_TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
+# Relative difference of a layer taken apart from the layer itself; a wrong one is off by its own size.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token rows of similar length, padded on the right (causal attention does not look there).
+
+    Attributes:
+        ids: int64 [B, S] on the model's device.
+        real: bool [B, S], False for padding; None where there is none.
+    """
+
+    ids: torch.Tensor
+    real: torch.Tensor | None
+
+    def tokens(self, states: torch.Tensor) -> torch.Tensor:
+        """The states [B, S, n] of the real tokens, [T, n]."""
+        return states.flatten(0, 1) if self.real is None else states[self.real]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One half of a decoder layer: ``x + projection(inputs(norm(x)))``."""
+
+    name: str
+    norm: Any
+    body: Any
+    projection: nn.Linear
+    arguments: dict[Any, dict[str, Any]]
+    """By shape of the token ids, what the decoder hands to the body beside the hidden states."""
+
+    def run(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs [B, S, width] of the output projection and its output [B, S, D], both unpruned."""
+        held: list[torch.Tensor] = []
+        hook = self.projection.register_forward_pre_hook(lambda _, args: held.append(args[0]))
+        try:
+            output = self.body(self.norm(states), **self.arguments.get(states.shape[:2], {}))
+        finally:
+            hook.remove()
+        return held[0], output[0] if isinstance(output, tuple) else output
+
+
+def make_batches(data: Sequences, tokens: int, device: torch.device) -> list[Batch]:
+    """The first ``tokens`` tokens of the data, long rows first."""
+    rows = sorted(_first_tokens(data.rows, tokens), key=len, reverse=True)
+    most = _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
+    batches = []
+    while rows:
+        length = len(rows[0])
+        count = max(1, most // length)
+        chosen, rows = rows[:count], rows[count:]
+        ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for row in chosen])
+        real = (torch.arange(length)[None] < lengths[:, None]).to(device)
+        batches.append(Batch(ids, None if bool((lengths == length).all()) else real))
+    return batches
+
+
+def _first_tokens(rows: tuple[Row, ...], tokens: int) -> list[torch.Tensor]:
+    chosen = []
+    for ids, _ in rows:
+        if tokens <= 0:
+            break
+        chosen.append(ids[:tokens])
+        tokens -= len(ids)
+    return chosen
+
+
+class Decoder:
+    """A dense decoder taken apart into embeddings and blocks.
+
+    Raises:
+        GispError: its layers compute something else than two such blocks.
+    """
+
+    def __init__(self, model_map: ModelMap, batches: list[Batch]) -> None:
+        self._layers = model_map.layers
+        self._arguments: list[dict[Any, dict[str, Any]]] = [{} for _ in model_map.layers]
+        self.embedded = [self._embed(model_map.model, batch.ids) for batch in batches]
+        self._check()
+
+    def blocks(self, item: LayerMap) -> tuple[Block, Block]:
+        """Attention and MLP of a layer, named like their groups."""
+        layer = item.layer
+        return (
+            Block(
+                item.heads.name,
+                layer.input_layernorm,
+                item.attention,
+                item.attention.o_proj,
+                self._arguments[item.index],
+            ),
+            Block(item.channels.name, layer.post_attention_layernorm, layer.mlp, layer.mlp.down_proj, {}),
+        )
+
+    def _embed(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, S, D], and in passing what every layer is called with."""
+        held: list[torch.Tensor] = []
+
+        def record(index: int) -> Any:
+            def forward(hidden_states: torch.Tensor, *args: Any, **arguments: Any) -> torch.Tensor:
+                if not held:
+                    held.append(hidden_states)
+                self._arguments[index][ids.shape] = arguments
+                return hidden_states
+
+            return forward
+
+        with contextlib.ExitStack() as stack:
+            for item in self._layers:
+                stack.enter_context(_replaced_forward(item.layer, record(item.index)))
+            model.model(input_ids=ids, use_cache=False)
+        return held[0]
+
+    def _check(self) -> None:
+        """Compare the first layer with its two blocks: other decoders scale, norm or join their parts differently."""
+        item, states = self._layers[0], self.embedded[0]
+        expected = item.layer(states, **self._arguments[0][states.shape[:2]])
+        expected = expected[0] if isinstance(expected, tuple) else expected
+        for block in self.blocks(item):
+            states = states + block.run(states)[1]
+        distance = float((states.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
+        if not distance <= _TOLERANCE[states.dtype]:
+            raise GispError(
+                f"layer 0 is not an attention and an MLP block each added to its input (it is off by {distance:.0e}): "
+                "this model type cannot be compensated"
+            )
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own
