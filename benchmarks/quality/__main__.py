@@ -1,0 +1,163 @@
+"""The quality study on one decoder.
+
+    python -m benchmarks.quality MODEL --calibration C.safetensors --evaluation E.safetensors --out R.json
+    python -m benchmarks.quality --train DIR --corpus TEXT --train-seconds 150 --out R.json
+
+Cells of the studies (criteria, fast, compensation, task) run over several seeds; what --out holds already is not run
+again. Without a GPU give --quick: one third of the steps, fewer tokens and variants.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command import Budget, Parser, check_writable, count, exit_code, positive, read_json, write_json
+from benchmarks.identity import identity
+from benchmarks.quality import bench_data, cells, summary
+from benchmarks.quality.pool import run_cells
+from benchmarks.quality.run_cell import Bench, Runner
+from gisp.errors import GispError
+from gisp.model_io import resolve_device, resolve_dtype
+
+NAME = "python -m benchmarks.quality"
+STUDIES = ("criteria", "fast", "compensation", "task")
+
+
+def parser() -> argparse.ArgumentParser:
+    options = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("model", nargs="?", type=Path, help="folder of a trained decoder")
+    options.add_argument("--calibration", type=Path, help="token file; of --train its own")
+    options.add_argument("--evaluation", type=Path, help="token file; of --train its own")
+    options.add_argument(
+        "--train", type=Path, metavar="DIR", help="instead of MODEL, train one of 65M parameters there"
+    )
+    options.add_argument("--corpus", type=Path, help="text to train on: a folder of Python source or a .jsonl.gz")
+    options.add_argument("--train-seconds", type=positive, help="shorten the training to this time")
+    options.add_argument("--study", action="append", choices=STUDIES, help="repeatable (criteria)")
+    options.add_argument("--only", action="append", default=[], metavar="NAME", help="part of a way's name; repeatable")
+    options.add_argument("--seeds", type=count, default=3, help="0 to N-1 (3)")
+    options.add_argument("--steps", type=count, default=cells.STEPS, help="of fast (200)")
+    options.add_argument("--exact-tokens", type=count, default=cells.EXACT_TOKENS, help="of exact schedules (163840)")
+    options.add_argument("--exact-steps", type=count, default=cells.EXACT_STEPS, help="of exact schedules (112)")
+    options.add_argument("--exact-seeds", type=count, default=3, help="of them, the costliest by far (3)")
+    options.add_argument("--sparsities", default="0.2,0.3,0.4,0.5")
+    options.add_argument("--window", type=count, default=256)
+    options.add_argument("--evaluation-rows", type=count, help="rows evaluated (all)")
+    options.add_argument("--quick", action="store_true", help="a cut for a CPU: 60 steps, 64 rows evaluated, one seed")
+    options.add_argument("--jobs", type=count, default=1, help="processes side by side (1)")
+    options.add_argument("--budget", type=positive, metavar="SECONDS", help="begin no cell after that")
+    options.add_argument("--device", default="auto")
+    options.add_argument("--dtype", default=None, help="bfloat16 (default on a GPU) or float32")
+    options.add_argument("--out", type=Path, help="JSON file to write or to go on with")
+    options.add_argument("--plot", action="store_true", help="also draw PNGs beside --out")
+    options.add_argument("--list", action="store_true", help="print the cells and stop")
+    return options
+
+
+def chosen(args: argparse.Namespace, gqa: bool) -> list[cells.Cell]:
+    """The cells asked for, those of one seed before those of the next."""
+    seeds = range(args.seeds)
+    made = {
+        "criteria": lambda: cells.criteria_cells(
+            seeds, args.steps, args.exact_tokens, gqa, args.exact_steps, args.exact_seeds
+        ),
+        "fast": lambda: cells.fast_cells(seeds, args.steps, args.exact_tokens),
+        "compensation": lambda: cells.compensation_cells(seeds, args.steps),
+        "task": lambda: cells.task_cells(seeds, args.steps),
+    }
+    found = [cell for study in args.study or ["criteria"] for cell in made[study]()]
+    found = [cell for cell in found if not args.only or any(word in cell.name for word in args.only)]
+    if not found:
+        raise GispError(f"--only {', '.join(args.only)} matches no way of pruning: see --list")
+    return sorted(found, key=lambda cell: cell.seed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 1 if a cell failed.
+
+    Raises:
+        GispError: bad options or unreadable files.
+    """
+    args = parser().parse_args(argv)
+    if args.quick:
+        args.seeds, args.steps, args.exact_tokens, args.exact_steps = 1, 60, 8192, 30
+        args.evaluation_rows = args.evaluation_rows or 64
+    if args.list:
+        print("\n".join(cell.key for cell in chosen(args, gqa=True)))
+        return 0
+    if args.plot and not args.out:
+        raise GispError("--plot writes beside a result: give --out")
+    check_writable(args.out)
+    bench = _bench(args)
+    result = read_json(args.out, "quality") if args.out and args.out.exists() else {"benchmark": "quality", "cells": []}
+    runner = Runner(bench)
+    dense = runner.dense()
+    result |= {
+        "identity": identity(runner.device),
+        "model": bench.decoder.path.name,
+        "training": bench_data.described(bench.decoder.path),
+        "dtype": str(resolve_dtype(bench.dtype, runner.device)).removeprefix("torch."),
+        "window": bench.window,
+        "dense": dense,
+    }
+    print(
+        f"{result['model']}: {dense['parameters']:,} parameters, dense perplexity {dense['perplexity']:.3f}", flush=True
+    )
+    done = {f"{cell['study']}/{cell['name']}/{cell['seed']}" for cell in result["cells"] if "error" not in cell}
+    gqa = dense["num_key_value_heads"] < dense["num_attention_heads"]
+    todo = [cell for cell in chosen(args, gqa) if cell.key not in done]
+    del runner
+
+    def keep(cell: dict[str, Any]) -> None:
+        result["cells"] = [c for c in result["cells"] if _key(c) != _key(cell)] + [cell]
+        values = [point["perplexity"] for point in cell.get("points", []) if point["compensation"] is None]
+        print(f"{_key(cell):50s} {cell.get('error') or [round(value, 2) for value in values]}", flush=True)
+        if args.out:
+            write_json(args.out, result)
+
+    left = run_cells(bench, todo, args.jobs, Budget(args.budget), keep)
+    if left:
+        print(f"{len(left)} of {len(todo)} cells left out, the budget is spent")
+    for study in STUDIES:
+        text = summary.show(result, study)
+        print(text + "\n" if text else "", end="")
+    print(summary.show(result, "task", "acc"))
+    print("\n".join(summary.verdicts(result)))
+    if args.plot:
+        from benchmarks.quality.plot import write_plots
+
+        for path in write_plots(result, args.out):
+            print(f"wrote {path}")
+    return 1 if any("error" in cell for cell in result["cells"]) else 0
+
+
+def _key(cell: dict[str, Any]) -> str:
+    return f"{cell['study']}/{cell['name']}/{cell['seed']}"
+
+
+def _bench(args: argparse.Namespace) -> Bench:
+    try:
+        sparsities = tuple(sorted(float(value) for value in args.sparsities.split(",")))
+    except ValueError:
+        raise GispError(f"--sparsities is {args.sparsities!r}: give numbers separated by commas") from None
+    if args.train is not None:
+        if (args.train / "config.json").exists():
+            decoder = bench_data.Decoder(
+                args.train, args.train / "calibration.safetensors", args.train / "evaluation.safetensors"
+            )
+        elif args.corpus is None:
+            raise GispError("--train needs text: give --corpus")
+        else:
+            decoder = bench_data.train_decoder(args.train, args.corpus, args.train_seconds)
+    elif args.model is None or args.calibration is None or args.evaluation is None:
+        raise GispError("give MODEL, --calibration and --evaluation, or --train DIR with --corpus")
+    else:
+        decoder = bench_data.Decoder(args.model, args.calibration, args.evaluation)
+    device = resolve_device(args.device)
+    return Bench(decoder, sparsities, args.window, args.evaluation_rows, str(device), args.dtype)
+
+
+if __name__ == "__main__":
+    raise SystemExit(exit_code(main))

@@ -1,0 +1,146 @@
+"""What the study runs: cells, each one way of pruning with one seed, listed by the question they answer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SPARSITIES = (0.2, 0.3, 0.4, 0.5)
+# Calibration tokens of the exact schedules: a step of ``paper`` or ``official`` sees all of them.
+EXACT_TOKENS = 163840
+EXACT_STEPS = 112
+BATCH_TOKENS = 8192
+STEPS = 200
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way of pruning with one seed.
+
+    Attributes:
+        study: the question: ``criteria``, ``fast`` (its parts one by one), ``compensation`` or ``task``.
+        name: the way; cells of one name differ in their seed alone.
+        options: of :func:`gisp.prune`.
+        one_shot: one scoring pass of the dense model for all sparsities.
+        tokens: calibration tokens to choose from, drawn by the seed; ``None`` = all there are.
+        compensate: options of :func:`gisp.compensation.compensate`, each measured at every sparsity.
+    """
+
+    study: str
+    name: str
+    options: dict[str, Any]
+    seed: int = 0
+    one_shot: bool = False
+    tokens: int | None = None
+    compensate: tuple[dict[str, Any], ...] = field(default=())
+
+    @property
+    def key(self) -> str:
+        """Names the cell in a result."""
+        return f"{self.study}/{self.name}/{self.seed}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+BIAS, AFFINE, LSQ = ({"method": name} for name in ("bias", "affine", "lsq"))
+
+
+def criteria_cells(
+    seeds: range, steps: int, exact_tokens: int, gqa: bool, exact_steps: int = EXACT_STEPS, exact_seeds: int = 3
+) -> list[Cell]:
+    """Every criterion as it was published, ``fast`` and the exact schedules of the paper and its code."""
+    tokens = steps * BATCH_TOKENS
+    shared = {"gqa": "group"} if gqa else {}
+    cells = []
+    for seed in seeds:
+        fast = {"steps": steps, "seed": seed}
+        cells.append(Cell("criteria", "fast", fast, seed, compensate=(BIAS, AFFINE, LSQ)))
+        if shared:
+            cells.append(Cell("criteria", "fast, gqa group", {**fast, **shared}, seed, compensate=(LSQ,)))
+        exact = {"steps": exact_steps, "seed": seed}
+        for preset in ("paper", "official") if seed < exact_seeds else ():
+            options = {"preset": preset, **exact}
+            cells.append(Cell("criteria", f"{preset}, {exact_steps} steps", options, seed, tokens=exact_tokens))
+        for name, options, compensate in (
+            ("gisp, one shot", {"criterion": "gisp"}, (LSQ,)),
+            ("taylor-local", {"criterion": "taylor-local"}, ()),
+            ("signed", {"criterion": "signed"}, ()),
+            ("wanda-sp", {"criterion": "wanda-sp"}, (LSQ,)),
+            ("owl", {"criterion": "wanda-sp", "allocator": "owl"}, ()),
+            ("flap", {"criterion": "flap"}, (BIAS, LSQ)),
+            ("block-influence", {"criterion": "block-influence"}, ()),
+            ("random", {"criterion": "random"}, ()),
+            ("magnitude", {"criterion": "magnitude"}, ()),
+        ):
+            if name == "magnitude" and seed != seeds[0]:
+                continue  # sees neither data nor seed
+            one_shot = {**options, "seed": seed}
+            cells.append(Cell("criteria", name, one_shot, seed, True, tokens, compensate))
+    return cells
+
+
+def fast_cells(seeds: range, steps: int, exact_tokens: int) -> list[Cell]:
+    """The parts of ``fast``, one changed at a time."""
+    changes: dict[str, dict[str, Any]] = {
+        "as it is": {},
+        f"{steps // 4} steps": {"steps": steps // 4},
+        f"{steps // 2} steps": {"steps": steps // 2},
+        f"{2 * steps} steps": {"steps": 2 * steps},
+        "2,048 tokens a step": {"batch_tokens": BATCH_TOKENS // 4},
+        "4,096 tokens a step": {"batch_tokens": BATCH_TOKENS // 2},
+        "16,384 tokens a step": {"batch_tokens": 2 * BATCH_TOKENS},
+        "no moving average": {"ema": 0.0},
+        "moving average 0.5": {"ema": 0.5},
+        "moving average 0.8": {"ema": 0.8},
+        "moving average 0.95": {"ema": 0.95},
+        "norm official": {"norm": "official"},
+        "norm none": {"norm": "none"},
+        "norm zscore": {"norm": "zscore"},
+        "nothing protected": {"protect_first": 0.0, "protect_last": 0},
+        "last layer protected": {"protect_first": 0.0},
+        "first 10 % protected": {"protect_last": 0},
+        "first 20 % protected": {"protect_first": 0.2},
+        "align 1": {"align": 1},
+        "align 64": {"align": 64},
+        "float32": {"dtype": "float32"},
+        "uniform allocator": {"allocator": "uniform"},
+        "signed scores": {"criterion": "signed"},
+        "wanda-sp scores": {"criterion": "wanda-sp", "allocator": "global"},
+        "flap scores": {"criterion": "flap"},
+    }
+    cells = [
+        Cell("fast", name, {"steps": steps, "seed": seed, **options}, seed)
+        for name, options in changes.items()
+        for seed in seeds
+    ]
+    exact = {"preset": "fast", "engine": "exact", "ema": 0.0, "steps": steps // 4}
+    for seed in seeds:
+        cells.append(Cell("fast", f"exact, {steps // 4} steps", {**exact, "seed": seed}, seed, tokens=exact_tokens))
+        for tokens in (exact_tokens // 8, exact_tokens // 2, 2 * exact_tokens):
+            few = {"steps": steps, "seed": seed}
+            cells.append(Cell("fast", f"of {tokens:,} calibration tokens", few, seed, tokens=tokens))
+    return cells
+
+
+def compensation_cells(seeds: range, steps: int) -> list[Cell]:
+    """Methods, targets, damping and calibration size of compensation, all on one run of ``fast``."""
+    variants: list[dict[str, Any]] = [BIAS, AFFINE, LSQ]
+    variants += [{"method": method, "target": "dense"} for method in ("bias", "affine")]
+    variants += [{"method": "lsq", "target": "local"}, {"method": "lsq", "intercept": True}]
+    variants += [{"method": "lsq", "damping": damping} for damping in (0.0, 0.001, 0.1)]
+    variants += [{"method": "lsq", "tokens": tokens} for tokens in (8192, 32768, 524288)]
+    return [Cell("compensation", "fast", {"steps": steps, "seed": s}, s, compensate=tuple(variants)) for s in seeds]
+
+
+def task_cells(seeds: range, steps: int) -> list[Cell]:
+    """Calibration on a choice task: gold against wrong continuations, gold alone, and the plain text."""
+    return [
+        Cell("task", name, {"steps": steps, "seed": seed, "objective": objective, "data": data}, seed)
+        for seed in seeds
+        for name, objective, data in (
+            ("margin on choices", "margin", "choices"),
+            ("lm on gold choices", "lm", "choices"),
+            ("lm on text", "lm", "text"),
+        )
+    ]

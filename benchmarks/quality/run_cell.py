@@ -1,0 +1,130 @@
+"""One cell: a fresh model pruned, and its perplexity (or accuracy) at every sparsity, with and without compensation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.quality import bench_data
+from benchmarks.quality.cells import Cell
+from gisp.compensation import compensate
+from gisp.config import make_config
+from gisp.data import Sequences
+from gisp.evaluation import perplexity
+from gisp.evaluation.choices import ChoiceAccuracy
+from gisp.loop import prune
+from gisp.model_io import load_dense, resolve_dtype
+from gisp.one_shot import one_shot
+from gisp.structures import map_model
+
+Point = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells of a study share.
+
+    Attributes:
+        window: tokens per window of the evaluation.
+        evaluation_rows: rows evaluated, ``None`` = all.
+    """
+
+    decoder: bench_data.Decoder
+    sparsities: tuple[float, ...]
+    window: int
+    evaluation_rows: int | None
+    device: str
+    dtype: str | None = None
+
+
+class Runner:
+    """Runs cells one after another in one process; the data is read once."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.device = torch.device(bench.device)
+        model = self._load(None)
+        vocab_size = map_model(model).vocab_size
+        self.calibration = bench_data.read_tokens(bench.decoder.calibration, vocab_size)
+        self.evaluation = bench_data.read_tokens(bench.decoder.evaluation, vocab_size, bench.evaluation_rows)
+        self.questions = ChoiceAccuracy(bench_data.choice_questions(self.evaluation), bench.window)
+
+    def dense(self) -> dict[str, Any]:
+        """Figures of the dense decoder."""
+        model = self._load(None)
+        return {**map_model(model).describe(), **self._measure(model), **self.questions(model)}
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """A cell's points, JSON-ready; an error becomes the cell's result."""
+        started = time.perf_counter()
+        try:
+            points = list(self._points(cell))
+        except (RuntimeError, ValueError) as error:
+            return {**cell.to_dict(), "error": " ".join(str(error).split())[:300]}
+        return {**cell.to_dict(), "seconds": time.perf_counter() - started, "points": points}
+
+    def _points(self, cell: Cell) -> Iterator[Point]:
+        options = dict(cell.options)
+        model = self._load(options.get("dtype"))
+        data = self._calibration(cell, options.pop("data", "text"))
+        began = time.perf_counter()
+        if cell.one_shot:
+            seen = sum(len(ids) for ids, _ in data.rows)
+            config = make_config(one_shot=True, **options)
+            for asked, (reached, pruned) in zip(
+                self.bench.sparsities, one_shot(model, data, self.bench.sparsities, config), strict=True
+            ):
+                yield from self._compensated(cell, pruned, asked, reached, seen, time.perf_counter() - began)
+            return
+        trajectory = prune(model, data, sparsity=max(self.bench.sparsities), device=self.bench.device, **options)
+        seconds = time.perf_counter() - began
+        for asked in self.bench.sparsities:
+            step = trajectory.step_for(asked)
+            spent = sum(record.tokens for record in trajectory.steps[:step])
+            pruned = trajectory.at(asked, model)
+            share = seconds * step / len(trajectory.steps)
+            yield from self._compensated(cell, pruned, asked, trajectory.sparsity_at(step), spent, share)
+
+    def _compensated(
+        self, cell: Cell, model: Any, asked: float, reached: float, tokens: int, seconds: float
+    ) -> Iterator[Point]:
+        point: Point = {"asked": asked, "sparsity": reached, "tokens": tokens, "seconds": seconds}
+        yield {**point, "compensation": None, **self._measure(model, cell)}
+        for options in cell.compensate:
+            began = time.perf_counter()
+            done = compensate(model, bench_data.drawn(self.calibration, None, cell.seed), **options)
+            cost = {"compensation_tokens": done.tokens, "compensation_seconds": time.perf_counter() - began}
+            yield {**point, "compensation": options, **cost, **self._measure(model, cell)}
+
+    def _measure(self, model: Any, cell: Cell | None = None) -> dict[str, Any]:
+        found: dict[str, Any] = {"perplexity": perplexity(model, self.evaluation, self.bench.window).perplexity}
+        if cell is not None and cell.study == "task":
+            choices = self.questions(model)
+            found |= {
+                "acc": choices["acc"],
+                "acc_stderr": choices["acc_stderr"],
+                "gold_perplexity": choices["perplexity"],
+            }
+        return found
+
+    def _calibration(self, cell: Cell, kind: str) -> Sequences:
+        if kind == "text":
+            # Files of another order per seed would be another draw: loops shuffle by their own seed.
+            return (
+                self.calibration if cell.tokens is None else bench_data.drawn(self.calibration, cell.tokens, cell.seed)
+            )
+        if cell.options.get("objective") == "margin":
+            return bench_data.choice_sequences(self.calibration)
+        return bench_data.gold_sequences(self.calibration)
+
+    def _load(self, dtype: str | None) -> Any:
+        wanted = dtype or self.bench.dtype
+        return load_dense(
+            str(self.bench.decoder.path),
+            self.device,
+            resolve_dtype(wanted, self.device) if wanted else resolve_dtype(None, self.device),
+        )

@@ -1,0 +1,118 @@
+"""The study's tables: mean and spread over seeds, and what they say of the claims made for ``fast``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.command import table
+
+Result = dict[str, Any]
+Key = tuple[str, str, str]
+
+
+def compensation_name(options: dict[str, Any] | None) -> str:
+    """A short name of compensation options."""
+    if not options:
+        return ""
+    rest = [f"{name} {value}" for name, value in options.items() if name != "method"]
+    return " ".join([options["method"], *rest])
+
+
+def collect(cells: Iterable[Result], metric: str = "perplexity") -> dict[Key, dict[float, list[float]]]:
+    """Values over seeds: (study, way, compensation) -> sparsity asked for -> values."""
+    found: dict[Key, dict[float, list[float]]] = {}
+    for cell in cells:
+        for point in cell.get("points", []):
+            if point.get(metric) is None:
+                continue
+            key = (cell["study"], cell["name"], compensation_name(point["compensation"]))
+            found.setdefault(key, {}).setdefault(point["asked"], []).append(point[metric])
+    return found
+
+
+def spend(cells: Iterable[Result]) -> dict[tuple[str, str], tuple[int, float]]:
+    """Calibration tokens and seconds of a whole run by (study, way), median over seeds."""
+    found: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for cell in cells:
+        points = cell.get("points", [])
+        if points:
+            found.setdefault((cell["study"], cell["name"]), []).append(
+                (points[-1]["tokens"], max(point["seconds"] for point in points))
+            )
+    return {
+        key: (int(statistics.median(t for t, _ in values)), statistics.median(s for _, s in values))
+        for key, values in found.items()
+    }
+
+
+def cell_text(values: list[float]) -> str:
+    """Mean and, of several, the spread (highest less lowest)."""
+    mean = statistics.mean(values)
+    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ({max(values) - min(values):.2f})"
+
+
+def show(result: Result, study: str, metric: str = "perplexity") -> str:
+    """The table of one study, best at the highest sparsity first."""
+    found = {key: values for key, values in collect(result["cells"], metric).items() if key[0] == study}
+    sparsities = sorted({sparsity for values in found.values() for sparsity in values})
+    if not sparsities:
+        return ""
+    costs = spend(result["cells"])
+    sign = 1 if metric == "perplexity" else -1
+
+    def worst(item: tuple[Key, dict[float, list[float]]]) -> float:
+        return sign * statistics.mean(item[1].get(sparsities[-1], [float("inf") * sign]))
+
+    lines = []
+    for (_, name, compensation), values in sorted(found.items(), key=worst):
+        tokens, seconds = costs[(study, name)]
+        lines.append(
+            [
+                f"{name} + {compensation}" if compensation else name,
+                *(cell_text(values[sparsity]) if sparsity in values else "-" for sparsity in sparsities),
+                f"{tokens:,}",
+                f"{seconds:.1f}",
+                str(max(len(each) for each in values.values())),
+            ]
+        )
+    header = (f"{study}: {metric}", *(f"{100 * s:g} %" for s in sparsities), "tokens", "seconds", "seeds")
+    return table(header, lines)
+
+
+def verdicts(result: Result) -> list[str]:
+    """What the table says of each claim, one line each; claims it has no figures for are left out."""
+    found = collect(result["cells"])
+    dense = result["dense"]["perplexity"]
+    lines = []
+    plain = {name: values for (study, name, extra), values in found.items() if study == "criteria" and not extra}
+    fast = plain.get("fast", {})
+    for sparsity in sorted(fast):
+        mean = statistics.mean(fast[sparsity])
+        others = {name: statistics.mean(v[sparsity]) for name, v in plain.items() if name != "fast" and sparsity in v}
+        if others:
+            best = min(others, key=lambda name: others[name])
+            place = 1 + sum(value < mean for value in others.values())
+            lines.append(
+                f"{100 * sparsity:g} %: fast is number {place} of {len(others) + 1} ({mean:.2f}); "
+                f"best of the others: {best} ({others[best]:.2f})"
+            )
+    for (study, name, extra), values in found.items():
+        if study != "criteria" or not extra or name not in plain:
+            continue
+        for sparsity in sorted(values):
+            before = statistics.mean(plain[name][sparsity])
+            after = statistics.mean(values[sparsity])
+            share = (before - after) / (before - dense) if before > dense else float("nan")
+            lines.append(
+                f"{100 * sparsity:g} %: {name} + {extra} removes {100 * share:.0f} % of the excess perplexity "
+                f"({before:.2f} to {after:.2f}, dense {dense:.2f})"
+            )
+    accuracy = {name: values for (study, name, _), values in collect(result["cells"], "acc").items() if study == "task"}
+    for sparsity in sorted({s for values in accuracy.values() for s in values}):
+        means = ", ".join(
+            f"{name} {100 * statistics.mean(v[sparsity]):.1f}" for name, v in accuracy.items() if sparsity in v
+        )
+        lines.append(f"{100 * sparsity:g} %: accuracy on the choice task: {means}")
+    return lines

@@ -1,0 +1,138 @@
+"""The quality study end to end on a tiny decoder: every way runs, results go on where they stopped, figures add up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_tokens
+
+from benchmarks.quality import bench_data, cells, summary
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.cells import Cell
+from benchmarks.quality.run_cell import Bench, Runner
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quality")
+    model = tiny_model("llama-gqa", layers=4, intermediate_size=128, max_position_embeddings=128)
+    model.save_pretrained(folder / "model")
+    for name, rows in (("calibration", 12), ("evaluation", 6)):
+        save_file({"input_ids": tiny_tokens(rows, 104, seed=len(name))}, folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture
+def arguments(files, tmp_path):
+    made = [str(files / "model"), "--calibration", str(files / "calibration.safetensors")]
+    made += ["--evaluation", str(files / "evaluation.safetensors"), "--out", str(tmp_path / "R.json")]
+    return [
+        *made,
+        "--device",
+        "cpu",
+        "--steps",
+        str(STEPS),
+        "--exact-tokens",
+        "416",
+        "--exact-steps",
+        "5",
+        "--sparsities",
+        "0.1,0.3",
+    ]
+
+
+def test_every_way_runs_and_a_second_call_adds_nothing(arguments, tmp_path, capsys):
+    options = [
+        *arguments,
+        "--seeds",
+        "1",
+        "--study",
+        "criteria",
+        "--study",
+        "compensation",
+        "--study",
+        "task",
+        "--plot",
+    ]
+    assert main(options) == 0
+    result = json.loads((tmp_path / "R.json").read_text())
+    assert {cell["name"] for cell in result["cells"] if cell["study"] == "criteria"} >= {
+        "fast",
+        "paper, 5 steps",
+        "official, 5 steps",
+        "wanda-sp",
+        "flap",
+        "owl",
+        "block-influence",
+        "random",
+        "magnitude",
+        "signed",
+        "taylor-local",
+    }
+    for cell in result["cells"]:
+        assert [point["asked"] for point in cell["points"] if point["compensation"] is None] == [0.1, 0.3], cell
+        assert len(cell["points"]) == 2 * (1 + len(cell["compensate"]))
+        assert all(point["perplexity"] > 1 for point in cell["points"])
+    assert (tmp_path / "R-criteria.png").stat().st_size > 5000
+    printed = capsys.readouterr().out
+    assert "30 %: fast is number" in printed and "accuracy on the choice task" in printed
+    assert main(options) == 0
+    again = json.loads((tmp_path / "R.json").read_text())
+    assert again["cells"] == result["cells"]
+
+
+def test_the_parts_of_fast_change_what_they_name(files):
+    bench = Bench(
+        bench_data.Decoder(files / "model", files / "calibration.safetensors", files / "evaluation.safetensors"),
+        (0.3,),
+        104,
+        None,
+        "cpu",
+    )
+    runner = Runner(bench)
+    found = {}
+    named = ("as it is", "8 steps", "2,048 tokens a step", "align 1", "exact, 1 steps")
+    made = [cell for cell in cells.fast_cells(range(1), STEPS, 416) if cell.name in named]
+    assert len(made) == len(named)
+    for cell in made:
+        result = runner.run(cell)
+        assert "error" not in result, result
+        found[cell.name] = result["points"][0]
+    assert found["8 steps"]["tokens"] == 2 * found["as it is"]["tokens"]
+    assert found["2,048 tokens a step"]["perplexity"] == found["as it is"]["perplexity"]  # the set is smaller
+    assert found["align 1"]["perplexity"] != found["as it is"]["perplexity"]
+
+
+def test_tasks_and_seeds_draw_what_they_say(files):
+    data = bench_data.read_tokens(files / "calibration.safetensors", 96)
+    drawn = bench_data.drawn(data, 3 * 104, seed=1)
+    assert len(drawn) == 3 and drawn.digest() != bench_data.drawn(data, 3 * 104, seed=2).digest()
+    choices = bench_data.choice_sequences(data)
+    assert len(choices.examples) == 12 and set(choices.signs) == {1, -1}
+    row = data.rows[0][0]
+    assert choices.rows[0][0].tolist() == row[: bench_data.CONTEXT + bench_data.CONTINUATION].tolist()
+    assert [choices.signs[i] for i in choices.examples[0]] == [1, -1, -1, -1]
+    question = bench_data.choice_questions(data)[0]
+    assert question.requests[0].targets == tuple(row[bench_data.CONTEXT :][: bench_data.CONTINUATION].tolist())
+
+
+def test_means_spreads_and_verdicts():
+    def cell(name, seed, value, extra=()):
+        points = [{"asked": 0.5, "compensation": None, "perplexity": value, "tokens": 10, "seconds": 1.0}]
+        points += [{**points[0], "compensation": {"method": "lsq"}, "perplexity": other} for other in extra]
+        return {**Cell("criteria", name, {}, seed).to_dict(), "points": points}
+
+    result = {
+        "dense": {"perplexity": 5.0},
+        "cells": [cell("fast", 0, 10.0, [7.0]), cell("fast", 1, 12.0, [8.0]), cell("flap", 0, 20.0)],
+    }
+    shown = summary.show(result, "criteria")
+    assert "11.00 (2.00)" in shown and shown.index("fast + lsq") < shown.index("11.00") < shown.index("flap")
+    assert summary.verdicts(result) == [
+        "50 %: fast is number 1 of 2 (11.00); best of the others: flap (20.00)",
+        "50 %: fast + lsq removes 58 % of the excess perplexity (11.00 to 7.50, dense 5.00)",
+    ]
