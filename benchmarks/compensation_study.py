@@ -1,91 +1,91 @@
 """What compensation after pruning gives back, on held-out tokens.
 
-    python benchmarks/compensation_study.py RUN --calibration DATA --data DATA --name "24M MHA decoder" --out FILE.json
+    python -m benchmarks.compensation_study RUN --calibration C --evaluation E --name "24M MHA decoder" --out R.json
 
 For every sparsity and method: perplexity of the dense, the pruned and the compensated model, and the fraction of the
-excess perplexity (pruned over dense) that is gone. At the highest sparsity also other calibration sizes and dampings.
+excess perplexity (pruned over dense) that is gone. At the last sparsity also other targets, calibration sizes and
+dampings. Results are written after every measurement.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.command import Parser, check_writable, count, exit_code, write_json
+from benchmarks.identity import identity
 from gisp.compensation import compensate
-from gisp.data import load_sequences
+from gisp.data import Sequences, load_sequences
 from gisp.evaluate import perplexity
-from gisp.files import write_atomic
 from gisp.trajectory import Trajectory, move_to
 
-METHODS = [("bias", "local"), ("affine", "local"), ("lsq", "local"), ("lsq", "dense")]
+NAME = "python -m benchmarks.compensation_study"
+# Means and slopes need few tokens: they are fitted on a quarter of those of least squares.
+METHODS = [("lsq", "dense", 1), ("lsq", "local", 1), ("affine", "local", 4), ("bias", "local", 4)]
 
 
-def configurations(sparsities: list[float], tokens: int, sizes: list[int]) -> list[tuple[float, dict[str, Any]]]:
+def configurations(sparsities: list[float], tokens: int) -> list[tuple[float, dict[str, Any]]]:
     """Every measurement: sparsity and options."""
-    found = [(s, {"method": m, "target": t, "tokens": tokens}) for s in sparsities for m, t in METHODS]
     last = sparsities[-1]
-    found += [(last, {"method": m, "target": "dense", "tokens": tokens}) for m in ("bias", "affine")]
-    found += [(last, {"method": "lsq", "target": "dense", "tokens": tokens, "intercept": True})]
-    found += [(last, {"method": "lsq", "target": "dense", "tokens": tokens, "damping": d}) for d in (1e-4, 1e-3, 0.1)]
-    found += [(last, {"method": "lsq", "target": t, "tokens": n}) for n in sizes for t in ("local", "dense")]
+    found = [(s, {"method": m, "target": t, "tokens": tokens // part}) for s in sparsities for m, t, part in METHODS]
+    found += [(last, {"method": m, "target": "dense", "tokens": tokens // 4}) for m in ("bias", "affine")]
+    found += [(last, {"method": "lsq", "tokens": tokens, "intercept": True})]
+    found += [(last, {"method": "lsq", "tokens": tokens // 4, "damping": d}) for d in (0.01, 0.1, 0.5)]
+    found += [(last, {"method": "lsq", "tokens": tokens, "damping": d}) for d in (0.01, 0.1, 2.0)]
+    found += [(last, {"method": "lsq", "tokens": tokens * 4, "damping": d}) for d in (0.5, 0.1)]
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Measure and write; 0."""
+    parser = Parser(prog=NAME, description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path)
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--data", required=True, help="held-out tokens")
+    parser.add_argument("--evaluation", required=True, help="held-out tokens")
     parser.add_argument("--name", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5])
-    parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[8192, 131072])
-    parser.add_argument("--rows", type=int, help="held-out rows, all by default")
-    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--sparsities", default="0.2,0.3,0.4,0.5")
+    parser.add_argument("--tokens", type=count, default=32768, help="calibration tokens of least squares")
+    parser.add_argument("--skip", type=int, default=0, help="first held-out rows to leave out")
+    parser.add_argument("--rows", type=count, help="held-out rows used, all by default")
+    parser.add_argument("--window", type=count, default=256)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    options = parser.parse_args()
-
-    trajectory = Trajectory.load(options.run)
-    model = trajectory.load_base(device=options.device, dtype=options.dtype)
+    args = parser.parse_args()
+    check_writable(args.out)
+    trajectory = Trajectory.load(args.run)
+    model = trajectory.load_base(device=args.device, dtype=args.dtype)
     vocab_size = model.get_input_embeddings().num_embeddings
-    held_out = load_sequences(options.data, vocab_size=vocab_size, seq_len=None, held_out=True).first(options.rows)
-
-    def measure() -> float:
-        return perplexity(model, held_out, options.window).perplexity
-
-    dense = perplexity(model, held_out, options.window)
-    shrinkable = trajectory.shrinkable(model)
-    result: dict[str, Any] = {
-        "model": options.name,
-        "preset": trajectory.config["preset"],
-        "steps": len(trajectory.steps),
-        "device": options.device,
-        "dtype": options.dtype,
-        "window": options.window,
-        "evaluation_tokens": dense.tokens,
+    rows = load_sequences(args.evaluation, vocab_size=vocab_size, seq_len=None, held_out=True).rows
+    held_out = Sequences.plain(list(rows[args.skip :][: args.rows]))
+    dense = perplexity(model, held_out, args.window)
+    points: list[dict[str, Any]] = []
+    result = {
+        "benchmark": "compensation",
+        "identity": identity(torch.device(args.device)),
+        "model": args.name,
+        "run": {"preset": trajectory.config["preset"], "steps": len(trajectory.steps)},
+        "dtype": args.dtype,
+        "window": args.window,
+        "evaluation": {"rows": [args.skip, args.skip + len(held_out)], "tokens": dense.tokens},
         "dense": dense.perplexity,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "points": [],
+        "points": points,
     }
+    shrinkable = trajectory.shrinkable(model)
     pruned: dict[int, float] = {}
-    for sparsity, chosen in configurations(options.sparsities, options.tokens, options.sizes):
+    for sparsity, chosen in configurations([float(text) for text in args.sparsities.split(",")], args.tokens):
         step = trajectory.step_for(sparsity)
         move_to(shrinkable, trajectory, step)
         if step not in pruned:
-            pruned[step] = measure()
+            pruned[step] = perplexity(model, held_out, args.window).perplexity
         start = time.perf_counter()
-        done = compensate(model, options.calibration, **chosen)
+        done = compensate(model, args.calibration, **chosen)
         seconds = time.perf_counter() - start
-        after = measure()
-        result["points"].append(
+        after = perplexity(model, held_out, args.window).perplexity
+        points.append(
             {
                 "sparsity": trajectory.sparsity_at(step),
                 "method": done.options.method,
@@ -99,9 +99,10 @@ def main() -> None:
                 "fit_seconds": round(seconds, 1),
             }
         )
-        write_atomic(options.out, json.dumps(result, indent=1).encode())
-        print(json.dumps(result["points"][-1]), flush=True)
+        print(points[-1], flush=True)
+        write_json(args.out, result)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -11,7 +11,7 @@ METHODS = ("bias", "affine", "lsq")
 TARGETS = ("local", "dense")
 # By method, see docs/compensation.md: a mean or a slope cannot follow the dense stream and overshoots.
 DEFAULT_TARGET = {"bias": "local", "affine": "local", "lsq": "dense"}
-DEFAULT_DAMPING = 0.01
+DEFAULT_DAMPING = 0.5
 DEFAULT_TOKENS = 131072
 
 
