@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--corpus", type=Path, help="text to train on: a folder of Python source or a .jsonl.gz")
     options.add_argument("--train-seconds", type=positive, help="shorten the training to this time")
     options.add_argument("--study", action="append", choices=STUDIES, help="repeatable (criteria)")
-    options.add_argument("--only", action="append", default=[], metavar="NAME", help="part of a way's name; repeatable")
+    options.add_argument("--only", action="append", default=[], metavar="NAME", help="part of study/way/seed; repeatable")
     options.add_argument("--seeds", type=count, default=3, help="0 to N-1 (3)")
     options.add_argument("--steps", type=count, default=cells.STEPS, help="of fast (200)")
     options.add_argument("--exact-tokens", type=count, default=cells.EXACT_TOKENS, help="of exact schedules (163840)")
@@ -68,7 +68,7 @@ def chosen(args: argparse.Namespace, gqa: bool) -> list[cells.Cell]:
         "task": lambda: cells.task_cells(seeds, args.steps),
     }
     found = [cell for study in args.study or ["criteria"] for cell in made[study]()]
-    found = [cell for cell in found if not args.only or any(word in cell.name for word in args.only)]
+    found = [cell for cell in found if not args.only or any(word in cell.key for word in args.only)]
     if not found:
         raise GispError(f"--only {', '.join(args.only)} matches no way of pruning: see --list")
     return sorted(found, key=lambda cell: cell.seed)

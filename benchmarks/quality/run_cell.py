@@ -65,6 +65,10 @@ class Runner:
             points = list(self._points(cell))
         except (RuntimeError, ValueError) as error:
             return {**cell.to_dict(), "error": " ".join(str(error).split())[:300]}
+        finally:
+            if self.device.type == "cuda":
+                # Other processes need what this one's allocator keeps.
+                torch.cuda.empty_cache()
         return {**cell.to_dict(), "seconds": time.perf_counter() - started, "points": points}
 
     def _points(self, cell: Cell) -> Iterator[Point]:

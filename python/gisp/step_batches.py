@@ -9,7 +9,9 @@ from gisp.sampler import StratifiedSampler
 from gisp.structures import ModelMap
 
 # Logits of one pass over the whole set, in elements: bounds the largest temporary of the loss.
-_LOGIT_ELEMENTS = {"cuda": 2**30, "cpu": 2**24}
+_LOGIT_ELEMENTS = {"cuda": 2**29, "cpu": 2**24}
+# What autograd keeps of one pass for its backward, in bytes; of a large model a few sequences reach it.
+_ACTIVATION_BYTES = {"cuda": 2**33, "cpu": 2**32}
 
 
 class StepBatches:
@@ -19,8 +21,8 @@ class StepBatches:
         model_map: the model they pass through.
         data: calibration sequences.
         kind: ``stream``: each step a fresh batch of about ``tokens`` tokens; ``exact``: every step the whole set.
-        batch_size: sequences per pass; ``None``: the whole step for ``stream``, for ``exact`` what keeps the logits
-            small.
+        batch_size: sequences per pass; ``None``: the whole step for ``stream``, for ``exact`` what keeps logits and
+            activations small.
     """
 
     def __init__(
@@ -30,7 +32,12 @@ class StepBatches:
         self._kind = kind
         self._batch_size = batch_size
         self._vocab_size = model_map.vocab_size
-        self._device = next(model_map.model.parameters()).device
+        weight = next(model_map.model.parameters())
+        self._device = weight.device
+        # About what plain transformers layers keep of a token: norms, projections, rotary and attention are some 16
+        # vectors of the hidden size, the MLP 4 of its width.
+        per_layer = 16 * model_map.hidden_size + 4 * model_map.intermediate_size
+        self._token_bytes = len(model_map.layers) * per_layer * weight.element_size()
         self._sampler = StratifiedSampler(data, tokens, seed) if kind == "stream" else None
 
     @property
@@ -54,8 +61,9 @@ class StepBatches:
         size = self._batch_size
         if size is None and self._kind == "exact":
             longest = max(len(self.data.rows[i][0]) for i in numbers)
-            limit = _LOGIT_ELEMENTS["cuda" if self._device.type == "cuda" else "cpu"]
-            size = max(1, limit // (longest * self._vocab_size))
+            kind = "cuda" if self._device.type == "cuda" else "cpu"
+            tokens = min(_LOGIT_ELEMENTS[kind] // self._vocab_size, _ACTIVATION_BYTES[kind] // self._token_bytes)
+            size = max(1, tokens // longest)
         size = size or len(numbers)
         for start in range(0, len(numbers), size):
             yield start, min(start + size, len(numbers))
