@@ -36,6 +36,9 @@ class Compensation:
         extra = f", damping {options.damping:g}" if options.method == "lsq" else ""
         if options.method != "bias" and options.intercept != (options.method == "affine"):
             extra += ", with biases" if options.intercept else ", without biases"
+        raised = [update.damping for update in self.updates if update.damping > options.damping]
+        if raised:
+            extra += f" (raised up to {max(raised):g} in {len(raised)} blocks that were not solvable with it)"
         return f"{options.method}, target {options.target}{extra}, {self.tokens:,} calibration tokens"
 
 
