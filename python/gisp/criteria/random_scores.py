@@ -18,7 +18,9 @@ class Random:
         self._shrinkable = shrinkable
         self._steps = steps
         model_map = shrinkable.map
-        structures = sum(group.count for group in model_map.groups)
+        # Of the dense model, whatever is left of it by now.
+        per_layer = model_map.num_heads // model_map.heads_per_structure + model_map.intermediate_size
+        structures = len(model_map.layers) * per_layer
         drawn = torch.rand(structures, generator=torch.Generator().manual_seed(seed))
         self._drawn = drawn.to(next(model_map.model.parameters()).device)
 
