@@ -103,8 +103,13 @@ class Oracle:
         with torch.no_grad():
             for ids, _ in rows:
                 seen: list[torch.Tensor] = []
-                handles = [layer.register_forward_pre_hook(lambda _, a: seen.append(a[0][0])) for layer in self.layers]
-                handles.append(self.model.model.norm.register_forward_pre_hook(lambda _, a: seen.append(a[0][0])))
+                handles = [
+                    layer.register_forward_pre_hook(lambda _, a, seen=seen: seen.append(a[0][0]))
+                    for layer in self.layers
+                ]
+                handles.append(
+                    self.model.model.norm.register_forward_pre_hook(lambda _, a, seen=seen: seen.append(a[0][0]))
+                )
                 self.model(ids[None])
                 for handle in handles:
                     handle.remove()

@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--corpus", type=Path, help="text to train on: a folder of Python source or a .jsonl.gz")
     options.add_argument("--train-seconds", type=positive, help="shorten the training to this time")
     options.add_argument("--study", action="append", choices=STUDIES, help="repeatable (criteria)")
-    options.add_argument("--only", action="append", default=[], metavar="NAME", help="part of study/way/seed; repeatable")
+    options.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="part of study/way/seed; repeatable"
+    )
     options.add_argument("--seeds", type=count, default=3, help="0 to N-1 (3)")
     options.add_argument("--steps", type=count, default=cells.STEPS, help="of fast (200)")
     options.add_argument("--exact-tokens", type=count, default=cells.EXACT_TOKENS, help="of exact schedules (163840)")

@@ -117,18 +117,16 @@ class Runner:
 
     def _calibration(self, cell: Cell, kind: str) -> Sequences:
         if kind == "text":
-            # Files of another order per seed would be another draw: loops shuffle by their own seed.
-            return (
-                self.calibration if cell.tokens is None else bench_data.drawn(self.calibration, cell.tokens, cell.seed)
-            )
+            if cell.tokens is None:
+                # Loops draw by their own seed.
+                return self.calibration
+            # Half of the set at most: seeds that draw all of it would be one seed.
+            most = sum(len(ids) for ids, _ in self.calibration.rows) // 2
+            return bench_data.drawn(self.calibration, min(cell.tokens, most), cell.seed)
         if cell.options.get("objective") == "margin":
             return bench_data.choice_sequences(self.calibration)
         return bench_data.gold_sequences(self.calibration)
 
     def _load(self, dtype: str | None) -> Any:
-        wanted = dtype or self.bench.dtype
-        return load_dense(
-            str(self.bench.decoder.path),
-            self.device,
-            resolve_dtype(wanted, self.device) if wanted else resolve_dtype(None, self.device),
-        )
+        wanted = resolve_dtype(dtype or self.bench.dtype, self.device)
+        return load_dense(str(self.bench.decoder.path), self.device, wanted)

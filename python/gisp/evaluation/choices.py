@@ -82,17 +82,27 @@ def mean_with_error(name: str, hits: Sequence[bool]) -> dict[str, float | None]:
 def read_choice(row: dict[str, Any], encoder: PairEncoder, where: str) -> Choice:
     """A row of ``context``, ``choices`` and ``answer``, or of ``contexts`` that share a ``continuation``.
 
+    Rows of lm-eval's tasks have ``contexts`` and as many equal ``choices``, and the ``choice_texts`` that its
+    normalised accuracies divide by.
+
     Raises:
         GispError: a row of another form, fewer than two choices, an answer out of range.
     """
     if "contexts" in row:
         texts = _texts(row, "contexts", where)
-        continuation = _text(row, "continuation", where)
-        pairs = [(text, continuation) for text in texts]
+        if "continuation" in row:
+            continuations: tuple[str, ...] = (_text(row, "continuation", where),) * len(texts)
+        else:
+            continuations = _texts(row, "choices", where)
+            if len(continuations) != len(texts):
+                raise GispError(f"{where} has {len(texts)} contexts and {len(continuations)} choices: give as many")
+        pairs = list(zip(texts, continuations, strict=True))
     else:
         texts = _texts(row, "choices", where)
         context = _text(row, "context", where)
         pairs = [(context, text) for text in texts]
+    if "choice_texts" in row:
+        texts = _texts(row, "choice_texts", where)
     answer = row.get("answer")
     if type(answer) is not int or not 0 <= answer < len(texts):
         raise GispError(f"{where} has answer {answer!r}: give the index of one of {len(texts)} choices")
