@@ -90,7 +90,9 @@ def verdicts(result: Result) -> list[str]:
     fast = plain.get("fast", {})
     for sparsity in sorted(fast):
         mean = statistics.mean(fast[sparsity])
-        others = {name: statistics.mean(v[sparsity]) for name, v in plain.items() if name != "fast" and sparsity in v}
+        # Not among its rivals: fast with another option.
+        rivals = {name: values for name, values in plain.items() if not name.startswith("fast") and sparsity in values}
+        others = {name: statistics.mean(values[sparsity]) for name, values in rivals.items()}
         if others:
             best = min(others, key=lambda name: others[name])
             place = 1 + sum(value < mean for value in others.values())
