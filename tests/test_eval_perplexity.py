@@ -19,7 +19,9 @@ from gisp.evaluation import EvalOptions, evaluate_target, perplexity
 from gisp.evaluation.perplexity import windows
 
 
-def by_tokens(model: torch.nn.Module, rows: list[tuple[list[int], list[int]]], window: int, stride: int) -> tuple[float, int]:
+def by_tokens(
+    model: torch.nn.Module, rows: list[tuple[list[int], list[int]]], window: int, stride: int
+) -> tuple[float, int]:
     """exp(mean NLL) and tokens: each token from the window in which it first appears, by a forward pass of its own."""
     losses = []
     for ids, labels in rows:
@@ -91,7 +93,9 @@ def test_token_files_stay_row_by_row(tmp_path: Path) -> None:
     ids = tiny_tokens(3, 20)
     save_file({"input_ids": ids}, tmp_path / "tokens.safetensors")
     options = EvalOptions(window=8, stride=2, limit=2)
-    found = evaluate_target(str(tmp_path / "model"), str(tmp_path / "tokens.safetensors"), options=options, device="cpu")
+    found = evaluate_target(
+        str(tmp_path / "model"), str(tmp_path / "tokens.safetensors"), options=options, device="cpu"
+    )
     rows = [(row, row) for row in ids[:2].tolist()]
     wanted = by_tokens(tiny_model("llama-mha", layers=2), rows, 8, 2)
     assert (found["perplexity"], found["tokens"]) == (pytest.approx(wanted[0], rel=1e-5), 2 * 19)
