@@ -53,6 +53,10 @@ def test_a_resolved_config_resolves_to_itself():
         ({"ratio": 0.6}, "belongs to --preset official"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
         ({"preset": "paper", "fp8": True}, "fp8 goes with one batch"),
+        *(
+            ({name: 10**20}, f"{name.replace('_', '-')} is 10+: give at most")
+            for name in ("align", "seq_len", "samples")
+        ),
     ],
 )
 def test_bad_options_name_option_and_value(options, message):
@@ -64,7 +68,11 @@ def test_yaml_takes_dashes_and_refuses_what_is_no_mapping(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("preset: paper\nprotect-last: 2\n")
     assert make_config(**read_yaml(path)).protect_last == 2
-    for text, message in (("- a\n", "must map options"), ("a: [\n", "not valid YAML")):
+    unconvertible = ("steps: 2024-13-45", "steps: !!int x", "steps: !!timestamp x", f"steps: {'9' * 5000}", "[" * 3000)
+    for text, message in (
+        ("- a\n", "must map options"),
+        *((bad, "not valid YAML") for bad in ("a: [\n", *unconvertible)),
+    ):
         path.write_text(text)
         with pytest.raises(GispError, match=message):
             read_yaml(path)

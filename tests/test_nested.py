@@ -212,6 +212,8 @@ def test_a_nested_model_is_neither_saved_nor_pruned(sound: Path, tmp_path: Path)
     assert not (tmp_path / "saved").exists()
     with pytest.raises(GispError, match="is not pruned again"):
         gisp.prune(model, tokens(), sparsity=0.1)
+    with pytest.raises(GispError, match=r"is already pruned \(gisp_nested\): give its dense base"):
+        gisp.prune(sound, tokens(), sparsity=0.1)
 
 
 def test_an_export_that_fails_its_check_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,8 @@ def test_sizes_reach_the_checkpoint(
         (["--round-mlp", "0"], "--round-mlp 0: give 1 or more"),
         (["--align-heads", "-1"], "--align-heads -1: give 1 or more"),
         (["--min-heads", "0"], "--min-heads 0: give 1 or more"),
+        (["--align-heads", "100"], "--align-heads 100: a layer of the dense model has 8 heads"),
+        (["--min-heads", "9999999"], "--min-heads 9999999: a layer of the dense model has 8 heads"),
         (["--format", "uniform", "--align-heads", "16"], "satisfies --align-heads 16: give less, or --format hf"),
         (["--format", "onnx"], "format 'onnx' is not available"),
         (["--format", "uniform", "--data", "absent.safetensors"], "absent.safetensors does not exist"),

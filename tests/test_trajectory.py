@@ -14,6 +14,7 @@ import gisp
 from gisp.cli import main
 from gisp.errors import GispError
 from gisp.evaluation import evaluate_target
+from gisp.structures import fingerprint
 
 OPTIONS = {"sparsity": 0.3, "steps": 4, "align": 4, "batch_tokens": 64, "device": "cpu", "dtype": "float32"}
 
@@ -82,6 +83,35 @@ def test_models_that_cannot_follow_are_refused():
         trajectory.at(0.1)
 
 
+def test_one_changed_weight_is_another_base_model():
+    trajectory = gisp.prune(tiny_model(), tiny_tokens(16, 16), **OPTIONS)
+    base = tiny_model()
+    weights = base.model.layers[1].mlp.up_proj.weight.data
+    for row, column in ((5, 7), (23, 31), (0, 0)):
+        kept = weights[row, column].clone()
+        weights[row, column] += 0.5
+        with pytest.raises(GispError, match="other weights than"):
+            trajectory.at(0.1, base)
+        weights[row, column] = kept
+    trajectory.at(0.1, base)
+
+
+@pytest.mark.parametrize("count", [1, 3, 1000, 1003])
+def test_a_fingerprint_is_the_same_in_other_dtypes_and_places(count):
+    class Flat(torch.nn.Module):
+        def __init__(self, values):
+            super().__init__()
+            self.weight = torch.nn.Parameter(values)
+
+    values = torch.randn(count + 1).bfloat16()
+    found = {fingerprint(Flat(v)) for v in (values[1:], values[1:].clone(), values[1:].float(), values[1:].double())}
+    assert len(found) == 1
+    for place in range(0, count, max(1, count // 7)):
+        changed = values[1:].clone()
+        changed[place] += 1
+        assert fingerprint(Flat(changed)) not in found
+
+
 @pytest.mark.parametrize("where", ["adapter", "float64"])
 def test_layers_that_cannot_be_scored_are_refused_before_anything(where):
     model = tiny_model()
@@ -91,6 +121,13 @@ def test_layers_that_cannot_be_scored_are_refused_before_anything(where):
         model.model.layers[1].mlp.up_proj.double()
     with pytest.raises(GispError, match=r"layer 1 .*up_proj"):
         gisp.prune(model, tiny_tokens(16, 16), **OPTIONS)
+
+
+def test_a_record_nested_too_deeply_is_corrupt(tmp_path, model_folder, token_file):
+    run_into(tmp_path / "run", model_folder, token_file)
+    (tmp_path / "run" / "trajectory.json").write_text("[" * 100000)
+    with pytest.raises(GispError, match=r"trajectory\.json is corrupt"):
+        gisp.Trajectory.load(tmp_path / "run")
 
 
 def test_files_of_two_runs_do_not_mix(tmp_path, model_folder, token_file):
@@ -208,7 +245,20 @@ def test_stream_scores_do_not_depend_on_the_batch_size():
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_lost_metrics_do_not_stop_a_resumed_run(tmp_path, model_folder, token_file):
+def test_a_base_model_that_is_gone_is_named_with_the_remedy(tmp_path, token_file):
+    tiny_model().save_pretrained(tmp_path / "m")
+    run_into(tmp_path / "run", tmp_path / "m", token_file)
+    (tmp_path / "m").rename(tmp_path / "moved")
+    trajectory = gisp.Trajectory.load(tmp_path / "run")
+    with pytest.raises(GispError, match=r"m, is not there: .*base_model\.path in trajectory\.json"):
+        trajectory.at(0.1)
+    record = tmp_path / "run" / "trajectory.json"
+    record.write_text(record.read_text().replace(str(tmp_path / "m"), str(tmp_path / "moved")))
+    gisp.Trajectory.load(tmp_path / "run").at(0.1)
+
+
+@pytest.mark.parametrize("spoiled", [None, b"\xff\xfe\n", b"[" * 100000])
+def test_lost_metrics_do_not_stop_a_resumed_run(tmp_path, model_folder, token_file, spoiled):
     run_into(tmp_path / "whole", model_folder, token_file)
 
     def stop(record, steps):
@@ -217,7 +267,8 @@ def test_lost_metrics_do_not_stop_a_resumed_run(tmp_path, model_folder, token_fi
 
     with pytest.raises(KeyboardInterrupt):
         run_into(tmp_path / "cut", model_folder, token_file, on_step=stop)
-    (tmp_path / "cut" / "metrics.jsonl").unlink()
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    metrics.unlink() if spoiled is None else metrics.write_bytes(spoiled)
     run_into(tmp_path / "cut", model_folder, token_file, resume=True)
     files = [(tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]

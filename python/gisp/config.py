@@ -67,6 +67,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("bfloat16", "float32"),
 }
 OFFICIAL_RATIO = 0.7
+# Far above any sensible count and far below what overflows a tensor of them.
+_LARGEST = 2**31 - 1
 # Options that say where and how fast a run is computed, not what it computes.
 PLACE_OPTIONS = ("device",)
 # What a run did that is older than an option whose default depends on others.
@@ -213,6 +215,8 @@ def _between(name: str, value: float | None, low: float, high: float) -> None:
 def _at_least(name: str, value: int | None, low: int) -> None:
     if value is not None and value < low:
         raise GispError(f"--{name} is {value}: give at least {low}")
+    if value is not None and value > _LARGEST:
+        raise GispError(f"--{name} is {value}: give at most {_LARGEST}")
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(PruneConfig)}
@@ -253,7 +257,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:
         raise GispError(f"cannot read config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        # Beside its own errors PyYAML lets those of converting tagged values and of deep nesting through.
         where = " ".join(str(error).split())
         raise GispError(f"config {path} is not valid YAML: {where}") from None
     if not isinstance(loaded, dict):

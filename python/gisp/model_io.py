@@ -62,9 +62,13 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     """
     check_model_path(path)
     quiet()
-    from transformers import AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    quantisation = _quantisation(path)
+    stored = _stored_config(path)
+    kind = str(stored.get("model_type"))
+    if kind.startswith("gisp_") and kind not in CONFIG_MAPPING:
+        raise GispError(f"model {path} is already pruned ({kind}): give its dense base model")
+    quantisation = _quantisation(stored)
     if quantisation:
         raise GispError(f"model {path} is quantised ({quantisation}): give its unquantised weights")
     try:
@@ -87,13 +91,18 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     return model.to(device).eval()
 
 
-def _quantisation(path: str) -> str | None:
-    """The quantisation a model folder's config.json names, if any; what is unreadable is left to the loader."""
-    config = Path(path) / "config.json"
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = json.loads(config.read_text()).get("quantization_config")
-        return str(found.get("quant_method", "unknown method")) if found else None
-    return None
+def _stored_config(path: str) -> dict[str, Any]:
+    """A model folder's config.json; empty where it is unreadable, which is left to the loader."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _quantisation(stored: dict[str, Any]) -> str | None:
+    """The quantisation a config.json names, if any."""
+    found = stored.get("quantization_config")
+    return str(found.get("quant_method", "unknown method")) if isinstance(found, dict) and found else None
 
 
 def quiet() -> None:

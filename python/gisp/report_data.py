@@ -153,7 +153,7 @@ def _load_metrics(path: Path, steps: int) -> dict[int, dict[str, Any]]:
         try:
             entry = json.loads(line)
             _check_metrics(entry)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             if number > steps and number == len(lines):
                 break  # The line a run was cut in; its step is not committed.
             raise corrupt(path, error, where=f", line {number}") from None

@@ -106,7 +106,7 @@ def load_json(path: Path) -> Any:
     """Any JSON file, or one line about why not."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise corrupt(path, error) from None
 
 

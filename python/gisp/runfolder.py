@@ -89,7 +89,7 @@ class RunFolder:
                 f"{self.path} cannot be resumed, the state of step {step} is unreadable: {reason}"
             ) from None
         metrics = self.path / METRICS
-        lines = metrics.read_text().splitlines() if metrics.is_file() else []
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []
         kept = [line for line in lines if _step_of(line) in range(1, step + 1)]
         write_atomic(metrics, "".join(f"{line}\n" for line in kept).encode())
         for stale in (self.path / STATE).iterdir():
@@ -119,6 +119,6 @@ _BEFORE_FIRST_COMMIT = (METRICS, CONFIG, STATE, "trajectory.safetensors")
 
 
 def _step_of(line: str) -> int:
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         return int(json.loads(line)["step"])
     return 0

@@ -138,6 +138,10 @@ class Trajectory:
         path = str(self.base_model["path"])
         if not path:
             raise GispError("this trajectory was made from a model in memory: pass it as at(sparsity, model)")
+        if Path(path).is_absolute() and not Path(path).is_dir():
+            raise GispError(
+                f"the base model of this run, {path}, is not there: put it back or correct base_model.path in {RECORD}"
+            )
         model = load_dense(path, place, resolve_dtype(dtype or self.config.get("dtype"), place))
         self._check_base(model, path)
         return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,6 +142,6 @@ def prune(
 def _batch_size(value: Any) -> int | None:
     if value is None or value == "auto":
         return None
-    if isinstance(value, bool) or not str(value).lstrip("-").isdigit():
-        raise GispError(f"--batch-size is {value!r}: give a number or auto")
-    return int(value)
+    if not isinstance(value, bool) and re.fullmatch(r"[+-]?[0-9]{1,18}", str(value)):
+        return int(value)
+    raise GispError(f"--batch-size is {value!r}: give a number or auto")

@@ -14,6 +14,7 @@ from gisp.export.check import checked_report, weight_dtype
 from gisp.export.folder import copy_base_files, dense_state, new_folder, write_weights
 from gisp.export.modeling_gisp import CLASSES, auto_map
 from gisp.export.relayout import ZEROED, AttentionLayout, plan_attention, take_blocks
+from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
 from gisp.structures import ModelMap
 
@@ -49,6 +50,10 @@ def export_hf(
     model_map = map_checked(base, spec)
     check_family(model_map)
     asked = {name: n for name, n in (("align_heads", align_heads), ("min_heads", min_heads)) if n != 1}
+    for name, count in asked.items():
+        if count > model_map.num_heads:
+            most = f"a layer of the dense model has {model_map.num_heads} heads"
+            raise GispError(f"{option_text({name: count})}: {most}, give at most that many")
     spec = replace(spec, options={**spec.options, **asked})
     layouts = [
         plan_attention(keep.heads, model_map.num_heads, model_map.num_kv_heads, align=align_heads, minimum=min_heads)
