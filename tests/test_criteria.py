@@ -112,7 +112,7 @@ def test_random_scores_belong_to_structures_not_to_positions() -> None:
     name = "layers.0.channels"
     assert not torch.equal(other.score(2, shrinkable.map.groups).scores[name], after[name])
     everything = torch.cat([*before.values()])
-    assert 0 <= everything.min() and everything.max() < 1 and len(everything.unique()) == len(everything)
+    assert everything.min() >= 0 and everything.max() < 1 and len(everything.unique()) == len(everything)
 
 
 @pytest.mark.parametrize("criterion", ["signed", "wanda-sp", "block-influence"])
