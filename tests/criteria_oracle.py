@@ -30,7 +30,6 @@ class Oracle:
         per_kv = config.num_attention_heads // config.num_key_value_heads
         self.columns = self.head_dim * (per_kv if group else 1)
         self.inputs: dict[torch.nn.Module, torch.Tensor] = {}
-        self.stream: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self.layers]
         handles = [
             module.register_forward_hook(self._keep_input)
             for module in self.model.modules()
@@ -38,7 +37,7 @@ class Oracle:
         ]
         losses = []
         for ids, labels in rows:
-            out = self.model(ids[None], output_hidden_states=True)
+            out = self.model(ids[None])
             losses.append(torch.nn.functional.cross_entropy(out.logits[0, :-1], labels[1:], ignore_index=-100))
         for handle in handles:
             handle.remove()
@@ -99,24 +98,19 @@ class Oracle:
 
     def influence(self, rows: Any) -> list[float]:
         """1 - mean cosine of every layer; the last layer's output is taken before the final norm."""
-        totals, tokens = [0.0] * len(self.layers), 0
+        totals, tokens, seen = [0.0] * len(self.layers), 0, []
+        readers = [*self.layers, self.model.model.norm]
+        handles = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for m in readers]
         with torch.no_grad():
             for ids, _ in rows:
-                seen: list[torch.Tensor] = []
-                handles = [
-                    layer.register_forward_pre_hook(lambda _, a, seen=seen: seen.append(a[0][0]))
-                    for layer in self.layers
-                ]
-                handles.append(
-                    self.model.model.norm.register_forward_pre_hook(lambda _, a, seen=seen: seen.append(a[0][0]))
-                )
+                seen.clear()
                 self.model(ids[None])
-                for handle in handles:
-                    handle.remove()
                 for i in range(len(self.layers)):
                     x, y = seen[i], seen[i + 1]
                     totals[i] += float(((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))).sum())
                 tokens += len(ids)
+        for handle in handles:
+            handle.remove()
         return [1 - total / tokens for total in totals]
 
     def outliers(self, factor: float) -> list[float]:

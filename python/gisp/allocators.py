@@ -65,7 +65,7 @@ class Allocator:
 
 
 def owl_shares(ratios: dict[int, float], fraction: float, half_width: float = OWL_LAMBDA) -> dict[int, float]:
-    """Fraction every layer is to lose, from the outliers it holds (OWL, arXiv 2310.05175, section 4).
+    """Fraction every layer is to lose, from the outliers it holds (OWL, arXiv 2310.05175).
 
     The kept fractions are the outlier ratios, stretched linearly to a range of ``2 * half_width`` around
     ``1 - fraction`` as their mean, and cut to [0, 1]. Layers that hold equally many outliers lose equally much.

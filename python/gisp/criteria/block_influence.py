@@ -1,4 +1,4 @@
-"""Block influence: how far a layer turns the residual stream (ShortGPT, arXiv 2403.03853, Eq. 1)."""
+"""Block influence: how far a layer turns the residual stream (ShortGPT, arXiv 2403.03853)."""
 
 from __future__ import annotations
 
