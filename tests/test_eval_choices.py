@@ -84,6 +84,29 @@ def test_accuracies_follow_from_single_tokens(gqa: str | None, model_folder: Pat
     assert (found["tokens"], found["examples"], found["truncated"], found["window"]) == (tokens, 5, 0, 48)
 
 
+def test_contexts_may_repeat_their_continuation(model_folder: Path) -> None:
+    model, shared = shrunken("query"), ROWS[-1]
+    repeated = {"contexts": shared["contexts"], "choices": [" was big"] * 3, "answer": 2}
+    assert measured(model, model_folder, [shared]) == measured(model, model_folder, [repeated])
+
+
+def test_a_delimiter_is_scored_but_not_counted(model_folder: Path) -> None:
+    model = shrunken("query")
+    row = {
+        "context": "a cab",
+        "choices": ["..n", "..and a bag", "..a longer end of it"],
+        "delimiter": "..",
+        "answer": 0,
+    }
+    values = scores(model, row)
+    lengths = [1, len("and a bag"), len("a longer end of it")]
+    for counted, given in ((lengths, row), ([n + 2 for n in lengths], {**row, "delimiter": ""})):
+        normed = [value / length for value, length in zip(values, counted, strict=True)]
+        best = normed.index(max(normed))
+        for answer in range(3):
+            assert measured(model, model_folder, [{**given, "answer": answer}])["acc_norm"] == float(answer == best)
+
+
 def test_batches_and_padding_change_nothing() -> None:
     model = shrunken("query", empty_layer=1)
     generator = torch.Generator().manual_seed(3)
@@ -186,6 +209,7 @@ def test_a_pattern_picks_what_is_compared(model_folder: Path) -> None:
         ({"context": "a", "choices": ["b", ""], "answer": 0}, "every one must be a text"),
         ({"choices": ["b", "c"], "answer": 0}, "context None"),
         ({"contexts": ["b", "c"], "answer": 0}, "continuation None"),
+        ({"contexts": ["b", "c"], "choices": ["x", "y", "z"], "answer": 0}, "2 contexts and 3 choices"),
         ({"context": "a", "choices": ["x", "c" * 60], "answer": 0}, "60 tokens of a continuation exceed"),
         ({"text": "speech"}, "choices None"),
         # The tokenizer merges "ab": the choice has no token of its own, which lm-eval asserts.

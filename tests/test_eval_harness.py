@@ -36,6 +36,16 @@ CONTEXTS = [
     {"contexts": [f"{word} {number}", f"no {word}"], "continuation": f" was {word}", "answer": number % 2}
     for number, word in enumerate(("cab", "bag", "table", "é", "abab"))
 ]
+DELIMITED = [
+    {
+        "context": f"{word} is",
+        "bare": ["a cab", "the bag of it", "é", "no"],
+        "choices": [" a cab", " the bag of it", " é", " no"],
+        "delimiter": " ",
+        "answer": number % 4,
+    }
+    for number, word in enumerate(("cab", "bag", "table", "it", "x", "12", "ab"))
+]
 METRICS = ("acc", "acc_norm", "acc_bytes")
 
 
@@ -66,6 +76,16 @@ def write_tasks(folder: Path) -> None:
     )
     task_file(
         folder,
+        "gisp_delimited",
+        DELIMITED,
+        doc_to_text="context",
+        doc_to_choice="bare",
+        doc_to_target="answer",
+        target_delimiter=" ",
+        **metrics,
+    )
+    task_file(
+        folder,
         "gisp_contexts",
         CONTEXTS,
         doc_to_text="answer",
@@ -91,9 +111,10 @@ def own(model: Any, places: Path, rows: list[dict[str, Any]], **options: Any) ->
 @pytest.mark.parametrize("gqa", [None, "query", "balanced", "group"])
 def test_choices(gqa: str | None, places: Path) -> None:
     model = shrunken(gqa, empty_layer=1)
-    tasks = LmEvalTasks(("gisp_choices", "gisp_contexts"), places / "tasks", batch_size=4)
+    rows_of = {"gisp_choices": CHOICES, "gisp_contexts": CONTEXTS, "gisp_delimited": DELIMITED}
+    tasks = LmEvalTasks(tuple(rows_of), places / "tasks", batch_size=4)
     theirs = Harness(tasks, str(places / "tokenizer"))(model)["lm_eval"]
-    for name, rows in (("gisp_choices", CHOICES), ("gisp_contexts", CONTEXTS)):
+    for name, rows in rows_of.items():
         ours = own(model, places, rows)
         for metric in METRICS:
             assert theirs[name][metric] == ours[metric]

@@ -187,7 +187,7 @@ def _print_one(result: dict[str, Any]) -> None:
         print(f"  compensation: {result['compensation']}")
     for name, what in (("truncated", "examples"), ("prompts_truncated", "prompts")):
         if result.get(name):
-            print(f"{result[name]:,} {what} were longer than the window and lost tokens at their start")
+            print(f"{what} that lost tokens at their start to fit: {result[name]:,}")
 
 
 def _print_points(points: list[dict[str, Any]]) -> None:

@@ -99,11 +99,10 @@ def _row(task: Any, doc: dict[str, Any]) -> dict[str, Any]:
         if isinstance(text, int):
             # Several inputs: the choices are contexts, the text is the number of the right one, the target follows all.
             contexts = [before + _opened(choice, prefix, "") for choice in choices]
-            shared = [f"{delimiter}{target}"] * len(choices)
-            return {"contexts": contexts, "choices": shared, "choice_texts": choices, "answer": text}
+            return {"contexts": contexts, "choices": [f"{delimiter}{target}"] * len(choices), "answer": text}
         answers = [f"{delimiter}{choice}" for choice in choices]
         context = before + _opened(text, prefix, delimiter)
-        return {"context": context, "choices": answers, "choice_texts": choices, "answer": _index(target, choices)}
+        return {"context": context, "choices": answers, "delimiter": delimiter, "answer": _index(target, choices)}
     first = target[0] if isinstance(target, list) else target
     return {"prompt": before + _opened(text, prefix, delimiter), "completion": f"{delimiter}{first}"}
 

@@ -23,7 +23,7 @@ class Choice:
 
     Attributes:
         requests: one per choice.
-        texts: the choices as the row has them.
+        texts: what tells the choices apart, without the delimiter before it.
         answer: number of the right choice.
     """
 
@@ -82,32 +82,30 @@ def mean_with_error(name: str, hits: Sequence[bool]) -> dict[str, float | None]:
 def read_choice(row: dict[str, Any], encoder: PairEncoder, where: str) -> Choice:
     """A row of ``context``, ``choices`` and ``answer``, or of ``contexts`` that share a ``continuation``.
 
-    Rows of lm-eval's tasks have ``contexts`` and as many equal ``choices``, and the ``choice_texts`` that its
-    normalised accuracies divide by.
+    ``contexts`` may also stand beside ``choices``, which are then their continuations one by one; the texts that are
+    compared are the contexts either way, as in lm-eval. A ``delimiter`` names what every choice begins with and what
+    is not counted as a part of its text (lm-eval's ``target_delimiter``).
 
     Raises:
         GispError: a row of another form, fewer than two choices, an answer out of range.
     """
     if "contexts" in row:
         texts = _texts(row, "contexts", where)
-        if "continuation" in row:
-            continuations: tuple[str, ...] = (_text(row, "continuation", where),) * len(texts)
-        else:
-            continuations = _texts(row, "choices", where)
-            if len(continuations) != len(texts):
-                raise GispError(f"{where} has {len(texts)} contexts and {len(continuations)} choices: give as many")
-        pairs = list(zip(texts, continuations, strict=True))
+        shared = "continuation" in row or "choices" not in row
+        tails = (_text(row, "continuation", where),) * len(texts) if shared else _texts(row, "choices", where)
+        if len(tails) != len(texts):
+            raise GispError(f"{where} has {len(texts)} contexts and {len(tails)} choices: give as many of both")
+        pairs = list(zip(texts, tails, strict=True))
     else:
-        texts = _texts(row, "choices", where)
+        choices = _texts(row, "choices", where)
         context = _text(row, "context", where)
-        pairs = [(context, text) for text in texts]
-    if "choice_texts" in row:
-        texts = _texts(row, "choice_texts", where)
+        pairs = [(context, text) for text in choices]
+        delimiter = str(row.get("delimiter") or "")
+        texts = tuple(text.removeprefix(delimiter) or text for text in choices)
     answer = row.get("answer")
     if type(answer) is not int or not 0 <= answer < len(texts):
         raise GispError(f"{where} has answer {answer!r}: give the index of one of {len(texts)} choices")
-    requests = tuple(encoder.pair(*pair, where) for pair in pairs)
-    return Choice(requests, texts, answer)
+    return Choice(tuple(encoder.pair(*pair, where) for pair in pairs), texts, answer)
 
 
 def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from gisp.evaluation.figures import figures
 from gisp.plot_style import LIGHT, MARKERS, Theme, new_figure, themed, to_png
 
 # What is of one kind shares axes; figures of another kind (lm-eval has many) get axes of their own.
-_SHARES = ("acc", "acc_norm", "exact_match", "f1")
+_SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "f1")
 _PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
 
 
