@@ -122,6 +122,15 @@ def test_choices(gqa: str | None, places: Path) -> None:
     assert 0 < theirs["gisp_choices"]["acc"] < 1
 
 
+def test_rows_built_from_a_task_give_its_figures(places: Path) -> None:
+    model = shrunken("query", empty_layer=1)
+    for name in ("gisp_choices", "gisp_contexts", "gisp_delimited"):
+        theirs = Harness(LmEvalTasks((name,), places / "tasks"), str(places / "tokenizer"))(model)["lm_eval"][name]
+        spec = f"lm-eval:{name}@{places / 'tasks'}"
+        ours = prepare(spec, EvalOptions(), model, str(places / "tokenizer"))(model)
+        assert [ours[metric] for metric in METRICS] == [theirs[metric] for metric in METRICS], name
+
+
 def test_generation(places: Path) -> None:
     model, tokenizer = shrunken("query", empty_layer=0), byte_tokenizer()
     model.generation_config.eos_token_id = 0
