@@ -107,6 +107,7 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int) -> list[Cell]:
         "align 64": {"align": 64},
         "float32": {"dtype": "float32"},
         "uniform allocator": {"allocator": "uniform"},
+        "owl allocator": {"allocator": "owl"},
         "signed scores": {"criterion": "signed"},
         "wanda-sp scores": {"criterion": "wanda-sp", "allocator": "global"},
         "flap scores": {"criterion": "flap"},
