@@ -188,6 +188,16 @@ def test_a_stored_config_repeats_its_run(tmp_path, model_folder, token_file):
     assert main(["prune", *again, "--out", str(tmp_path / "a"), "--resume"]) == 0
 
 
+def test_a_stored_config_is_used_from_another_folder(tmp_path, model_folder, token_file, monkeypatch):
+    monkeypatch.chdir(token_file.parent)
+    given = ["--preset", "paper", "--steps", "2", "--sparsity", "0.3", "--dtype", "float32", "--device", "cpu"]
+    assert main(["prune", str(model_folder), "--data", token_file.name, "--out", str(tmp_path / "a"), *given]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["prune", "--config", "a/config.yaml", "--out", "b"]) == 0
+    files = [(tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
