@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from gisp.config import make_config, read_yaml
@@ -62,6 +63,12 @@ def test_a_resolved_config_resolves_to_itself():
 def test_bad_options_name_option_and_value(options, message):
     with pytest.raises(GispError, match=message):
         make_config(**options)
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    config = make_config(sparsity=np.float32(0.25), steps=np.int64(3), fp8=np.bool_(False))
+    assert [type(v) for v in (config.sparsity, config.steps, config.fp8)] == [float, int, bool]
+    assert (config.sparsity, config.steps) == (0.25, 3)
 
 
 def test_yaml_takes_dashes_and_refuses_what_is_no_mapping(tmp_path):

@@ -82,6 +82,8 @@ def test_other_norms_and_activations_are_left_alone():
     gisp.fuse(model)
     assert isinstance(model.shifted, ShiftedNorm)
     assert not any(isinstance(module, FusedMLP) for module in model.modules())
+    with pytest.raises(GispError, match="'x' is no model"):
+        gisp.fuse("x")
     with pytest.raises(GispError, match="nothing to fuse"):
         gisp.fuse(nn.Sequential(nn.Linear(2, 2)))
     gisp.fuse(model)

@@ -295,3 +295,9 @@ def test_a_sparsity_needs_a_checkpoint_of_several(run: tuple[Path, Path, Path]) 
     with pytest.raises(GispError, match=r"sparsity 0.3 needs a nested checkpoint"):
         gisp.load(run[1], sparsity=0.3)
     assert deepcopy(gisp.load(run[1])).config.model_type == "llama"
+
+
+@pytest.mark.parametrize("dtype", ["float33", "nn", torch.int8, 16])
+def test_a_dtype_of_weights_is_a_floating_one(sound: Path, dtype: Any) -> None:
+    with pytest.raises(GispError, match=r"unknown dtype .*: give float32"):
+        gisp.load(sound, dtype=dtype)

@@ -101,8 +101,8 @@ def test_a_wrong_layout_is_refused(copy: Path, name: str, value: torch.Tensor | 
         gisp.load(copy)
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan")])
-def test_sparsities_out_of_range_are_refused(sound: Path, sparsity: float) -> None:
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, float("nan"), "0.2"])
+def test_sparsities_out_of_range_are_refused(sound: Path, sparsity: Any) -> None:
     with pytest.raises(GispError, match="give a value in"):
         gisp.load(sound, sparsity=sparsity)
 

@@ -76,6 +76,8 @@ def test_models_that_cannot_follow_are_refused():
         gisp.prune(model, tiny_tokens(16, 16), **OPTIONS)
     with pytest.raises(GispError, match="other weights than"):
         trajectory.at(0.1, tiny_model(seed=5))
+    with pytest.raises(GispError, match=r"sparsity is '0\.1': give a value"):
+        trajectory.at("0.1")
     with pytest.raises(GispError, match="num_key_value_heads 4"):
         trajectory.at(0.1, tiny_model("llama-mha"))
     model.double()
@@ -186,6 +188,16 @@ def test_a_stored_config_repeats_its_run(tmp_path, model_folder, token_file):
     assert files[0] == files[1]
     assert gisp.Trajectory.load(tmp_path / "a").steps[-1].sparsity >= 0.3
     assert main(["prune", *again, "--out", str(tmp_path / "a"), "--resume"]) == 0
+
+
+def test_a_stored_config_is_used_from_another_folder(tmp_path, model_folder, token_file, monkeypatch):
+    monkeypatch.chdir(token_file.parent)
+    given = ["--preset", "paper", "--steps", "2", "--sparsity", "0.3", "--dtype", "float32", "--device", "cpu"]
+    assert main(["prune", str(model_folder), "--data", token_file.name, "--out", str(tmp_path / "a"), *given]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["prune", "--config", "a/config.yaml", "--out", "b"]) == 0
+    files = [(tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize(

@@ -234,11 +234,12 @@ def make_config(**options: Any) -> PruneConfig:
     Raises:
         GispError: unknown option, wrong type or value.
     """
+    # Plain numbers: what a run stores is JSON and YAML.
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     for name, value in options.items():
         if name not in FIELDS:
             raise GispError(f"unknown option {name!r}: choose one of {', '.join(FIELDS)}")
         kind = str(FIELDS[name].type).split(" ")[0]
-        value = value.item() if isinstance(value, np.generic) else value
         right = isinstance(value, _TYPES[kind]) and (kind == "bool") == isinstance(value, bool)
         if value is not None and not right:
             raise GispError(f"option {name} is {value!r}: give a {kind}")

@@ -68,6 +68,8 @@ def fuse(model: Any) -> Any:
     Raises:
         GispError: no RMS norm and no gated SiLU MLP found in it.
     """
+    if not isinstance(model, nn.Module):
+        raise GispError(f"{model!r} is no model: give a loaded one, as gisp.load returns it")
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -36,16 +36,28 @@ def load(
     """
     check_model_path(str(path))
     place = resolve_device(device)
+    kind = _floating(dtype)
     if is_nested(path):
-        kind = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        return load_nested(
-            path, sparsity, device=place, dtype=kind if isinstance(kind, torch.dtype) else None, verify=verify
-        )
+        return load_nested(path, sparsity, device=place, dtype=kind, verify=verify)
     if sparsity is not None or verify:
         given = f"sparsity {sparsity}" if sparsity is not None else "verify"
         raise GispError(f"{given} needs a nested checkpoint, {path} holds one size: leave it out")
     register_models()
-    return load_dense(str(path), place, dtype or "auto")
+    return load_dense(str(path), place, kind or "auto")
+
+
+def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype a caller gave by itself or by name; ``None`` for the checkpoint's own.
+
+    Raises:
+        GispError: it is no floating dtype.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise GispError(f"unknown dtype {dtype!r}: give float32, bfloat16, float16 or leave it out")
+    return kind
 
 
 def register_models() -> None:

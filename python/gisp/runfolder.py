@@ -109,7 +109,10 @@ class RunFolder:
         return self.path / STATE / f"step-{step:05d}.safetensors"
 
     def _config(self, trajectory: Trajectory) -> bytes:
-        options = {"model": trajectory.base_model["path"], "data": trajectory.data["spec"], **trajectory.config}
+        data = Path(str(trajectory.data["spec"]))
+        # As the model's path: the file is used from other folders too. What has no suffix may be a dataset's name.
+        spec = str(data.resolve()) if data.suffix and data.is_file() else trajectory.data["spec"]
+        options = {"model": trajectory.base_model["path"], "data": spec, **trajectory.config}
         given = {name: value for name, value in options.items() if value is not None}
         return yaml.safe_dump(given, sort_keys=False).encode()
 

@@ -1,6 +1,11 @@
-"""How much is removed by the end of each step."""
+"""How much is removed by the end of each step, and which step a sparsity names."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gisp.errors import GispError
 
 
 def parameter_target(sparsity: float, step: int, steps: int, decoder_parameters: int) -> float:
@@ -20,3 +25,21 @@ def threshold_rank(structures: int, ratio: float) -> int:
     whole number up to rounding.
     """
     return min(structures - int(structures * (1 - ratio)) + 1, structures)
+
+
+def nearest_step(points: Sequence[float], sparsity: Any) -> int:
+    """Number of the step whose sparsity is nearest to a given one, the smaller of two equally near.
+
+    Args:
+        points: sparsity after every step; the first is the dense model's 0.
+
+    Raises:
+        GispError: no number in [0, 1).
+    """
+    try:
+        inside = bool(0 <= sparsity < 1)
+    except TypeError:
+        inside = False
+    if not inside:
+        raise GispError(f"sparsity is {sparsity!r}: give a value in [0, 1)")
+    return min(range(len(points)), key=lambda t: (abs(points[t] - sparsity), points[t]))

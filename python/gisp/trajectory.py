@@ -17,6 +17,7 @@ from torch import nn
 from gisp.errors import GispError
 from gisp.files import disk_message, write_atomic
 from gisp.run_record import FORMAT, RECORD, TENSORS, VERSION, corrupt, read_record, read_removed_at
+from gisp.schedule import nearest_step
 from gisp.shrink import Removal, ShrinkableModel
 from gisp.structures import fingerprint, map_model
 
@@ -81,10 +82,7 @@ class Trajectory:
         """The step whose sparsity is nearest (the smaller of two equally near); 0 is dense, None the last step."""
         if sparsity is None:
             return len(self.steps)
-        if not 0 <= sparsity < 1:
-            raise GispError(f"sparsity is {sparsity}: give a value in [0, 1)")
-        points = [0.0] + [record.sparsity for record in self.steps]
-        return min(range(len(points)), key=lambda t: (abs(points[t] - sparsity), points[t]))
+        return nearest_step([0.0] + [record.sparsity for record in self.steps], sparsity)
 
     def sparsity_at(self, step: int) -> float:
         return self.steps[step - 1].sparsity if step else 0.0

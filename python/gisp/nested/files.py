@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from gisp.errors import GispError
 from gisp.nested.layout import KINDS, LayerOrder, Nesting
 from gisp.run_record import corrupt, is_finite, load_json, require
+from gisp.schedule import nearest_step
 
 FORMAT, VERSION = "gisp-nested", 1
 RECORD = "nested.json"
@@ -131,11 +132,7 @@ class NestedFiles:
             GispError: a sparsity outside [0, 1).
         """
         points = self.sparsities
-        if sparsity is None:
-            return len(points) - 1
-        if not 0 <= sparsity < 1:
-            raise GispError(f"sparsity is {sparsity}: give a value in [0, 1)")
-        return min(range(len(points)), key=lambda t: (abs(points[t] - sparsity), points[t]))
+        return len(points) - 1 if sparsity is None else nearest_step(points, sparsity)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor.
