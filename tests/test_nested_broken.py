@@ -17,6 +17,8 @@ import gisp
 from gisp.errors import GispError
 from gisp.nested.files import LAYOUT, RECORD
 
+LAYERS = 4
+
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,12 +59,37 @@ def test_missing_and_cut_files_are_refused(copy: Path) -> None:
         ({"tensors": {}}, "names no file for model.embed_tokens.weight"),
         ({"files": {}}, "files has no nested-layout.safetensors"),
         ({"files": {"../x": {"bytes": 1, "sha256": ""}, LAYOUT: {"bytes": 1, "sha256": ""}}}, "not in the folder"),
-        ({"base_config": {"model_type": "no_such_model"}}, "transformers cannot build the model"),
+        (
+            {"base_config": {"model_type": "no_such_model", "num_hidden_layers": LAYERS}},
+            "transformers cannot build the model",
+        ),
         ({"base_config": 3}, "base_config is not an object"),
     ],
 )
 def test_a_wrong_record_is_refused(copy: Path, changes: dict[str, Any], message: str) -> None:
     edit(copy, **changes)
+    with pytest.raises(GispError, match=message):
+        gisp.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("fingerprint", None, "fingerprint is missing"),
+        ("fingerprint", 5, "fingerprint is not a text"),
+        ("num_attention_heads", None, "num_attention_heads is missing"),
+        ("intermediate_size", "x", "base_model.intermediate_size is 'x'"),
+        ("num_key_value_heads", 0, "base_model.num_key_value_heads is 0"),
+        ("layers", 10**30, f"base_config has {LAYERS} layers, base_model 10+"),
+    ],
+)
+def test_a_wrong_base_model_is_refused(copy: Path, name: str, value: Any, message: str) -> None:
+    base = json.loads((copy / RECORD).read_text())["base_model"]
+    edit(
+        copy,
+        base_model={key: old for key, old in base.items() if key != name}
+        | ({name: value} if value is not None else {}),
+    )
     with pytest.raises(GispError, match=message):
         gisp.load(copy)
 

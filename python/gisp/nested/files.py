@@ -28,6 +28,8 @@ LAYOUT = "nested-layout.safetensors"
 MODEL_TYPE = "gisp_nested"
 # Follows the name of a matrix whose columns belong to structures: it is stored with them along its rows.
 TRANSPOSED = ".transposed"
+# Layers, and what KINDS count in a dense one.
+_BASE_COUNTS = ("layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 _SHARD_BYTES = 5 * 10**9
 _READ_BYTES = 2**24
 
@@ -191,6 +193,13 @@ def _check(record: Any) -> None:
     for name in ("base_config", "base_model", "files", "tensors", "run"):
         require(isinstance(record[name], dict), f"{name} is not an object")
     require(isinstance(record["base_config"]["model_type"], str), "base_config.model_type is not a name")
+    base = record["base_model"]
+    require(isinstance(base["fingerprint"], str), "base_model.fingerprint is not a text")
+    for name in _BASE_COUNTS:
+        require(type(base[name]) is int and base[name] > 0, f"base_model.{name} is {base[name]!r}")
+    # Before the model is built: that takes as long as it has layers.
+    layers = record["base_config"]["num_hidden_layers"]
+    require(layers == base["layers"], f"base_config has {layers!r} layers, base_model {base['layers']}")
     steps = record["steps"]
     require(isinstance(steps, list) and len(steps) > 0, "it holds no steps")
     for step in steps:
@@ -212,8 +221,8 @@ def _read_layout(path: Path, record: dict[str, Any]) -> Nesting:
     except (SafetensorError, OSError, ValueError) as error:
         raise corrupt(path, error) from None
     base = record["base_model"]
-    counts = [int(base[key]) for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size")]
-    layers, steps = int(base["layers"]), len(record["steps"])
+    layers, *counts = (base[name] for name in _BASE_COUNTS)
+    steps = len(record["steps"])
     prefixes = tensors.get("prefixes")
     if prefixes is None or prefixes.shape != (steps, layers, len(KINDS)) or prefixes.dtype != torch.int32:
         raise GispError(f"{path} is corrupt: it has no int32 [{steps}, {layers}, {len(KINDS)}] tensor prefixes")
