@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gisp.data import Sequences, load_sequences
+from gisp.data import Sequences, load_sequences, read_rows
 from gisp.errors import GispError
 from gisp.objectives import IGNORED
 
@@ -164,3 +164,11 @@ def test_pieces_of_a_row_count_as_one_sample_and_need_one_scored_token_together(
     assert [ids for ids, _ in lists(sequences)] == [[4, 5, 6], [6, 5, 4], [3, 2, 1]]
     assert sequences.examples == ((0,), (1, 2))
     assert len(sequences.first(1)) == 1
+
+
+@pytest.mark.parametrize("line", ['{"text": "\\ud800 abc"}', '{"text": ' + "1" * 5000 + "}", "[" * 100000])
+def test_json_that_only_looks_like_it_names_its_line(line, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "sound"}\n' + line + "\n")
+    with pytest.raises(GispError, match="line 2 is not JSON"):
+        list(read_rows(str(path)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,3 +209,11 @@ def test_a_run_on_a_mixture_resumes_to_the_same_end(folder):
     (folder / "mix.yaml").write_text(BOTH.replace("weight: 3", "weight: 2"))
     with pytest.raises(GispError, match="was made with another data"):
         prune(folder / "model", folder / "mix.yaml", out=runs[1], resume=True, **options)
+
+
+@pytest.mark.parametrize("text", ["x: 2024-13-45", "[" * 3000, "x: !!int y"])
+def test_yaml_whose_values_do_not_convert(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "mixture.yaml"
+    path.write_text(text)
+    with pytest.raises(GispError, match="is not valid YAML"):
+        load_sequences(str(path), vocab_size=9, seq_len=None)

@@ -98,8 +98,9 @@ def _read(path: Path, objective: str) -> list[_Task]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise GispError(f"cannot read mixture {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise GispError(f"mixture {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        # Values that look like dates or numbers and are none fail in their own ways.
+        raise GispError(f"mixture {path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
     listed = content.get("tasks") if isinstance(content, dict) else None
     if not isinstance(listed, list) or not listed:
         raise GispError(f"mixture {path} lists no tasks: give tasks: [{{data: SPEC, objective: lm, weight: 1.0}}, …]")
