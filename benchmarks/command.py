@@ -55,6 +55,18 @@ def count(text: str) -> int:
     return value
 
 
+def numbers(option: str, text: str, kind: type) -> list[Any]:
+    """Numbers of an option, with commas between them.
+
+    Raises:
+        GispError: something that is no number.
+    """
+    try:
+        return [kind(value) for value in text.split(",")]
+    except ValueError:
+        raise GispError(f"{option} is {text!r}: give numbers separated by commas") from None
+
+
 def require_gpu(what: str) -> None:
     """Refuse to go on without a GPU.
 

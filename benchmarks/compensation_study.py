@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import Parser, check_writable, count, exit_code, write_json
+from benchmarks.command import Parser, check_writable, count, exit_code, numbers, write_json
 from benchmarks.identity import identity
 from gisp.compensation import compensate
 from gisp.data import Sequences, load_sequences
@@ -76,7 +76,7 @@ def main() -> int:
     }
     shrinkable = trajectory.shrinkable(model)
     pruned: dict[int, float] = {}
-    for sparsity, chosen in configurations([float(text) for text in args.sparsities.split(",")], args.tokens):
+    for sparsity, chosen in configurations(numbers("--sparsities", args.sparsities, float), args.tokens):
         step = trajectory.step_for(sparsity)
         move_to(shrinkable, trajectory, step)
         if step not in pruned:

@@ -15,7 +15,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.command import Parser, check_writable, count, exit_code, read_json, require_gpu, table, write_json
+from benchmarks.command import (
+    Parser,
+    check_writable,
+    count,
+    exit_code,
+    numbers,
+    read_json,
+    require_gpu,
+    table,
+    write_json,
+)
 from benchmarks.goals import goal_table, infer_goals
 from benchmarks.identity import identity
 from benchmarks.infer_run import Setting, measure_inference
@@ -170,10 +180,10 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     from gisp.model_io import resolve_device
 
-    sparsities = _numbers("--sparsities", args.sparsities, float)
+    sparsities = numbers("--sparsities", args.sparsities, float)
     if not all(0 < sparsity < 1 for sparsity in sparsities):
         raise GispError(f"--sparsities is {args.sparsities!r}: give numbers between 0 and 1")
-    batches = tuple(_numbers("--batches", args.batches, int))
+    batches = tuple(numbers("--batches", args.batches, int))
     if not all(batch > 0 for batch in batches):
         raise GispError(f"--batches is {args.batches!r}: give numbers above 0")
     setting = Setting(args.prompt, args.context, batches, args.repetitions, args.graph, args.fused)
@@ -200,13 +210,6 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "ceilings": asdict(peak) if peak else None,
         "models": found,
     }
-
-
-def _numbers(option: str, text: str, kind: type) -> list[Any]:
-    try:
-        return [kind(value) for value in text.split(",")]
-    except ValueError:
-        raise GispError(f"{option} is {text!r}: give numbers separated by commas") from None
 
 
 if __name__ == "__main__":

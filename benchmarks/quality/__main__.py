@@ -13,7 +13,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import Budget, Parser, check_writable, count, exit_code, positive, read_json, write_json
+from benchmarks.command import (
+    Budget,
+    Parser,
+    check_writable,
+    count,
+    exit_code,
+    numbers,
+    positive,
+    read_json,
+    write_json,
+)
 from benchmarks.identity import identity
 from benchmarks.quality import bench_data, cells, summary
 from benchmarks.quality.pool import run_cells
@@ -107,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{result['model']}: {dense['parameters']:,} parameters, dense perplexity {dense['perplexity']:.3f}", flush=True
     )
-    done = {f"{cell['study']}/{cell['name']}/{cell['seed']}" for cell in result["cells"] if "error" not in cell}
+    done = {_key(cell) for cell in result["cells"] if "error" not in cell}
     gqa = dense["num_key_value_heads"] < dense["num_attention_heads"]
     todo = [cell for cell in chosen(args, gqa) if cell.key not in done]
     del runner
@@ -140,10 +150,7 @@ def _key(cell: dict[str, Any]) -> str:
 
 
 def _bench(args: argparse.Namespace) -> Bench:
-    try:
-        sparsities = tuple(sorted(float(value) for value in args.sparsities.split(",")))
-    except ValueError:
-        raise GispError(f"--sparsities is {args.sparsities!r}: give numbers separated by commas") from None
+    sparsities = tuple(sorted(numbers("--sparsities", args.sparsities, float)))
     if args.train is not None:
         if (args.train / "config.json").exists():
             decoder = bench_data.Decoder(

@@ -18,6 +18,7 @@ from gisp.demo.train import train
 from gisp.errors import GispError
 from gisp.evaluation.choices import Choice
 from gisp.evaluation.pairs import Request
+from gisp.objectives import IGNORED
 
 # 65 million parameters: 12 layers, hidden size 640, 10 heads of 64, MLP 1728, vocabulary 8192, tied embeddings.
 LARGE = TrainConfig(vocab_size=8192, layers=12, hidden=640, heads=10, mlp=1728, batch=256, steps=4000, lr=2e-3)
@@ -111,7 +112,7 @@ def choice_sequences(data: Sequences) -> Sequences:
         for i, piece in enumerate(pieces):
             ids = torch.cat((context, piece))
             labels = ids.clone()
-            labels[: len(context)] = -100
+            labels[: len(context)] = IGNORED
             numbers.append(len(rows))
             rows.append((ids, labels))
             signs.append(-1 if i else 1)

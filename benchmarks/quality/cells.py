@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SPARSITIES = (0.2, 0.3, 0.4, 0.5)
 # Calibration tokens of the exact schedules: a step of ``paper`` or ``official`` sees all of them.
 EXACT_TOKENS = 163840
 EXACT_STEPS = 112
