@@ -142,10 +142,11 @@ class LinearTap:
         output: torch.Tensor | None,
         grad_input: torch.Tensor | None,
     ) -> None:
-        """Take one use of the layer in the running backward pass: [T, O], [T, I], [T, O] and [T, I]."""
+        """Take one use of the layer in the running backward pass: [..., O], [..., I], [..., O] and [..., I]."""
         self.check_width()
         self._seen()
         assert input is not None
+        grad_output, input = as_tokens(grad_output), as_tokens(input)
         if self._padded_grad is not None:
             _accumulate_product(self._padded_grad, grad_output, input)
         else:
@@ -230,10 +231,9 @@ class _RecordedLinear(torch.autograd.Function):
         with torch.autocast(weight.device.type, enabled=False):
             if ctx.needs_input_grad[0] or ctx.tap.needs.grad_input:
                 grad_input = grad_output.matmul(weight.to(grad_output.dtype))
-            tokens = as_tokens(grad_output)
             if ctx.needs_input_grad[1]:
-                grad_bias = tokens.sum(0)
-            ctx.tap.collect(tokens, *(None if t is None else as_tokens(t) for t in (input, output, grad_input)))
+                grad_bias = as_tokens(grad_output).sum(0)
+            ctx.tap.collect(grad_output, input, output, grad_input)
         grad_input = None if grad_input is None else grad_input.to(ctx.input_dtype)
         return grad_input, grad_bias, weight.new_zeros(0, dtype=torch.float32), None, None
 

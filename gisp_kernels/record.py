@@ -16,11 +16,18 @@ import torch
 from torch import nn
 
 from gisp_kernels import checks
+from gisp_kernels.gate_tap import GateTap, gate_projection
 from gisp_kernels.groups import Projection, StructureGroup, iter_groups
 from gisp_kernels.linear_tap import LinearTap, current_backward
 from gisp_kernels.signed_tap import SignedTap
 
-Mode = Literal["stream", "exact", "signed"]
+Mode = Literal["stream", "exact", "signed", "second-order"]
+_TAPS: dict[Mode, type[LinearTap]] = {
+    "stream": LinearTap,
+    "exact": LinearTap,
+    "signed": SignedTap,
+    "second-order": GateTap,
+}
 Target = nn.Module | Iterable[StructureGroup] | Iterable[nn.Linear] | Mapping[str, nn.Linear]
 
 _taken: weakref.WeakSet[nn.Linear] = weakref.WeakSet()
@@ -31,28 +38,37 @@ class ImportanceRecorder:
 
     Attributes:
         backward_calls: backward passes that reached a covered layer since the last reset.
+        curvature: mode ``second-order`` alone, to set before each backward pass: for every sequence of the batch the
+            factor ``c_b`` of :func:`gisp_kernels.predicted_loss_change`, [B]; ``None`` = the tokens of the batch, for
+            a loss that is the mean over them.
     """
 
     def __init__(
         self, groups: tuple[StructureGroup, ...], *, mode: Mode = "stream", backend: str | None = None
     ) -> None:
-        if mode not in ("stream", "exact", "signed"):
-            raise ValueError(f"mode must be 'stream', 'exact' or 'signed', got {mode!r}")
+        if mode not in _TAPS:
+            raise ValueError(f"mode must be one of {', '.join(_TAPS)}, got {mode!r}")
         names = [group.name for group in groups]
         if len(set(names)) != len(names):
             raise ValueError(f"group names must be unique, got {names}")
         self.mode = mode
+        self.curvature: torch.Tensor | None = None
         self._groups = groups
+        self._scored = {
+            group.name: (gate_projection(group),) if mode == "second-order" else group.projections for group in groups
+        }
         self._taps: dict[nn.Linear, LinearTap] = {}
         for group in groups:
-            for projection in group.projections:
+            for projection in self._scored[group.name]:
                 linear = projection.linear
                 if linear not in self._taps:
                     _check_linear(group.name, linear)
-                    tap = SignedTap if mode == "signed" else LinearTap
-                    self._taps[linear] = tap(
+                    tap = _TAPS[mode](
                         group.name, linear, exact=mode == "exact", backend=backend, seen=self._saw_backward
                     )
+                    if isinstance(tap, GateTap):
+                        tap.curvature = self._current_curvature
+                    self._taps[linear] = tap
                 self._taps[linear].add(projection)
         self._check_sharing()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -77,13 +93,14 @@ class ImportanceRecorder:
 
         ``stream``: the sum over backward passes of ``|W * G_pass|``. ``exact``: ``|W * sum of G_pass|`` (paper Eq. 8)
         with the weights as they are now. ``signed``: ``|sum of W * G|`` over all elements and passes.
+        ``second-order``: the sum over passes of the predicted change of the loss, of either sign.
 
         Raises:
             RuntimeError: a covered layer changed its width while being recorded.
         """
         scores = {}
         for group in self._groups:
-            parts = [self._taps[p.linear].score(p, self._active) for p in group.projections]
+            parts = [self._taps[p.linear].score(p, self._active) for p in self._scored[group.name]]
             total = parts[0].clone()
             for part in parts[1:]:
                 total += part.to(total.device)
@@ -139,6 +156,9 @@ class ImportanceRecorder:
 
         return forward
 
+    def _current_curvature(self) -> torch.Tensor | None:
+        return self.curvature
+
     def _leave_backward(self) -> None:
         self._outermost = None
 
@@ -184,7 +204,11 @@ def record_importance(target: Target, *, mode: Mode = "stream", backend: str | N
             gradient of a gate on the structure (LLM-Pruner's "vector" score, arXiv 2305.11627, taken over the whole
             structure). It is linear in ``G``, so it is exact over any number of passes and no weight gradient is
             formed; the outputs of layers scored by rows are kept for the backward pass and must not be changed in
-            place.
+            place. ``"second-order"``: the change of the loss that closing a gate on the structure makes, predicted to
+            second order from the gate's gradient for every sequence (:mod:`gisp_kernels.gate_grads`); the lowest are
+            the least important, as ever. Only output projections are recorded, their inputs must be [B, S, features]
+            (2 dimensions are one sequence), the loss a sum over sequences, and the forward must run inside the context.
+            Set :attr:`ImportanceRecorder.curvature` where the loss is not the mean over all tokens of the batch.
         backend: implementation of the ops, see :mod:`gisp_kernels.backend`.
 
     Raises:

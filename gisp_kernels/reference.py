@@ -45,3 +45,14 @@ def wgrad_importance_(
 ) -> None:
     """Add ``sum |weight * G|`` of every structure to ``out``, with ``G = grad_output.T @ input`` in their dtype."""
     abs_weighted_reduce_(out, weight, weight_grad(grad_output, input), axis, block)
+
+
+def gate_grads_(out: torch.Tensor, input: torch.Tensor, grad_input: torch.Tensor, block: int) -> None:
+    """Write ``sum input * grad_input`` over tokens and ``block`` columns to ``out``; product and sum in float32.
+
+    Args:
+        out: float32 [B, I / block].
+        input, grad_input: [B, S, I], any floating dtype.
+    """
+    columns = (input.detach().float() * grad_input.detach().float()).sum(1)
+    out.copy_(columns.view(*out.shape, block).sum(2))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from gisp_kernels.groups import Projection
+from gisp_kernels.importance import as_tokens
 from gisp_kernels.linear_tap import LinearTap, Needs
 
 
@@ -54,7 +55,7 @@ class SignedTap(LinearTap):
             else:
                 assert input is not None and grad_input is not None
                 products = input.float() * grad_input
-            _add_blocks(total, products.sum(0, dtype=torch.float64))
+            _add_blocks(total, as_tokens(products).sum(0, dtype=torch.float64))
 
     def take_weight_grad(self, grad: torch.Tensor) -> None:
         """Hook of the weight: score its gradient, and put its ``.grad`` aside from the accumulation that follows."""

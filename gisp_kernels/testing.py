@@ -52,6 +52,13 @@ def wgrad_truth(grad_output: torch.Tensor, input: torch.Tensor, weight: torch.Te
     return Truth(scores, magnitude, _terms(weight, axis, block) + x.shape[0])
 
 
+def gate_truth(input: torch.Tensor, grad_input: torch.Tensor, block: int) -> Truth:
+    """Truth of ``sum input * grad_input`` over tokens and ``block`` columns, [B * count]."""
+    product = input.double() * grad_input.double()
+    sums = [t.sum(1).view(len(t), -1, block).sum(2).flatten() for t in (product, product.abs())]
+    return Truth(sums[0], sums[1], input.shape[1] * block)
+
+
 def assert_error_budget(actual: torch.Tensor, reference: torch.Tensor, truth: Truth) -> None:
     """Fail unless ``actual`` errs at most as much as ``reference`` plus :attr:`Truth.step`.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from gisp.criteria.choices import ABSOLUTE, ALLOCATORS, CRITERIA, GRADIENT, WHOLE_LAYERS
+from gisp.criteria.choices import ALLOCATORS, CRITERIA, GRADIENT, WHOLE_LAYERS, WRITTEN_OUT
 from gisp.errors import GispError
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -189,8 +189,8 @@ class PruneConfig:
             raise GispError(
                 f"{criterion} sees no loss: --objective {self.objective} needs one of {', '.join(GRADIENT)}"
             )
-        if self.fp8 and self.criterion not in ABSOLUTE:
-            raise GispError(f"--fp8 goes with --criterion {' or '.join(ABSOLUTE)}: leave it out")
+        if self.fp8 and self.criterion not in WRITTEN_OUT:
+            raise GispError(f"--fp8 goes with --criterion {', '.join(WRITTEN_OUT)}: leave it out")
         if self.criterion == WHOLE_LAYERS:
             if self.allocator != "global" or self.norm != "none":
                 raise GispError(f"{criterion} ranks whole layers: leave --allocator and --norm out")

@@ -6,19 +6,28 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.fused_pass import Float8Products, ImportancePass, differs, why_not
-from gisp.objectives import SequenceLoss, evaluation_mode, objective_name, own_losses, sequence_nll
+from gisp.objectives import (
+    SequenceLoss,
+    evaluation_mode,
+    objective_name,
+    own_losses,
+    sequence_curvature,
+    sequence_nll,
+)
 from gisp.step_batches import StepBatches
 from gisp.structures import ModelMap
 from gisp_kernels import float8, record_importance
 from gisp_kernels.groups import StructureGroup
 from gisp_kernels.record import Mode
+
+ScoreKind = Literal["absolute", "signed", "second-order"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +73,9 @@ class Engine:
             needs the gradient buffers of ``exact``.
         fp8: 8-bit products of the decoder layers, by the written-out pass alone.
         loss: a user's own loss per sequence instead of the mean NLL, by autograd (see ``objectives.SequenceLoss``).
-        signed: the absolute value of the sum of ``W * G`` over a structure instead of the sum of absolute values; by
-            recorded Linear layers always. It is linear in ``G``, so that neither kind needs a gradient buffer.
+        score: ``absolute``: ``sum |W * G|`` over a structure; ``signed``: ``|sum W * G|``, by recorded Linear layers
+            always; ``second-order``: the change of the loss predicted when the structure goes. The last two add up over
+            backward passes, so that neither kind needs a gradient buffer.
 
     Raises:
         GispError: ``fp8`` where there are no 8-bit products.
@@ -82,10 +92,10 @@ class Engine:
         seed: int,
         fp8: bool = False,
         loss: SequenceLoss | None = None,
-        signed: bool = False,
+        score: ScoreKind = "absolute",
     ) -> None:
         self._fp8 = fp8
-        self._signed = signed
+        self._score = score
         self._map = model_map
         self._model = model_map.model
         self._data = data
@@ -107,25 +117,40 @@ class Engine:
 
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
         """Scores of ``groups`` at a step."""
-        data = self._data
         numbers, weights = self._steps.numbers(step), self._steps.weights(step)
         batches = list(self._steps.batches(numbers))
         # One backward pass needs no gradient buffer; several must be summed before the absolute value.
         one_pass = self._steps.fresh and len(batches) == 1
         with deterministic():
-            written_out = self._written_out(numbers) if one_pass and not self._signed else None
+            wanted = one_pass if self._score == "absolute" else self._score == "second-order"
+            written_out = self._written_out(numbers) if wanted else None
             if written_out is not None:
-                ids, labels = data.batch(numbers)
-                scored = [(group.name, group.count) for group in groups]
-                scores, loss = written_out.score(ids, labels, weights, scored)
-                tokens = ids.numel()
+                scores, loss, tokens = self._by_written_out(written_out, groups, numbers, weights)
             else:
                 if self._fp8:
                     reason = self._pass_refused or f"--batch-size {self._batch_size} makes several batches of a step"
                     raise GispError(f"--fp8 needs the written-out pass over one batch: {reason}, leave it out")
-                mode: Mode = "signed" if self._signed else "stream" if one_pass else "exact"
+                mode: Mode = "stream" if one_pass else "exact"
+                if self._score != "absolute":
+                    mode = self._score
                 scores, loss, tokens = self._by_autograd(groups, numbers, weights, mode)
         return StepScores.of(scores, loss, tokens)
+
+    def _by_written_out(
+        self, run: ImportancePass, groups: list[StructureGroup], numbers: list[int], weights: list[float]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
+        scored = [(group.name, group.count) for group in groups]
+        total: dict[str, torch.Tensor] = {}
+        loss, tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
+        for start, stop in self._steps.batches(numbers):
+            ids, labels = self._data.batch(numbers[start:stop])
+            found, part = run.score(
+                ids, labels, weights[start:stop], scored, second_order=self._score == "second-order"
+            )
+            total = {name: total[name] + values for name, values in found.items()} if total else found
+            loss += part
+            tokens += ids.numel()
+        return total, loss, tokens
 
     def _by_autograd(
         self, groups: list[StructureGroup], numbers: list[int], weights: list[float], mode: Mode
@@ -136,6 +161,7 @@ class Engine:
             for start, stop in self._steps.batches(numbers):
                 ids, labels = self._data.batch(numbers[start:stop])
                 weight = torch.tensor(weights[start:stop], device=self._device)
+                recorder.curvature = sequence_curvature(labels.to(self._device), weight)
                 losses = self._losses(ids.to(self._device), labels.to(self._device))
                 loss = (losses * weight).sum()
                 # A block of a layer without any live structure passes no gradient on.

@@ -94,6 +94,8 @@ def count_waits(loop: PruningLoop) -> list[int]:
     [
         ("llama-mha", {}),
         ("llama-gqa", {}),
+        ("llama-mha", {"criterion": "gisp"}),
+        ("llama-gqa", {"criterion": "second-order"}),
         ("llama-gqa", {"gqa": "balanced"}),
         ("llama-gqa", {"gqa": "group"}),
         ("qwen3", {"ema": 0.0}),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 # What a criterion sets where an option is not given; the preset has the rest.
 CRITERIA: dict[str, dict[str, Any]] = {
     "gisp": {"allocator": "global"},
+    "second-order": {"allocator": "global"},
     "magnitude": {"allocator": "global"},
     # Divided by parameters every head would go before any channel.
     "random": {"allocator": "global", "norm": "none"},
@@ -18,7 +19,13 @@ CRITERIA: dict[str, dict[str, Any]] = {
     "block-influence": {"allocator": "global", "norm": "none", "align": 1, "keep_minimum": False},
 }
 ALLOCATORS = ("global", "uniform", "owl")
-# Criteria made of gradients of the loss, and among them those of the sum of absolute values.
-GRADIENT = ("gisp", "taylor-local", "signed")
-ABSOLUTE = ("gisp", "taylor-local")
+# Criteria made of gradients of the loss, and what the engine sums for them.
+GRADIENT: dict[str, Literal["absolute", "signed", "second-order"]] = {
+    "gisp": "absolute",
+    "second-order": "second-order",
+    "taylor-local": "absolute",
+    "signed": "signed",
+}
+# Among them those of the written-out pass, which alone has 8-bit products.
+WRITTEN_OUT = tuple(name for name, kind in GRADIENT.items() if kind != "signed")
 WHOLE_LAYERS = "block-influence"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gisp.config import PruneConfig
 from gisp.criteria.block_influence import BlockInfluence
-from gisp.criteria.choices import ABSOLUTE, GRADIENT, WHOLE_LAYERS
+from gisp.criteria.choices import GRADIENT, WHOLE_LAYERS
 from gisp.criteria.flap import FLAP
 from gisp.criteria.magnitude import Magnitude
 from gisp.criteria.random_scores import Random
@@ -58,7 +58,7 @@ def _plain(config: PruneConfig, shrinkable: ShrinkableModel, data: Sequences, lo
             batch_tokens=config.batch_tokens,
             seed=config.seed,
             fp8=config.fp8,
-            signed=criterion not in ABSOLUTE,
+            score=GRADIENT[criterion],
             loss=loss,
         )
     steps = step_batches(config, shrinkable, data)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from gisp.attention import KV_INDEX
 from gisp.fused_pass.batch import PassBatch
 from gisp.fused_pass.products import Products
+from gisp.fused_pass.wanted import Wanted
 from gisp.structures import LayerMap
 from gisp_kernels import decoder, wgrad_importance
 from gisp_kernels.stacked import Part, stacked_wgrad_importance
@@ -80,17 +81,18 @@ class AttentionBlock:
         state: AttentionState,
         grad: torch.Tensor,
         batch: PassBatch,
-        scores: torch.Tensor | None,
+        wanted: Wanted | None,
         input_grad: bool,
     ) -> None:
         """Backward of the block; ``grad`` [T, D] is dL/d(output) on entry and has dL/d(input) added on return.
 
         Args:
-            scores: float32 [structures] the scores are added to, ``None`` if the block is not scored.
+            wanted: where the block's scores go, ``None`` if it is not scored.
             input_grad: whether anything below needs ``grad``.
         """
-        if self.empty or not (input_grad or scores is not None):
+        if self.empty or not (input_grad or wanted is not None):
             return
+        scores = None if wanted is None else wanted.elements
         module = self._module
         blocks = {part.linear: part.block for part in self._group.projections}
         rotated, inverse_rms = self._rotated(state, batch)
@@ -98,6 +100,10 @@ class AttentionBlock:
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in self._expanded(*rotated)]
             attended = self._attend(leaves[0], leaves[1], leaves[2], batch)
+        if wanted is not None and wanted.gates is not None:
+            wanted.take_gates(attended.detach(), grad_attended, blocks[module.o_proj], batch)
+            if not input_grad:
+                return
         if scores is not None:
             o_proj = module.o_proj
             wgrad_importance(grad, attended.detach(), o_proj.weight, axis="column", block=blocks[o_proj], out=scores)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gisp.objectives import IGNORED
+from gisp.objectives import IGNORED, sequence_curvature
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class PassBatch:
         targets: int64 [T], the token each position predicts, -100 = not scored.
         weights: float32 [T], weight of each token's NLL in the loss.
         cos, sin: [length, hd], rotary tables.
+        curvature: float32 [rows], see :func:`gisp.objectives.sequence_curvature`.
     """
 
     rows: int
@@ -28,6 +29,11 @@ class PassBatch:
     weights: torch.Tensor
     cos: torch.Tensor
     sin: torch.Tensor
+    curvature: torch.Tensor
+
+    def by_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[T, n] as [rows, length, n]."""
+        return tokens.unflatten(0, (self.rows, self.length))
 
 
 def make_batch(decoder: Any, ids: torch.Tensor, labels: torch.Tensor, row_weights: list[float]) -> PassBatch:
@@ -56,6 +62,7 @@ def make_batch(decoder: Any, ids: torch.Tensor, labels: torch.Tensor, row_weight
         weights=_upload(weights.flatten(), device),
         cos=cos[0].contiguous(),
         sin=sin[0].contiguous(),
+        curvature=_upload(sequence_curvature(labels, torch.tensor(row_weights, dtype=torch.float64)), device),
     )
 
 

@@ -19,7 +19,9 @@ from gisp.fused_pass.lm_head import LMHead
 from gisp.fused_pass.memory import layers_to_recompute
 from gisp.fused_pass.mlp_block import MLPBlock, MLPState
 from gisp.fused_pass.products import Products
+from gisp.fused_pass.wanted import Wanted
 from gisp.structures import LayerMap, ModelMap
+from gisp_kernels import predicted_loss_change
 
 
 class _Layer:
@@ -72,9 +74,19 @@ class ImportancePass:
 
     @torch.no_grad()
     def score(
-        self, ids: torch.Tensor, labels: torch.Tensor, row_weights: list[float], scored: Sequence[tuple[str, int]]
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        row_weights: list[float],
+        scored: Sequence[tuple[str, int]],
+        *,
+        second_order: bool = False,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Scores of a batch: ``sum |W * dL/dW|`` per structure (GISP Eq. 8 with one batch as the set).
+        """Scores of a batch.
+
+        ``sum |W * dL/dW|`` per structure (GISP Eq. 8 with one batch as the set), or with ``second_order`` the change of
+        the loss that is predicted when the structure goes (:mod:`gisp_kernels.gate_grads`), which forms no weight
+        gradient and adds up over batches.
 
         Args:
             ids: int64 [B, S] on the CPU, padded on the right.
@@ -87,27 +99,40 @@ class ImportancePass:
         """
         batch = make_batch(self._model.model, ids, labels, row_weights)
         sizes = [count for _, count in scored]
-        buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=batch.ids.device)
-        scores = dict(zip((name for name, _ in scored), buffer.split(sizes), strict=True))
-        if not scores:
-            return scores, self._loss_only(batch)
+        names = [name for name, _ in scored]
+        shape = (batch.rows, sum(sizes)) if second_order else (sum(sizes),)
+        buffer = torch.zeros(shape, dtype=torch.float32, device=batch.ids.device)
+        if not names:
+            return {}, self._loss_only(batch)
+        parts = buffer.split(sizes, dim=-1)
+        wanted = {
+            name: Wanted(gates=part) if second_order else Wanted(elements=part)
+            for name, part in zip(names, parts, strict=True)
+        }
+        loss = self._backward(batch, wanted)
+        if second_order:
+            parts = predicted_loss_change(buffer, batch.curvature).split(sizes)
+        return dict(zip(names, parts, strict=True)), loss
+
+    def _backward(self, batch: PassBatch, wanted: dict[str, Wanted]) -> torch.Tensor:
+        """Fill what is wanted of every group; the loss, 0-dim float64."""
         # Positions of the layers, not their names: below the lowest scored one no gradient is needed.
-        lowest = min(i for i, layer in enumerate(self._layers) if self._scored(layer, scores))
+        lowest = min(i for i, layer in enumerate(self._layers) if self._scored(layer, wanted))
         x, delta, states = self._forward(batch, lowest)
         loss, grad = self._head.loss_and_grad(x, delta, batch)
         del x, delta
         for i in reversed(range(lowest, len(self._layers))):
             layer, kept = self._layers[i], states.pop()
             state = kept if isinstance(kept, _LayerState) else layer.forward(*kept, batch)[0]
-            heads, channels = scores.get(layer.item.heads.name), scores.get(layer.item.channels.name)
+            heads, channels = wanted.get(layer.item.heads.name), wanted.get(layer.item.channels.name)
             below = i > lowest
-            layer.mlp.backward(state.mlp, grad, channels, below or heads is not None)
+            layer.mlp.backward(state.mlp, grad, batch, channels, below or heads is not None)
             attention_state = state.attention
             # The MLP's tensors go before attention takes memory of its own.
             del kept, state
             layer.attention.backward(attention_state, grad, batch, heads, below)
             del attention_state
-        return scores, loss
+        return loss
 
     def _forward(
         self, batch: PassBatch, lowest: int
@@ -137,5 +162,5 @@ class ImportancePass:
         return embedding.weight.detach().index_select(0, batch.ids)
 
     @staticmethod
-    def _scored(layer: _Layer, scores: dict[str, torch.Tensor]) -> bool:
-        return layer.item.heads.name in scores or layer.item.channels.name in scores
+    def _scored(layer: _Layer, wanted: dict[str, Wanted]) -> bool:
+        return layer.item.heads.name in wanted or layer.item.channels.name in wanted

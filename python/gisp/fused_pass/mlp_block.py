@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from gisp.fused_pass.batch import PassBatch
 from gisp.fused_pass.products import Products
+from gisp.fused_pass.wanted import Wanted
 from gisp.structures import LayerMap
 from gisp_kernels import decoder, wgrad_importance
 from gisp_kernels.stacked import Part, stacked_wgrad_importance
@@ -61,22 +63,29 @@ class MLPBlock:
         activation = decoder.swiglu(*gate_up.split(module.gate_proj.weight.shape[0], dim=1))
         return MLPState(x, rstd, gate_up), self._products.forward(activation, [module.down_proj])
 
-    def backward(self, state: MLPState, grad: torch.Tensor, scores: torch.Tensor | None, input_grad: bool) -> None:
+    def backward(
+        self, state: MLPState, grad: torch.Tensor, batch: PassBatch, wanted: Wanted | None, input_grad: bool
+    ) -> None:
         """Backward of the block; ``grad`` [T, D] is dL/d(output) on entry and has dL/d(input) added on return.
 
         The state is used up.
 
         Args:
-            scores: float32 [channels] the scores are added to, ``None`` if the block is not scored.
+            wanted: where the block's scores go, ``None`` if it is not scored.
             input_grad: whether anything below needs ``grad``.
         """
-        if self.empty or not (input_grad or scores is not None):
+        if self.empty or not (input_grad or wanted is not None):
             return
+        scores = None if wanted is None else wanted.elements
         module, norm = self._module, self._norm
         layers = (module.gate_proj, module.up_proj)
         width = module.gate_proj.weight.shape[0]
         gate, up = state.gate_up.split(width, dim=1)
         activation = self._products.input_grad(grad, [module.down_proj])
+        if wanted is not None and wanted.gates is not None:
+            wanted.take_gates(decoder.swiglu(gate, up), activation, 1, batch)
+            if not input_grad:
+                return
         # In place: dL/d(activation) becomes the activation, gate and up become their gradients.
         decoder.swiglu_backward_(gate, up, activation)
         if scores is not None:

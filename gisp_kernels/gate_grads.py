@@ -1,0 +1,91 @@
+"""Gradients of gates on structures, a sequence at a time, and the change of the loss they predict.
+
+A gate multiplies what a structure sends through its output projection: the columns of o_proj or down_proj that read it.
+At 1 the model is as it is, at 0 the structure is gone. With ``X`` the projection's input and ``dX`` the gradient of the
+loss with respect to it, the gate's gradient is ``sum X * dX`` over tokens and the structure's columns: tensors every
+backward pass makes anyway, so no weight gradient is formed.
+
+Closing the gate changes the loss by ``-g + h / 2`` to second order (LeCun et al., Optimal Brain Damage, 1990), ``g``
+being the gradient and ``h`` the curvature, for which the empirical Fisher information stands: the sum of squared
+gradients of independent terms of the loss (as in Kwon et al., arXiv 2204.09656, there without ``g``).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from gisp_kernels import backend as backends
+from gisp_kernels import checks, reference
+
+SUPPORTED = ("triton",)
+
+
+def gate_grads(
+    input: torch.Tensor,
+    grad_input: torch.Tensor,
+    *,
+    block: int = 1,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``sum input * grad_input`` over the tokens of every sequence and the columns of every structure.
+
+    Args:
+        input: [B, S, I], what an output projection reads; float32, bfloat16 or float16, any strides.
+        grad_input: [B, S, I], gradient of the loss with respect to it; its dtype may differ.
+        block: consecutive columns of a structure; must divide I.
+        out: float32 [B, I / block], any strides, overwritten; ``None`` for a new tensor.
+        backend: ``None`` or ``"auto"``, ``"reference"`` or ``"triton"``.
+
+    Returns:
+        float32 [B, I / block]: ``out`` if given. Products and sums are float32, in a fixed order.
+
+    Raises:
+        TypeError: unsupported dtype.
+        ValueError: shapes, device or block that do not fit.
+        RuntimeError: the requested backend cannot run here.
+    """
+    for name, tensor in (("input", input), ("grad_input", grad_input)):
+        checks.check_float(name, tensor)
+    if input.dim() != 3:
+        raise ValueError(f"input must have 3 dimensions (sequences, tokens, columns), got {tuple(input.shape)}")
+    checks.check_same_shape("grad_input", grad_input, input.shape)
+    checks.check_same_device(input=input, grad_input=grad_input)
+    if block < 1 or input.shape[2] % block:
+        raise ValueError(f"block must divide the {input.shape[2]} columns of the input, got {block}")
+    shape = (input.shape[0], input.shape[2] // block)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.float32, device=input.device)
+    elif out.dtype != torch.float32 or out.requires_grad:
+        raise TypeError(f"out must be float32 without gradient, got {out.dtype}")
+    checks.check_same_shape("out", out, shape)
+    checks.check_same_device(out=out, input=input)
+    if backends.resolve(backend, input, SUPPORTED) == "triton":
+        from gisp_kernels.triton_kernels import gate_grads as kernel
+
+        kernel.launch(out, input.detach(), grad_input.detach(), block)
+    else:
+        reference.gate_grads_(out, input, grad_input, block)
+    return out
+
+
+def predicted_loss_change(grads: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+    """Change of the loss to second order when a structure goes, ``-sum_b g_b + sum_b c_b g_b^2 / 2``; of either sign.
+
+    For a loss that is a weighted sum over sequences of the mean NLL of ``n_b`` tokens, with weights ``w_b``, terms are
+    tokens: ``c_b = n_b / |w_b|`` makes the sum the empirical Fisher information, tokens of a sequence taken as
+    independent. For the mean over all tokens of a batch that is the number of its tokens.
+
+    Args:
+        grads: float32 [B, N], :func:`gate_grads` of every sequence's part of the loss.
+        curvature: floating point [B], the factors ``c_b``.
+
+    Returns:
+        float32 [N], summed in float64.
+    """
+    checks.check_matrix("grads", grads)
+    checks.check_same_shape("curvature", curvature, grads.shape[:1])
+    first = grads.sum(0, dtype=torch.float64)
+    # Scaled before squaring: squares of small gradients would leave float32.
+    second = (grads * curvature.to(grads.dtype).sqrt()[:, None]).square().sum(0, dtype=torch.float64)
+    return (second / 2 - first).float()
