@@ -47,12 +47,15 @@ class PassFlops:
         return self.forward + self.input_grad + self.weight_grad
 
 
-def pass_flops(model: Model, layers: Sequence[Widths], tokens: int) -> PassFlops:
+def pass_flops(model: Model, layers: Sequence[Widths], tokens: int, *, weight_grads: bool = True) -> PassFlops:
     """Operations of one pass over ``tokens`` tokens.
 
     The backward pass ends at the lowest scored layer: there only what its scores need is formed. Every layer above it
     needs the gradient of its input. Weights are differentiated only where they are scored, and with shared key/value
     heads neither k nor v is. The output projection runs forward and, if anything is scored, backward to its input.
+
+    Args:
+        weight_grads: whether scores are made of weight gradients; second-order ones are not.
     """
     lowest = min((i for i, item in enumerate(layers) if item.heads_scored or item.channels_scored), default=len(layers))
     head = 2 * tokens * model.hidden * model.vocabulary
@@ -60,9 +63,9 @@ def pass_flops(model: Model, layers: Sequence[Widths], tokens: int) -> PassFlops
     for i, item in enumerate(layers):
         query, key_value, channel = _products(model, item, tokens)
         forward += 2 * query + 2 * key_value + 3 * channel
-        if item.channels_scored:
+        if item.channels_scored and weight_grads:
             weight_grad += 3 * channel
-        if item.heads_scored:
+        if item.heads_scored and weight_grads:
             weight_grad += 2 * query if model.shares_kv else 2 * query + 2 * key_value
         if i < lowest:
             continue

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import compaction_tasks, decoder_tasks, float8_tasks, importance_tasks, sweep_tasks
+from benchmarks import compaction_tasks, decoder_tasks, float8_tasks, gate_tasks, importance_tasks, sweep_tasks
 from benchmarks.command import Budget, Parser, check_writable, exit_code, positive, read_json, require_gpu, write_json
 from benchmarks.goals import goal_table, kernel_goals
 from benchmarks.identity import identity
@@ -28,8 +28,8 @@ NAME = "gisp bench kernels"
 
 def all_tasks(quick: bool = False) -> list[Task]:
     """Every task; those a goal is about come first."""
-    compaction = compaction_tasks.tasks(quick)
-    return [*compaction, *importance_tasks.tasks(quick), *decoder_tasks.tasks(quick), *float8_tasks.tasks(quick)]
+    modules = (compaction_tasks, importance_tasks, gate_tasks, decoder_tasks, float8_tasks)
+    return [task for module in modules for task in module.tasks(quick)]
 
 
 def chosen(tasks: list[Task], only: list[str]) -> list[Task]:

@@ -89,7 +89,7 @@ def measure_apart(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
 
 def _forward(args: argparse.Namespace) -> list[str]:
     given = ["--device", args.device, "--sparsity", str(args.sparsity), "--quiet"]
-    for option in ("steps", "batch_tokens", "budget"):
+    for option in ("steps", "batch_tokens", "budget", "criterion"):
         value = getattr(args, option)
         if value is not None:
             given += [f"--{option.replace('_', '-')}", str(value)]
@@ -106,7 +106,7 @@ def show(runs: list[dict[str, Any]]) -> str:
         paper = run["paper"]
         lines.append(
             [
-                run["model"],
+                f"{run['model']}, {run.get('criterion', 'gisp')}",
                 f"{run['steps']} to {100 * run['sparsity']:.1f} %",
                 f"{run['seconds']:.1f}",
                 f"{run['setup_seconds']:.1f} + {run['first_step_seconds']:.1f}",
@@ -147,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch-tokens", type=count, help="tokens per step (8192)")
     options.add_argument("--budget", type=positive, metavar="SECONDS", help="stop a model's run after that")
     options.add_argument("--fp8", action="store_true", help="8-bit products in the importance pass")
+    options.add_argument("--criterion", choices=("second-order", "gisp"), help="of the scores (that of preset fast)")
     options.add_argument("--no-paper", dest="paper", action="store_false", help="leave the paper's way out")
     options.add_argument("--out", type=Path, help="JSON file to write")
     options.add_argument("--goals", action="store_true", help="also print which goals are met")
@@ -198,7 +199,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     device = resolve_device(args.device)
     if device.type == "cpu" and names != ["tiny"]:
         raise GispError(f"--device cpu takes --model tiny alone, not {', '.join(names)}")
-    setting = Setting.make(device, args.sparsity, args.steps, args.batch_tokens, args.fp8)
+    setting = Setting.make(device, args.sparsity, args.steps, args.batch_tokens, args.fp8, args.criterion)
     check_writable(args.out)
     if len(names) > 1:
         return measure_apart(names, args)

@@ -18,7 +18,8 @@ from benchmarks.flops import Widths, pass_flops
 from benchmarks.measure import Ceilings
 from benchmarks.registry import Model
 from gisp import prune
-from gisp.config import make_config
+from gisp.config import PRESETS, make_config
+from gisp.criteria.choices import GRADIENT
 from gisp.structures import channels_name, heads_name, protected_layers
 from gisp.trajectory import StepRecord, Trajectory
 
@@ -35,6 +36,7 @@ class Setting:
     Attributes:
         length: tokens per sequence.
         fp8: 8-bit products in the importance pass.
+        criterion: of the scores; ``second-order`` needs no weight gradients.
     """
 
     sparsity: float
@@ -42,10 +44,17 @@ class Setting:
     batch_tokens: int
     length: int = LENGTH
     fp8: bool = False
+    criterion: str = str(PRESETS["fast"]["criterion"])
 
     @classmethod
     def make(
-        cls, device: torch.device, sparsity: float, steps: int | None, batch_tokens: int | None, fp8: bool = False
+        cls,
+        device: torch.device,
+        sparsity: float,
+        steps: int | None,
+        batch_tokens: int | None,
+        fp8: bool = False,
+        criterion: str | None = None,
     ) -> Setting:
         """Defaults of the device, checked.
 
@@ -55,8 +64,8 @@ class Setting:
         on_gpu = device.type == "cuda"
         steps = steps or (FULL_STEPS if on_gpu else 6)
         batch_tokens = batch_tokens or (FULL_TOKENS if on_gpu else 2 * LENGTH)
-        config = make_config(sparsity=sparsity, steps=steps, batch_tokens=batch_tokens)
-        return cls(float(config.sparsity or 0), steps, batch_tokens, fp8=fp8)
+        config = make_config(sparsity=sparsity, steps=steps, batch_tokens=batch_tokens, criterion=criterion)
+        return cls(float(config.sparsity or 0), steps, batch_tokens, fp8=fp8, criterion=str(config.criterion))
 
     @property
     def full(self) -> bool:
@@ -92,6 +101,7 @@ def timed_run(
         "steps": setting.steps,
         "batch_tokens": setting.batch_tokens,
         "fp8": setting.fp8,
+        "criterion": setting.criterion,
     }
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -116,6 +126,7 @@ def timed_run(
         "batch_tokens": setting.batch_tokens,
         "sequence_length": setting.length,
         "fp8": setting.fp8,
+        "criterion": setting.criterion,
         "sparsity": trajectory.steps[-1].sparsity,
         "seconds": seconds,
         "setup_seconds": max(0.0, ends[0] - start - first),
@@ -148,9 +159,11 @@ def step_rows(
 ) -> list[dict[str, Any]]:
     """For every step: sparsity it started from, seconds of its phases, tokens and operations per second of its pass."""
     rows = []
+    weight_grads = GRADIENT[str(trajectory.config["criterion"])] == "absolute"
     for record, entry in zip(trajectory.steps, metrics, strict=True):
         seconds = entry["seconds"]["forward_backward"]
-        flops = pass_flops(shape, widths_before(trajectory, record.step), record.tokens).total
+        widths = widths_before(trajectory, record.step)
+        flops = pass_flops(shape, widths, record.tokens, weight_grads=weight_grads).total
         tflops = flops / max(seconds, 1e-9) / 1e12
         rows.append(
             {

@@ -97,13 +97,15 @@ class OracleSelector:
 
 
 def score_histogram(normalised: np.ndarray, boundary: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Edges and counts [2, bins] of log10 of the positive finite scores below and from ``boundary``."""
+    """Edges and counts [2, bins + 1] of log10 of the scores below and from ``boundary``; the last: those not above 0."""
     with np.errstate(divide="ignore"):
-        logs = np.log10(normalised)
+        logs = np.log10(normalised.clip(0))
     live = np.isfinite(logs)
+    off = np.array([[(normalised[:boundary] <= 0).sum()], [(normalised[boundary:] <= 0).sum()]])
     if not live.any():
-        return np.zeros(bins + 1), np.zeros((2, bins), dtype=np.int64)
+        return np.zeros(bins + 1), np.concatenate([np.zeros((2, bins), dtype=np.int64), off], axis=1)
     low, high = float(logs[live].min()), float(logs[live].max())
     edges = np.linspace(low, high if high > low else low + 1e-6, bins + 1)
     parts = (logs[:boundary], logs[boundary:])
-    return edges, np.stack([np.histogram(part[np.isfinite(part)], edges)[0] for part in parts])
+    found = np.stack([np.histogram(part[np.isfinite(part)], edges)[0] for part in parts])
+    return edges, np.concatenate([found, off], axis=1)

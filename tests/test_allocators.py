@@ -206,14 +206,14 @@ def test_uniform_argument_of_one_shot_is_the_allocator() -> None:
 
 
 def test_an_older_run_without_these_options_is_resumed(tmp_path: Path) -> None:
-    whole = run()
-    run(out=tmp_path / "run")
+    whole = run(criterion="gisp")
+    run(out=tmp_path / "run", criterion="gisp")
     record = tmp_path / "run" / "trajectory.json"
     stored = json.loads(record.read_text())
     for name in ("criterion", "allocator", "one_shot"):
         del stored["config"][name]
     record.write_text(json.dumps(stored))
-    assert same(run(out=tmp_path / "run", resume=True), whole)
+    assert same(run(out=tmp_path / "run", resume=True, criterion="gisp"), whole)
 
 
 def test_defaults_are_the_published_way() -> None:
@@ -238,12 +238,12 @@ def test_defaults_are_the_published_way() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"criterion": "luck"}, "unknown criterion 'luck': choose one of gisp, magnitude"),
+        ({"criterion": "luck"}, "unknown criterion 'luck': choose one of gisp, second-order, magnitude"),
         ({"allocator": "fair"}, "unknown allocator 'fair'"),
         ({"one_shot": True, "steps": 3}, r"leave --steps \(3\)"),
         ({"one_shot": True, "ema": 0.5}, r"--ema \(0.5\) out"),
         ({"criterion": "flap", "objective": "margin"}, "--criterion flap sees no loss"),
-        ({"criterion": "signed", "fp8": True}, "--fp8 goes with --criterion gisp or taylor-local"),
+        ({"criterion": "signed", "fp8": True}, "--fp8 goes with --criterion gisp, second-order, taylor-local"),
         ({"criterion": "block-influence", "allocator": "owl"}, "leave --allocator and --norm out"),
         ({"criterion": "block-influence", "keep_minimum": True}, "keep_minimum cannot be true"),
     ],

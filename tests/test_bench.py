@@ -116,7 +116,9 @@ def test_operations_fall_with_sparsity(tiny_result: tuple[Path, dict[str, Any]])
     (run,) = tiny_result[1]["runs"]
     work = [row["tflops"] * row["seconds"]["forward_backward"] for row in run["step_rows"]]
     layers = [Widths(4, 128, scored=i < 3) for i in range(4)]
-    assert work[0] == pytest.approx(pass_flops(TINY, layers, run["batch_tokens"]).total / 1e12)
+    assert run["criterion"] == "second-order"
+    first = pass_flops(TINY, layers, run["batch_tokens"], weight_grads=False)
+    assert first.weight_grad == 0 and work[0] == pytest.approx(first.total / 1e12)
     assert work == sorted(work, reverse=True) and work[-1] < 0.9 * work[0]
 
 
@@ -133,8 +135,10 @@ def test_earlier_results_are_shown_and_drawn(
 
 def test_a_spent_budget_ends_a_run_after_a_step() -> None:
     setting = Setting.make(CPU, 0.5, 5, 512)
+    assert Setting.make(CPU, 0.5, 5, 512, criterion="gisp").criterion == "gisp"
     model = build_model(TINY, CPU, torch.float32)
     run = timed_run(TINY, model, random_tokens(TINY, 8, 256), setting, None, Budget(1e-9))
+    assert run["criterion"] == "second-order"
     assert run["stopped_by_budget"] and run["steps"] == 1 and len(run["step_rows"]) == 1
     assert 0 < run["sparsity"] < 0.2
 

@@ -15,7 +15,9 @@ def test_presets_are_the_documented_sets():
     assert (paper.engine, paper.steps, paper.align, paper.ema, paper.norm) == ("exact", 50, 1, 0.0, "params")
     assert (official.schedule, official.norm, official.ratio) == ("structures", "official", 0.7)
     assert (official.steps, official.sparsity) == (112, None)
+    assert (fast.criterion, paper.criterion, official.criterion) == ("second-order", "gisp", "gisp")
     assert make_config() == fast
+    assert make_config(criterion="gisp", sparsity=0.5).criterion == "gisp"
 
 
 def test_options_override_the_preset_and_none_means_not_given():

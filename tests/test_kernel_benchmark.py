@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compaction_tasks, decoder_tasks, importance_tasks, kernels, sweep_tasks, task
+from benchmarks import compaction_tasks, decoder_tasks, gate_tasks, importance_tasks, kernels, sweep_tasks, task
 from benchmarks.command import Budget, exit_code
 from benchmarks.goals import Goal, goal_table, kernel_goals, prune_goals
 from benchmarks.measure import Ceilings, Measurement
@@ -31,7 +31,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def random_matrix(*shape: int) -> torch.Tensor:
         return torch.randn(shape)
 
-    for module in (decoder_tasks, importance_tasks, sweep_tasks):
+    for module in (decoder_tasks, gate_tasks, importance_tasks, sweep_tasks):
         monkeypatch.setattr(module, "random_matrix", random_matrix)
     monkeypatch.setattr(task, "rotation", lambda inputs: [inputs])
     monkeypatch.setattr(task, "restorer", lambda inputs: None)
@@ -45,6 +45,15 @@ def right_ones(prepared: Prepared) -> list[str]:
     right, wrong = checked(prepared)
     assert not wrong
     return list(right)
+
+
+@pytest.mark.parametrize(("width", "block"), [(48, 1), (96, 32)])
+def test_gate_gradients_are_right_and_a_wrong_one_is_not_timed(on_cpu: None, width: int, block: int) -> None:
+    prepared = gate_tasks._prepare(3, width, block)
+    assert right_ones(prepared) == [AUTO, "eager"]
+    prepared.implementations = {"short": lambda x, g: gate_tasks.gate_grads_eager(x[:, 1:], g[:, 1:], block)}
+    assert checked(prepared)[0] == {}
+    assert len(gate_tasks.tasks(False)) == 16 and len(gate_tasks.tasks(True)) == 2
 
 
 def test_registry_shapes() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokens
 
 from benchmarks.quality import bench_data, cells, summary
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.cells import Cell
+from benchmarks.quality.distillation import Distillation
 from benchmarks.quality.run_cell import Bench, Runner
 
 STEPS = 4
@@ -120,6 +122,30 @@ def test_tasks_and_seeds_draw_what_they_say(files):
     assert question.requests[0].targets == tuple(row[bench_data.CONTEXT :][: bench_data.CONTINUATION].tolist())
 
 
+def test_distillation_is_the_divergence_from_the_dense_model():
+    dense, pruned, tokens = tiny_model(seed=1).double(), tiny_model(seed=2).double(), tiny_tokens(3)
+    labels = tokens.clone()
+    labels[:, :6] = -100
+    found = Distillation(dense, 0.25)(pruned, tokens, labels)
+    for row in range(3):
+        p, q = (torch.softmax(model(tokens[row : row + 1]).logits[0, 5:-1], -1) for model in (dense, pruned))
+        divergence = (p * (p / q).log()).sum(-1).mean()
+        nll = -q.gather(1, tokens[row, 6:, None]).log().mean()
+        assert float(found[row]) == pytest.approx(float(0.25 * divergence + 0.75 * nll), rel=1e-4)
+    assert Distillation(dense, 1.0)(dense, tokens, labels).abs().max() < 1e-6
+
+
+def test_a_distilled_cell_differs_from_the_plain_one(files):
+    decoder = bench_data.Decoder(files / "model", files / "calibration.safetensors", files / "evaluation.safetensors")
+    runner = Runner(Bench(decoder, (0.3,), 104, None, "cpu"))
+    plain, distilled = (
+        runner.run(cell)["points"][0]["perplexity"]
+        for cell in cells.fast_cells(range(1), STEPS, 416)
+        if cell.name in ("as it is", "distillation loss")
+    )
+    assert plain != distilled
+
+
 def test_means_spreads_and_verdicts():
     def cell(name, seed, value, extra=()):
         points = [{"asked": 0.5, "compensation": None, "perplexity": value, "tokens": 10, "seconds": 1.0}]
@@ -136,3 +162,7 @@ def test_means_spreads_and_verdicts():
         "50 %: fast is number 1 of 2 (11.00); best of the others: flap (20.00)",
         "50 %: fast + lsq removes 58 % of the excess perplexity (11.00 to 7.50, dense 5.00)",
     ]
+    exact = cell("paper, 112 steps", 0, 13.0)
+    exact["points"][0]["tokens"] = 200
+    result["cells"].append(exact)
+    assert "50 %: fast 11.00 on 10 tokens, paper, 112 steps 13.00 on 200 (5.0 % of them)" in summary.verdicts(result)

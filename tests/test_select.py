@@ -231,9 +231,9 @@ def test_choices_equal_the_numpy_selector(align, keep_minimum, kind, rule):
 
 @pytest.mark.parametrize("kind", SCORES)
 def test_histogram_equals_numpy(kind):
-    for seed, scale in ((0, 1.0), (1, 1e-20), (2, 0.0)):
+    for seed, scale, shift in ((0, 1.0, 0.0), (1, 1e-20, 0.0), (2, 0.0, 0.0), (3, 1.0, 0.4), (4, 1.0, 1e9)):
         selector = make_selector()
-        scores = SCORES[kind](selector.size, torch.Generator().manual_seed(seed)) * scale
+        scores = SCORES[kind](selector.size, torch.Generator().manual_seed(seed)) * scale - shift
         scores = torch.where(scores.isnan(), torch.inf, scores)
         ranking = selector.rank(scores)
         edges, counts = score_histogram(ranking, selector.first_channel)
@@ -277,6 +277,6 @@ def test_a_selection_reads_no_value_on_the_way(gqa):
     for selection in (selector.within_target(ranking, 9000.0), selector.below_threshold(ranking, 0.4)):
         assert selection.removed.shape == selector.removed.shape
         assert selection.units.shape == (8,)
-    assert score_histogram(ranking, selector.first_channel)[1].shape == (2, 40)
+    assert score_histogram(ranking, selector.first_channel)[1].shape == (2, 41)
     with pytest.raises(RuntimeError, match="meta"):
         float(selection.threshold)

@@ -21,7 +21,8 @@ class Cell:
     Attributes:
         study: the question: ``criteria``, ``fast`` (its parts one by one), ``compensation`` or ``task``.
         name: the way; cells of one name differ in their seed alone.
-        options: of :func:`gisp.prune`.
+        options: of :func:`gisp.prune`, and ``data``, what the calibration rows are made into, and ``distil``, the share
+            of the divergence from the dense model in the loss.
         one_shot: one scoring pass of the dense model for all sparsities.
         tokens: calibration tokens to choose from, drawn by the seed; ``None`` = all there are.
         compensate: options of :func:`gisp.compensation.compensate`, each measured at every sparsity.
@@ -44,7 +45,8 @@ class Cell:
         return asdict(self)
 
 
-BIAS, AFFINE, LSQ = ({"method": name} for name in ("bias", "affine", "lsq"))
+BIAS, RESCALE, AFFINE, LSQ = ({"method": name} for name in ("bias", "rescale", "affine", "lsq"))
+FREE: dict[str, Any] = {"protect_first": 0.0, "protect_last": 0}
 
 
 def criteria_cells(
@@ -56,7 +58,9 @@ def criteria_cells(
     cells = []
     for seed in seeds:
         fast = {"steps": steps, "seed": seed}
-        cells.append(Cell("criteria", "fast", fast, seed, compensate=(BIAS, AFFINE, LSQ)))
+        cells.append(Cell("criteria", "fast", fast, seed, compensate=(BIAS, RESCALE, AFFINE, LSQ)))
+        cells.append(Cell("criteria", "fast, last layer open", {**fast, "protect_last": 0}, seed, compensate=(LSQ,)))
+        cells.append(Cell("criteria", "fast, gisp scores", {**fast, "criterion": "gisp"}, seed, compensate=(LSQ,)))
         if shared:
             cells.append(Cell("criteria", "fast, gqa group", {**fast, **shared}, seed, compensate=(LSQ,)))
         exact = {"steps": exact_steps, "seed": seed, "batch_size": BATCH_SIZE}
@@ -65,6 +69,7 @@ def criteria_cells(
             cells.append(Cell("criteria", f"{preset}, {exact_steps} steps", options, seed, tokens=exact_tokens))
         for name, options, compensate in (
             ("gisp, one shot", {"criterion": "gisp"}, (LSQ,)),
+            ("second-order, one shot", {"criterion": "second-order"}, ()),
             ("taylor-local", {"criterion": "taylor-local"}, ()),
             ("signed", {"criterion": "signed"}, ()),
             ("wanda-sp", {"criterion": "wanda-sp"}, (LSQ,)),
@@ -95,10 +100,11 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int) -> list[Cell]:
         "moving average 0.5": {"ema": 0.5},
         "moving average 0.8": {"ema": 0.8},
         "moving average 0.95": {"ema": 0.95},
+        "moving average 0.98": {"ema": 0.98},
         "norm official": {"norm": "official"},
         "norm none": {"norm": "none"},
         "norm zscore": {"norm": "zscore"},
-        "nothing protected": {"protect_first": 0.0, "protect_last": 0},
+        "nothing protected": FREE,
         "last layer protected": {"protect_first": 0.0},
         "first 10 % protected": {"protect_last": 0},
         "first 20 % protected": {"protect_first": 0.2},
@@ -107,6 +113,11 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int) -> list[Cell]:
         "float32": {"dtype": "float32"},
         "uniform allocator": {"allocator": "uniform"},
         "owl allocator": {"allocator": "owl"},
+        "gisp scores": {"criterion": "gisp"},
+        "gisp scores, last layer open": {"criterion": "gisp", "protect_last": 0},
+        "gisp scores, owl allocator, last layer open": {"criterion": "gisp", "protect_last": 0, "allocator": "owl"},
+        "distillation loss": {"distil": 1.0},
+        "half distillation loss": {"distil": 0.5},
         "signed scores": {"criterion": "signed"},
         "wanda-sp scores": {"criterion": "wanda-sp", "allocator": "global"},
         "flap scores": {"criterion": "flap"},
@@ -127,7 +138,7 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int) -> list[Cell]:
 
 def compensation_cells(seeds: range, steps: int) -> list[Cell]:
     """Methods, targets, damping and calibration size of compensation, all on one run of ``fast``."""
-    variants: list[dict[str, Any]] = [BIAS, AFFINE, LSQ]
+    variants: list[dict[str, Any]] = [BIAS, RESCALE, AFFINE, LSQ]
     variants += [{"method": method, "target": "dense"} for method in ("bias", "affine")]
     variants += [{"method": "lsq", "target": "local"}, {"method": "lsq", "intercept": True}]
     variants += [{"method": "lsq", "damping": damping} for damping in (0.0, 0.001, 0.1)]
@@ -138,11 +149,17 @@ def compensation_cells(seeds: range, steps: int) -> list[Cell]:
 def task_cells(seeds: range, steps: int) -> list[Cell]:
     """Calibration on a choice task: gold against wrong continuations, gold alone, and the plain text."""
     return [
-        Cell("task", name, {"steps": steps, "seed": seed, "objective": objective, "data": data}, seed)
+        Cell(
+            "task",
+            f"{name}, {scores}",
+            {"steps": steps, "seed": seed, "objective": objective, "data": data, "criterion": scores},
+            seed,
+        )
         for seed in seeds
         for name, objective, data in (
             ("margin on choices", "margin", "choices"),
             ("lm on gold choices", "lm", "choices"),
             ("lm on text", "lm", "text"),
         )
+        for scores in ("second-order", "gisp")
     ]

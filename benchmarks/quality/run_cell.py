@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.quality import bench_data
 from benchmarks.quality.cells import Cell
+from benchmarks.quality.distillation import Distillation
 from gisp.compensation import compensate
 from gisp.config import make_config
 from gisp.data import Sequences
@@ -75,6 +76,9 @@ class Runner:
         options = dict(cell.options)
         model = self._load(options.get("dtype"))
         data = self._calibration(cell, options.pop("data", "text"))
+        share = options.pop("distil", None)
+        if share is not None:
+            options["objective"] = Distillation(self._load(options.get("dtype")), share)
         began = time.perf_counter()
         if cell.one_shot:
             seen = sum(len(ids) for ids, _ in data.rows)

@@ -100,6 +100,7 @@ def verdicts(result: Result) -> list[str]:
                 f"{100 * sparsity:g} %: fast is number {place} of {len(others) + 1} ({mean:.2f}); "
                 f"best of the others: {best} ({others[best]:.2f})"
             )
+    lines += _against_exact(result, plain)
     for (study, name, extra), values in found.items():
         if study != "criteria" or not extra or name not in plain:
             continue
@@ -117,4 +118,21 @@ def verdicts(result: Result) -> list[str]:
             f"{name} {100 * statistics.mean(v[sparsity]):.1f}" for name, v in accuracy.items() if sparsity in v
         )
         lines.append(f"{100 * sparsity:g} %: accuracy on the choice task: {means}")
+    return lines
+
+
+def _against_exact(result: Result, plain: dict[str, dict[float, list[float]]]) -> list[str]:
+    """``fast`` beside the exact schedules at the highest sparsity, with the tokens each spent."""
+    costs = spend(result["cells"])
+    lines = []
+    for name, values in plain.items():
+        if not name.startswith(("paper", "official")) or "fast" not in plain:
+            continue
+        last = max(values)
+        mine, other = statistics.mean(plain["fast"].get(last, [float("nan")])), statistics.mean(values[last])
+        tokens, exact = costs[("criteria", "fast")][0], costs[("criteria", name)][0]
+        lines.append(
+            f"{100 * last:g} %: fast {mine:.2f} on {tokens:,} tokens, {name} {other:.2f} on {exact:,} "
+            f"({100 * tokens / exact:.1f} % of them)"
+        )
     return lines

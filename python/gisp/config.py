@@ -15,8 +15,10 @@ from gisp.criteria.choices import ALLOCATORS, CRITERIA, GRADIENT, WHOLE_LAYERS, 
 from gisp.errors import GispError
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # One fresh batch a step, smoothed over steps; widths that keep GEMMs fast.
+    # One fresh batch a step, smoothed over steps; widths that keep GEMMs fast. Scores to second order, without a weight
+    # gradient: what the quality study found best at every size (benchmarks/RESULTS.md).
     "fast": {
+        "criterion": "second-order",
         "engine": "stream",
         "norm": "params",
         "schedule": "parameters",
@@ -27,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Algorithm 1 and Eq. 7-10 of the paper, read as removed parameters.
     "paper": {
+        "criterion": "gisp",
         "engine": "exact",
         "norm": "params",
         "schedule": "parameters",
@@ -37,6 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # What the released code does: its normaliser, its schedule over structure counts, its threshold.
     "official": {
+        "criterion": "gisp",
         "engine": "exact",
         "norm": "official",
         "schedule": "structures",
@@ -72,7 +76,7 @@ _LARGEST = 2**31 - 1
 # Options that say where and how fast a run is computed, not what it computes.
 PLACE_OPTIONS = ("device",)
 # What a run did that is older than an option whose default depends on others.
-_UNRECORDED = {"allocator": "global"}
+_UNRECORDED = {"criterion": "gisp", "allocator": "global"}
 # What --one-shot sets where an option is not given.
 _ONE_SHOT = {"engine": "exact", "steps": 1, "ema": 0.0}
 
@@ -89,7 +93,7 @@ class PruneConfig:
         ratio: final fraction of the number of structures (``official`` only); with a sparsity instead, the schedule of
             the released code's default ratio runs until that sparsity is passed.
         samples: calibration sequences used (``None`` = all).
-        criterion: where scores come from, one of :data:`gisp.criteria.choices.CRITERIA`.
+        criterion: where scores come from, one of :data:`gisp.criteria.choices.CRITERIA`; ``None`` = the preset's.
         allocator: how blocks compete: ``global`` by their scores, ``uniform`` the same fraction of every block, ``owl``
             a fraction per layer by its outliers; ``None`` = as the criterion was published.
         one_shot: everything goes in one step, scored once over all calibration data.
@@ -115,7 +119,7 @@ class PruneConfig:
     batch_size: int | None = None
     batch_tokens: int = 8192
     objective: str = "lm"
-    criterion: str = "gisp"
+    criterion: str | None = None
     allocator: str | None = None
     one_shot: bool = False
     norm: str | None = None
@@ -140,9 +144,11 @@ class PruneConfig:
         """
         if self.preset not in PRESETS:
             raise GispError(_unknown("preset", self.preset))
-        if self.criterion not in CRITERIA:
-            raise GispError(_unknown("criterion", self.criterion))
-        filled = {**PRESETS[self.preset], **CRITERIA[self.criterion], **(_ONE_SHOT if self.one_shot else {})}
+        preset = PRESETS[self.preset]
+        criterion = preset["criterion"] if self.criterion is None else self.criterion
+        if criterion not in CRITERIA:
+            raise GispError(_unknown("criterion", criterion))
+        filled = {**preset, **CRITERIA[criterion], **(_ONE_SHOT if self.one_shot else {})}
         filled.update({k: v for k, v in dataclasses.asdict(self).items() if v is not None})
         if filled["schedule"] == "structures":
             # A sparsity given alone is where the ratio schedule stops, a ratio given alone never stops early.

@@ -70,7 +70,8 @@ def score_histogram(ranking: Ranking, heads: int) -> tuple[torch.Tensor, torch.T
         heads: number of units of heads; they come first.
 
     Returns:
-        On the device: edges, float64 [bins + 1], and counts, int64 [2, bins]; all zero if no score is positive.
+        On the device: edges, float64 [bins + 1], zero if no score is positive, and counts, int64 [2, bins + 1], the
+        last of them those of scores at or below zero (second-order scores may be, and are not on the axis).
     """
     logs = ranking.ascending.clamp_min(0).log10()
     last = (logs < math.inf).sum() - 1
@@ -81,14 +82,23 @@ def score_histogram(ranking: Ranking, heads: int) -> tuple[torch.Tensor, torch.T
     edges = torch.arange(_BINS + 1, dtype=torch.float64, device=logs.device) * ((high - low) / _BINS) + low
     edges = torch.cat((edges[:-1], high))
     total = _counts(logs, edges)
-    of_heads = _counts(ranking.values[:heads].clamp_min(0).log10().sort().values, edges)
-    counts = torch.stack((of_heads, total - of_heads))
-    return torch.where(found, edges, 0.0), torch.where(found, counts, 0)
+    logs_of_heads = ranking.values[:heads].clamp_min(0).log10().sort().values
+    of_heads = _counts(logs_of_heads, edges)
+    counts = torch.where(found, torch.stack((of_heads, total - of_heads)), 0)
+    heads_off = (logs_of_heads == -math.inf).sum()
+    off = torch.stack((heads_off, first - heads_off))
+    return torch.where(found, edges, 0.0), torch.cat((counts, off[:, None]), dim=1)
 
 
 def histogram_record(edges: torch.Tensor, counts: torch.Tensor) -> dict[str, Any]:
     """The histogram as ``metrics.jsonl`` holds it, from CPU tensors."""
-    return {"log10_edges": edges.tolist(), "heads": counts[0].tolist(), "channels": counts[1].tolist()}
+    (*heads, heads_off), (*channels, channels_off) = counts.tolist()
+    return {
+        "log10_edges": edges.tolist(),
+        "heads": heads,
+        "channels": channels,
+        "not_positive": {"heads": heads_off, "channels": channels_off},
+    }
 
 
 def _counts(ascending: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:

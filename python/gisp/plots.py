@@ -166,7 +166,7 @@ def _sparsity_on_top(ax: Axes, run: RunData, theme: Theme) -> None:
 
 
 def draw_scores(run: RunData, theme: Theme) -> Figure:
-    """Distribution of the scores of heads and channels at the first, middle and last step."""
+    """Distribution of the positive scores of heads and channels at the first, middle and last step."""
     known = list(run.metrics)
     shown = list(dict.fromkeys((known[0], known[len(known) // 2], known[-1])))
     figure = new_figure(1.1 + 1.75 * len(shown))
@@ -179,7 +179,8 @@ def draw_scores(run: RunData, theme: Theme) -> Figure:
             widths = np.diff(edges)
             if counts.sum() and widths.min() > 0:
                 density = counts / counts.sum() / widths
-                label = f"{kind} ({int(counts.sum()):,} scored)"
+                off = int(entry["score_histogram"].get("not_positive", {}).get(kind, 0))
+                label = f"{kind} ({int(counts.sum()) + off:,} scored" + (f", {off:,} at or below 0)" if off else ")")
                 ax.stairs(density, edges, fill=True, color=colour, alpha=0.25, linewidth=0)
                 ax.stairs(density, edges, color=colour, linewidth=1.5, label=label)
         if entry["threshold"] is not None and entry["threshold"] > 0:
@@ -197,7 +198,7 @@ def draw_scores(run: RunData, theme: Theme) -> Figure:
             ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05))
         ax.set_ylim(bottom=0)
         ax.grid(axis="y")
-    axes[-1].set_xlabel("log10 of the normalised score")
+    axes[-1].set_xlabel("log10 of the normalised score, of those above 0")
     figure.supylabel("density: share of heads or channels per decade", fontsize=10)
     return figure
 

@@ -44,8 +44,8 @@ def prune(
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="Where scores come from: gisp (default), magnitude, random, taylor-local, signed, wanda-sp, flap or "
-            "block-influence.",
+            help="Where scores come from: second-order (fast), gisp (paper, official), magnitude, random, "
+            "taylor-local, signed, wanda-sp, flap or block-influence.",
             rich_help_panel=_SCORES,
         ),
     ] = None,
