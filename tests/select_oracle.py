@@ -97,7 +97,7 @@ class OracleSelector:
 
 
 def score_histogram(normalised: np.ndarray, boundary: int, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Edges and counts [2, bins + 1] of log10 of the scores below and from ``boundary``; the last: those not above 0."""
+    """Edges and counts [2, bins + 1] of log10 of scores below and from ``boundary``; the last: those not above 0."""
     with np.errstate(divide="ignore"):
         logs = np.log10(normalised.clip(0))
     live = np.isfinite(logs)
