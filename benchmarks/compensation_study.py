@@ -23,8 +23,14 @@ from gisp.evaluate import perplexity
 from gisp.trajectory import Trajectory, move_to
 
 NAME = "python -m benchmarks.compensation_study"
-# Means and slopes need few tokens: they are fitted on a quarter of those of least squares.
-METHODS = [("lsq", "dense", 1), ("lsq", "local", 1), ("affine", "local", 4), ("bias", "local", 4)]
+# Means, slopes and scales need few tokens: they are fitted on a quarter of those of least squares.
+METHODS = [
+    ("lsq", "dense", 1),
+    ("lsq", "local", 1),
+    ("rescale", "dense", 4),
+    ("affine", "local", 4),
+    ("bias", "local", 4),
+]
 
 
 def configurations(sparsities: list[float], tokens: int) -> list[tuple[float, dict[str, Any]]]:
@@ -32,6 +38,7 @@ def configurations(sparsities: list[float], tokens: int) -> list[tuple[float, di
     last = sparsities[-1]
     found = [(s, {"method": m, "target": t, "tokens": tokens // part}) for s in sparsities for m, t, part in METHODS]
     found += [(last, {"method": m, "target": "dense", "tokens": tokens // 4}) for m in ("bias", "affine")]
+    found += [(last, {"method": "rescale", "target": "local", "tokens": tokens // 4})]
     found += [(last, {"method": "lsq", "tokens": tokens, "intercept": True})]
     found += [(last, {"method": "lsq", "tokens": tokens // 4, "damping": d}) for d in (0.01, 0.1, 0.5)]
     found += [(last, {"method": "lsq", "tokens": tokens, "damping": d}) for d in (0.01, 0.1, 2.0)]

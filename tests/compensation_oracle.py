@@ -65,7 +65,7 @@ def oracle(
     masked = Masked(model)
     kept = kept_of(model, removed)
     order = [f"layers.{i}.{kind}" for i in range(len(model.model.layers)) for kind in ("heads", "channels")]
-    intercept, damping = options.get("intercept", method != "lsq"), options.get("damping", 0.01)
+    intercept, damping = options.get("intercept", method in ("bias", "affine")), options.get("damping", 0.01)
     for name in [n for n in order if n in removed]:
         linear, width = projection(masked.dense, name)
         cols = columns(kept[name], width)
@@ -86,6 +86,9 @@ def oracle(
                 design = torch.stack([plain[:, i], torch.ones(len(plain), dtype=torch.float64)], 1)
                 slope, level = torch.linalg.lstsq(design, wanted[:, i : i + 1]).solution.flatten()
                 new_w[i], new_b[i] = slope * w[i], level
+        elif method == "rescale":
+            # The whole branch P times one number against what the block should give beside its own bias.
+            new_w, new_b = w * torch.linalg.lstsq(plain.reshape(-1, 1), (wanted - b).reshape(-1, 1)).solution, b
         else:
             rest = wanted - b - plain
             ones = torch.ones(len(x), 1, dtype=torch.float64)
@@ -97,5 +100,5 @@ def oracle(
             goal = torch.cat([rc, torch.zeros(xc.shape[1], rc.shape[1], dtype=torch.float64)])
             change = torch.linalg.lstsq(rows, goal).solution.T if xc.shape[1] else w
             new_w, new_b = w + change, b + (rest - x @ change.T).mean(0) * ones[0] if intercept else b
-        masked.put(name, kept[name], new_w, None if method == "lsq" and not intercept else new_b)
+        masked.put(name, kept[name], new_w, new_b if intercept else None)
     return masked

@@ -62,18 +62,18 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
 
 
 @pytest.mark.parametrize("family", ["llama-mha", "llama-bias", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("method", ["lsq", "affine", "bias"])
+@pytest.mark.parametrize("method", ["lsq", "rescale", "affine", "bias"])
 def test_hf_exports_hold_what_was_fitted(tmp_path: Path, family: str, method: str) -> None:
     run = make_run(tmp_path, family)
     wanted = compensated(run, 0.4, method=method)
     done = export_run(run, 0.4, tmp_path / "out", compensation=make_request(method, data_of(run)), device="cpu")
     assert close(logits(gisp.load(tmp_path / "out")), logits(wanted))
     assert not close(logits(gisp.load(tmp_path / "out")), logits(compensated(run, 0.4, method=method, tokens=64)), 1e-3)
-    assert done.spec.compensation.startswith(f"{method}, target {'dense' if method == 'lsq' else 'local'}")
+    assert done.spec.compensation.startswith(f"{method}, target {'dense' if method in ('lsq', 'rescale') else 'local'}")
     assert done.spec.compensation.endswith("512 calibration tokens of tokens.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["gisp"]["compensation"] == done.spec.compensation
-    assert bool(config.get("output_bias")) == (method != "lsq" and family != "llama-bias")
+    assert bool(config.get("output_bias")) == (method in ("affine", "bias") and family != "llama-bias")
     assert f"| compensation | {done.spec.compensation} |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -94,7 +94,7 @@ def test_output_biases_load_without_this_package(run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("format", ["masked", "uniform", "gguf"])
-@pytest.mark.parametrize("method", ["lsq", "affine"])
+@pytest.mark.parametrize("method", ["lsq", "rescale", "affine"])
 def test_formats_without_output_biases(run: Path, tmp_path: Path, format: str, method: str) -> None:
     if format == "gguf":
         pytest.importorskip("gguf")
@@ -158,13 +158,17 @@ def test_the_command_line_measures_what_it_exports(
         (["--compensate", "lsq"], "--compensate lsq needs --calibration DATA"),
         (
             ["--compensate", "ridge", "--calibration", "DATA"],
-            "--compensate is 'ridge': choose one of bias, affine, lsq",
+            "--compensate is 'ridge': choose one of bias, affine, rescale, lsq",
         ),
         (["--compensate", "lsq", "--calibration", "none.safetensors"], "none.safetensors does not exist"),
         (["--calibration", "x.txt"], "--calibration x.txt is for --compensate METHOD"),
         (["--calibration-tokens", "5"], "--calibration-tokens 5 is for --compensate METHOD"),
         (["--target", "local"], "--target local is for --compensate METHOD"),
         (["--compensate", "bias", "--calibration", "DATA", "--damping", "1"], "--damping 1.0 changes nothing"),
+        (
+            ["--compensate", "rescale", "--calibration", "DATA", "--damping", "1"],
+            "--damping 1.0 changes nothing in --compensate rescale",
+        ),
         (["--compensate", "lsq", "--calibration", "DATA", "--damping", "-1"], "--damping is -1.0"),
         (["--compensate", "lsq", "--calibration", "DATA", "--target", "both"], "--target is 'both'"),
         (

@@ -19,7 +19,7 @@ from gisp.compensation import (
     fit_compensation,
     fold_into_dense,
 )
-from gisp.compensation.fits import LeastSquaresFit, ridge
+from gisp.compensation.fits import LeastSquaresFit, RescaleFit, ridge
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.shrink import ShrinkableModel
@@ -58,6 +58,8 @@ def logits(model: Any) -> torch.Tensor:
         ("bias", "dense", {}),
         ("affine", "local", {}),
         ("affine", "dense", {}),
+        ("rescale", "local", {}),
+        ("rescale", "dense", {}),
         ("lsq", "local", {"damping": 0.1}),
         ("lsq", "dense", {"damping": 0.1}),
         ("lsq", "dense", {"damping": 0.1, "intercept": True}),
@@ -105,8 +107,9 @@ def test_empty_blocks(family: str) -> None:
     shrinkable.rollback(0)
     assert torch.equal(logits(model), before)
     # Without an intercept there is nothing an empty block could change.
-    found = compensate(model, TOKENS, method="lsq", target="local", damping=0.1)
-    assert all(u.before == pytest.approx(u.after) for u in found.updates if len(u.columns) == 0)
+    for options in ({"method": "lsq", "damping": 0.1}, {"method": "rescale"}):
+        found = compensate(model, TOKENS, target="local", **options)
+        assert all(u.before == pytest.approx(u.after) for u in found.updates if len(u.columns) == 0)
 
 
 def test_least_squares_is_the_best_fit() -> None:
@@ -121,11 +124,43 @@ def test_least_squares_is_the_best_fit() -> None:
     lsq = left("lsq", damping=0, intercept=True)
     assert bias["before"] == pytest.approx(lsq["before"], rel=1e-9)
     assert lsq["after"] < affine["after"] < bias["after"] < bias["before"]
-    assert left("lsq", damping=0)["after"] < left("affine", intercept=False)["after"] < bias["before"]
+    slopes, scale = left("affine", intercept=False), left("rescale")
+    assert left("lsq", damping=0)["after"] < slopes["after"] < scale["after"] < scale["before"] == bias["before"]
     assert lsq["after"] < left("lsq", damping=0.1, intercept=True)["after"]
 
 
-def test_the_reported_errors_are_those_of_the_activations() -> None:
+def test_rescale_is_one_number_by_least_squares() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, w, r = (torch.randn(*shape, generator=generator) for shape in ((40, 5), (3, 5), (40, 3)))
+    r += 0.4 * x @ w.T + 2
+    fit = RescaleFit(w)
+    for part in (slice(0, 7), slice(7, 40)):
+        fit.add(x[part], r[part])
+    found = fit.solve()
+    p, wide = (x.double() @ w.double().T), r.double()
+    a = float((p * wide).sum() / (p * p).sum())
+    assert found.bias is None and found.weight.dtype == torch.float64
+    assert torch.allclose(found.weight, a * w.double(), rtol=1e-5)
+    assert found.before == pytest.approx(float(wide.square().sum()), rel=1e-9)
+    left = [float((wide - factor * p).square().sum()) for factor in (a, a - 1e-3, a + 1e-3)]
+    assert found.after == pytest.approx(left[0], rel=1e-6)
+    assert left[0] < min(left[1:]) and found.after <= found.before
+
+
+def test_rescale_leaves_an_output_of_zeros_and_passes_on_what_is_not_finite() -> None:
+    for weight, inputs in ((torch.ones(2, 3), torch.zeros(5, 3)), (torch.ones(2, 0), torch.zeros(5, 0))):
+        fit = RescaleFit(weight)
+        fit.add(inputs, torch.ones(5, 2))
+        found = fit.solve()
+        assert torch.equal(found.weight, torch.zeros(weight.shape, dtype=torch.float64))
+        assert found.before == found.after == 10
+    fit = RescaleFit(torch.ones(2, 3))
+    fit.add(torch.full((5, 3), math.nan), torch.ones(5, 2))
+    assert not torch.isfinite(fit.solve().weight).any()
+
+
+@pytest.mark.parametrize("options", [{"method": "rescale"}, {"method": "lsq", "damping": 0.1}])
+def test_the_reported_errors_are_those_of_the_activations(options: dict[str, Any]) -> None:
     model = tiny_model("llama-mha")
     name = "layers.2.channels"
     removed = {name: torch.tensor([0, 7, 9])}
@@ -133,12 +168,13 @@ def test_the_reported_errors_are_those_of_the_activations() -> None:
     x, before, after = masked.stream(masked.model, name, TOKENS)
     wanted = after - before
     pruned(model, removed)
-    update = compensate(model, TOKENS, target="local", damping=0.1).updates[0]
+    update = compensate(model, TOKENS, target="local", **options).updates[0]
     linear, _ = projection(masked.dense, name)
     plain = wanted - x[:, update.columns] @ linear.weight[:, update.columns].detach().T
     rest = wanted - x[:, update.columns] @ update.weight.double().T
     assert update.before == pytest.approx(float(plain.square().sum() / wanted.square().sum()), rel=1e-4)
     assert update.after == pytest.approx(float(rest.square().sum() / wanted.square().sum()), rel=1e-4)
+    assert update.after <= update.before
 
 
 @pytest.mark.parametrize("target", ["local", "dense"])
@@ -158,7 +194,9 @@ def test_blocks_that_lost_nothing_stay(target: str) -> None:
     } | {f"model.layers.1.mlp.{n}_proj.bias" for n in ("gate", "up", "down")}
 
 
-@pytest.mark.parametrize("options", [{"method": "bias"}, {"method": "affine"}, {"intercept": True}, {}])
+@pytest.mark.parametrize(
+    "options", [{"method": "bias"}, {"method": "affine"}, {"method": "rescale"}, {"intercept": True}, {}]
+)
 def test_moving_takes_it_back_bit_for_bit(options: dict[str, Any]) -> None:
     model = tiny_model("llama-gqa")
     names, dense = [n for n, _ in model.named_parameters()], logits(model)
@@ -269,12 +307,13 @@ def test_damping_rises_until_the_matrix_can_be_factored() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "lasso"}, "--compensate is 'lasso': choose one of bias, affine, lsq"),
+        ({"method": "lasso"}, "--compensate is 'lasso': choose one of bias, affine, rescale, lsq"),
         ({"target": "teacher"}, "--target is 'teacher': choose one of local, dense"),
         ({"damping": -1.0}, "--damping is -1.0: give a number of at least 0"),
         ({"damping": math.nan}, "--damping is nan"),
         ({"tokens": 0}, "--calibration-tokens is 0"),
         ({"method": "bias", "intercept": False}, "fits output biases alone"),
+        ({"method": "rescale", "intercept": True}, "--compensate rescale fits no output biases"),
         ({"ridge": 1.0}, "compensation has method, target, damping, tokens, intercept"),
     ],
 )

@@ -45,7 +45,7 @@ class Cell:
         return asdict(self)
 
 
-BIAS, RESCALE, AFFINE, LSQ = ({"method": name} for name in ("bias", "rescale", "affine", "lsq"))
+BIAS, AFFINE, RESCALE, LSQ = ({"method": name} for name in ("bias", "affine", "rescale", "lsq"))
 FREE: dict[str, Any] = {"protect_first": 0.0, "protect_last": 0}
 
 
@@ -138,9 +138,10 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int) -> list[Cell]:
 
 def compensation_cells(seeds: range, steps: int) -> list[Cell]:
     """Methods, targets, damping and calibration size of compensation, all on one run of ``fast``."""
-    variants: list[dict[str, Any]] = [BIAS, RESCALE, AFFINE, LSQ]
+    variants: list[dict[str, Any]] = [BIAS, AFFINE, RESCALE, LSQ]
     variants += [{"method": method, "target": "dense"} for method in ("bias", "affine")]
-    variants += [{"method": "lsq", "target": "local"}, {"method": "lsq", "intercept": True}]
+    variants += [{"method": method, "target": "local"} for method in ("rescale", "lsq")]
+    variants += [{"method": "lsq", "intercept": True}]
     variants += [{"method": "lsq", "damping": damping} for damping in (0.0, 0.001, 0.1)]
     variants += [{"method": "lsq", "tokens": tokens} for tokens in (8192, 32768, 524288)]
     return [Cell("compensation", "fast", {"steps": steps, "seed": s}, s, compensate=tuple(variants)) for s in seeds]

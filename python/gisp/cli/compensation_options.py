@@ -9,7 +9,7 @@ import typer
 _PANEL = "Compensation"
 
 Compensate = Annotated[
-    str | None, typer.Option(help="Refit output projections: lsq, affine or bias.", rich_help_panel=_PANEL)
+    str | None, typer.Option(help="Refit output projections: lsq, affine, rescale or bias.", rich_help_panel=_PANEL)
 ]
 Calibration = Annotated[str | None, typer.Option(help="Data to compensate with, as for prune.", rich_help_panel=_PANEL)]
 CalibrationTokens = Annotated[
@@ -20,5 +20,7 @@ Damping = Annotated[
 ]
 CompensationTarget = Annotated[
     str | None,
-    typer.Option("--target", help="What to fit to: local or dense (default of lsq).", rich_help_panel=_PANEL),
+    typer.Option(
+        "--target", help="What to fit to: local or dense (default of lsq and rescale).", rich_help_panel=_PANEL
+    ),
 ]

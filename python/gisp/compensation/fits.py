@@ -7,10 +7,13 @@ is what its output lacks to the target. Each fit changes ``W`` by ``dW`` and the
 - ``bias`` (FLAP, arXiv 2312.11983, section 3.3): ``dW = 0, db = mean(R)``.
 - ``affine`` (SlimLLM, arXiv 2505.22689): ``dW = diag(a) W`` with ``a_i = cov(R_i, P_i) / var(P_i)`` and
   ``db = mean(R) - a mean(P)``: the least squares line of every output dimension.
+- ``rescale``: ``dW = a W`` with one number ``a = <R, P> / <P, P>``, summed over tokens and dimensions. HARP (arXiv
+  2507.01900) scales the branch of attention layers without queries and keys and searches the number layer by layer, by
+  perplexity; this is the least squares solution, for any block.
 - ``lsq`` (OSSCAR, arXiv 2403.12983; Tyr-the-Pruner, arXiv 2503.09657): ``dW = C (H + lambda I)^-1`` with
   ``H = cov(X, X), C = cov(R, X)``, ``db = mean(R) - dW mean(X)``: ridge regression towards the weights that are there.
 
-Without an intercept second moments take the place of covariances and ``db`` stays zero.
+Without an intercept, which ``rescale`` never has, second moments take the place of covariances and ``db`` stays zero.
 """
 
 from __future__ import annotations
@@ -102,6 +105,27 @@ class AffineFit(BiasFit):
         )
 
 
+class RescaleFit(BiasFit):
+    """HARP's scalar in closed form; memory 2 doubles beside the bias fit's 2 D."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(weight)
+        self.square, self.cross = _zeros(weight), _zeros(weight)
+
+    def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
+        super().add(inputs, residual)
+        output = (inputs @ self.weight.T).double()
+        self.square += output.square().sum()
+        self.cross += (output * residual.double()).sum()
+
+    def solve(self) -> Solution:
+        # Only an output of zeros has no scale; sums that are not finite go on into the weights, which are checked.
+        scale = torch.zeros_like(self.cross) if float(self.square) == 0 else self.cross / self.square
+        before = float(self.energy.sum())
+        after = before - float(scale * self.cross)
+        return Solution(scale * self.weight.double(), None, before, max(after, 0.0))
+
+
 class LeastSquaresFit(BiasFit):
     """All kept columns by ridge regression; memory 2 K*K + 2 D*K doubles while solving."""
 
@@ -162,6 +186,8 @@ def make_fit(method: str, weight: torch.Tensor, *, intercept: bool, damping: flo
     """The fit of a method for the kept columns of a projection, float32 [D, K]."""
     if method == "affine":
         return AffineFit(weight, intercept)
+    if method == "rescale":
+        return RescaleFit(weight)
     return LeastSquaresFit(weight, intercept, damping) if method == "lsq" else BiasFit(weight)
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from gisp.errors import GispError
 
-METHODS = ("bias", "affine", "lsq")
+METHODS = ("bias", "affine", "rescale", "lsq")
 TARGETS = ("local", "dense")
-# By method, see docs/compensation.md: a mean or a slope cannot follow the dense stream and overshoots.
-DEFAULT_TARGET = {"bias": "local", "affine": "local", "lsq": "dense"}
+# By method, see docs/compensation.md: a mean or a slope cannot follow the dense stream and overshoots; a scale,
+# as measured, helps only towards it.
+DEFAULT_TARGET = {"bias": "local", "affine": "local", "rescale": "dense", "lsq": "dense"}
 DEFAULT_DAMPING = 0.5
 DEFAULT_TOKENS = 131072
 
@@ -20,14 +21,14 @@ class CompensationOptions:
     """Options of one compensation.
 
     Attributes:
-        method: ``bias``, ``affine`` or ``lsq``, see :mod:`gisp.compensation.fits`.
+        method: ``bias``, ``affine``, ``rescale`` or ``lsq``, see :mod:`gisp.compensation.fits`.
         target: output every block is fitted to: ``local``, that of the unpruned block on the same input; ``dense``,
             the one that brings the residual stream back to the dense model's, so that errors do not add up. ``None``
-            is ``dense`` for ``lsq`` and ``local`` for the others.
+            is ``dense`` for ``rescale`` and ``lsq``, ``local`` for the others.
         damping: of ``lsq``: multiple of the mean diagonal of the Gram matrix added to its diagonal.
         tokens: calibration tokens used, the first of the data.
         intercept: whether output biases are fitted. ``None`` is no for ``lsq``, which gains next to nothing by them and
-            so fits every format, and yes for the others.
+            so fits every format, and for ``rescale``, which has none; yes for the others.
 
     Raises:
         GispError: a value that is not one of these.
@@ -51,6 +52,8 @@ class CompensationOptions:
         if self.target is None:
             object.__setattr__(self, "target", DEFAULT_TARGET[self.method])
         if self.intercept is None:
-            object.__setattr__(self, "intercept", self.method != "lsq")
+            object.__setattr__(self, "intercept", self.method in ("bias", "affine"))
         if self.method == "bias" and not self.intercept:
             raise GispError("--compensate bias fits output biases alone: choose affine or lsq where they have no place")
+        if self.method == "rescale" and self.intercept:
+            raise GispError("--compensate rescale fits no output biases: choose affine or lsq, or leave intercept out")
