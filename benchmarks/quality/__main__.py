@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--corpus", type=Path, help="text to train on: a folder of Python source or a .jsonl.gz")
     options.add_argument("--train-seconds", type=positive, help="shorten the training to this time")
-    options.add_argument("--study", action="append", choices=STUDIES, help="repeatable (criteria)")
+    options.add_argument("--study", action="append", choices=STUDIES, help="repeatable, in this order (criteria)")
     options.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="part of study/way/seed; repeatable"
     )
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(args: argparse.Namespace, gqa: bool) -> list[cells.Cell]:
-    """The cells asked for, those of one seed before those of the next."""
+    """The cells asked for: study by study, and in each those of one seed before those of the next."""
     seeds = range(args.seeds)
     made = {
         "criteria": lambda: cells.criteria_cells(
@@ -79,11 +79,12 @@ def chosen(args: argparse.Namespace, gqa: bool) -> list[cells.Cell]:
         "compensation": lambda: cells.compensation_cells(seeds, args.steps),
         "task": lambda: cells.task_cells(seeds, args.steps),
     }
-    found = [cell for study in args.study or ["criteria"] for cell in made[study]()]
+    studies = dict.fromkeys(args.study or ["criteria"])
+    found = [cell for study in studies for cell in sorted(made[study](), key=lambda cell: cell.seed)]
     found = [cell for cell in found if not args.only or any(word in cell.key for word in args.only)]
     if not found:
         raise GispError(f"--only {', '.join(args.only)} matches no way of pruning: see --list")
-    return sorted(found, key=lambda cell: cell.seed)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
