@@ -3,8 +3,9 @@
     python -m benchmarks.float8_agreement MODEL --calibration C --evaluation E --out R.json
 
 Two readings. *One step*: the dense model, one batch, the structures a one-shot cut to each sparsity would take. *Run*:
-whole runs of preset fast that differ in nothing else, and how far another data order alone moves the choice. Agreement
-is the number of structures both chose over the mean number each chose; chance is what two random choices would share.
+whole runs of preset fast with GISP's scores that differ in nothing else, and how far another data order alone moves the
+choice. Agreement is the number of structures both chose over the mean number each chose; chance is what two random
+choices would share.
 On a CPU 8-bit products are emulated: operands are rounded to 8 bits and multiplied in float32.
 """
 
@@ -121,7 +122,13 @@ class Study:
 
     def _run(self, sparsities: list[float], *, seed: int, fp8: bool) -> list[tuple[torch.Tensor, float]]:
         """What is removed at every sparsity, and the perplexity there."""
-        options = {"steps": self.steps, "batch_tokens": self.batch_tokens, "seed": seed, "fp8": fp8}
+        options = {
+            "steps": self.steps,
+            "batch_tokens": self.batch_tokens,
+            "seed": seed,
+            "fp8": fp8,
+            "criterion": "gisp",
+        }
         trajectory = prune(self._load(), self.calibration, sparsity=max(sparsities), **options)
         found = []
         for sparsity in sparsities:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gqa_modes MODEL --calibration C --evaluation E --out R.json
 
-One run of preset fast per mode, equal but for --gqa. Stored is what an hf export holds: its attention has equally many
-query heads per key/value head, so heads removed unevenly leave some key/value heads stored twice.
+One run of preset fast with GISP's scores per mode, equal but for --gqa. Stored is what an hf export holds: its attention
+has equally many query heads per key/value head, so heads removed unevenly leave some key/value heads stored twice.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         model_map = map_model(model)
         if not model_map.shares_kv:
             raise GispError(f"{args.model} has a key/value head per query head: the modes are all the same")
-        run = {"steps": args.steps, "batch_tokens": args.batch_tokens, "gqa": mode}
+        run = {"steps": args.steps, "batch_tokens": args.batch_tokens, "gqa": mode, "criterion": "gisp"}
         trajectory = prune(model, calibration, sparsity=max(sparsities), **run)
         for sparsity in sparsities:
             step = trajectory.step_for(sparsity)
