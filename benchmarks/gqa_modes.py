@@ -2,8 +2,8 @@
 
     python -m benchmarks.gqa_modes MODEL --calibration C --evaluation E --out R.json
 
-One run of preset fast with GISP's scores per mode, equal but for --gqa. Stored is what an hf export holds: its attention
-has equally many query heads per key/value head, so heads removed unevenly leave some key/value heads stored twice.
+One run of preset fast with GISP's scores per mode, equal but for --gqa. Stored is what an hf export holds: its
+attention has equally many query heads per key/value head, so heads removed unevenly leave some of these stored twice.
 """
 
 from __future__ import annotations

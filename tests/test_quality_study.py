@@ -81,7 +81,7 @@ def test_every_way_runs_and_a_second_call_adds_nothing(arguments, tmp_path, caps
         assert all(point["perplexity"] > 1 for point in cell["points"])
     assert (tmp_path / "R-criteria.png").stat().st_size > 5000
     printed = capsys.readouterr().out
-    assert "30 %: fast is number" in printed and "accuracy on the choice task" in printed
+    assert "30 %: fast is number" in printed and "30 %: accuracy on continuations: lm on text, second-order" in printed
     assert main(options) == 0
     again = json.loads((tmp_path / "R.json").read_text())
     assert again["cells"] == result["cells"]
@@ -113,13 +113,32 @@ def test_tasks_and_seeds_draw_what_they_say(files):
     data = bench_data.read_tokens(files / "calibration.safetensors", 96)
     drawn = bench_data.drawn(data, 3 * 104, seed=1)
     assert len(drawn) == 3 and drawn.digest() != bench_data.drawn(data, 3 * 104, seed=2).digest()
-    choices = bench_data.choice_sequences(data)
+    choices = bench_data.choice_sequences(data, "continuation")
     assert len(choices.examples) == 12 and set(choices.signs) == {1, -1}
     row = data.rows[0][0]
     assert choices.rows[0][0].tolist() == row[: bench_data.CONTEXT + bench_data.CONTINUATION].tolist()
     assert [choices.signs[i] for i in choices.examples[0]] == [1, -1, -1, -1]
-    question = bench_data.choice_questions(data)[0]
+    question = bench_data.choice_questions(data, "continuation")[0]
     assert question.requests[0].targets == tuple(row[bench_data.CONTEXT :][: bench_data.CONTINUATION].tolist())
+
+
+def test_replacements_differ_in_one_token_of_the_context(files):
+    data = bench_data.read_tokens(files / "calibration.safetensors", 96)
+    choices = bench_data.choice_sequences(data, "replacement")
+    assert 0 < len(choices.examples) <= 12
+    rows = {tuple(ids[: bench_data.CONTEXT].tolist()): ids for ids, _ in data.rows}
+    for right, *wrong in choices.examples:
+        ids, labels = choices.rows[right]
+        context = ids[: bench_data.CONTEXT].tolist()
+        assert torch.equal(ids, rows[tuple(context)][: len(ids)])
+        assert (labels[: bench_data.CONTEXT] == -100).all() and torch.equal(labels[bench_data.CONTEXT :], ids[48:])
+        places = set()
+        for other in wrong:
+            (place,) = (choices.rows[other][0] != ids).nonzero().flatten().tolist()
+            assert 48 < place < 59 and int(ids[place]) in context and int(choices.rows[other][0][place]) in context
+            places.add((place, int(choices.rows[other][0][place])))
+        assert len(places) == 3 and len({place for place, _ in places}) == 1
+        assert [choices.signs[i] for i in (right, *wrong)] == [1, -1, -1, -1]
 
 
 def test_distillation_is_the_divergence_from_the_dense_model():

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--seeds", type=count, default=3, help="0 to N-1 (3)")
     options.add_argument("--steps", type=count, default=cells.STEPS, help="of fast (200)")
+    options.add_argument("--batch-tokens", type=count, default=cells.BATCH_TOKENS, help="of a step of fast (8192)")
     options.add_argument("--exact-tokens", type=count, default=cells.EXACT_TOKENS, help="of exact schedules (163840)")
     options.add_argument("--exact-steps", type=count, default=cells.EXACT_STEPS, help="of exact schedules (112)")
     options.add_argument("--exact-seeds", type=count, default=3, help="of them, the costliest by far (3)")
@@ -73,11 +74,11 @@ def chosen(args: argparse.Namespace, gqa: bool) -> list[cells.Cell]:
     seeds = range(args.seeds)
     made = {
         "criteria": lambda: cells.criteria_cells(
-            seeds, args.steps, args.exact_tokens, gqa, args.exact_steps, args.exact_seeds
+            seeds, args.steps, args.exact_tokens, gqa, args.exact_steps, args.exact_seeds, args.batch_tokens
         ),
-        "fast": lambda: cells.fast_cells(seeds, args.steps, args.exact_tokens),
-        "compensation": lambda: cells.compensation_cells(seeds, args.steps),
-        "task": lambda: cells.task_cells(seeds, args.steps),
+        "fast": lambda: cells.fast_cells(seeds, args.steps, args.exact_tokens, args.batch_tokens),
+        "compensation": lambda: cells.compensation_cells(seeds, args.steps, args.batch_tokens),
+        "task": lambda: cells.task_cells(seeds, args.steps, args.batch_tokens),
     }
     studies = dict.fromkeys(args.study or ["criteria"])
     found = [cell for study in studies for cell in sorted(made[study](), key=lambda cell: cell.seed)]
@@ -136,7 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     for study in STUDIES:
         text = summary.show(result, study)
         print(text + "\n" if text else "", end="")
-    print(summary.show(result, "task", "acc"))
+    for task in bench_data.TASKS:
+        print(summary.show(result, "task", f"acc {task}"))
     print("\n".join(summary.verdicts(result)))
     if args.plot:
         from benchmarks.quality.plot import write_plots

@@ -25,6 +25,8 @@ LARGE = TrainConfig(vocab_size=8192, layers=12, hidden=640, heads=10, mlp=1728, 
 CALIBRATION_ROWS, EVALUATION_ROWS = 8000, 1024
 # A choice: the context's tokens, the continuation's tokens, and how many continuations to choose from.
 CONTEXT, CONTINUATION, CHOICES = 48, 12, 4
+# Wrong choices: what comes later in the row, or the right one with one token replaced by another of the context's.
+TASKS = ("continuation", "replacement")
 
 
 @dataclass(frozen=True)
@@ -93,21 +95,46 @@ def drawn(data: Sequences, tokens: int | None, seed: int) -> Sequences:
     return Sequences.plain([data.rows[i] for i in order[:count]])
 
 
-def _choice_tokens(data: Sequences) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
-    """Per row its first tokens and continuations to choose from: the right one first, the others later in the row."""
-    need = CONTEXT + CHOICES * CONTINUATION
+def _choice_tokens(data: Sequences, task: str) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Per row its first tokens and continuations to choose from, the right one first; rows that give none left out."""
+    pieces_of = {"continuation": _continuations, "replacement": _replacements}[task]
     found = []
     for ids, _ in data.rows:
-        if len(ids) >= need:
-            pieces = ids[CONTEXT:need].split(CONTINUATION)
-            found.append((ids[:CONTEXT], list(pieces)))
+        pieces = pieces_of(ids)
+        if pieces:
+            found.append((ids[:CONTEXT], pieces))
     return found
 
 
-def choice_sequences(data: Sequences) -> Sequences:
-    """Calibration examples of the choice task: the right continuation with sign +1, the others -1."""
+def _continuations(ids: torch.Tensor) -> list[torch.Tensor]:
+    """The continuation and those later in the row."""
+    need = CONTEXT + CHOICES * CONTINUATION
+    return list(ids[CONTEXT:need].split(CONTINUATION)) if len(ids) >= need else []
+
+
+def _replacements(ids: torch.Tensor) -> list[torch.Tensor]:
+    """The continuation, and the same with one token replaced, as in WinoGrande: which of the context's tokens fits.
+
+    Replaced is the token that the context has but has least often, neither the first nor the last; in its place stand
+    the latest tokens that the context has at most twice.
+    """
+    context, right = ids[:CONTEXT].tolist(), ids[CONTEXT : CONTEXT + CONTINUATION]
+    places = [i for i, token in enumerate(right.tolist()[1:-1], 1) if token in context]
+    if len(right) < CONTINUATION or not places:
+        return []
+    place = min(places, key=lambda i: context.count(int(right[i])))
+    others = [t for t in dict.fromkeys(reversed(context)) if t != int(right[place]) and context.count(t) <= 2]
+    if len(others) < CHOICES - 1:
+        return []
+    wrong = right.repeat(CHOICES - 1, 1)
+    wrong[:, place] = torch.tensor(others[: CHOICES - 1])
+    return [right, *wrong]
+
+
+def choice_sequences(data: Sequences, task: str) -> Sequences:
+    """Calibration examples of a choice task: the right continuation with sign +1, the others -1."""
     rows, signs, examples = [], [], []
-    for context, pieces in _choice_tokens(data):
+    for context, pieces in _choice_tokens(data, task):
         numbers = []
         for i, piece in enumerate(pieces):
             ids = torch.cat((context, piece))
@@ -120,16 +147,16 @@ def choice_sequences(data: Sequences) -> Sequences:
     return Sequences(tuple(rows), tuple(signs), tuple(examples))
 
 
-def gold_sequences(data: Sequences) -> Sequences:
-    """The right continuations of the choice task alone."""
-    every = choice_sequences(data)
+def gold_sequences(data: Sequences, task: str) -> Sequences:
+    """The right continuations of a choice task alone."""
+    every = choice_sequences(data, task)
     return Sequences.plain([row for row, sign in zip(every.rows, every.signs, strict=True) if sign > 0])
 
 
-def choice_questions(data: Sequences) -> list[Choice]:
-    """Evaluation questions of the choice task; the place of the right choice does not matter, its score does."""
+def choice_questions(data: Sequences, task: str) -> list[Choice]:
+    """Evaluation questions of a choice task; the place of the right choice does not matter, its score does."""
     found = []
-    for context, pieces in _choice_tokens(data):
+    for context, pieces in _choice_tokens(data, task):
         requests = [
             Request(tuple(torch.cat((context, piece))[:-1].tolist()), tuple(piece.tolist()), False) for piece in pieces
         ]

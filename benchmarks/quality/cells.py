@@ -50,14 +50,20 @@ FREE: dict[str, Any] = {"protect_first": 0.0, "protect_last": 0}
 
 
 def criteria_cells(
-    seeds: range, steps: int, exact_tokens: int, gqa: bool, exact_steps: int = EXACT_STEPS, exact_seeds: int = 3
+    seeds: range,
+    steps: int,
+    exact_tokens: int,
+    gqa: bool,
+    exact_steps: int = EXACT_STEPS,
+    exact_seeds: int = 3,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> list[Cell]:
     """Every criterion as it was published, ``fast`` and the exact schedules of the paper and its code."""
-    tokens = steps * BATCH_TOKENS
+    tokens = steps * batch_tokens
     shared = {"gqa": "group"} if gqa else {}
     cells = []
     for seed in seeds:
-        fast = {"steps": steps, "seed": seed}
+        fast = {"steps": steps, "batch_tokens": batch_tokens, "seed": seed}
         cells.append(Cell("criteria", "fast", fast, seed, compensate=(BIAS, RESCALE, AFFINE, LSQ)))
         cells.append(Cell("criteria", "fast, last layer open", {**fast, "protect_last": 0}, seed, compensate=(LSQ,)))
         cells.append(Cell("criteria", "fast, gisp scores", {**fast, "criterion": "gisp"}, seed, compensate=(LSQ,)))
@@ -86,16 +92,15 @@ def criteria_cells(
     return cells
 
 
-def fast_cells(seeds: range, steps: int, exact_tokens: int) -> list[Cell]:
+def fast_cells(seeds: range, steps: int, exact_tokens: int, batch_tokens: int = BATCH_TOKENS) -> list[Cell]:
     """The parts of ``fast``, one changed at a time."""
+    sizes = (batch_tokens // 4, batch_tokens // 2, 2 * batch_tokens)
     changes: dict[str, dict[str, Any]] = {
         "as it is": {},
         f"{steps // 4} steps": {"steps": steps // 4},
         f"{steps // 2} steps": {"steps": steps // 2},
         f"{2 * steps} steps": {"steps": 2 * steps},
-        "2,048 tokens a step": {"batch_tokens": BATCH_TOKENS // 4},
-        "4,096 tokens a step": {"batch_tokens": BATCH_TOKENS // 2},
-        "16,384 tokens a step": {"batch_tokens": 2 * BATCH_TOKENS},
+        **{f"{tokens:,} tokens a step": {"batch_tokens": tokens} for tokens in sizes},
         "no moving average": {"ema": 0.0},
         "moving average 0.5": {"ema": 0.5},
         "moving average 0.8": {"ema": 0.8},
@@ -123,7 +128,7 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int) -> list[Cell]:
         "flap scores": {"criterion": "flap"},
     }
     cells = [
-        Cell("fast", name, {"steps": steps, "seed": seed, **options}, seed)
+        Cell("fast", name, {"steps": steps, "batch_tokens": batch_tokens, "seed": seed, **options}, seed)
         for name, options in changes.items()
         for seed in seeds
     ]
@@ -131,12 +136,12 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int) -> list[Cell]:
     for seed in seeds:
         cells.append(Cell("fast", f"exact, {steps // 4} steps", {**exact, "seed": seed}, seed, tokens=exact_tokens))
         for tokens in (exact_tokens // 8, exact_tokens // 2, 2 * exact_tokens):
-            few = {"steps": steps, "seed": seed}
+            few = {"steps": steps, "batch_tokens": batch_tokens, "seed": seed}
             cells.append(Cell("fast", f"of {tokens:,} calibration tokens", few, seed, tokens=tokens))
     return cells
 
 
-def compensation_cells(seeds: range, steps: int) -> list[Cell]:
+def compensation_cells(seeds: range, steps: int, batch_tokens: int = BATCH_TOKENS) -> list[Cell]:
     """Methods, targets, damping and calibration size of compensation, all on one run of ``fast``."""
     variants: list[dict[str, Any]] = [BIAS, AFFINE, RESCALE, LSQ]
     variants += [{"method": method, "target": "dense"} for method in ("bias", "affine")]
@@ -144,23 +149,24 @@ def compensation_cells(seeds: range, steps: int) -> list[Cell]:
     variants += [{"method": "lsq", "intercept": True}]
     variants += [{"method": "lsq", "damping": damping} for damping in (0.0, 0.001, 0.1)]
     variants += [{"method": "lsq", "tokens": tokens} for tokens in (8192, 32768, 524288)]
-    return [Cell("compensation", "fast", {"steps": steps, "seed": s}, s, compensate=tuple(variants)) for s in seeds]
+    fast = {"steps": steps, "batch_tokens": batch_tokens}
+    return [Cell("compensation", "fast", {**fast, "seed": s}, s, compensate=tuple(variants)) for s in seeds]
 
 
-def task_cells(seeds: range, steps: int) -> list[Cell]:
-    """Calibration on a choice task: gold against wrong continuations, gold alone, and the plain text."""
+def task_cells(seeds: range, steps: int, batch_tokens: int = BATCH_TOKENS) -> list[Cell]:
+    """Calibration on choice tasks: right against wrong choices, the right ones alone, and the plain text."""
+    fast = {"steps": steps, "batch_tokens": batch_tokens}
+    kinds = [("lm on text", "lm", "text")]
+    for task in ("replacement", "continuation"):
+        kinds += [(f"margin, {task}", "margin", task), (f"lm on the right ones, {task}", "lm", task)]
     return [
         Cell(
             "task",
             f"{name}, {scores}",
-            {"steps": steps, "seed": seed, "objective": objective, "data": data, "criterion": scores},
+            {**fast, "seed": seed, "objective": objective, "data": data, "criterion": scores},
             seed,
         )
         for seed in seeds
-        for name, objective, data in (
-            ("margin on choices", "margin", "choices"),
-            ("lm on gold choices", "lm", "choices"),
-            ("lm on text", "lm", "text"),
-        )
+        for name, objective, data in kinds
         for scores in ("second-order", "gisp")
     ]

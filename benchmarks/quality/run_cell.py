@@ -52,12 +52,13 @@ class Runner:
         vocab_size = map_model(model).vocab_size
         self.calibration = bench_data.read_tokens(bench.decoder.calibration, vocab_size)
         self.evaluation = bench_data.read_tokens(bench.decoder.evaluation, vocab_size, bench.evaluation_rows)
-        self.questions = ChoiceAccuracy(bench_data.choice_questions(self.evaluation), bench.window)
+        questions = {task: bench_data.choice_questions(self.evaluation, task) for task in bench_data.TASKS}
+        self.questions = {task: found for task, found in questions.items() if found}
 
     def dense(self) -> dict[str, Any]:
         """Figures of the dense decoder."""
         model = self._load(None)
-        return {**map_model(model).describe(), **self._measure(model), **self.questions(model)}
+        return {**map_model(model).describe(), **self._measure(model), **self._choices(model)}
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """A cell's points, JSON-ready; an error becomes the cell's result."""
@@ -111,12 +112,16 @@ class Runner:
     def _measure(self, model: Any, cell: Cell | None = None) -> dict[str, Any]:
         found: dict[str, Any] = {"perplexity": perplexity(model, self.evaluation, self.bench.window).perplexity}
         if cell is not None and cell.study == "task":
-            choices = self.questions(model)
-            found |= {
-                "acc": choices["acc"],
-                "acc_stderr": choices["acc_stderr"],
-                "gold_perplexity": choices["perplexity"],
-            }
+            found |= self._choices(model)
+        return found
+
+    def _choices(self, model: Any) -> dict[str, Any]:
+        """Accuracy of every choice task, its standard error and the number of questions."""
+        found: dict[str, Any] = {}
+        for task, questions in self.questions.items():
+            result = ChoiceAccuracy(questions, self.bench.window)(model)
+            found |= {f"acc {task}": result["acc"], f"acc {task} stderr": result["acc_stderr"]}
+            found[f"questions {task}"] = len(questions)
         return found
 
     def _calibration(self, cell: Cell, kind: str) -> Sequences:
@@ -128,8 +133,8 @@ class Runner:
             most = sum(len(ids) for ids, _ in self.calibration.rows) // 2
             return bench_data.drawn(self.calibration, min(cell.tokens, most), cell.seed)
         if cell.options.get("objective") == "margin":
-            return bench_data.choice_sequences(self.calibration)
-        return bench_data.gold_sequences(self.calibration)
+            return bench_data.choice_sequences(self.calibration, kind)
+        return bench_data.gold_sequences(self.calibration, kind)
 
     def _load(self, dtype: str | None) -> Any:
         wanted = resolve_dtype(dtype or self.bench.dtype, self.device)

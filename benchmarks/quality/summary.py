@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.command import table
+from benchmarks.quality.bench_data import TASKS
 
 Result = dict[str, Any]
 Key = tuple[str, str, str]
@@ -50,7 +51,10 @@ def spend(cells: Iterable[Result]) -> dict[tuple[str, str], tuple[int, float]]:
 def cell_text(values: list[float]) -> str:
     """Mean and, of several, the spread (highest less lowest)."""
     mean = statistics.mean(values)
-    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ({max(values) - min(values):.2f})"
+    digits = 2 if mean >= 1 else 3
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({max(values) - min(values):.{digits}f})"
 
 
 def show(result: Result, study: str, metric: str = "perplexity") -> str:
@@ -112,12 +116,16 @@ def verdicts(result: Result) -> list[str]:
                 f"{100 * sparsity:g} %: {name} + {extra} removes {100 * share:.0f} % of the excess perplexity "
                 f"({before:.2f} to {after:.2f}, dense {dense:.2f})"
             )
-    accuracy = {name: values for (study, name, _), values in collect(result["cells"], "acc").items() if study == "task"}
-    for sparsity in sorted({s for values in accuracy.values() for s in values}):
-        means = ", ".join(
-            f"{name} {100 * statistics.mean(v[sparsity]):.1f}" for name, v in accuracy.items() if sparsity in v
-        )
-        lines.append(f"{100 * sparsity:g} %: accuracy on the choice task: {means}")
+    for task in TASKS:
+        found = collect(result["cells"], f"acc {task}")
+        accuracy = {name: values for (study, name, _), values in found.items() if study == "task"}
+        for sparsity in sorted({s for values in accuracy.values() for s in values}):
+            means = "; ".join(
+                f"{name} {100 * statistics.mean(v[sparsity]):.1f}"
+                for name, v in accuracy.items()
+                if sparsity in v and (task in name or "text" in name)
+            )
+            lines.append(f"{100 * sparsity:g} %: accuracy on {task}s: {means}")
     return lines
 
 
