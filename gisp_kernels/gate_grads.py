@@ -18,6 +18,8 @@ from gisp_kernels import backend as backends
 from gisp_kernels import checks, reference
 
 SUPPORTED = ("triton",)
+# Structures squared at a time: bounds the float64 copies.
+_CHUNK = 2**17
 
 
 def gate_grads(
@@ -72,6 +74,25 @@ def gate_grads(
 def predicted_loss_change(grads: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
     """Change of the loss to second order when a structure goes, ``-sum_b g_b + sum_b c_b g_b^2 / 2``; of either sign.
 
+    Returns:
+        float32 [N], summed in float64; arguments as in :func:`gate_sums`.
+    """
+    return loss_change(gate_sums(grads, curvature))
+
+
+def loss_change(sums: torch.Tensor, first_order: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """The predicted change from sums over sequences, float32 [N].
+
+    Args:
+        sums: of :func:`gate_sums`, added over any number of batches.
+        first_order: weight of the first-order term, 0-dim.
+    """
+    return (sums[1] / 2 - first_order * sums[0]).float()
+
+
+def gate_sums(grads: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+    """Sums over sequences that add up over batches: ``sum g_b``, ``sum c_b g_b^2`` and ``sum g_b^2``.
+
     For a loss that is a weighted sum over sequences of the mean NLL of ``n_b`` tokens, with weights ``w_b``, terms are
     tokens: ``c_b = n_b / |w_b|`` makes the sum the empirical Fisher information, tokens of a sequence taken as
     independent. For the mean over all tokens of a batch that is the number of its tokens.
@@ -81,11 +102,18 @@ def predicted_loss_change(grads: torch.Tensor, curvature: torch.Tensor) -> torch
         curvature: floating point [B], the factors ``c_b``.
 
     Returns:
-        float32 [N], summed in float64.
+        float64 [3, N].
     """
     checks.check_matrix("grads", grads)
     checks.check_same_shape("curvature", curvature, grads.shape[:1])
-    first = grads.sum(0, dtype=torch.float64)
-    # Scaled before squaring: squares of small gradients would leave float32.
-    second = (grads * curvature.to(grads.dtype).sqrt()[:, None]).square().sum(0, dtype=torch.float64)
-    return (second / 2 - first).float()
+    sums = torch.empty(3, grads.shape[1], dtype=torch.float64, device=grads.device)
+    factors = curvature.double()[:, None]
+    for start in range(0, grads.shape[1], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        # In float64 before squaring: squares of small gradients would leave float32.
+        wide = grads[:, part].double()
+        sums[0, part] = wide.sum(0)
+        squares = wide.square_()
+        sums[2, part] = squares.sum(0)
+        sums[1, part] = squares.mul_(factors).sum(0)
+    return sums

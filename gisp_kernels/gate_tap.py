@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from gisp_kernels.gate_grads import gate_grads, predicted_loss_change
+from gisp_kernels.gate_grads import gate_grads, gate_sums, loss_change
 from gisp_kernels.groups import Projection, StructureGroup
 from gisp_kernels.linear_tap import LinearTap, Needs, current_backward
 
@@ -30,8 +30,12 @@ class GateTap(LinearTap):
         return Needs(input=columns, output=not columns, grad_input=columns)
 
     def reset(self) -> None:
-        """Zero the scores, at the present width."""
-        super().reset()
+        """Zero the sums, at the present width."""
+        weight = self.linear.weight
+        self._shape = tuple(weight.shape)
+        count = self._projection.width // self._projection.block
+        # What :func:`gisp_kernels.gate_grads.gate_sums` gives, over all passes.
+        self.sums = torch.zeros(3, count, dtype=torch.float64, device=weight.device)
         # By backward pass: gate gradients [B, count] of its uses of the layer, summed, and its tokens.
         self._gates: dict[int | None, tuple[torch.Tensor, int]] = {}
 
@@ -44,7 +48,7 @@ class GateTap(LinearTap):
         """Predicted changes so far, float32 [count]."""
         if active:
             self.check_width()
-        return self._scores[0]
+        return loss_change(self.sums)
 
     def collect(
         self,
@@ -90,7 +94,7 @@ class GateTap(LinearTap):
             raise RuntimeError(
                 f"curvature has shape {tuple(curvature.shape)}, but group {self.name!r} saw {len(grads)} sequences"
             )
-        self._scores[0] += predicted_loss_change(grads, curvature.to(grads.device))
+        self.sums += gate_sums(grads, curvature.to(grads.device))
 
     def take_weight_grad(self, grad: torch.Tensor) -> None:
         """Hook of the weight: its gradient does not tell sequences apart.

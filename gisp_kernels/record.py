@@ -107,6 +107,20 @@ class ImportanceRecorder:
             scores[group.name] = total.abs().float() if self.mode == "signed" else total
         return scores
 
+    def gate_sums(self) -> dict[str, torch.Tensor]:
+        """What the scores of mode ``second-order`` are made of: group name -> float64 [3, count].
+
+        Sums over sequences as of :func:`gisp_kernels.gate_grads.gate_sums`, over all passes so far.
+
+        Raises:
+            RuntimeError: another mode.
+        """
+        taps = {group.name: self._taps[self._scored[group.name][0].linear] for group in self._groups}
+        found = {name: tap.sums.clone() for name, tap in taps.items() if isinstance(tap, GateTap)}
+        if len(found) < len(taps):
+            raise RuntimeError(f"mode {self.mode!r} records no gates: use mode 'second-order'")
+        return found
+
     def __enter__(self) -> ImportanceRecorder:
         if self._active:
             raise RuntimeError("this recorder is already active")

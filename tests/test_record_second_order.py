@@ -11,7 +11,7 @@ from recording import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gisp_kernels import Projection, StructureGroup, record_importance
+from gisp_kernels import Projection, StructureGroup, loss_change, record_importance
 
 
 def gate_gradients(
@@ -115,6 +115,20 @@ def test_rows_of_a_plain_layer(bias: bool) -> None:
         linear(x).square().sum().backward()
     expected = prediction(grads.double(), torch.tensor([0.1, 0.2]))
     torch.testing.assert_close(recorder.scores()["it"].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_are_of_this_mode_alone() -> None:
+    model = Block()
+    with pytest.raises(RuntimeError, match="mode 'signed' records no gates"):
+        record_importance(model, mode="signed").gate_sums()
+    with record_importance(model, mode="second-order") as recorder:
+        model.loss(torch.randn(2, 7, 16)).backward()
+    found = recorder.gate_sums()
+    assert {name: tuple(values.shape) for name, values in found.items()} == {"attn": (3, 3), "mlp": (3, 21)}
+    for name, values in found.items():
+        assert torch.equal(loss_change(values), recorder.scores()[name])
+        # All sequences have the same factor: 14 tokens.
+        torch.testing.assert_close(values[1], 14 * values[2])
 
 
 def test_a_graph_from_before_is_refused() -> None:

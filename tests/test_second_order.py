@@ -13,9 +13,11 @@ import gisp
 from gisp.data import Sequences
 from gisp.engine import Engine
 from gisp.errors import GispError
+from gisp.first_order import averaged_batches, first_order_weights, shrinkage
 from gisp.fused_pass import ImportancePass
 from gisp.objectives import row_weights, sequence_curvature
 from gisp.structures import ModelMap, map_model
+from gisp_kernels import gate_sums, loss_change
 from gisp_kernels.gate_tap import gate_projection
 
 
@@ -39,13 +41,16 @@ def test_the_written_out_pass_is_the_formula(family, removal):
     expected = oracle(model, model_map, data.rows, weights)
     ids, labels = data.batch(list(range(len(data))))
     run = ImportancePass(model_map)
-    scores, loss = run.score(ids, labels, weights, live(model_map), second_order=True)
+    sums, loss = run.gate_sums(ids, labels, weights, live(model_map))
+    scores = {name: loss_change(values) for name, values in sums.items()}
     assert_scores(scores, expected)
     assert torch.equal(loss, run.score(ids, labels, weights, live(model_map))[1])
     # One layer alone: what lies below it gets no gradient.
     name, count = live(model_map)[-1]
-    some, _ = run.score(ids, labels, weights, [(name, count)], second_order=True)
-    assert torch.equal(some[name], scores[name])
+    some, _ = run.gate_sums(ids, labels, weights, [(name, count)])
+    torch.testing.assert_close(some[name], sums[name], rtol=1e-12, atol=0)
+    nothing, same_loss = run.gate_sums(ids, labels, weights, [])
+    assert nothing == {} and torch.equal(same_loss, loss)
 
 
 def engine(model_map, data, kind, batch_size, loss=None):
@@ -111,6 +116,72 @@ def test_a_step_removes_the_lowest_by_the_formula():
     removed = {(name, int(i)) for name, at in trajectory.removed_at.items() for i in at.nonzero()}
     assert removed == set(sorted(per_parameter, key=lambda key: per_parameter[key])[: len(removed)])
     assert len(removed) > 10 and min(per_parameter.values()) < 0
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_the_first_order_term_is_shrunk_to_the_best_estimate(strength):
+    """Of factors on measured gradients the one with the least error, for any part of signal in them."""
+    generator = torch.Generator().manual_seed(0)
+    sequences, count, batches = 16, 160_000, 4
+    scale = torch.rand(count, generator=generator) + 0.5
+    true = strength * scale * torch.randn(count, generator=generator)
+    measured, factors = torch.zeros(count), []
+    for _ in range(batches):
+        noise = sequences**0.5 * scale * torch.randn(sequences, count, generator=generator)
+        grads = (true + noise) / sequences
+        measured += grads.sum(0) / batches
+        factors.append(float(shrinkage([gate_sums(grads, torch.ones(sequences))], sequences, batches)))
+    units = (measured / scale, true / scale)
+    best = float((units[0] * units[1]).mean() / units[0].square().mean())
+    assert factors == pytest.approx([best] * batches, abs=0.05)
+    assert best == pytest.approx(strength**2 / (strength**2 + 1 / batches), abs=0.02)
+
+
+def test_kinds_are_judged_apart_and_zeros_say_nothing():
+    still = torch.zeros(3, 5, dtype=torch.float64)
+    strong = torch.tensor([[4.0, -4.0], [9.0, 9.0], [4.0, 4.0]], dtype=torch.float64)
+    sums = {"layers.0.heads": still, "layers.1.heads": still, "layers.0.channels": strong}
+    found = first_order_weights(sums, 8, 2.0)
+    assert {name: float(value) for name, value in found.items()} == {
+        "layers.0.heads": 0.0,
+        "layers.1.heads": 0.0,
+        "layers.0.channels": pytest.approx(6 / 6.5),
+    }
+
+
+def test_batches_in_a_moving_average():
+    for ema in (0.0, 0.5, 0.9):
+        for step in (1, 2, 30):
+            weights = [(1 - ema) * ema**i for i in range(step)]
+            expected = sum(weights) ** 2 / sum(weight**2 for weight in weights)
+            assert averaged_batches(ema, step) == pytest.approx(expected)
+    assert averaged_batches(0.9, 1000) == pytest.approx(19)
+
+
+def test_shrunk_scores_lie_between_curvature_and_the_whole():
+    model = tiny_model()
+    # One token follows everything: all sequences agree on most gates.
+    data = Sequences.plain([(ids, torch.full_like(ids, 7)) for ids, _ in ragged().rows])
+    model_map = map_model(model)
+    options = {"kind": "exact", "batch_size": 2, "batch_tokens": 8192, "seed": 0, "score": "second-order"}
+    plain = Engine(model_map, data, **options).score(1, model_map.groups).scores
+    shrunk = Engine(model_map, data, shrunk=True, **options).score(1, model_map.groups).scores
+    weights = [1 / len(data)] * len(data)
+    sums = ImportancePass(model_map).gate_sums(*data.batch(list(range(len(data)))), weights, live(model_map))[0]
+    factors = first_order_weights(sums, len(data), 1.0)
+    assert 0 < float(factors["layers.0.channels"]) < 1
+    for name, values in sums.items():
+        expected = values[1] / 2 - factors[name] * values[0]
+        torch.testing.assert_close(shrunk[name].double(), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(shrunk[name], plain[name])
+    signed = Sequences(data.rows, (1, -1, -1, 1, -1), ((0, 1, 2), (3, 4)))
+    margin = [Engine(model_map, signed, shrunk=s, **options).score(1, model_map.groups).scores for s in (True, False)]
+    assert all(torch.equal(margin[0][name], margin[1][name]) for name in margin[0])
+
+
+def test_only_second_order_scores_have_a_first_order_term():
+    with pytest.raises(GispError, match="--first-order shrunk belongs to --criterion second-order, not gisp"):
+        gisp.prune(tiny_model(), tiny_tokens(), criterion="gisp", first_order="shrunk")
 
 
 def test_runs_of_it_resume_and_repeat(tmp_path):

@@ -66,6 +66,7 @@ def criteria_cells(
         fast = {"steps": steps, "batch_tokens": batch_tokens, "seed": seed}
         cells.append(Cell("criteria", "fast", fast, seed, compensate=(BIAS, RESCALE, AFFINE, LSQ)))
         cells.append(Cell("criteria", "fast, last layer open", {**fast, "protect_last": 0}, seed, compensate=(LSQ,)))
+        cells.append(Cell("criteria", "fast, shrunk", {**fast, "first_order": "shrunk"}, seed, compensate=(LSQ,)))
         cells.append(Cell("criteria", "fast, gisp scores", {**fast, "criterion": "gisp"}, seed, compensate=(LSQ,)))
         if shared:
             cells.append(Cell("criteria", "fast, gqa group", {**fast, **shared}, seed, compensate=(LSQ,)))
@@ -118,6 +119,8 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int, batch_tokens: int = 
         "float32": {"dtype": "float32"},
         "uniform allocator": {"allocator": "uniform"},
         "owl allocator": {"allocator": "owl"},
+        "first-order term shrunk": {"first_order": "shrunk"},
+        "first-order term shrunk, moving average 0.98": {"first_order": "shrunk", "ema": 0.98},
         "gisp scores": {"criterion": "gisp"},
         "gisp scores, last layer open": {"criterion": "gisp", "protect_last": 0},
         "gisp scores, owl allocator, last layer open": {"criterion": "gisp", "protect_last": 0, "allocator": "owl"},

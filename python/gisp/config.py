@@ -64,6 +64,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective": OBJECTIVES,
     "criterion": tuple(CRITERIA),
     "allocator": ALLOCATORS,
+    "first_order": ("plain", "shrunk"),
     "norm": ("params", "official", "none", "zscore"),
     "engine": ("stream", "exact"),
     "gqa": GQA_MODES,
@@ -96,6 +97,7 @@ class PruneConfig:
         criterion: where scores come from, one of :data:`gisp.criteria.choices.CRITERIA`; ``None`` = the preset's.
         allocator: how blocks compete: ``global`` by their scores, ``uniform`` the same fraction of every block, ``owl``
             a fraction per layer by its outliers; ``None`` = as the criterion was published.
+        first_order: of second-order scores: ``plain``, or ``shrunk`` by its noise (see :mod:`gisp.first_order`).
         one_shot: everything goes in one step, scored once over all calibration data.
         seq_len: tokens per sequence; ``None`` = 256 for text, the row length for token files.
         batch_size: sequences per backward pass (``stream``: per microbatch), ``None`` = chosen.
@@ -121,6 +123,7 @@ class PruneConfig:
     objective: str = "lm"
     criterion: str | None = None
     allocator: str | None = None
+    first_order: str = "plain"
     one_shot: bool = False
     norm: str | None = None
     engine: str | None = None
@@ -194,6 +197,10 @@ class PruneConfig:
         if (self.objective == "margin" or "." in self.objective) and self.criterion not in GRADIENT:
             raise GispError(
                 f"{criterion} sees no loss: --objective {self.objective} needs one of {', '.join(GRADIENT)}"
+            )
+        if self.first_order != "plain" and self.criterion != "second-order":
+            raise GispError(
+                f"--first-order {self.first_order} belongs to --criterion second-order, not {self.criterion}"
             )
         if self.fp8 and self.criterion not in WRITTEN_OUT:
             raise GispError(f"--fp8 goes with --criterion {', '.join(WRITTEN_OUT)}: leave it out")

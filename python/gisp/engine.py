@@ -12,6 +12,7 @@ import torch
 
 from gisp.data import Sequences
 from gisp.errors import GispError
+from gisp.first_order import averaged_batches, first_order_weights
 from gisp.fused_pass import Float8Products, ImportancePass, differs, why_not
 from gisp.objectives import (
     SequenceLoss,
@@ -23,7 +24,7 @@ from gisp.objectives import (
 )
 from gisp.step_batches import StepBatches
 from gisp.structures import ModelMap
-from gisp_kernels import float8, record_importance
+from gisp_kernels import float8, loss_change, record_importance
 from gisp_kernels.groups import StructureGroup
 from gisp_kernels.record import Mode
 
@@ -76,6 +77,8 @@ class Engine:
         score: ``absolute``: ``sum |W * G|`` over a structure; ``signed``: ``|sum W * G|``, by recorded Linear layers
             always; ``second-order``: the change of the loss predicted when the structure goes. The last two add up over
             backward passes, so that neither kind needs a gradient buffer.
+        shrunk: ``second-order`` alone: the first-order term shrunk by its noise (:mod:`gisp.first_order`).
+        ema: weight of the past in the average that the scores go into, for ``shrunk``.
 
     Raises:
         GispError: ``fp8`` where there are no 8-bit products.
@@ -93,8 +96,11 @@ class Engine:
         fp8: bool = False,
         loss: SequenceLoss | None = None,
         score: ScoreKind = "absolute",
+        shrunk: bool = False,
+        ema: float = 0.0,
     ) -> None:
         self._fp8 = fp8
+        self._shrunk, self._ema = shrunk, ema
         self._score = score
         self._map = model_map
         self._model = model_map.model
@@ -134,7 +140,17 @@ class Engine:
                 if self._score != "absolute":
                     mode = self._score
                 scores, loss, tokens = self._by_autograd(groups, numbers, weights, mode)
+            if self._score == "second-order":
+                scores = self._loss_changes(scores, weights, step)
         return StepScores.of(scores, loss, tokens)
+
+    def _loss_changes(self, sums: dict[str, torch.Tensor], weights: list[float], step: int) -> dict[str, torch.Tensor]:
+        """Predicted changes of the loss from sums over all sequences of a step."""
+        # One sequence tells nothing of its noise, and of sequences of both signs only differences should count.
+        if not sums or not self._shrunk or len(weights) < 2 or min(weights) < 0:
+            return {name: loss_change(values) for name, values in sums.items()}
+        trust = first_order_weights(sums, len(weights), averaged_batches(self._ema, step))
+        return {name: loss_change(values, trust[name]) for name, values in sums.items()}
 
     def _by_written_out(
         self, run: ImportancePass, groups: list[StructureGroup], numbers: list[int], weights: list[float]
@@ -144,9 +160,8 @@ class Engine:
         loss, tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
         for start, stop in self._steps.batches(numbers):
             ids, labels = self._data.batch(numbers[start:stop])
-            found, part = run.score(
-                ids, labels, weights[start:stop], scored, second_order=self._score == "second-order"
-            )
+            score = run.gate_sums if self._score == "second-order" else run.score
+            found, part = score(ids, labels, weights[start:stop], scored)
             total = {name: total[name] + values for name, values in found.items()} if total else found
             loss += part
             tokens += ids.numel()
@@ -169,7 +184,7 @@ class Engine:
                     loss.backward()
                 total += loss.detach()
                 tokens += ids.numel()
-            return recorder.scores(), total, tokens
+            return recorder.gate_sums() if mode == "second-order" else recorder.scores(), total, tokens
 
     def _losses(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self._loss is None:

@@ -57,6 +57,13 @@ def prune(
             rich_help_panel=_SCORES,
         ),
     ] = None,
+    first_order: Annotated[
+        str | None,
+        typer.Option(
+            help="First-order term of second-order scores: plain (default), or shrunk by its noise.",
+            rich_help_panel=_SCORES,
+        ),
+    ] = None,
     one_shot: Annotated[
         bool | None,
         typer.Option(

@@ -59,6 +59,8 @@ def _plain(config: PruneConfig, shrinkable: ShrinkableModel, data: Sequences, lo
             seed=config.seed,
             fp8=config.fp8,
             score=GRADIENT[criterion],
+            shrunk=config.first_order == "shrunk",
+            ema=float(config.ema or 0),
             loss=loss,
         )
     steps = step_batches(config, shrinkable, data)

@@ -21,7 +21,7 @@ from gisp.fused_pass.mlp_block import MLPBlock, MLPState
 from gisp.fused_pass.products import Products
 from gisp.fused_pass.wanted import Wanted
 from gisp.structures import LayerMap, ModelMap
-from gisp_kernels import predicted_loss_change
+from gisp_kernels import gate_sums
 
 
 class _Layer:
@@ -79,14 +79,8 @@ class ImportancePass:
         labels: torch.Tensor,
         row_weights: list[float],
         scored: Sequence[tuple[str, int]],
-        *,
-        second_order: bool = False,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Scores of a batch.
-
-        ``sum |W * dL/dW|`` per structure (GISP Eq. 8 with one batch as the set), or with ``second_order`` the change of
-        the loss that is predicted when the structure goes (:mod:`gisp_kernels.gate_grads`), which forms no weight
-        gradient and adds up over batches.
+        """Scores of a batch: ``sum |W * dL/dW|`` per structure (GISP Eq. 8 with one batch as the set).
 
         Args:
             ids: int64 [B, S] on the CPU, padded on the right.
@@ -98,24 +92,33 @@ class ImportancePass:
             Group name -> float32 [count] on the device (views of one buffer), and the loss, 0-dim float64.
         """
         batch = make_batch(self._model.model, ids, labels, row_weights)
-        sizes = [count for _, count in scored]
-        names = [name for name, _ in scored]
-        shape = (batch.rows, sum(sizes)) if second_order else (sum(sizes),)
-        buffer = torch.zeros(shape, dtype=torch.float32, device=batch.ids.device)
-        if not names:
-            return {}, self._loss_only(batch)
-        parts = buffer.split(sizes, dim=-1)
-        wanted = {
-            name: Wanted(gates=part) if second_order else Wanted(elements=part)
-            for name, part in zip(names, parts, strict=True)
-        }
-        loss = self._backward(batch, wanted)
-        if second_order:
-            parts = predicted_loss_change(buffer, batch.curvature).split(sizes)
-        return dict(zip(names, parts, strict=True)), loss
+        buffer = torch.zeros(sum(count for _, count in scored), dtype=torch.float32, device=batch.ids.device)
+        parts = _parts(scored, buffer)
+        loss = self._backward(batch, {name: Wanted(elements=part) for name, part in parts.items()})
+        return parts, loss
+
+    @torch.no_grad()
+    def gate_sums(
+        self, ids: torch.Tensor, labels: torch.Tensor, row_weights: list[float], scored: Sequence[tuple[str, int]]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What second-order scores are made of; no weight gradient is formed.
+
+        Args:
+            ids, labels, row_weights, scored: as of :meth:`score`.
+
+        Returns:
+            Group name -> float64 [3, count] on the device, see :func:`gisp_kernels.gate_sums`, and the loss.
+        """
+        batch = make_batch(self._model.model, ids, labels, row_weights)
+        gates = torch.zeros(batch.rows, sum(count for _, count in scored), dtype=torch.float32, device=batch.ids.device)
+        parts = _parts(scored, gates)
+        loss = self._backward(batch, {name: Wanted(gates=part) for name, part in parts.items()})
+        return _parts(scored, gate_sums(gates, batch.curvature)), loss
 
     def _backward(self, batch: PassBatch, wanted: dict[str, Wanted]) -> torch.Tensor:
         """Fill what is wanted of every group; the loss, 0-dim float64."""
+        if not wanted:
+            return self._loss_only(batch)
         # Positions of the layers, not their names: below the lowest scored one no gradient is needed.
         lowest = min(i for i, layer in enumerate(self._layers) if self._scored(layer, wanted))
         x, delta, states = self._forward(batch, lowest)
@@ -164,3 +167,11 @@ class ImportancePass:
     @staticmethod
     def _scored(layer: _Layer, wanted: dict[str, Wanted]) -> bool:
         return layer.item.heads.name in wanted or layer.item.channels.name in wanted
+
+
+def _parts(scored: Sequence[tuple[str, int]], buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Views by group of a buffer [..., structures]."""
+    if not scored:
+        return {}
+    sizes = [count for _, count in scored]
+    return dict(zip((name for name, _ in scored), buffer.split(sizes, dim=-1), strict=True))
