@@ -18,6 +18,7 @@ import torch
 from benchmarks.command import Parser, check_writable, count, exit_code, numbers, write_json
 from benchmarks.identity import identity
 from gisp.compensation import compensate
+from gisp.config import recorded
 from gisp.data import Sequences, load_sequences
 from gisp.evaluate import perplexity
 from gisp.trajectory import Trajectory, move_to
@@ -74,7 +75,11 @@ def main() -> int:
         "benchmark": "compensation",
         "identity": identity(torch.device(args.device)),
         "model": args.name,
-        "run": {"preset": trajectory.config["preset"], "steps": len(trajectory.steps)},
+        "run": {
+            "preset": trajectory.config["preset"],
+            "criterion": recorded(trajectory.config, "criterion"),
+            "steps": len(trajectory.steps),
+        },
         "dtype": args.dtype,
         "window": args.window,
         "evaluation": {"rows": [args.skip, args.skip + len(held_out)], "tokens": dense.tokens},

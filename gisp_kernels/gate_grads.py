@@ -6,8 +6,10 @@ loss with respect to it, the gate's gradient is ``sum X * dX`` over tokens and t
 backward pass makes anyway, so no weight gradient is formed.
 
 Closing the gate changes the loss by ``-g + h / 2`` to second order (LeCun et al., Optimal Brain Damage, 1990), ``g``
-being the gradient and ``h`` the curvature, for which the empirical Fisher information stands: the sum of squared
-gradients of independent terms of the loss (as in Kwon et al., arXiv 2204.09656, there without ``g``).
+being the gradient and ``h`` the curvature. For the curvature stand squared gradients of sequences, scaled to what those
+of tokens would add up to (after Kwon et al., arXiv 2204.09656, who square a whole sample's and use no ``g``).
+That is the empirical Fisher information where gradients of a sequence's tokens are uncorrelated and vanish on average,
+and more where they agree, as they do once a model is pruned.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from gisp_kernels import backend as backends
 from gisp_kernels import checks, reference
 
 SUPPORTED = ("triton",)
-# Structures squared at a time: bounds the float64 copies.
-_CHUNK = 2**17
+# Elements squared at a time: bounds the float64 copies.
+_CHUNK_ELEMENTS = 2**22
 
 
 def gate_grads(
@@ -93,9 +95,9 @@ def loss_change(sums: torch.Tensor, first_order: torch.Tensor | float = 1.0) -> 
 def gate_sums(grads: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
     """Sums over sequences that add up over batches: ``sum g_b``, ``sum c_b g_b^2`` and ``sum g_b^2``.
 
-    For a loss that is a weighted sum over sequences of the mean NLL of ``n_b`` tokens, with weights ``w_b``, terms are
-    tokens: ``c_b = n_b / |w_b|`` makes the sum the empirical Fisher information, tokens of a sequence taken as
-    independent. For the mean over all tokens of a batch that is the number of its tokens.
+    For a loss that is a weighted sum over sequences of the mean NLL of ``n_b`` scored tokens, with weights ``w_b``,
+    ``c_b = n_b / |w_b|``; for the mean over all scored tokens of a batch that is their number. A sequence of negative
+    weight counts as curvature too, which is not that of its part of the loss.
 
     Args:
         grads: float32 [B, N], :func:`gate_grads` of every sequence's part of the loss.
@@ -108,8 +110,9 @@ def gate_sums(grads: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
     checks.check_same_shape("curvature", curvature, grads.shape[:1])
     sums = torch.empty(3, grads.shape[1], dtype=torch.float64, device=grads.device)
     factors = curvature.double()[:, None]
-    for start in range(0, grads.shape[1], _CHUNK):
-        part = slice(start, start + _CHUNK)
+    columns = max(1, _CHUNK_ELEMENTS // max(1, grads.shape[0]))
+    for start in range(0, grads.shape[1], columns):
+        part = slice(start, start + columns)
         # In float64 before squaring: squares of small gradients would leave float32.
         wide = grads[:, part].double()
         sums[0, part] = wide.sum(0)

@@ -29,6 +29,19 @@ class GateTap(LinearTap):
         columns = self._projection.axis == "column"
         return Needs(input=columns, output=not columns, grad_input=columns)
 
+    def add(self, projection: Projection) -> None:
+        """Score the layer for a projection.
+
+        Raises:
+            ValueError: it is scored for another one.
+        """
+        super().add(projection)
+        if len(self._projections) > 1:
+            raise ValueError(
+                f"group {self.name!r}: another group scores this layer in other structures; second-order scores need a "
+                "recorder for each"
+            )
+
     def reset(self) -> None:
         """Zero the sums, at the present width."""
         weight = self.linear.weight
@@ -67,7 +80,7 @@ class GateTap(LinearTap):
             assert output is not None
             value, grad = output, grad_output
             if self.linear.bias is not None:
-                value = value - self.linear.bias.detach().to(value.dtype)
+                value = value.float() - self.linear.bias.detach().float()
         value, grad = _sequences(value), _sequences(grad)
         found = gate_grads(value, grad, block=self._projection.block, backend=self._backend)
         tokens = value.shape[0] * value.shape[1]

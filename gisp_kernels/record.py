@@ -39,8 +39,8 @@ class ImportanceRecorder:
     Attributes:
         backward_calls: backward passes that reached a covered layer since the last reset.
         curvature: mode ``second-order`` alone, to set before each backward pass: for every sequence of the batch the
-            factor ``c_b`` of :func:`gisp_kernels.predicted_loss_change`, [B]; ``None`` = the tokens of the batch, for
-            a loss that is the mean over them.
+            factor ``c_b`` of :func:`gisp_kernels.gate_sums`, [B]; ``None`` = the positions of the batch, for a loss
+            that is the mean over them, without padding or labels that do not count.
     """
 
     def __init__(

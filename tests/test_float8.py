@@ -8,6 +8,7 @@ from test_fused_pass import live
 from tiny import tiny_model, tiny_tokens
 from torch import nn
 
+from gisp.config import make_config
 from gisp.data import Sequences
 from gisp.engine import Engine
 from gisp.errors import GispError
@@ -190,6 +191,24 @@ def test_the_engine_takes_8_bit_products_only_when_asked():
     losses = [float(engine(model, fp8=fp8).score(1, groups).loss) for fp8 in (False, True)]
     assert losses[0] != losses[1]
     assert abs(losses[0] - losses[1]) < 0.02 * losses[0]
+
+
+@pytest.mark.parametrize("kind", ["stream", "exact"])
+def test_second_order_scores_of_8_bits_are_near_those_of_16(kind):
+    model = tiny_model("llama-gqa", **SHAPE)
+    groups = map_model(model).groups
+    plain, rounded = (
+        engine(model, fp8=fp8, kind=kind, batch_size=2, score="second-order").score(1, groups).scores
+        for fp8 in (False, True)
+    )
+    for name, values in plain.items():
+        distance = float((rounded[name] - values).norm() / values.norm())
+        # They read the rounded gradient of every activation, so single scores move more than sums of |W * G| do.
+        assert 0 < distance < 0.5, (name, distance)
+    config = make_config(engine="exact", fp8=True)
+    assert config.criterion == "second-order"
+    with pytest.raises(GispError, match="one batch a step"):
+        make_config(engine="exact", fp8=True, criterion="gisp")
 
 
 def test_what_cannot_run_in_8_bits_is_refused():

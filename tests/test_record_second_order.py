@@ -150,6 +150,13 @@ def test_a_curvature_of_another_batch_is_refused() -> None:
             loss.backward()
 
 
+def test_two_structures_of_one_layer_are_refused() -> None:
+    linear = nn.Linear(8, 8)
+    groups = [StructureGroup(f"by {block}", (Projection(linear, "column", block),)) for block in (4, 1)]
+    with pytest.raises(ValueError, match="another group scores this layer in other structures"):
+        record_importance(groups, mode="second-order")
+
+
 def test_a_group_without_an_output_projection_is_refused() -> None:
     layers = [Projection(nn.Linear(4, 4), "row"), Projection(nn.Linear(4, 4), "row")]
     with pytest.raises(ValueError, match="second-order scores need its output projection"):

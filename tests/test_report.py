@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gisp.errors import GispError
-from gisp.plots import PICTURES, phase_seconds
+from gisp.plot_style import LIGHT
+from gisp.plots import PICTURES, draw_scores, phase_seconds
 from gisp.report import ReportFiles, write_report
 from gisp.report_data import read_run
 from gisp.report_html import step_rows
@@ -300,6 +301,7 @@ def test_unusual_metrics_and_evaluations_are_drawn(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     lines[0]["threshold"] = None
     lines[1]["score_histogram"] = {"log10_edges": [0.0] * 41, "heads": [0] * 40, "channels": [0] * 40}
+    lines[1]["score_histogram"]["not_positive"] = {"heads": 36, "channels": 7}
     lines[2]["seconds"] = {"forward_backward": 90.0, "sync": 0.5}
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     evaluations = [*_evaluations(), {**_evaluations()[-1], "perplexity": float("inf"), "window": 256}]
@@ -307,6 +309,13 @@ def test_unusual_metrics_and_evaluations_are_drawn(tmp_path: Path) -> None:
     html = check_written(write_report(tmp_path), tmp_path, ALL)
     assert ">inf</td>" in html
     assert phase_seconds(read_run(tmp_path))["sync"].tolist() == [0.0, 0.0, 0.5]
+    labels = draw_scores(read_run(tmp_path), LIGHT).axes[1].get_legend_handles_labels()[1]
+    assert labels[:2] == ["heads (36 scored, 36 at or below 0)", "channels (7 scored, 7 at or below 0)"]
+    for wrong in (5, None, {"heads": -1, "channels": 0}, {"heads": 1}):
+        lines[1]["score_histogram"]["not_positive"] = wrong
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        with pytest.raises(GispError, match="not_positive is"):
+            read_run(tmp_path)
 
 
 def test_same_run_gives_the_same_files_and_leaves_settings_alone(made: Made) -> None:

@@ -207,8 +207,3 @@ def test_runs_of_it_resume_and_repeat(tmp_path):
     again = gisp.prune(tiny_model(), tokens, out=tmp_path / "run", resume=True, **options)
     for name, at in first.removed_at.items():
         assert torch.equal(at, again.removed_at[name])
-
-
-def test_block_scores_are_refused_where_they_do_not_fit():
-    with pytest.raises(GispError, match="--fp8 goes with --criterion gisp, second-order, taylor-local"):
-        gisp.prune(tiny_model(), tiny_tokens(), criterion="signed", fp8=True)

@@ -138,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
         text = summary.show(result, study)
         print(text + "\n" if text else "", end="")
     for task in bench_data.TASKS:
-        print(summary.show(result, "task", f"acc {task}"))
+        text = summary.show(result, "task", f"acc {task}")
+        print(text + "\n" if text else "", end="")
     print("\n".join(summary.verdicts(result)))
     if args.plot:
         from benchmarks.quality.plot import write_plots

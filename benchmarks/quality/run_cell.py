@@ -77,9 +77,9 @@ class Runner:
         options = dict(cell.options)
         model = self._load(options.get("dtype"))
         data = self._calibration(cell, options.pop("data", "text"))
-        share = options.pop("distil", None)
-        if share is not None:
-            options["objective"] = Distillation(self._load(options.get("dtype")), share)
+        distilled = options.pop("distil", None)
+        if distilled is not None:
+            options["objective"] = Distillation(self._load(options.get("dtype")), distilled)
         began = time.perf_counter()
         if cell.one_shot:
             seen = sum(len(ids) for ids, _ in data.rows)

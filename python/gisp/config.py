@@ -108,8 +108,8 @@ class PruneConfig:
         align: width multiple for MLP channels.
         ema: weight of the past in the moving average of scores over steps.
         gqa: one of ``GQA_MODES``; where no key/value head is shared they are all the same.
-        fp8: ``stream`` only: 8-bit products of the decoder layers in the importance pass (weight gradients and scores
-            stay as they are).
+        fp8: 8-bit products of the decoder layers in the importance pass (weight gradients and the sums of scores stay
+            as they are); ``stream`` only but for second-order scores.
     """
 
     preset: str = "fast"
@@ -182,7 +182,7 @@ class PruneConfig:
         _at_least("batch-tokens", self.batch_tokens, 2)
         _at_least("align", self.align, 1)
         _at_least("protect-last", self.protect_last, 0)
-        if self.fp8 and self.engine == "exact":
+        if self.fp8 and self.engine == "exact" and self.criterion != "second-order":
             raise GispError("--fp8 goes with one batch a step: give --engine stream, or leave it out")
         if not 0 <= self.seed < 2**31:
             raise GispError(f"--seed is {self.seed}: give a number from 0 to {2**31 - 1}")

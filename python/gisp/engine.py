@@ -6,10 +6,11 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from gisp.criteria.choices import ScoreKind
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.first_order import averaged_batches, first_order_weights
@@ -27,8 +28,6 @@ from gisp.structures import ModelMap
 from gisp_kernels import float8, loss_change, record_importance
 from gisp_kernels.groups import StructureGroup
 from gisp_kernels.record import Mode
-
-ScoreKind = Literal["absolute", "signed", "second-order"]
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,14 @@ class StepScores:
 class Engine:
     """Scores the structures of a model on calibration sequences.
 
-    A step of one batch runs the written-out pass of :mod:`gisp.fused_pass` where the model's layout allows it, any
-    other step autograd over the model with recorded Linear layers.
+    A step of one batch, and any step of second-order scores, runs the written-out pass of :mod:`gisp.fused_pass` where
+    the model's layout allows it, any other step autograd over the model with recorded Linear layers.
 
     Args:
         model_map: map of the dense model; its own ``requires_grad`` flags are respected again after each call.
         data: calibration sequences.
-        kind: ``stream``: each step one batch of about ``batch_tokens`` tokens, |W * G| reduced as G is formed;
-            ``exact``: every step the whole set, G summed in fp32 before the absolute value (paper Eq. 8).
+        kind: ``stream``: each step one batch of about ``batch_tokens`` tokens (of absolute scores |W * G| is reduced as
+            G is formed); ``exact``: every step the whole set, G summed in fp32 before the absolute value (paper Eq. 8).
         batch_size: sequences per backward pass; ``None``: the whole step for ``stream``, for ``exact`` what keeps the
             logits small. It never changes a score beyond rounding: a ``stream`` step of several backward passes
             needs the gradient buffers of ``exact``.
@@ -128,14 +127,15 @@ class Engine:
         # One backward pass needs no gradient buffer; several must be summed before the absolute value.
         one_pass = self._steps.fresh and len(batches) == 1
         with deterministic():
-            wanted = one_pass if self._score == "absolute" else self._score == "second-order"
-            written_out = self._written_out(numbers) if wanted else None
+            able = one_pass if self._score == "absolute" else self._score == "second-order"
+            written_out = self._written_out(numbers) if able else None
             if written_out is not None:
                 scores, loss, tokens = self._by_written_out(written_out, groups, numbers, weights)
             else:
                 if self._fp8:
                     reason = self._pass_refused or f"--batch-size {self._batch_size} makes several batches of a step"
-                    raise GispError(f"--fp8 needs the written-out pass over one batch: {reason}, leave it out")
+                    of_one = " over one batch" if self._score == "absolute" else ""
+                    raise GispError(f"--fp8 needs the written-out pass{of_one}: {reason}, leave it out")
                 mode: Mode = "stream" if one_pass else "exact"
                 if self._score != "absolute":
                     mode = self._score
@@ -149,7 +149,10 @@ class Engine:
         # One sequence tells nothing of its noise, and of sequences of both signs only differences should count.
         if not sums or not self._shrunk or len(weights) < 2 or min(weights) < 0:
             return {name: loss_change(values) for name, values in sums.items()}
-        trust = first_order_weights(sums, len(weights), averaged_batches(self._ema, step))
+        batches = averaged_batches(self._ema, step) if self._steps.fresh else 1.0
+        # Data seen again brings no new noise to average.
+        batches = min(batches, max(1.0, len(self._data.rows) / len(weights)))
+        trust = first_order_weights(sums, len(weights), batches)
         return {name: loss_change(values, trust[name]) for name, values in sums.items()}
 
     def _by_written_out(

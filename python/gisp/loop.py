@@ -57,7 +57,8 @@ def prune(
         on_step: called with every new record and the number of steps of the schedule.
         **options: see :class:`gisp.config.PruneConfig`. ``objective`` may also be a loss of your own,
             ``loss(model, input_ids, labels) -> [B]`` (see ``gisp.objectives.SequenceLoss``); rows are read as for
-            ``lm``, and the run records the function's qualified name.
+            ``lm``, and the run records the function's qualified name. Second-order scores compare a first with a second
+            power of it: they take it for a mean over the scored tokens, whatever it is.
 
     Returns:
         The trajectory; its ``model`` is the pruned model.

@@ -80,10 +80,8 @@ def sequence_nll(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor
 def sequence_curvature(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Factors of the squared gate gradients of every sequence, float32 [B]: its scored tokens by its absolute weight.
 
-    With a loss ``sum_b w_b * (mean NLL of n_b tokens)`` whose terms are tokens, taken as independent, the empirical
-    Fisher information is ``sum_b n_b / |w_b| * g_b^2``, ``g_b`` being the gradient of sequence ``b``'s part of the loss
-    (see :func:`gisp_kernels.predicted_loss_change`). A negative weight (``margin``) counts as curvature as well: the
-    answers' own information, whichever way they pull.
+    They are for a loss ``sum_b w_b * (mean NLL of n_b tokens)``, see :func:`gisp_kernels.gate_sums`. A negative weight
+    (``margin``) counts as curvature as well, whichever way its sequence pulls.
 
     Args:
         labels: int64 [B, S]; token ``t`` is predicted from tokens before it, -100 is not scored.

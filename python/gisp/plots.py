@@ -177,10 +177,12 @@ def draw_scores(run: RunData, theme: Theme) -> Figure:
         for kind, colour in (("heads", theme.heads), ("channels", theme.channels)):
             counts = np.array(entry["score_histogram"][kind], dtype=np.float64)
             widths = np.diff(edges)
+            off = int(entry["score_histogram"].get("not_positive", {}).get(kind, 0))
+            label = f"{kind} ({int(counts.sum()) + off:,} scored" + (f", {off:,} at or below 0)" if off else ")")
+            if not counts.sum() and off:
+                ax.plot([], [], color=colour, linewidth=1.5, label=label)
             if counts.sum() and widths.min() > 0:
                 density = counts / counts.sum() / widths
-                off = int(entry["score_histogram"].get("not_positive", {}).get(kind, 0))
-                label = f"{kind} ({int(counts.sum()) + off:,} scored" + (f", {off:,} at or below 0)" if off else ")")
                 ax.stairs(density, edges, fill=True, color=colour, alpha=0.25, linewidth=0)
                 ax.stairs(density, edges, color=colour, linewidth=1.5, label=label)
         if entry["threshold"] is not None and entry["threshold"] > 0:
@@ -199,7 +201,7 @@ def draw_scores(run: RunData, theme: Theme) -> Figure:
         ax.set_ylim(bottom=0)
         ax.grid(axis="y")
     axes[-1].set_xlabel("log10 of the normalised score, of those above 0")
-    figure.supylabel("density: share of heads or channels per decade", fontsize=10)
+    figure.supylabel("density: share of these heads or channels per decade", fontsize=10)
     return figure
 
 

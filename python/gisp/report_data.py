@@ -177,8 +177,8 @@ def _check_metrics(entry: Any) -> None:
         counts = histogram[kind]
         require(len(counts) == _BINS and _all_numbers(counts), f"{kind} are not {_BINS} counts")
         # Runs of earlier versions did not count what is not on the axis.
-        off = histogram.get("not_positive", {}).get(kind, 0)
-        require(is_finite(off), f"not_positive of {kind} is {off!r}")
+        off = histogram.get("not_positive", {kind: 0})
+        require(isinstance(off, dict) and is_finite(off.get(kind)) and off[kind] >= 0, f"not_positive is {off!r}")
 
 
 def _load_evaluations(path: Path) -> list[Evaluation]:

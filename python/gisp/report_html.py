@@ -9,6 +9,7 @@ from html import escape
 
 import numpy as np
 
+from gisp.config import recorded
 from gisp.plots import PICTURES
 from gisp.report_data import METRICS, RunData
 
@@ -88,6 +89,7 @@ def summary_rows(run: RunData) -> list[Row]:
         ("Base model", str(base.get("path") or "model in memory")),
         ("Architecture", _architecture(run)),
         ("Preset", str(run.config.get("preset", _ABSENT))),
+        ("Criterion", str(recorded(run.config, "criterion"))),
         ("Status", _status(run)),
         ("Steps", f"{len(run.steps):,}"),
         ("Decoder sparsity", _percent(last["sparsity"])),

@@ -9,8 +9,8 @@ from gisp.errors import GispError
 
 METHODS = ("bias", "affine", "rescale", "lsq")
 TARGETS = ("local", "dense")
-# By method, see docs/compensation.md: a mean or a slope cannot follow the dense stream and overshoots; a scale,
-# as measured, helps only towards it.
+# By method, as measured after GISP's scores (docs/compensation.md): a mean or a slope gains nothing reliable from the
+# dense stream, a scale helps only towards it.
 DEFAULT_TARGET = {"bias": "local", "affine": "local", "rescale": "dense", "lsq": "dense"}
 DEFAULT_DAMPING = 0.5
 DEFAULT_TOKENS = 131072

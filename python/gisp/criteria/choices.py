@@ -20,7 +20,8 @@ CRITERIA: dict[str, dict[str, Any]] = {
 }
 ALLOCATORS = ("global", "uniform", "owl")
 # Criteria made of gradients of the loss, and what the engine sums for them.
-GRADIENT: dict[str, Literal["absolute", "signed", "second-order"]] = {
+ScoreKind = Literal["absolute", "signed", "second-order"]
+GRADIENT: dict[str, ScoreKind] = {
     "gisp": "absolute",
     "second-order": "second-order",
     "taylor-local": "absolute",

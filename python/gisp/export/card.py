@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gisp.config import recorded
 from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec
 
@@ -102,8 +103,8 @@ def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, 
         lines.append(f"base_model: {json.dumps(name)}")
     lines += ["---", "", f"# {name}, pruned by {spec.sparsity:.0%}" + (f" ({kind.title})" if kind.title else ""), ""]
     lines += [
-        f"`{name}` with attention heads and MLP channels removed by global iterative structured pruning "
-        "([GISP](https://arxiv.org/abs/2510.18030)).",
+        f"`{name}` with attention heads and MLP channels removed by iterative structured pruning "
+        "(after [GISP](https://arxiv.org/abs/2510.18030), scores by the criterion below).",
         "",
         *_facts(spec, report, kind),
         "",
@@ -141,6 +142,7 @@ def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[str]:
         ("key/value cache per token", f"{report.kv_bytes_per_token:,} of {report.kv_bytes_per_token_dense:,} bytes"),
         ("tensor parallelism", f"{', '.join(map(str, report.tensor_parallel))} devices share every layer evenly"),
         ("preset", config.get("preset", "not recorded")),
+        ("criterion", recorded(config, "criterion")),
         ("versions", ", ".join(f"{key} {value}" for key, value in versions.items()) or "not recorded"),
         (
             "logits against the masked dense model (float32)",

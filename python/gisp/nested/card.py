@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gisp.config import recorded
 from gisp.export.card import base_name
 from gisp.export.check import TOLERANCE
 from gisp.nested.layout import KINDS, Nesting
@@ -39,6 +40,7 @@ def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: 
         ("sparsities", f"0 to {trajectory.sparsity_at(last):.4f} of the decoder layers, {report.steps} steps"),
         ("weight files", f"{report.bytes / 1e6:,.1f} MB"),
         ("preset", trajectory.config.get("preset", "not recorded")),
+        ("criterion", recorded(trajectory.config, "criterion")),
         ("versions", versions),
         (
             "logits against the masked dense model (float32)",
@@ -51,8 +53,8 @@ def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: 
         lines.append(f"base_model: {json.dumps(name)}")
     lines += ["---", "", f"# {name}, nested", ""]
     lines += [
-        f"`{name}` and its subnetworks of one pruning run ([GISP](https://arxiv.org/abs/2510.18030)): every size is a "
-        "prefix of the same matrices.",
+        f"`{name}` and its subnetworks of one pruning run (after [GISP](https://arxiv.org/abs/2510.18030)): every size "
+        "is a prefix of the same matrices.",
         "",
         "| | |",
         "|---|---|",
