@@ -62,15 +62,16 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
 
 
 @pytest.mark.parametrize("family", ["llama-mha", "llama-bias", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("method", ["lsq", "rescale", "affine", "bias"])
+@pytest.mark.parametrize("method", ["kfac", "lsq", "rescale", "affine", "bias"])
 def test_hf_exports_hold_what_was_fitted(tmp_path: Path, family: str, method: str) -> None:
     run = make_run(tmp_path, family)
     wanted = compensated(run, 0.4, method=method)
     done = export_run(run, 0.4, tmp_path / "out", compensation=make_request(method, data_of(run)), device="cpu")
     assert close(logits(gisp.load(tmp_path / "out")), logits(wanted))
     assert not close(logits(gisp.load(tmp_path / "out")), logits(compensated(run, 0.4, method=method, tokens=64)), 1e-3)
-    assert done.spec.compensation.startswith(f"{method}, target {'dense' if method in ('lsq', 'rescale') else 'local'}")
-    assert done.spec.compensation.endswith("512 calibration tokens of tokens.safetensors")
+    assert done.spec.compensation.startswith(f"{method}, target {'local' if method in ('affine', 'bias') else 'dense'}")
+    tokens = "512 + 1,664" if method == "kfac" else "512"
+    assert done.spec.compensation.endswith(f" {tokens} calibration tokens of tokens.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["gisp"]["compensation"] == done.spec.compensation
     assert bool(config.get("output_bias")) == (method in ("affine", "bias") and family != "llama-bias")
@@ -94,7 +95,7 @@ def test_output_biases_load_without_this_package(run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("format", ["masked", "uniform", "gguf"])
-@pytest.mark.parametrize("method", ["lsq", "rescale", "affine"])
+@pytest.mark.parametrize("method", ["kfac", "lsq", "rescale", "affine"])
 def test_formats_without_output_biases(run: Path, tmp_path: Path, format: str, method: str) -> None:
     if format == "gguf":
         pytest.importorskip("gguf")
@@ -163,6 +164,11 @@ def test_the_command_line_measures_what_it_exports(
         (["--compensate", "lsq", "--calibration", "none.safetensors"], "none.safetensors does not exist"),
         (["--calibration", "x.txt"], "--calibration x.txt is for --compensate METHOD"),
         (["--calibration-tokens", "5"], "--calibration-tokens 5 is for --compensate METHOD"),
+        (["--compensation-steps", "5"], "--compensation-steps 5 is for --compensate METHOD"),
+        (
+            ["--compensate", "lsq", "--calibration", "DATA", "--compensation-steps", "2"],
+            "--compensation-steps 2 changes nothing in --compensate lsq",
+        ),
         (["--target", "local"], "--target local is for --compensate METHOD"),
         (["--compensate", "bias", "--calibration", "DATA", "--damping", "1"], "--damping 1.0 changes nothing"),
         (

@@ -195,7 +195,8 @@ def test_blocks_that_lost_nothing_stay(target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "bias"}, {"method": "affine"}, {"method": "rescale"}, {"intercept": True}, {}]
+    "options",
+    [{"method": "bias"}, {"method": "affine"}, {"method": "rescale"}, {"method": "kfac"}, {"intercept": True}, {}],
 )
 def test_moving_takes_it_back_bit_for_bit(options: dict[str, Any]) -> None:
     model = tiny_model("llama-gqa")

@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from gisp.cli import app
-from gisp.cli.compensation_options import Calibration, CalibrationTokens, Compensate, CompensationTarget, Damping
+from gisp.cli.compensation_options import (
+    Calibration,
+    CalibrationTokens,
+    Compensate,
+    CompensationSteps,
+    CompensationTarget,
+    Damping,
+)
 from gisp.errors import GispError
 from gisp.files import check_writable, write_atomic
 
@@ -74,6 +81,7 @@ def evaluate(
     calibration_tokens: CalibrationTokens = None,
     damping: Damping = None,
     compensation_target: CompensationTarget = None,
+    compensation_steps: CompensationSteps = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -113,7 +121,12 @@ def evaluate(
     names = tuple(name.strip() for name in (lm_eval or "").split(","))
     tasks = LmEvalTasks(names, lm_eval_include, limit, batch_size) if lm_eval is not None else None
     request = make_request(
-        compensate, calibration, tokens=calibration_tokens, damping=damping, target=compensation_target
+        compensate,
+        calibration,
+        tokens=calibration_tokens,
+        damping=damping,
+        target=compensation_target,
+        steps=compensation_steps,
     )
     common: dict[str, Any] = {
         "options": options,

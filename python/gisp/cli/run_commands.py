@@ -10,7 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from gisp.cli import app
-from gisp.cli.compensation_options import Calibration, CalibrationTokens, Compensate, CompensationTarget, Damping
+from gisp.cli.compensation_options import (
+    Calibration,
+    CalibrationTokens,
+    Compensate,
+    CompensationSteps,
+    CompensationTarget,
+    Damping,
+)
 from gisp.errors import GispError
 
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -37,6 +44,7 @@ def export(
     calibration_tokens: CalibrationTokens = None,
     damping: Damping = None,
     target: CompensationTarget = None,
+    compensation_steps: CompensationSteps = None,
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     from gisp.compensation import make_request
@@ -44,7 +52,14 @@ def export(
     from gisp.export.rounding import option_text
     from gisp.run_export import export_nested_run, export_run
 
-    request = make_request(compensate, calibration, tokens=calibration_tokens, damping=damping, target=target)
+    request = make_request(
+        compensate,
+        calibration,
+        tokens=calibration_tokens,
+        damping=damping,
+        target=target,
+        steps=compensation_steps,
+    )
     if nested is not None and request is not None:
         raise GispError(
             f"--compensate {compensate} fits the weights to one sparsity, --nested holds one set of weights for all: "

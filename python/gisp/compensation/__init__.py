@@ -1,4 +1,4 @@
-"""Compensation: new output projections for what pruning left, fitted to calibration data without training.
+"""Compensation: new output projections for what pruning left, fitted to calibration data.
 
 It composes with any way of choosing structures and ends in plain weights (and biases) of o_proj and down_proj.
 """
@@ -15,7 +15,7 @@ from gisp.compensation.apply import (
 )
 from gisp.compensation.options import METHODS, TARGETS, CompensationOptions
 from gisp.compensation.request import CompensationRequest, make_request
-from gisp.compensation.sweep import BlockUpdate
+from gisp.compensation.updates import BlockUpdate
 
 __all__ = [
     "METHODS",

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gisp.compensation.options import CompensationOptions
-from gisp.compensation.sweep import BlockUpdate, Kept, OnBlock, fit_updates
+from gisp.compensation.kfac import Step, kfac_updates
+from gisp.compensation.options import DAMPED, CompensationOptions
+from gisp.compensation.streams import projections
+from gisp.compensation.sweep import fit_updates
+from gisp.compensation.updates import BlockUpdate, Kept, OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
 from gisp.errors import GispError
 from gisp.shrink import ShrinkableModel
@@ -23,23 +26,30 @@ class Compensation:
 
     Attributes:
         updates: of every output projection that changes, in the order of the layers.
-        tokens: calibration tokens.
+        tokens: calibration tokens of the fit (those of ``kfac``'s steps are in ``steps``).
+        steps: of ``kfac``.
     """
 
     options: CompensationOptions
     updates: tuple[BlockUpdate, ...]
     tokens: int
+    steps: tuple[Step, ...] = ()
 
     def describe(self) -> str:
         """Method and options in one line."""
         options = self.options
-        extra = f", damping {options.damping:g}" if options.method == "lsq" else ""
+        extra = f", damping {options.damping:g}" if options.method in DAMPED else ""
         if options.method != "bias" and options.intercept != (options.method == "affine"):
             extra += ", with biases" if options.intercept else ", without biases"
         raised = [update.damping for update in self.updates if update.damping > options.damping]
         if raised:
             extra += f" (raised up to {max(raised):g} in {len(raised)} blocks that were not solvable with it)"
-        return f"{options.method}, target {options.target}{extra}, {self.tokens:,} calibration tokens"
+        tokens = f"{self.tokens:,}"
+        if self.steps:
+            fell = f"{self.steps[0].before:.3g} to {self.steps[-1].after:.3g}"
+            extra += f", {len(self.steps)} steps (divergence from the dense model {fell} nats a token)"
+            tokens += f" + {sum(step.tokens for step in self.steps):,}"
+        return f"{options.method}, target {options.target}{extra}, {tokens} calibration tokens"
 
 
 def fit_compensation(
@@ -63,7 +73,10 @@ def fit_compensation(
     """
     sequences = calibration_sequences(model_map, data, tokenizer_from)
     updates, tokens = fit_updates(model_map, kept, sequences, options, on_block)
-    return Compensation(options, tuple(updates), tokens)
+    steps: list[Step] = []
+    if options.method == "kfac":
+        updates, steps = kfac_updates(model_map, updates, sequences, options)
+    return Compensation(options, tuple(updates), tokens, tuple(steps))
 
 
 def calibration_sequences(model_map: ModelMap, data: Any, tokenizer_from: str | None) -> Sequences:
@@ -133,7 +146,7 @@ def fold_into_pruned(shrinkable: ShrinkableModel, compensation: Compensation) ->
         GispError: the model keeps other structures.
     """
     current = kept_structures(shrinkable)
-    blocks = _projections(shrinkable.map)
+    blocks = projections(shrinkable.map)
     undo: list[Callable[[], None]] = []
     places = []
     for update in compensation.updates:
@@ -158,7 +171,7 @@ def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
 
     The model as a whole computes nothing useful then: only with the removed structures gone.
     """
-    blocks = _projections(model_map)
+    blocks = projections(model_map)
     with torch.no_grad():
         for update in compensation.updates:
             linear, _ = blocks[update.name]
@@ -169,15 +182,6 @@ def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
             # A checkpoint has them in all layers or in none.
             for linear, _ in blocks.values():
                 _set_bias(linear, linear.weight.new_zeros(linear.out_features) if linear.bias is None else None)
-
-
-def _projections(model_map: ModelMap) -> dict[str, tuple[nn.Linear, int]]:
-    """By group: its output projection and the columns of a query head or channel."""
-    found: dict[str, tuple[nn.Linear, int]] = {}
-    for item in model_map.layers:
-        found[item.heads.name] = (item.attention.o_proj, model_map.head_dim)
-        found[item.channels.name] = (item.layer.mlp.down_proj, 1)
-    return found
 
 
 def _order(shrinkable: ShrinkableModel, name: str) -> torch.Tensor:

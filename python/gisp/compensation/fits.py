@@ -183,12 +183,12 @@ def ridge(gram: torch.Tensor, cross: torch.Tensor, damping: float) -> tuple[torc
 
 
 def make_fit(method: str, weight: torch.Tensor, *, intercept: bool, damping: float) -> BiasFit:
-    """The fit of a method for the kept columns of a projection, float32 [D, K]."""
+    """The fit of a method for the kept columns of a projection, float32 [D, K]; ``kfac`` begins with ``lsq``."""
     if method == "affine":
         return AffineFit(weight, intercept)
     if method == "rescale":
         return RescaleFit(weight)
-    return LeastSquaresFit(weight, intercept, damping) if method == "lsq" else BiasFit(weight)
+    return BiasFit(weight) if method == "bias" else LeastSquaresFit(weight, intercept, damping)
 
 
 def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 from gisp.errors import GispError
 
-METHODS = ("bias", "affine", "rescale", "lsq")
+METHODS = ("bias", "affine", "rescale", "lsq", "kfac")
+# Methods with a damping.
+DAMPED = ("lsq", "kfac")
 TARGETS = ("local", "dense")
 # By method, as measured after GISP's scores (docs/compensation.md): a mean or a slope gains nothing reliable from the
 # dense stream, a scale helps only towards it.
-DEFAULT_TARGET = {"bias": "local", "affine": "local", "rescale": "dense", "lsq": "dense"}
+DEFAULT_TARGET = {"bias": "local", "affine": "local", "rescale": "dense", "lsq": "dense", "kfac": "dense"}
 DEFAULT_DAMPING = 0.5
 DEFAULT_TOKENS = 131072
+DEFAULT_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,16 @@ class CompensationOptions:
     """Options of one compensation.
 
     Attributes:
-        method: ``bias``, ``affine``, ``rescale`` or ``lsq``, see :mod:`gisp.compensation.fits`.
+        method: ``bias``, ``affine``, ``rescale`` or ``lsq``, see :mod:`gisp.compensation.fits`; or ``kfac``, steps on
+            the loss after ``lsq``, see :mod:`gisp.compensation.kfac`.
         target: output every block is fitted to: ``local``, that of the unpruned block on the same input; ``dense``,
             the one that brings the residual stream back to the dense model's, so that errors do not add up. ``None``
-            is ``dense`` for ``rescale`` and ``lsq``, ``local`` for the others.
-        damping: of ``lsq``: multiple of the mean diagonal of the Gram matrix added to its diagonal.
-        tokens: calibration tokens used, the first of the data.
+            is ``local`` for ``bias`` and ``affine``, ``dense`` for the others.
+        damping: of ``lsq`` and ``kfac``: multiple of the mean diagonal of a Gram matrix added to its diagonal.
+        tokens: calibration tokens used, the first of the data; a step of ``kfac`` uses as many of those behind them.
         intercept: whether output biases are fitted. ``None`` is no for ``lsq``, which gains next to nothing by them and
-            so fits every format, and for ``rescale``, which has none; yes for the others.
+            so fits every format, and for ``rescale`` and ``kfac``, which have none; yes for the others.
+        steps: of ``kfac``.
 
     Raises:
         GispError: a value that is not one of these.
@@ -39,6 +44,7 @@ class CompensationOptions:
     damping: float = DEFAULT_DAMPING
     tokens: int = DEFAULT_TOKENS
     intercept: bool | None = None
+    steps: int = DEFAULT_STEPS
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -49,11 +55,15 @@ class CompensationOptions:
             raise GispError(f"--damping is {self.damping}: give a number of at least 0")
         if self.tokens < 1:
             raise GispError(f"--calibration-tokens is {self.tokens}: give at least 1")
+        if self.steps < 1:
+            raise GispError(f"--compensation-steps is {self.steps}: give at least 1")
         if self.target is None:
             object.__setattr__(self, "target", DEFAULT_TARGET[self.method])
         if self.intercept is None:
             object.__setattr__(self, "intercept", self.method in ("bias", "affine"))
         if self.method == "bias" and not self.intercept:
             raise GispError("--compensate bias fits output biases alone: choose affine or lsq where they have no place")
-        if self.method == "rescale" and self.intercept:
-            raise GispError("--compensate rescale fits no output biases: choose affine or lsq, or leave intercept out")
+        if self.method in ("rescale", "kfac") and self.intercept:
+            raise GispError(
+                f"--compensate {self.method} fits no output biases: choose affine or lsq, or leave intercept out"
+            )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gisp.compensation.apply import Compensation, make_options
-from gisp.compensation.options import CompensationOptions
+from gisp.compensation.options import DAMPED, CompensationOptions
 from gisp.errors import GispError
 from gisp.structures import ModelMap
 
@@ -51,23 +51,28 @@ def make_request(
     tokens: int | None = None,
     damping: float | None = None,
     target: str | None = None,
+    steps: int | None = None,
 ) -> CompensationRequest | None:
     """The request that options of the command line make up, None for none.
 
     Raises:
         GispError: a bad value, an option without ``--compensate``, or no calibration data.
     """
-    given = {"tokens": tokens, "damping": damping, "target": target}
+    given = {"tokens": tokens, "damping": damping, "target": target, "steps": steps}
     given = {name: value for name, value in given.items() if value is not None}
     if method is None:
         for name, value in {"calibration": calibration, **given}.items():
             if value is not None:
-                option = "calibration-tokens" if name == "tokens" else name
+                option = {"tokens": "calibration-tokens", "steps": "compensation-steps"}.get(name, name)
                 raise GispError(f"--{option} {value} is for --compensate METHOD: give both or leave it out")
         return None
     options = make_options(method=method, **given)
-    if damping is not None and method != "lsq":
+    if damping is not None and method not in DAMPED:
         raise GispError(f"--damping {damping} changes nothing in --compensate {method}: leave it out, or use lsq")
+    if steps is not None and method != "kfac":
+        raise GispError(
+            f"--compensation-steps {steps} changes nothing in --compensate {method}: leave it out, or use kfac"
+        )
     if calibration is None:
         raise GispError(f"--compensate {method} needs --calibration DATA, as for gisp prune --data")
     return CompensationRequest(options, calibration)

@@ -58,10 +58,19 @@ class Block:
         return held[0], output[0] if isinstance(output, tuple) else output
 
 
-def make_batches(data: Sequences, tokens: int, device: torch.device) -> list[Batch]:
-    """The first ``tokens`` tokens of the data, long rows first."""
+def projections(model_map: ModelMap) -> dict[str, tuple[nn.Linear, int]]:
+    """By group: the output projection of its block, and the input columns of a query head or channel."""
+    found: dict[str, tuple[nn.Linear, int]] = {}
+    for item in model_map.layers:
+        found[item.heads.name] = (item.attention.o_proj, model_map.head_dim)
+        found[item.channels.name] = (item.layer.mlp.down_proj, 1)
+    return found
+
+
+def make_batches(data: Sequences, tokens: int, device: torch.device, per_batch: int | None = None) -> list[Batch]:
+    """The first ``tokens`` tokens of the data, long rows first, ``per_batch`` of them in a batch."""
     rows = sorted(_first_tokens(data.rows, tokens), key=len, reverse=True)
-    most = _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
+    most = per_batch or _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
     batches = []
     while rows:
         length = len(rows[0])

@@ -1,0 +1,293 @@
+"""K-FAC steps after least squares: output projections moved towards the dense model's predictions.
+
+Least squares brings residual streams back, whichever deviations the loss minds. A step here lowers the loss itself, the
+divergence ``KL(dense || pruned)`` of the next token's distribution, which needs no labels. For an output projection
+with kept inputs ``X`` [T, K] and gradients ``g`` [T, D] of the divergence in its outputs it is the Newton step with
+K-FAC's factors (Martens and Grosse, arXiv 1503.05671; for pruned language models LLM Surgeon, arXiv 2312.17244)::
+
+    dW = -s (G + lambda_G I)^-1 C (A + lambda_A I)^-1,   A = X^T X / T,  G = g^T g / T,  C = g^T X / T
+
+with every ``lambda`` the damping times the mean diagonal. All blocks move at once. As their steps add up, one size
+``s`` for all of them is searched on calibration text that the step has not seen, and is 0 where none helps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from gisp.compensation.fits import ridge
+from gisp.compensation.options import CompensationOptions
+from gisp.compensation.streams import Batch, make_batches, projections
+from gisp.compensation.updates import BlockUpdate
+from gisp.data import Sequences
+from gisp.data.sequences import Row
+from gisp.engine import frozen
+from gisp.errors import GispError
+from gisp.structures import ModelMap
+
+# Activations of a batch are kept for the backward pass at the dense width: roughly 64 bytes per layer and dimension of
+# the stream, and some copies of the logits in float32. Smaller batches than the first would leave a GPU idle.
+_TOKENS_PER_BATCH, _MOST_TOKENS_PER_BATCH, _BATCH_BYTES = 2048, 16384, 2**33
+# Held out for the size of the steps: so many tokens, a fifth of the data at most.
+_HELD_OUT_TOKENS, _HELD_OUT_PART = 32768, 5
+# The first size tried, divided by the number of blocks. Sizes then grow until they stop helping, or shrink until one
+# does.
+_FIRST_SIZE, _GROWTH, _SHRINKING, _TRIALS = 0.5, 1.5, 0.5, 12
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        size: the factor ``s``, 0 where no size lowered the divergence.
+        tokens: calibration tokens its direction was taken from.
+        before, after: divergence from the dense model in nats a token, on calibration text held out from all steps.
+    """
+
+    size: float
+    tokens: int
+    before: float
+    after: float
+
+
+def kfac_updates(
+    model_map: ModelMap, updates: list[BlockUpdate], data: Sequences, options: CompensationOptions
+) -> tuple[list[BlockUpdate], list[Step]]:
+    """Updates of the same blocks after ``options.steps`` steps; what lost nothing stays as it was.
+
+    Every step takes the next ``options.tokens`` tokens behind those before it, from the start again where the data
+    end. Memory beside the dense model: its output projections once more and three times in float32 at the kept width,
+    ``K*K + D*D`` floats per block, and a batch's activations for a backward pass. Time per step: two forward
+    passes and a backward pass without weight gradients, and two forward passes over the held-out text per size tried.
+
+    Args:
+        model_map: map of the dense model, which is left as it was.
+        updates: of :func:`gisp.compensation.sweep.fit_updates`, without biases.
+
+    Raises:
+        GispError: a single sequence of data, or activations that are not finite.
+    """
+    if not any(len(update.columns) for update in updates):
+        return updates, []
+    seen, held_out = _split(data.rows)
+    held_out_batches = _batches(model_map, held_out)
+    begin, size = 0, 0.0
+    steps = []
+    with frozen(model_map.model):
+        student = _Student(model_map, updates)
+        before = student.divergence(held_out_batches, [], 0.0)
+        # Least squares has had the first tokens.
+        begin = _behind(seen, begin, options.tokens)
+        for _ in range(options.steps):
+            end = _behind(seen, begin, options.tokens)
+            rows = [seen[number % len(seen)] for number in range(begin, end)]
+            tokens = sum(len(ids) for ids, _ in rows)
+            directions = student.directions(_batches(model_map, rows), tokens, options.damping)
+            first = size or _FIRST_SIZE / len(directions)
+            size, after = _search(partial(student.divergence, held_out_batches, directions), first, before)
+            student.move(size, directions)
+            steps.append(Step(size, tokens, before, after))
+            before, begin = after, end
+    return student.updates(), steps
+
+
+def _split(rows: tuple[Row, ...]) -> tuple[list[Row], list[Row]]:
+    """Rows to take steps from, and the last ones, held out."""
+    if len(rows) < 2:
+        raise GispError("--compensate kfac needs at least 2 calibration sequences: one is held out for the step size")
+    wanted = min(_HELD_OUT_TOKENS, sum(len(ids) for ids, _ in rows) // _HELD_OUT_PART)
+    start = len(rows) - 1
+    held = len(rows[start][0])
+    while start > 1 and held + len(rows[start - 1][0]) <= wanted:
+        start -= 1
+        held += len(rows[start][0])
+    return list(rows[:start]), list(rows[start:])
+
+
+def _behind(rows: list[Row], begin: int, tokens: int) -> int:
+    """Number of the row behind ``tokens`` tokens from row ``begin`` on, at least one row and at most all of them."""
+    end = begin
+    while end < begin + len(rows) and tokens > 0:
+        tokens -= len(rows[end % len(rows)][0])
+        end += 1
+    return end
+
+
+def _batches(model_map: ModelMap, rows: list[Row]) -> list[Batch]:
+    weight = model_map.model.get_input_embeddings().weight
+    most = _TOKENS_PER_BATCH
+    if weight.device.type == "cuda":
+        per_token = 64 * len(model_map.layers) * weight.shape[1] + 24 * weight.shape[0]
+        most = min(max(most, _BATCH_BYTES // per_token), _MOST_TOKENS_PER_BATCH)
+    return make_batches(Sequences.plain(rows), sum(len(ids) for ids, _ in rows), weight.device, per_batch=most)
+
+
+def _search(value: Callable[[float], float], first: float, before: float) -> tuple[float, float]:
+    """A step size with a value below ``before``, and the value; (0, ``before``) where none is found."""
+    best = (0.0, before)
+    size = first
+    for _ in range(_TRIALS):
+        found = value(size)
+        if found < best[1]:
+            shrinking = best[0] == 0 and size < first
+            best = (size, found)
+            if shrinking:
+                break
+            size *= _GROWTH
+        elif best[0]:
+            break
+        else:
+            size *= _SHRINKING
+    return best
+
+
+@dataclass
+class _Part:
+    """An output projection of the pruned model.
+
+    Attributes:
+        weight: of the kept columns, float32 [D, K]; the model computes with it rounded to its dtype.
+        other: whole weight [D, width] that is not in place: the pruned model's, or the dense one's meanwhile.
+    """
+
+    update: BlockUpdate
+    linear: nn.Linear
+    columns: torch.Tensor
+    weight: torch.Tensor
+    other: torch.Tensor
+
+
+class _Moments:
+    """Second moments of one projection's kept inputs and output gradients: A [K, K], G [D, D], C [D, K], float32."""
+
+    def __init__(self, part: _Part) -> None:
+        rows, columns = part.weight.shape
+        self.inputs = part.weight.new_zeros(columns, columns)
+        self.outputs = part.weight.new_zeros(rows, rows)
+        self.cross = torch.zeros_like(part.weight)
+
+    def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Take in tokens: inputs [T, K], gradients [T, D]."""
+        inputs, gradients = inputs.float(), gradients.float()
+        self.inputs.addmm_(inputs.T, inputs)
+        self.outputs.addmm_(gradients.T, gradients)
+        self.cross.addmm_(gradients.T, inputs)
+
+    def direction(self, tokens: int, damping: float) -> torch.Tensor:
+        """The step of size 1, float32 [D, K]."""
+        half, _ = ridge(self.inputs.double() / tokens, self.cross.double() / tokens, damping)
+        whole, _ = ridge(self.outputs.double() / tokens, half.T, damping)
+        return -whole.T.float()
+
+
+class _Student:
+    """The pruned model inside the dense one, at its dense width: removed columns of output projections are zero."""
+
+    def __init__(self, model_map: ModelMap, updates: list[BlockUpdate]) -> None:
+        self._model = model_map.model
+        self._updates = updates
+        self._parts = []
+        blocks = projections(model_map)
+        for update in updates:
+            linear, _ = blocks[update.name]
+            columns = update.columns.to(linear.weight.device)
+            old = linear.weight.detach()[:, columns] if update.weight is None else update.weight
+            part = _Part(update, linear, columns, old.float(), torch.zeros_like(linear.weight.detach()))
+            part.other[:, columns] = old
+            self._parts.append(part)
+
+    @property
+    def _movable(self) -> list[_Part]:
+        return [part for part in self._parts if len(part.columns)]
+
+    def updates(self) -> list[BlockUpdate]:
+        """What the blocks have now."""
+        return [
+            replace(part.update, weight=part.weight.to(part.linear.weight.dtype)) if len(part.columns) else part.update
+            for part in self._parts
+        ]
+
+    def move(self, size: float, directions: list[torch.Tensor]) -> None:
+        """Take a step."""
+        for part, direction in zip(self._movable, directions, strict=True):
+            part.weight.add_(direction, alpha=size)
+            part.other[:, part.columns] = part.weight.to(part.other.dtype)
+
+    @torch.no_grad()
+    def divergence(self, batches: list[Batch], directions: list[torch.Tensor], size: float) -> float:
+        """KL(dense || pruned) in nats a token, after a step that is tried; no directions: as the model is."""
+        for part, direction in zip(self._movable, directions, strict=bool(directions)):
+            part.other[:, part.columns] = torch.add(part.weight, direction, alpha=size).to(part.other.dtype)
+        total, tokens = 0.0, 0
+        for batch in batches:
+            wanted = self._log_probabilities(batch)
+            with self._in_place():
+                found = self._log_probabilities(batch)
+            total += float(_apart(found, wanted))
+            tokens += len(wanted)
+        if total != total:
+            raise GispError("the pruned model's predictions are not finite: check the weights and the data")
+        return total / tokens
+
+    def directions(self, batches: list[Batch], tokens: int, damping: float) -> list[torch.Tensor]:
+        """Steps of size 1 of all movable blocks, each in place of the moments it is made of."""
+        found: list[Any] = [_Moments(part) for part in self._movable]
+        for batch in batches:
+            with torch.no_grad():
+                wanted = self._log_probabilities(batch)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._in_place())
+                stack.enter_context(torch.enable_grad())
+                for part, moments in zip(self._movable, found, strict=True):
+                    handle = part.linear.register_forward_hook(_observer(part, moments, batch))
+                    stack.callback(handle.remove)
+                _apart(self._log_probabilities(batch), wanted).backward()
+        for number, part in enumerate(self._movable):
+            try:
+                found[number] = found[number].direction(tokens, damping)
+            except ArithmeticError as error:
+                raise GispError(f"{part.update.name} cannot be compensated: {error}") from None
+        return found
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[None]:
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for part in self._parts:
+            part.linear.weight.data, part.other = part.other, part.linear.weight.data
+
+    def _log_probabilities(self, batch: Batch) -> torch.Tensor:
+        """Of the token after each real one, float32 [T, V]."""
+        logits = self._model(input_ids=batch.ids, use_cache=False).logits
+        return batch.tokens(logits).float().log_softmax(-1)
+
+
+def _apart(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Divergence of log probabilities [T, V] from wanted ones, summed over tokens."""
+    return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+
+
+def _observer(part: _Part, moments: _Moments, batch: Batch) -> Any:
+    """A forward hook that takes in a projection's inputs with the gradient of its output."""
+
+    def forward(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        inputs = args[0].detach()[..., part.columns]
+        if not output.requires_grad:
+            # The first block: nothing before it needs a gradient.
+            output.requires_grad_(True)
+        output.register_hook(lambda gradient: moments.add(batch.tokens(inputs), batch.tokens(gradient)))
+
+    return forward

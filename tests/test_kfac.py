@@ -1,0 +1,210 @@
+"""K-FAC steps against their formula in float64, with gradients of single tokens by autograd."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from compensation_oracle import columns, kept_of, projection
+from tiny import FAMILIES, tiny_model, tiny_tokens
+
+from gisp.compensation import Compensation, CompensationOptions, compensate, fit_compensation
+from gisp.compensation import kfac as module
+from gisp.compensation.kfac import _behind, _search, _split
+from gisp.data import Sequences
+from gisp.errors import GispError
+from gisp.shrink import ShrinkableModel
+from gisp.structures import map_model
+
+REMOVED = {
+    "layers.0.channels": torch.tensor([1, 5, 6, 20]),
+    "layers.1.heads": torch.tensor([0, 2]),
+    "layers.1.channels": torch.tensor([3, 4, 22, 23, 0]),
+    "layers.2.heads": torch.tensor([3]),
+}
+LENGTHS = (16, 9, 12, 16, 5, 16, 11, 16, 7, 16, 13, 16)
+
+
+def rows(lengths: tuple[int, ...] = LENGTHS) -> Sequences:
+    """Rows of different lengths: batches of them are padded."""
+    ids = tiny_tokens(len(lengths), max(lengths), seed=5)
+    return Sequences.plain([(row[:n], row[:n].clone()) for row, n in zip(ids, lengths, strict=True)])
+
+
+def fitted(model: Any, data: Sequences, removed: dict[str, torch.Tensor] | None = None, **options: Any) -> Compensation:
+    kept = kept_of(model, REMOVED if removed is None else removed)
+    return fit_compensation(map_model(model), kept, data, CompensationOptions(**options))
+
+
+def masked(model: Any, found: Compensation) -> Any:
+    """A float64 copy with the compensated weights; the removed columns are zero."""
+    copy = deepcopy(model).double()
+    for update in found.updates:
+        linear, _ = projection(copy, update.name)
+        with torch.no_grad():
+            linear.weight.zero_()
+            linear.weight[:, update.columns] = update.weight.double()
+    return copy
+
+
+def divergence(dense: Any, pruned: Any, data: list[torch.Tensor]) -> torch.Tensor:
+    """Sum over tokens, each row alone."""
+    total = torch.zeros((), dtype=torch.float64)
+    for ids in data:
+        with torch.no_grad():
+            wanted = dense(ids[None]).logits.softmax(-1)
+        total = total + (wanted * (wanted.log() - pruned(ids[None]).logits.log_softmax(-1))).sum()
+    return total
+
+
+@pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "llama-bias", "qwen3"])
+def test_a_step_is_its_formula(family: str) -> None:
+    model, data = tiny_model(family), rows()
+    options: dict[str, Any] = {"damping": 0.2, "tokens": 40}
+    start = fitted(model, data, method="lsq", **options)
+    found = fitted(model, data, method="kfac", steps=1, **options)
+    # 153 tokens: a fifth is 30, so the last two rows are held out; least squares takes rows 0 to 3, the step 4 to 7.
+    taken, held_out = ([ids for ids, _ in part] for part in (data.rows[4:8], data.rows[-2:]))
+    (step,) = found.steps
+    assert step.tokens == sum(len(ids) for ids in taken) == 48
+    dense, pruned = deepcopy(model).double(), masked(model, start)
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {update.name: [] for update in start.updates}
+    for name, pairs in seen.items():
+
+        def forward(_: Any, args: Any, output: torch.Tensor, pairs: Any = pairs) -> None:
+            output.retain_grad()
+            pairs.append((args[0].detach()[0], output))
+
+        projection(pruned, name)[0].register_forward_hook(forward)
+    divergence(dense, pruned, taken).backward()
+    for old, new in zip(start.updates, found.updates, strict=True):
+        linear, width = projection(pruned, old.name)
+        cols = columns(kept_of(model, REMOVED)[old.name], width)
+        x = torch.cat([inputs[:, cols] for inputs, _ in seen[old.name]])
+        g = torch.cat([output.grad[0] for _, output in seen[old.name]])
+        a, b = x.T @ x / len(x), g.T @ g / len(g)
+        for moments in (a, b):
+            moments += 0.2 * moments.diagonal().mean() * torch.eye(len(moments), dtype=torch.float64)
+        gradient = linear.weight.grad[:, cols] / len(x)
+        wanted = -step.size * b.inverse() @ gradient @ a.inverse()
+        change = new.weight.double() - old.weight.double()
+        assert float(wanted.abs().max()) > 1e-4
+        assert float((change - wanted).abs().max()) < 2e-3 * float(wanted.abs().max())
+    before, after = (float(divergence(dense, masked(model, f), held_out).detach()) / 29 for f in (start, found))
+    assert step.before == pytest.approx(before, rel=1e-4)
+    assert step.after == pytest.approx(after, rel=1e-4)
+    assert step.after < step.before
+
+
+def test_steps_follow_each_other_through_the_data() -> None:
+    model, data = tiny_model("llama-gqa"), rows()
+    found = fitted(model, data, method="kfac", steps=3, tokens=40)
+    # Rows 4 to 7, then 8, 9, 0 and 1, then 2 to 5: the last two rows are held out.
+    assert [step.tokens for step in found.steps] == [48, 48, 49]
+    assert all(b.before == a.after for a, b in zip(found.steps, found.steps[1:], strict=False))
+    assert all(step.after <= step.before for step in found.steps)
+    again = fitted(model, data, method="kfac", steps=3, tokens=40)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(found.updates, again.updates, strict=True))
+    described = found.describe()
+    fell = f"divergence from the dense model {found.steps[0].before:.3g} to {found.steps[-1].after:.3g} nats a token"
+    assert described == f"kfac, target dense, damping 0.5, 3 steps ({fell}), 40 + 145 calibration tokens"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_empty_blocks_and_a_model_pruned_in_place(family: str) -> None:
+    model, data = tiny_model(family), rows()
+    removed = {**REMOVED, "layers.1.heads": torch.arange(4), "layers.2.channels": torch.arange(24)}
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    wanted = fitted(model, data, removed, method="kfac", steps=2, tokens=64)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    shrinkable = ShrinkableModel(map_model(model))
+    shrinkable.remove(removed)
+    with torch.no_grad():
+        plain = model(tiny_tokens(4, 16, seed=9)).logits
+    found = compensate(model, data, method="kfac", steps=2, tokens=64)
+    assert found.steps == wanted.steps
+    with torch.no_grad():
+        logits = model(tiny_tokens(4, 16, seed=9)).logits
+    full = deepcopy(tiny_model(family)).double()
+    for update in wanted.updates:
+        linear, _ = projection(full, update.name)
+        with torch.no_grad():
+            linear.weight.zero_()
+            linear.weight[:, update.columns] = update.weight.double()
+    with torch.no_grad():
+        expected = full(tiny_tokens(4, 16, seed=9)).logits
+    assert float((logits - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    assert float((logits - plain).abs().max()) > 1e-3 * float(expected.abs().max())
+    shrinkable.rollback(1)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+def test_what_lost_nothing_stays_and_nothing_removed_is_no_error() -> None:
+    model = tiny_model("llama-mha")
+    found = fitted(model, rows(), {"layers.1.channels": torch.tensor([2])}, method="kfac", tokens=64)
+    assert [update.name for update in found.updates] == ["layers.1.channels"]
+    assert fitted(model, rows(), {}, method="kfac").updates == ()
+
+
+def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama-gqa")
+    whole = fitted(model, rows(), method="kfac", steps=2, tokens=64)
+    monkeypatch.setattr(module, "_TOKENS_PER_BATCH", 16)
+    parts = fitted(model, rows(), method="kfac", steps=2, tokens=64)
+    for a, b in zip(whole.updates, parts.updates, strict=True):
+        assert torch.allclose(a.weight, b.weight, atol=1e-5 * float(b.weight.abs().max()))
+
+
+def test_rows_are_held_out_of_the_end() -> None:
+    seen, held_out = _split(rows((4,) * 20).rows)
+    assert (len(seen), len(held_out)) == (16, 4)
+    seen, held_out = _split(rows((4, 4)).rows)
+    assert (len(seen), len(held_out)) == (1, 1)
+    seen, held_out = _split(rows((16,) * 3 + (4,) * 3).rows)
+    assert (len(seen), len(held_out)) == (3, 3)
+    assert _behind(seen, 0, 17) == 2 and _behind(seen, 2, 17) == 4 and _behind(seen, 1, 1000) == 4
+
+
+@pytest.mark.parametrize(
+    ("lowest", "first", "wanted"), [(1.0, 1.0, 1.0), (1.0, 0.3, 1.0125), (1.0, 8.0, 1.0), (1e-9, 1.0, 0.0)]
+)
+def test_the_search_for_a_size(lowest: float, first: float, wanted: float) -> None:
+    tried = []
+
+    def value(size: float) -> float:
+        tried.append(size)
+        return (size - lowest) ** 2
+
+    size, after = _search(value, first, lowest**2)
+    assert size == pytest.approx(wanted)
+    assert after == ((size - lowest) ** 2 if size else lowest**2)
+    assert len(tried) == len(set(tried)) <= 12
+
+
+def test_bad_input() -> None:
+    model = tiny_model("llama-mha")
+    with pytest.raises(GispError, match="kfac needs at least 2 calibration sequences"):
+        fitted(model, rows((16,)), method="kfac")
+    for options, message in (
+        ({"steps": 0}, "--compensation-steps is 0: give at least 1"),
+        ({"intercept": True}, "--compensate kfac fits no output biases"),
+    ):
+        with pytest.raises(GispError, match=message):
+            CompensationOptions(method="kfac", **options)
+
+
+def test_weights_that_are_not_finite() -> None:
+    model = tiny_model("llama-mha")
+    with torch.no_grad():
+        # Behind all blocks, so that least squares does not see it.
+        model.lm_head.weight[3, 1] = math.inf
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(GispError, match="not finite"):
+        fitted(model, rows(), method="kfac", tokens=64)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
