@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tiny import tiny_model, tiny_tokens
 from benchmarks.quality import bench_data, cells, summary
 from benchmarks.quality.__main__ import main
 from benchmarks.quality.cells import Cell
+from benchmarks.quality.choices import CONTEXT, CONTINUATION, ChoiceTask
 from benchmarks.quality.distillation import Distillation
 from benchmarks.quality.run_cell import Bench, Runner
 
@@ -113,25 +116,25 @@ def test_tasks_and_seeds_draw_what_they_say(files):
     data = bench_data.read_tokens(files / "calibration.safetensors", 96)
     drawn = bench_data.drawn(data, 3 * 104, seed=1)
     assert len(drawn) == 3 and drawn.digest() != bench_data.drawn(data, 3 * 104, seed=2).digest()
-    choices = bench_data.choice_sequences(data, "continuation")
+    choices = ChoiceTask("continuation", data).examples(data)
     assert len(choices.examples) == 12 and set(choices.signs) == {1, -1}
     row = data.rows[0][0]
-    assert choices.rows[0][0].tolist() == row[: bench_data.CONTEXT + bench_data.CONTINUATION].tolist()
+    assert choices.rows[0][0].tolist() == row[: CONTEXT + CONTINUATION].tolist()
     assert [choices.signs[i] for i in choices.examples[0]] == [1, -1, -1, -1]
-    question = bench_data.choice_questions(data, "continuation")[0]
-    assert question.requests[0].targets == tuple(row[bench_data.CONTEXT :][: bench_data.CONTINUATION].tolist())
+    question = ChoiceTask("continuation", data).questions(data)[0]
+    assert question.requests[0].targets == tuple(row[CONTEXT:][:CONTINUATION].tolist())
 
 
 def test_replacements_differ_in_one_token_of_the_context(files):
     data = bench_data.read_tokens(files / "calibration.safetensors", 96)
-    choices = bench_data.choice_sequences(data, "replacement")
+    choices = ChoiceTask("replacement", data).examples(data)
     assert 0 < len(choices.examples) <= 12
-    rows = {tuple(ids[: bench_data.CONTEXT].tolist()): ids for ids, _ in data.rows}
+    rows = {tuple(ids[:CONTEXT].tolist()): ids for ids, _ in data.rows}
     for right, *wrong in choices.examples:
         ids, labels = choices.rows[right]
-        context = ids[: bench_data.CONTEXT].tolist()
+        context = ids[:CONTEXT].tolist()
         assert torch.equal(ids, rows[tuple(context)][: len(ids)])
-        assert (labels[: bench_data.CONTEXT] == -100).all() and torch.equal(labels[bench_data.CONTEXT :], ids[48:])
+        assert (labels[:CONTEXT] == -100).all() and torch.equal(labels[CONTEXT:], ids[48:])
         places = set()
         for other in wrong:
             (place,) = (choices.rows[other][0] != ids).nonzero().flatten().tolist()
@@ -139,6 +142,27 @@ def test_replacements_differ_in_one_token_of_the_context(files):
             places.add((place, int(choices.rows[other][0][place])))
         assert len(places) == 3 and len({place for place, _ in places}) == 1
         assert [choices.signs[i] for i in (right, *wrong)] == [1, -1, -1, -1]
+
+
+def test_wrong_cloze_answers_are_what_usually_follows(files):
+    data = bench_data.read_tokens(files / "calibration.safetensors", 96)
+    every = [ids.tolist() for ids, _ in data.rows]
+    counts = Counter((a, b) for ids in every for a, b in pairwise(ids))
+    choices = ChoiceTask("cloze", data).examples(data)
+    windows = [ids[i : i + 16] for ids in every for i in range(0, len(ids) - 15, 16)]
+    enough = [w for w in windows if len({b for a, b in counts if a == w[14] and b != w[15]}) >= 3]
+    assert 0 < len(choices.examples) == len(enough)
+    for window, numbers in zip(enough, choices.examples, strict=True):
+        ids = [choices.rows[number][0].tolist() for number in numbers]
+        assert ids[0] == window and all(other[:15] == window[:15] for other in ids)
+        assert all((choices.rows[number][1][:15] == -100).all() for number in numbers)
+        wrong = [other[15] for other in ids[1:]]
+        left = [n for (a, b), n in counts.items() if a == window[14] and b not in (window[15], *wrong)]
+        assert len({*wrong, window[15]}) == 4
+        assert min(counts[window[14], token] for token in wrong) >= max(left, default=0)
+        assert [choices.signs[number] for number in numbers] == [1, -1, -1, -1]
+    right = ChoiceTask("cloze", data).right_ones(data)
+    assert [ids.tolist() for ids, _ in right.rows] == enough and set(right.signs) == {1}
 
 
 def test_distillation_is_the_divergence_from_the_dense_model():

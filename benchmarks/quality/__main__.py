@@ -26,6 +26,7 @@ from benchmarks.command import (
 )
 from benchmarks.identity import identity
 from benchmarks.quality import bench_data, cells, summary
+from benchmarks.quality.choices import TASKS
 from benchmarks.quality.pool import run_cells
 from benchmarks.quality.run_cell import Bench, Runner
 from gisp.errors import GispError
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     for study in STUDIES:
         text = summary.show(result, study)
         print(text + "\n" if text else "", end="")
-    for task in bench_data.TASKS:
+    for task in TASKS:
         text = summary.show(result, "task", f"acc {task}")
         print(text + "\n" if text else "", end="")
     print("\n".join(summary.verdicts(result)))

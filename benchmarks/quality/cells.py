@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from benchmarks.quality.choices import TASKS
+
 # Calibration tokens of the exact schedules: a step of ``paper`` or ``official`` sees all of them.
 EXACT_TOKENS = 163840
 EXACT_STEPS = 112
@@ -45,7 +47,7 @@ class Cell:
         return asdict(self)
 
 
-BIAS, AFFINE, RESCALE, LSQ = ({"method": name} for name in ("bias", "affine", "rescale", "lsq"))
+BIAS, AFFINE, RESCALE, LSQ, KFAC = ({"method": name} for name in ("bias", "affine", "rescale", "lsq", "kfac"))
 FREE: dict[str, Any] = {"protect_first": 0.0, "protect_last": 0}
 
 
@@ -64,10 +66,12 @@ def criteria_cells(
     cells = []
     for seed in seeds:
         fast = {"steps": steps, "batch_tokens": batch_tokens, "seed": seed}
-        cells.append(Cell("criteria", "fast", fast, seed, compensate=(BIAS, RESCALE, AFFINE, LSQ)))
-        cells.append(Cell("criteria", "fast, last layer open", {**fast, "protect_last": 0}, seed, compensate=(LSQ,)))
-        cells.append(Cell("criteria", "fast, shrunk", {**fast, "first_order": "shrunk"}, seed, compensate=(LSQ,)))
-        cells.append(Cell("criteria", "fast, gisp scores", {**fast, "criterion": "gisp"}, seed, compensate=(LSQ,)))
+        cells.append(Cell("criteria", "fast", fast, seed, compensate=(BIAS, RESCALE, AFFINE, LSQ, KFAC)))
+        cells.append(
+            Cell("criteria", "fast, last layer open", {**fast, "protect_last": 0}, seed, compensate=(LSQ, KFAC))
+        )
+        cells.append(Cell("criteria", "fast, shrunk", {**fast, "first_order": "shrunk"}, seed, compensate=(LSQ, KFAC)))
+        cells.append(Cell("criteria", "fast, gisp scores", {**fast, "criterion": "gisp"}, seed, compensate=(LSQ, KFAC)))
         if shared:
             cells.append(Cell("criteria", "fast, gqa group", {**fast, **shared}, seed, compensate=(LSQ,)))
         exact = {"steps": exact_steps, "seed": seed, "batch_size": BATCH_SIZE}
@@ -79,7 +83,7 @@ def criteria_cells(
             ("second-order, one shot", {"criterion": "second-order"}, ()),
             ("taylor-local", {"criterion": "taylor-local"}, ()),
             ("signed", {"criterion": "signed"}, ()),
-            ("wanda-sp", {"criterion": "wanda-sp"}, (LSQ,)),
+            ("wanda-sp", {"criterion": "wanda-sp"}, (LSQ, KFAC)),
             ("owl", {"criterion": "wanda-sp", "allocator": "owl"}, ()),
             ("flap", {"criterion": "flap"}, (BIAS, LSQ)),
             ("block-influence", {"criterion": "block-influence"}, ()),
@@ -146,12 +150,15 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int, batch_tokens: int = 
 
 def compensation_cells(seeds: range, steps: int, batch_tokens: int = BATCH_TOKENS) -> list[Cell]:
     """Methods, targets, damping and calibration size of compensation, all on one run of ``fast``."""
-    variants: list[dict[str, Any]] = [BIAS, AFFINE, RESCALE, LSQ]
+    variants: list[dict[str, Any]] = [BIAS, AFFINE, RESCALE, LSQ, KFAC]
     variants += [{"method": method, "target": "dense"} for method in ("bias", "affine")]
     variants += [{"method": method, "target": "local"} for method in ("rescale", "lsq")]
     variants += [{"method": "lsq", "intercept": True}]
     variants += [{"method": "lsq", "damping": damping} for damping in (0.0, 0.001, 0.1)]
     variants += [{"method": "lsq", "tokens": tokens} for tokens in (8192, 32768, 524288)]
+    variants += [{"method": "kfac", "steps": steps} for steps in (1, 2, 8)]
+    variants += [{"method": "kfac", "tokens": tokens} for tokens in (8192, 32768)]
+    variants += [{"method": "kfac", "damping": damping} for damping in (0.1, 2.0)]
     fast = {"steps": steps, "batch_tokens": batch_tokens}
     return [Cell("compensation", "fast", {**fast, "seed": s}, s, compensate=tuple(variants)) for s in seeds]
 
@@ -160,7 +167,7 @@ def task_cells(seeds: range, steps: int, batch_tokens: int = BATCH_TOKENS) -> li
     """Calibration on choice tasks: right against wrong choices, the right ones alone, and the plain text."""
     fast = {"steps": steps, "batch_tokens": batch_tokens}
     kinds = [("lm on text", "lm", "text")]
-    for task in ("replacement", "continuation"):
+    for task in TASKS:
         kinds += [(f"margin, {task}", "margin", task), (f"lm on the right ones, {task}", "lm", task)]
     return [
         Cell(

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.quality import bench_data
 from benchmarks.quality.cells import Cell
+from benchmarks.quality.choices import TASKS, ChoiceTask
 from benchmarks.quality.distillation import Distillation
 from gisp.compensation import compensate
 from gisp.config import make_config
@@ -52,8 +53,9 @@ class Runner:
         vocab_size = map_model(model).vocab_size
         self.calibration = bench_data.read_tokens(bench.decoder.calibration, vocab_size)
         self.evaluation = bench_data.read_tokens(bench.decoder.evaluation, vocab_size, bench.evaluation_rows)
-        questions = {task: bench_data.choice_questions(self.evaluation, task) for task in bench_data.TASKS}
-        self.questions = {task: found for task, found in questions.items() if found}
+        self.tasks = {name: ChoiceTask(name, self.calibration) for name in TASKS}
+        questions = {name: task.questions(self.evaluation) for name, task in self.tasks.items()}
+        self.questions = {name: found for name, found in questions.items() if found}
 
     def dense(self) -> dict[str, Any]:
         """Figures of the dense decoder."""
@@ -132,9 +134,8 @@ class Runner:
             # Half of the set at most: seeds that draw all of it would be one seed.
             most = sum(len(ids) for ids, _ in self.calibration.rows) // 2
             return bench_data.drawn(self.calibration, min(cell.tokens, most), cell.seed)
-        if cell.options.get("objective") == "margin":
-            return bench_data.choice_sequences(self.calibration, kind)
-        return bench_data.gold_sequences(self.calibration, kind)
+        task = self.tasks[kind]
+        return (task.examples if cell.options.get("objective") == "margin" else task.right_ones)(self.calibration)
 
     def _load(self, dtype: str | None) -> Any:
         wanted = resolve_dtype(dtype or self.bench.dtype, self.device)

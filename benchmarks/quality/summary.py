@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.command import table
-from benchmarks.quality.bench_data import TASKS
+from benchmarks.quality.choices import TASKS
 
 Result = dict[str, Any]
 Key = tuple[str, str, str]
