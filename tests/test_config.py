@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gisp.config import make_config, read_yaml
+from gisp.config import make_config, read_yaml, recorded
 from gisp.errors import GispError
 
 
@@ -16,6 +16,10 @@ def test_presets_are_the_documented_sets():
     assert (official.schedule, official.norm, official.ratio) == ("structures", "official", 0.7)
     assert (official.steps, official.sparsity) == (112, None)
     assert (fast.criterion, paper.criterion, official.criterion) == ("second-order", "gisp", "gisp")
+    assert (fast.first_order, paper.first_order, official.first_order) == ("shrunk", "plain", "plain")
+    assert make_config(preset="paper", criterion="second-order").first_order == "shrunk"
+    assert make_config(criterion="gisp").first_order == "plain"
+    assert recorded({}, "first_order") == "plain"
     assert make_config() == fast
     assert make_config(criterion="gisp", sparsity=0.5).criterion == "gisp"
 

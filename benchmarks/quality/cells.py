@@ -70,7 +70,7 @@ def criteria_cells(
         cells.append(
             Cell("criteria", "fast, last layer open", {**fast, "protect_last": 0}, seed, compensate=(LSQ, KFAC))
         )
-        cells.append(Cell("criteria", "fast, shrunk", {**fast, "first_order": "shrunk"}, seed, compensate=(LSQ, KFAC)))
+        cells.append(Cell("criteria", "fast, plain", {**fast, "first_order": "plain"}, seed, compensate=(LSQ, KFAC)))
         cells.append(Cell("criteria", "fast, gisp scores", {**fast, "criterion": "gisp"}, seed, compensate=(LSQ, KFAC)))
         if shared:
             cells.append(Cell("criteria", "fast, gqa group", {**fast, **shared}, seed, compensate=(LSQ,)))
@@ -123,8 +123,8 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int, batch_tokens: int = 
         "float32": {"dtype": "float32"},
         "uniform allocator": {"allocator": "uniform"},
         "owl allocator": {"allocator": "owl"},
-        "first-order term shrunk": {"first_order": "shrunk"},
-        "first-order term shrunk, moving average 0.98": {"first_order": "shrunk", "ema": 0.98},
+        "first-order term as it is": {"first_order": "plain"},
+        "first-order term as it is, moving average 0.98": {"first_order": "plain", "ema": 0.98},
         "gisp scores": {"criterion": "gisp"},
         "gisp scores, last layer open": {"criterion": "gisp", "protect_last": 0},
         "gisp scores, owl allocator, last layer open": {"criterion": "gisp", "protect_last": 0, "allocator": "owl"},

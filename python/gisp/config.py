@@ -77,7 +77,7 @@ _LARGEST = 2**31 - 1
 # Options that say where and how fast a run is computed, not what it computes.
 PLACE_OPTIONS = ("device",)
 # What a run did that is older than an option whose default depends on others.
-_UNRECORDED = {"criterion": "gisp", "allocator": "global"}
+_UNRECORDED = {"criterion": "gisp", "allocator": "global", "first_order": "plain"}
 # What --one-shot sets where an option is not given.
 _ONE_SHOT = {"engine": "exact", "steps": 1, "ema": 0.0}
 
@@ -97,7 +97,8 @@ class PruneConfig:
         criterion: where scores come from, one of :data:`gisp.criteria.choices.CRITERIA`; ``None`` = the preset's.
         allocator: how blocks compete: ``global`` by their scores, ``uniform`` the same fraction of every block, ``owl``
             a fraction per layer by its outliers; ``None`` = as the criterion was published.
-        first_order: of second-order scores: ``plain``, or ``shrunk`` by its noise (see :mod:`gisp.first_order`).
+        first_order: of second-order scores: ``shrunk`` by its noise (see :mod:`gisp.first_order`), their default, or
+            ``plain``.
         one_shot: everything goes in one step, scored once over all calibration data.
         seq_len: tokens per sequence; ``None`` = 256 for text, the row length for token files.
         batch_size: sequences per backward pass (``stream``: per microbatch), ``None`` = chosen.
@@ -123,7 +124,7 @@ class PruneConfig:
     objective: str = "lm"
     criterion: str | None = None
     allocator: str | None = None
-    first_order: str = "plain"
+    first_order: str | None = None
     one_shot: bool = False
     norm: str | None = None
     engine: str | None = None
@@ -151,7 +152,7 @@ class PruneConfig:
         criterion = preset["criterion"] if self.criterion is None else self.criterion
         if criterion not in CRITERIA:
             raise GispError(_unknown("criterion", criterion))
-        filled = {**preset, **CRITERIA[criterion], **(_ONE_SHOT if self.one_shot else {})}
+        filled = {**preset, "first_order": "plain", **CRITERIA[criterion], **(_ONE_SHOT if self.one_shot else {})}
         filled.update({k: v for k, v in dataclasses.asdict(self).items() if v is not None})
         if filled["schedule"] == "structures":
             # A sparsity given alone is where the ratio schedule stops, a ratio given alone never stops early.

@@ -60,7 +60,7 @@ def prune(
     first_order: Annotated[
         str | None,
         typer.Option(
-            help="First-order term of second-order scores: plain (default), or shrunk by its noise.",
+            help="First-order term of second-order scores: shrunk by its noise (default), or plain.",
             rich_help_panel=_SCORES,
         ),
     ] = None,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 # What a criterion sets where an option is not given; the preset has the rest.
 CRITERIA: dict[str, dict[str, Any]] = {
     "gisp": {"allocator": "global"},
-    "second-order": {"allocator": "global"},
+    "second-order": {"allocator": "global", "first_order": "shrunk"},
     "magnitude": {"allocator": "global"},
     # Divided by parameters every head would go before any channel.
     "random": {"allocator": "global", "norm": "none"},
