@@ -172,14 +172,15 @@ def test_rows_are_held_out_of_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lowest", "first", "wanted"), [(1.0, 1.0, 1.0), (1.0, 0.3, 1.0125), (1.0, 8.0, 1.0), (1e-9, 1.0, 0.0)]
+    ("lowest", "first", "wanted"),
+    [(1.0, 1.0, 1.0), (1.0, 0.3, 1.0125), (1.0, 1.6, 1.6 / 1.5), (1.0, 8.0, 1.0), (1e-9, 1.0, 0.0)],
 )
 def test_the_search_for_a_size(lowest: float, first: float, wanted: float) -> None:
     tried = []
 
     def value(size: float) -> float:
         tried.append(size)
-        return (size - lowest) ** 2
+        return (size - lowest) ** 2 if size < 3 else math.nan
 
     size, after = _search(value, first, lowest**2)
     assert size == pytest.approx(wanted)

@@ -14,6 +14,7 @@ with every ``lambda`` the damping times the mean diagonal. All blocks move at on
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,8 +38,8 @@ from gisp.structures import ModelMap
 _TOKENS_PER_BATCH, _MOST_TOKENS_PER_BATCH, _BATCH_BYTES = 2048, 16384, 2**33
 # Held out for the size of the steps: so many tokens, a fifth of the data at most.
 _HELD_OUT_TOKENS, _HELD_OUT_PART = 32768, 5
-# The first size tried, divided by the number of blocks. Sizes then grow until they stop helping, or shrink until one
-# does.
+# The first size tried, divided by the number of blocks. It shrinks until it helps, then grows or shrinks while that
+# helps more: a size a little too large loses all.
 _FIRST_SIZE, _GROWTH, _SHRINKING, _TRIALS = 0.5, 1.5, 0.5, 12
 
 
@@ -64,9 +65,10 @@ def kfac_updates(
     """Updates of the same blocks after ``options.steps`` steps; what lost nothing stays as it was.
 
     Every step takes the next ``options.tokens`` tokens behind those before it, from the start again where the data
-    end. Memory beside the dense model: its output projections once more and three times in float32 at the kept width,
-    ``K*K + D*D`` floats per block, and a batch's activations for a backward pass. Time per step: two forward
-    passes and a backward pass without weight gradients, and two forward passes over the held-out text per size tried.
+    end. Memory beside the dense model: its output projections once more, at the kept width twice in float32 and
+    once in its dtype, ``K*K + D*D`` floats per block, and a batch's activations for a backward pass. Time
+    per step: two forward passes and a backward pass without weight gradients, and two forward passes over the held-out
+    text per size tried.
 
     Args:
         model_map: map of the dense model, which is left as it was.
@@ -84,6 +86,8 @@ def kfac_updates(
     with frozen(model_map.model):
         student = _Student(model_map, updates)
         before = student.divergence(held_out_batches, [], 0.0)
+        if not math.isfinite(before):
+            raise GispError("the model's predictions are not finite: check the weights and the data")
         # Least squares has had the first tokens.
         begin = _behind(seen, begin, options.tokens)
         for _ in range(options.steps):
@@ -132,21 +136,28 @@ def _batches(model_map: ModelMap, rows: list[Row]) -> list[Batch]:
 
 def _search(value: Callable[[float], float], first: float, before: float) -> tuple[float, float]:
     """A step size with a value below ``before``, and the value; (0, ``before``) where none is found."""
-    best = (0.0, before)
-    size = first
-    for _ in range(_TRIALS):
-        found = value(size)
-        if found < best[1]:
-            shrinking = best[0] == 0 and size < first
-            best = (size, found)
-            if shrinking:
+    size, best = first, value(first)
+    trials = 1
+    # A value that is not a number is not below either.
+    while not best < before:
+        if trials == _TRIALS:
+            return 0.0, before
+        size *= _SHRINKING
+        best = value(size)
+        trials += 1
+    start = size
+    for factor in (_GROWTH, 1 / _GROWTH):
+        while True:
+            if trials == _TRIALS:
+                return size, best
+            found = value(size * factor)
+            trials += 1
+            if not found < best:
                 break
-            size *= _GROWTH
-        elif best[0]:
+            size, best = size * factor, found
+        if size != start:
             break
-        else:
-            size *= _SHRINKING
-    return best
+    return size, best
 
 
 @dataclass
@@ -233,8 +244,6 @@ class _Student:
                 found = self._log_probabilities(batch)
             total += float(_apart(found, wanted))
             tokens += len(wanted)
-        if total != total:
-            raise GispError("the pruned model's predictions are not finite: check the weights and the data")
         return total / tokens
 
     def directions(self, batches: list[Batch], tokens: int, damping: float) -> list[torch.Tensor]:
