@@ -19,6 +19,7 @@ def test_presets_are_the_documented_sets():
     assert (fast.first_order, paper.first_order, official.first_order) == ("shrunk", "plain", "plain")
     assert make_config(preset="paper", criterion="second-order").first_order == "shrunk"
     assert make_config(criterion="gisp").first_order == "plain"
+    assert make_config(one_shot=True).first_order == "plain"
     assert recorded({}, "first_order") == "plain"
     assert make_config() == fast
     assert make_config(criterion="gisp", sparsity=0.5).criterion == "gisp"

@@ -79,7 +79,8 @@ PLACE_OPTIONS = ("device",)
 # What a run did that is older than an option whose default depends on others.
 _UNRECORDED = {"criterion": "gisp", "allocator": "global", "first_order": "plain"}
 # What --one-shot sets where an option is not given.
-_ONE_SHOT = {"engine": "exact", "steps": 1, "ema": 0.0}
+# Noise that nothing averages and no later step corrects, and yet the first-order term helps (benchmarks/RESULTS.md).
+_ONE_SHOT = {"engine": "exact", "steps": 1, "ema": 0.0, "first_order": "plain"}
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class PruneConfig:
         criterion: where scores come from, one of :data:`gisp.criteria.choices.CRITERIA`; ``None`` = the preset's.
         allocator: how blocks compete: ``global`` by their scores, ``uniform`` the same fraction of every block, ``owl``
             a fraction per layer by its outliers; ``None`` = as the criterion was published.
-        first_order: of second-order scores: ``shrunk`` by its noise (see :mod:`gisp.first_order`), their default, or
-            ``plain``.
+        first_order: of second-order scores: ``shrunk`` by its noise (see :mod:`gisp.first_order`), their default but in
+            one shot, or ``plain``.
         one_shot: everything goes in one step, scored once over all calibration data.
         seq_len: tokens per sequence; ``None`` = 256 for text, the row length for token files.
         batch_size: sequences per backward pass (``stream``: per microbatch), ``None`` = chosen.
