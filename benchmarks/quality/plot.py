@@ -24,7 +24,7 @@ def write_plots(result: Result, beside: Path) -> list[Path]:
         criteria |= {
             f"{n} + {extra}": v
             for (study, n, extra), v in found.items()
-            if study == "criteria" and extra == "lsq" and n == "fast"
+            if study == "criteria" and extra in ("lsq", "kfac") and n == "fast"
         }
         parts = {name: values for (study, name, _), values in found.items() if study == "fast"}
         for name, figure in (
