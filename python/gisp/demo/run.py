@@ -108,7 +108,8 @@ def _one_shot(tokens: int, held_out: Sequences, device: torch.device) -> list[tu
     calibration = load_sequences(
         str(files.calibration), vocab_size=vocab_size, seq_len=int(OPTIONS["seq_len"]), tokenizer_from=str(files.model)
     ).first(max(1, tokens // int(OPTIONS["seq_len"])))
-    pruned = one_shot(model, calibration, SPARSITIES, make_config(**OPTIONS))
+    config = make_config(**{**OPTIONS, "steps": None}, one_shot=True)
+    pruned = one_shot(model, calibration, SPARSITIES, config)
     return [(reached, perplexity(smaller, held_out, WINDOW)) for reached, smaller in pruned]
 
 
