@@ -152,6 +152,17 @@ def test_what_lost_nothing_stays_and_nothing_removed_is_no_error() -> None:
     assert fitted(model, rows(), {}, method="kfac").updates == ()
 
 
+def test_updates_it_starts_from_stay_as_they_are() -> None:
+    model, data = tiny_model("llama-gqa"), rows()
+    start = list(fitted(model, data, method="lsq", tokens=64).updates)
+    weights = [update.weight.clone() for update in start]
+    options = CompensationOptions(method="kfac", steps=1, tokens=64)
+    moved, steps = module.kfac_updates(map_model(model), start, data, options)
+    assert steps[0].size > 0
+    for old, new, weight in zip(start, moved, weights, strict=True):
+        assert torch.equal(old.weight, weight) and not torch.equal(new.weight, weight)
+
+
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama-gqa")
     whole = fitted(model, rows(), method="kfac", steps=2, tokens=64)

@@ -204,14 +204,14 @@ class _Student:
 
     def __init__(self, model_map: ModelMap, updates: list[BlockUpdate]) -> None:
         self._model = model_map.model
-        self._updates = updates
         self._parts = []
         blocks = projections(model_map)
         for update in updates:
             linear, _ = blocks[update.name]
             columns = update.columns.to(linear.weight.device)
             old = linear.weight.detach()[:, columns] if update.weight is None else update.weight
-            part = _Part(update, linear, columns, old.float(), torch.zeros_like(linear.weight.detach()))
+            weight = old.to(torch.float32, copy=True)
+            part = _Part(update, linear, columns, weight, torch.zeros_like(linear.weight.detach()))
             part.other[:, columns] = old
             self._parts.append(part)
 
