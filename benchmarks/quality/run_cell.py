@@ -108,7 +108,10 @@ class Runner:
         for options in cell.compensate:
             began = time.perf_counter()
             done = compensate(model, bench_data.drawn(self.calibration, None, cell.seed), **options)
-            cost = {"compensation_tokens": done.tokens, "compensation_seconds": time.perf_counter() - began}
+            cost = {
+                "compensation_tokens": done.tokens + sum(step.tokens for step in done.steps),
+                "compensation_seconds": time.perf_counter() - began,
+            }
             yield {**point, "compensation": options, **cost, **self._measure(model, cell)}
 
     def _measure(self, model: Any, cell: Cell | None = None) -> dict[str, Any]:

@@ -79,7 +79,7 @@ PLACE_OPTIONS = ("device",)
 # What a run did that is older than an option whose default depends on others.
 _UNRECORDED = {"criterion": "gisp", "allocator": "global", "first_order": "plain"}
 # What --one-shot sets where an option is not given.
-# Noise that nothing averages and no later step corrects, and yet the first-order term helps (benchmarks/RESULTS.md).
+# A shrunk first-order term measured worse in one shot (benchmarks/RESULTS.md).
 _ONE_SHOT = {"engine": "exact", "steps": 1, "ema": 0.0, "first_order": "plain"}
 
 

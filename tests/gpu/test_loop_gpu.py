@@ -96,7 +96,7 @@ def count_waits(loop: PruningLoop) -> list[int]:
         ("llama-gqa", {}),
         ("llama-mha", {"criterion": "gisp"}),
         ("llama-gqa", {"criterion": "gisp"}),
-        ("llama-gqa", {"first_order": "shrunk"}),
+        ("llama-gqa", {"first_order": "plain"}),
         ("llama-gqa", {"gqa": "balanced"}),
         ("llama-gqa", {"gqa": "group"}),
         ("qwen3", {"ema": 0.0}),

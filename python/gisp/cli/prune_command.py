@@ -60,7 +60,7 @@ def prune(
     first_order: Annotated[
         str | None,
         typer.Option(
-            help="First-order term of second-order scores: shrunk by its noise (default), or plain (in one shot).",
+            help="First-order term of second-order scores: shrunk by its noise, or plain (default of --one-shot).",
             rich_help_panel=_SCORES,
         ),
     ] = None,

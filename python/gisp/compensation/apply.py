@@ -47,7 +47,9 @@ class Compensation:
         tokens = f"{self.tokens:,}"
         if self.steps:
             fell = f"{self.steps[0].before:.3g} to {self.steps[-1].after:.3g}"
-            extra += f", {len(self.steps)} steps (divergence from the dense model {fell} nats a token)"
+            taken = sum(step.size > 0 for step in self.steps)
+            count = f"{taken} of {len(self.steps)} steps taken"
+            extra += f", {count} (divergence from the dense model {fell} nats a token)"
             tokens += f" + {sum(step.tokens for step in self.steps):,}"
         return f"{options.method}, target {options.target}{extra}, {tokens} calibration tokens"
 

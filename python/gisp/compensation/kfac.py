@@ -2,8 +2,9 @@
 
 Least squares brings residual streams back, whichever deviations the loss minds. A step here lowers the loss itself, the
 divergence ``KL(dense || pruned)`` of the next token's distribution, which needs no labels. For an output projection
-with kept inputs ``X`` [T, K] and gradients ``g`` [T, D] of the divergence in its outputs it is the Newton step with
-K-FAC's factors (Martens and Grosse, arXiv 1503.05671; for pruned language models LLM Surgeon, arXiv 2312.17244)::
+with kept inputs ``X`` [T, K] and gradients ``g`` [T, D] of the divergence in its outputs it is the gradient step with
+K-FAC's factors, the empirical Fisher information of these gradients (Martens and Grosse, arXiv 1503.05671; for pruned
+language models LLM Surgeon, arXiv 2312.17244)::
 
     dW = -s (G + lambda_G I)^-1 C (A + lambda_A I)^-1,   A = X^T X / T,  G = g^T g / T,  C = g^T X / T
 
@@ -25,17 +26,17 @@ from torch import nn
 
 from gisp.compensation.fits import ridge
 from gisp.compensation.options import CompensationOptions
-from gisp.compensation.streams import Batch, make_batches, projections
+from gisp.compensation.streams import Batch, exact_products, make_batches, projections
 from gisp.compensation.updates import BlockUpdate
 from gisp.data import Sequences
 from gisp.data.sequences import Row
-from gisp.engine import frozen
+from gisp.engine import deterministic, frozen
 from gisp.errors import GispError
 from gisp.structures import ModelMap
 
 # Activations of a batch are kept for the backward pass at the dense width: roughly 64 bytes per layer and dimension of
-# the stream, and some copies of the logits in float32. Smaller batches than the first would leave a GPU idle.
-_TOKENS_PER_BATCH, _MOST_TOKENS_PER_BATCH, _BATCH_BYTES = 2048, 16384, 2**33
+# the stream, and some copies of the logits in float32.
+_TOKENS_PER_BATCH, _LEAST_TOKENS, _MOST_TOKENS, _BATCH_BYTES = 2048, 256, 16384, 2**33
 # Held out for the size of the steps: so many tokens, a fifth of the data at most.
 _HELD_OUT_TOKENS, _HELD_OUT_PART = 32768, 5
 # The first size tried, divided by the number of blocks. It shrinks until it helps, then grows or shrinks while that
@@ -83,7 +84,7 @@ def kfac_updates(
     held_out_batches = _batches(model_map, held_out)
     begin, size = 0, 0.0
     steps = []
-    with frozen(model_map.model):
+    with deterministic(), frozen(model_map.model), exact_products():
         student = _Student(model_map, updates)
         before = student.divergence(held_out_batches, [], 0.0)
         if not math.isfinite(before):
@@ -106,7 +107,10 @@ def kfac_updates(
 def _split(rows: tuple[Row, ...]) -> tuple[list[Row], list[Row]]:
     """Rows to take steps from, and the last ones, held out."""
     if len(rows) < 2:
-        raise GispError("--compensate kfac needs at least 2 calibration sequences: one is held out for the step size")
+        raise GispError(
+            f"--compensate kfac needs at least 2 calibration sequences, one is held out for the step size; here are "
+            f"{len(rows)}: give more text or shorter rows"
+        )
     wanted = min(_HELD_OUT_TOKENS, sum(len(ids) for ids, _ in rows) // _HELD_OUT_PART)
     start = len(rows) - 1
     held = len(rows[start][0])
@@ -130,7 +134,7 @@ def _batches(model_map: ModelMap, rows: list[Row]) -> list[Batch]:
     most = _TOKENS_PER_BATCH
     if weight.device.type == "cuda":
         per_token = 64 * len(model_map.layers) * weight.shape[1] + 24 * weight.shape[0]
-        most = min(max(most, _BATCH_BYTES // per_token), _MOST_TOKENS_PER_BATCH)
+        most = min(max(_LEAST_TOKENS, _BATCH_BYTES // per_token), _MOST_TOKENS)
     return make_batches(Sequences.plain(rows), sum(len(ids) for ids, _ in rows), weight.device, per_batch=most)
 
 
@@ -166,14 +170,15 @@ class _Part:
 
     Attributes:
         weight: of the kept columns, float32 [D, K]; the model computes with it rounded to its dtype.
-        other: whole weight [D, width] that is not in place: the pruned model's, or the dense one's meanwhile.
+        dense, pruned: whole weights [D, width] of the two models.
     """
 
     update: BlockUpdate
     linear: nn.Linear
     columns: torch.Tensor
     weight: torch.Tensor
-    other: torch.Tensor
+    dense: torch.Tensor
+    pruned: torch.Tensor
 
 
 class _Moments:
@@ -211,8 +216,9 @@ class _Student:
             columns = update.columns.to(linear.weight.device)
             old = linear.weight.detach()[:, columns] if update.weight is None else update.weight
             weight = old.to(torch.float32, copy=True)
-            part = _Part(update, linear, columns, weight, torch.zeros_like(linear.weight.detach()))
-            part.other[:, columns] = old
+            dense = linear.weight.data
+            part = _Part(update, linear, columns, weight, dense, torch.zeros_like(dense))
+            part.pruned[:, columns] = old
             self._parts.append(part)
 
     @property
@@ -227,16 +233,25 @@ class _Student:
         ]
 
     def move(self, size: float, directions: list[torch.Tensor]) -> None:
-        """Take a step."""
+        """Take a step; one of size 0 leaves the weights as they were before sizes were tried.
+
+        Raises:
+            GispError: weights that are not finite.
+        """
         for part, direction in zip(self._movable, directions, strict=True):
-            part.weight.add_(direction, alpha=size)
-            part.other[:, part.columns] = part.weight.to(part.other.dtype)
+            if size:
+                part.weight.add_(direction, alpha=size)
+            part.pruned[:, part.columns] = part.weight.to(part.pruned.dtype)
+            if not bool(torch.isfinite(part.weight).all()):
+                raise GispError(
+                    f"compensated weights of {part.update.name} are not finite: check the weights and the data"
+                )
 
     @torch.no_grad()
     def divergence(self, batches: list[Batch], directions: list[torch.Tensor], size: float) -> float:
         """KL(dense || pruned) in nats a token, after a step that is tried; no directions: as the model is."""
         for part, direction in zip(self._movable, directions, strict=bool(directions)):
-            part.other[:, part.columns] = torch.add(part.weight, direction, alpha=size).to(part.other.dtype)
+            part.pruned[:, part.columns] = torch.add(part.weight, direction, alpha=size).to(part.pruned.dtype)
         total, tokens = 0.0, 0
         for batch in batches:
             wanted = self._log_probabilities(batch)
@@ -268,15 +283,13 @@ class _Student:
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
-        self._swap()
         try:
+            for part in self._parts:
+                part.linear.weight.data = part.pruned
             yield
         finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for part in self._parts:
-            part.linear.weight.data, part.other = part.other, part.linear.weight.data
+            for part in self._parts:
+                part.linear.weight.data = part.dense
 
     def _log_probabilities(self, batch: Batch) -> torch.Tensor:
         """Of the token after each real one, float32 [T, V]."""

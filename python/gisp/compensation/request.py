@@ -68,7 +68,9 @@ def make_request(
         return None
     options = make_options(method=method, **given)
     if damping is not None and method not in DAMPED:
-        raise GispError(f"--damping {damping} changes nothing in --compensate {method}: leave it out, or use lsq")
+        raise GispError(
+            f"--damping {damping} changes nothing in --compensate {method}: leave it out, or use lsq or kfac"
+        )
     if steps is not None and method != "kfac":
         raise GispError(
             f"--compensation-steps {steps} changes nothing in --compensate {method}: leave it out, or use kfac"

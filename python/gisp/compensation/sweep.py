@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from gisp.compensation.fits import Solution, make_fit
 from gisp.compensation.options import CompensationOptions
-from gisp.compensation.streams import Batch, Block, Decoder, make_batches
+from gisp.compensation.streams import Batch, Block, Decoder, exact_products, make_batches
 from gisp.compensation.updates import BlockUpdate, Kept, OnBlock
 from gisp.data import Sequences
 from gisp.errors import GispError
@@ -44,16 +44,11 @@ def fit_updates(
     model = model_map.model
     batches = make_batches(data, options.tokens, model.get_input_embeddings().weight.device)
     tokens = sum(int(batch.ids.numel() if batch.real is None else batch.real.sum()) for batch in batches)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with evaluation_mode(model):
-            sweep = _Sweep(model_map, batches, options)
-            for item in model_map.layers:
-                for block, columns in zip(sweep.decoder.blocks(item), _columns(model_map, item, kept), strict=True):
-                    sweep.advance(block, columns, on_block)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with exact_products(), evaluation_mode(model):
+        sweep = _Sweep(model_map, batches, options)
+        for item in model_map.layers:
+            for block, columns in zip(sweep.decoder.blocks(item), _columns(model_map, item, kept), strict=True):
+                sweep.advance(block, columns, on_block)
     return sweep.updates, tokens
 
 
