@@ -8,6 +8,14 @@ from typing import Any
 
 import torch
 
+# What tests remove from a tiny model: blocks that lost heads, channels, both, nothing.
+REMOVED = {
+    "layers.0.channels": torch.tensor([1, 5, 6, 20]),
+    "layers.1.heads": torch.tensor([0, 2]),
+    "layers.1.channels": torch.tensor([3, 4, 22, 23, 0]),
+    "layers.2.heads": torch.tensor([3]),
+}
+
 
 def kept_of(model: Any, removed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     counts = {"heads": 4, "channels": 24}

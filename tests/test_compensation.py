@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compensation_oracle import Masked, columns, kept_of, oracle, projection
+from compensation_oracle import REMOVED, Masked, columns, kept_of, oracle, projection
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
 import gisp
@@ -26,12 +26,6 @@ from gisp.shrink import ShrinkableModel
 from gisp.structures import map_model
 
 TOKENS = tiny_tokens(24, 16)
-REMOVED = {
-    "layers.0.channels": torch.tensor([1, 5, 6, 20]),
-    "layers.1.heads": torch.tensor([0, 2]),
-    "layers.1.channels": torch.tensor([3, 4, 22, 23, 0]),
-    "layers.2.heads": torch.tensor([3]),
-}
 
 
 def pruned(model: Any, removed: dict[str, torch.Tensor], gqa: str = "query") -> ShrinkableModel:

@@ -12,15 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gisp.cli import app
-from gisp.cli.compensation_options import (
-    Calibration,
-    CalibrationTokens,
-    Compensate,
-    CompensationSteps,
-    CompensationTarget,
-    Damping,
-)
+from gisp.cli import app, compensation_options
 from gisp.errors import GispError
 from gisp.files import check_writable, write_atomic
 
@@ -76,12 +68,12 @@ def evaluate(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to draw the figures in.", rich_help_panel=_ALONG)] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
-    compensate: Compensate = None,
-    calibration: Calibration = None,
-    calibration_tokens: CalibrationTokens = None,
-    damping: Damping = None,
-    compensation_target: CompensationTarget = None,
-    compensation_steps: CompensationSteps = None,
+    compensate: compensation_options.Compensate = None,
+    calibration: compensation_options.Calibration = None,
+    calibration_tokens: compensation_options.CalibrationTokens = None,
+    damping: compensation_options.Damping = None,
+    compensation_target: compensation_options.CompensationTarget = None,
+    compensation_steps: compensation_options.CompensationSteps = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

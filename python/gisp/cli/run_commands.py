@@ -9,15 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gisp.cli import app
-from gisp.cli.compensation_options import (
-    Calibration,
-    CalibrationTokens,
-    Compensate,
-    CompensationSteps,
-    CompensationTarget,
-    Damping,
-)
+from gisp.cli import app, compensation_options
 from gisp.errors import GispError
 
 _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -39,12 +31,12 @@ def export(
     window: Annotated[int | None, typer.Option(help="Tokens per window of the evaluation, as for eval.")] = None,
     device: _Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
-    compensate: Compensate = None,
-    calibration: Calibration = None,
-    calibration_tokens: CalibrationTokens = None,
-    damping: Damping = None,
-    target: CompensationTarget = None,
-    compensation_steps: CompensationSteps = None,
+    compensate: compensation_options.Compensate = None,
+    calibration: compensation_options.Calibration = None,
+    calibration_tokens: compensation_options.CalibrationTokens = None,
+    damping: compensation_options.Damping = None,
+    target: compensation_options.CompensationTarget = None,
+    compensation_steps: compensation_options.CompensationSteps = None,
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     from gisp.compensation import make_request

@@ -82,7 +82,7 @@ def kfac_updates(
         return updates, []
     seen, held_out = _split(data.rows)
     held_out_batches = _batches(model_map, held_out)
-    begin, size = 0, 0.0
+    size = 0.0
     steps = []
     with deterministic(), frozen(model_map.model), exact_products():
         student = _Student(model_map, updates)
@@ -90,7 +90,7 @@ def kfac_updates(
         if not math.isfinite(before):
             raise GispError("the model's predictions are not finite: check the weights and the data")
         # Least squares has had the first tokens.
-        begin = _behind(seen, begin, options.tokens)
+        begin = _behind(seen, 0, options.tokens)
         for _ in range(options.steps):
             end = _behind(seen, begin, options.tokens)
             rows = [seen[number % len(seen)] for number in range(begin, end)]

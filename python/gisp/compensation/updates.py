@@ -23,7 +23,7 @@ class BlockUpdate:
         weight: [D, K] for these columns, in the dtype of the model; None = as it was.
         bias: the whole bias [D] in the dtype of the model; None = as it was.
         before, after: what the block's output lacked to its target over the calibration tokens, as a fraction of the
-            target's sum of squares, without and with the update.
+            target's sum of squares, without and with the update (of ``kfac``: with the least squares it starts from).
         damping: what the solver needed.
     """
 
