@@ -197,12 +197,15 @@ def test_one_shot_to_several_sizes_is_the_run_of_one_step(criterion: str) -> Non
 def test_uniform_argument_of_one_shot_is_the_allocator() -> None:
     data, model = Sequences.plain([(row, row) for row in tiny_tokens(6, 16)]), model_of()
     logits = []
-    for config, uniform in ((make_config(), True), (make_config(allocator="uniform"), False)):
+    for options, uniform in (({}, True), ({"allocator": "uniform"}, False)):
         (_, pruned), *_ = [
-            (s, m(tiny_tokens(2)).logits) for s, m in one_shot(model, data, [0.4], config, uniform=uniform)
+            (s, m(tiny_tokens(2)).logits)
+            for s, m in one_shot(model, data, [0.4], make_config(one_shot=True, **options), uniform=uniform)
         ]
         logits.append(pruned)
     assert torch.equal(*logits)
+    with pytest.raises(GispError, match="of a run of many steps"):
+        next(one_shot(model, data, [0.4], make_config()))
 
 
 def test_an_older_run_without_these_options_is_resumed(tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def test_hf_exports_hold_what_was_fitted(tmp_path: Path, family: str, method: st
     assert close(logits(gisp.load(tmp_path / "out")), logits(wanted))
     assert not close(logits(gisp.load(tmp_path / "out")), logits(compensated(run, 0.4, method=method, tokens=64)), 1e-3)
     assert done.spec.compensation.startswith(f"{method}, target {'local' if method in ('affine', 'bias') else 'dense'}")
-    tokens = "512 + 1,664" if method == "kfac" else "512"
+    # Six of 32 rows are held out, the others are seen once and once by each of four steps.
+    tokens = "416 + 1,664" if method == "kfac" else "512"
     assert done.spec.compensation.endswith(f" {tokens} calibration tokens of tokens.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["gisp"]["compensation"] == done.spec.compensation
@@ -153,6 +154,37 @@ def test_the_command_line_measures_what_it_exports(
     assert "perplexity of the exact pruned point without compensation, same tokens" in (out / "README.md").read_text()
 
 
+def test_kfac_on_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, out, points = data_of(run), tmp_path / "out", tmp_path / "points.json"
+    common = ["--data", data, "--window", "8", "--device", "cpu"]
+    chosen = ["--compensate", "kfac", "--calibration", data, "--calibration-tokens", "160", "--compensation-steps", "2"]
+    assert main(["export", str(run), *common, *chosen, "--sparsity", "0.4", "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run), *common, *chosen, "--sparsity", "0.4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert re.match(r"kfac, target dense, damping 0.5, [12] of 2 steps taken .* 160 \+ 320 ", found["compensation"])
+    assert evaluate_target(str(out), data, window=8, device="cpu")["perplexity"] == pytest.approx(
+        found["perplexity"], rel=1e-5
+    )
+    assert main(["eval", str(run), *common, *chosen, "--sparsities", "0.2,0.4", "--out", str(points)]) == 0
+    dense, _, last = json.loads(points.read_text())["points"]
+    assert last["compensation"] == found["compensation"] and "compensation" not in dense
+    assert last["perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [["--format", "uniform"], ["--round-mlp", "8"]])
+def test_kfac_at_rounded_sizes(run: Path, tmp_path: Path, options: list[str]) -> None:
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    common = ["export", str(run), "--sparsity", "0.4", "--device", "cpu", *options]
+    assert main([*common, "--out", str(plain)]) == 0
+    assert main([*common, "--out", str(out), "--compensate", "kfac", "--calibration", data_of(run)]) == 0
+    load = gisp.load if "--round-mlp" in options else AutoModelForCausalLM.from_pretrained
+    found, bare = load(out), load(plain)
+    sizes = [{name: p.shape for name, p in model.named_parameters()} for model in (found, bare)]
+    assert sizes[0] == sizes[1]
+    assert not close(logits(found), logits(bare), 1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -165,6 +197,7 @@ def test_the_command_line_measures_what_it_exports(
         (["--calibration", "x.txt"], "--calibration x.txt is for --compensate METHOD"),
         (["--calibration-tokens", "5"], "--calibration-tokens 5 is for --compensate METHOD"),
         (["--compensation-steps", "5"], "--compensation-steps 5 is for --compensate METHOD"),
+        (["--compensate", "kfac", "--calibration", "DATA", "--compensation-steps", "0"], "--compensation-steps is 0"),
         (
             ["--compensate", "lsq", "--calibration", "DATA", "--compensation-steps", "2"],
             "--compensation-steps 2 changes nothing in --compensate lsq",

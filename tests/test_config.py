@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gisp.config import make_config, read_yaml, recorded
+from gisp.config import criterion_text, make_config, read_yaml, recorded
 from gisp.errors import GispError
 
 
@@ -21,6 +21,9 @@ def test_presets_are_the_documented_sets():
     assert make_config(criterion="gisp").first_order == "plain"
     assert make_config(one_shot=True).first_order == "plain"
     assert recorded({}, "first_order") == "plain"
+    assert criterion_text(fast.to_dict()) == "second-order, first-order term shrunk"
+    assert criterion_text({"criterion": "second-order"}) == "second-order, first-order term plain"
+    assert criterion_text(paper.to_dict()) == criterion_text({}) == "gisp"
     assert make_config() == fast
     assert make_config(criterion="gisp", sparsity=0.5).criterion == "gisp"
 

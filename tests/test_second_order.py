@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from gate_oracle import gate_scores
@@ -207,3 +209,44 @@ def test_runs_of_it_resume_and_repeat(tmp_path):
     again = gisp.prune(tiny_model(), tokens, out=tmp_path / "run", resume=True, **options)
     for name, at in first.removed_at.items():
         assert torch.equal(at, again.removed_at[name])
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_runs_of_a_plain_first_order_term_resume_as_such(tmp_path, recorded):
+    options = {
+        "criterion": "second-order",
+        "sparsity": 0.4,
+        "steps": 4,
+        "batch_tokens": 48,
+        "device": "cpu",
+        "align": 2,
+    }
+    tokens = tiny_tokens(12)
+    whole = gisp.prune(tiny_model(), tokens, first_order="plain", **options)
+
+    def cut(record, steps):
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gisp.prune(tiny_model(), tokens, out=tmp_path / "run", on_step=cut, first_order="plain", **options)
+    if not recorded:
+        # Runs begun before there was a choice.
+        record = tmp_path / "run" / "trajectory.json"
+        stored = json.loads(record.read_text())
+        del stored["config"]["first_order"]
+        record.write_text(json.dumps(stored))
+    with pytest.raises(GispError, match="made with first_order plain, not shrunk"):
+        gisp.prune(tiny_model(), tokens, out=tmp_path / "run", resume=True, **options)
+    again = gisp.prune(tiny_model(), tokens, out=tmp_path / "run", resume=True, first_order="plain", **options)
+    assert all(torch.equal(at, again.removed_at[name]) for name, at in whole.removed_at.items())
+
+
+def test_one_shot_shrinks_where_it_is_asked_to():
+    options = {"criterion": "second-order", "one_shot": True, "sparsity": 0.4, "device": "cpu", "align": 1}
+    plain, asked, shrunk = (
+        gisp.prune(tiny_model(), tiny_tokens(12), **options, **given)
+        for given in ({}, {"first_order": "plain"}, {"first_order": "shrunk"})
+    )
+    assert all(torch.equal(at, asked.removed_at[name]) for name, at in plain.removed_at.items())
+    assert any(not torch.equal(at, shrunk.removed_at[name]) for name, at in plain.removed_at.items())

@@ -190,6 +190,19 @@ def test_a_stored_config_repeats_its_run(tmp_path, model_folder, token_file):
     assert main(["prune", *again, "--out", str(tmp_path / "a"), "--resume"]) == 0
 
 
+def test_a_stored_config_goes_with_another_criterion(tmp_path, model_folder, token_file, capsys):
+    given = ["--steps", "2", "--sparsity", "0.3", "--dtype", "float32", "--device", "cpu", "--batch-tokens", "64"]
+    assert main(["prune", str(model_folder), "--data", str(token_file), "--out", str(tmp_path / "a"), *given]) == 0
+    again = ["prune", "--config", str(tmp_path / "a" / "config.yaml"), "--criterion"]
+    assert main([*again, "gisp", "--out", str(tmp_path / "b")]) == 0
+    assert gisp.Trajectory.load(tmp_path / "b").config["first_order"] == "plain"
+    assert main([*again, "second-order", "--out", str(tmp_path / "c")]) == 0
+    assert gisp.Trajectory.load(tmp_path / "c").config["first_order"] == "shrunk"
+    capsys.readouterr()
+    assert main([*again, "gisp", "--first-order", "shrunk", "--out", str(tmp_path / "d")]) == 2
+    assert "--first-order shrunk belongs to --criterion second-order" in capsys.readouterr().err
+
+
 def test_a_stored_config_is_used_from_another_folder(tmp_path, model_folder, token_file, monkeypatch):
     monkeypatch.chdir(token_file.parent)
     given = ["--preset", "paper", "--steps", "2", "--sparsity", "0.3", "--dtype", "float32", "--device", "cpu"]

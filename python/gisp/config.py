@@ -267,6 +267,14 @@ def recorded(options: dict[str, Any], name: str) -> Any:
     return options.get(name, _UNRECORDED.get(name, getattr(PruneConfig, name)))
 
 
+def criterion_text(options: dict[str, Any]) -> str:
+    """A recorded run's criterion in words, with what second-order scores did with their first-order term."""
+    criterion = str(recorded(options, "criterion"))
+    if criterion != "second-order":
+        return criterion
+    return f"{criterion}, first-order term {recorded(options, 'first_order')}"
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Options from a YAML file of ``option: value`` lines (dashes and underscores are the same)."""
     try:

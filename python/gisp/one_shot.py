@@ -11,6 +11,7 @@ from gisp.averaging import in_original_numbering
 from gisp.config import PruneConfig
 from gisp.criteria.registry import make_scorer
 from gisp.data import Sequences
+from gisp.errors import GispError
 from gisp.layer_select import make_selector
 from gisp.shrink import ShrinkableModel
 from gisp.structures import map_model, protected_layers
@@ -24,12 +25,17 @@ def one_shot(
     Args:
         model: dense model; pruned in place while the caller holds a pair, dense again at the end.
         data: calibration sequences, all of them scored once.
-        config: resolved options: criterion, allocator, normaliser, protection, alignment.
+        config: options resolved with ``one_shot=True``: criterion, allocator, normaliser, protection, alignment.
         uniform: take the allocator ``uniform`` instead of the options' own.
 
     Yields:
         (sparsity reached, the model at it).
+
+    Raises:
+        GispError: options of a run of many steps, whose defaults are others.
     """
+    if not config.one_shot:
+        raise GispError("these options are of a run of many steps: make them by make_config(one_shot=True, ...)")
     config = dataclasses.replace(
         config, engine="exact", fp8=False, allocator="uniform" if uniform else config.allocator
     )

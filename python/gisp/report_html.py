@@ -9,7 +9,7 @@ from html import escape
 
 import numpy as np
 
-from gisp.config import recorded
+from gisp.config import criterion_text
 from gisp.plots import PICTURES
 from gisp.report_data import METRICS, RunData
 
@@ -89,7 +89,7 @@ def summary_rows(run: RunData) -> list[Row]:
         ("Base model", str(base.get("path") or "model in memory")),
         ("Architecture", _architecture(run)),
         ("Preset", str(run.config.get("preset", _ABSENT))),
-        ("Criterion", str(recorded(run.config, "criterion"))),
+        ("Criterion", criterion_text(run.config)),
         ("Status", _status(run)),
         ("Steps", f"{len(run.steps):,}"),
         ("Decoder sparsity", _percent(last["sparsity"])),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gisp.compensation.held_out import hold_out, interleaved
 from gisp.compensation.kfac import Step, kfac_updates
 from gisp.compensation.options import DAMPED, CompensationOptions
 from gisp.compensation.streams import projections
@@ -44,6 +45,10 @@ class Compensation:
         raised = [update.damping for update in self.updates if update.damping > options.damping]
         if raised:
             extra += f" (raised up to {max(raised):g} in {len(raised)} blocks that were not solvable with it)"
+        stiff = [step for step in self.steps if step.raised]
+        if stiff:
+            most = max(step.raised for step in stiff)
+            extra += f" (in steps raised up to {max(step.damping for step in stiff):g} in {most} blocks)"
         tokens = f"{self.tokens:,}"
         if self.steps:
             fell = f"{self.steps[0].before:.3g} to {self.steps[-1].after:.3g}"
@@ -67,17 +72,23 @@ def fit_compensation(
 
     Args:
         kept: original indices of the query heads and channels that stay, for every group.
-        data: ``Sequences``, or a SPEC as for ``gisp prune`` (see :func:`gisp.data.load_sequences`).
+        data: ``Sequences``, or a SPEC as for ``gisp prune`` (see :func:`gisp.data.load_sequences`). Tasks of a mixture
+            are taken in turn.
         tokenizer_from: model folder or name whose tokenizer reads text.
 
     Raises:
-        GispError: unreadable data, a model built otherwise, or activations that are not finite.
+        GispError: unreadable data, a single sequence (``kfac``), a model built otherwise, or activations that are not
+            finite.
     """
-    sequences = calibration_sequences(model_map, data, tokenizer_from)
-    updates, tokens = fit_updates(model_map, kept, sequences, options, on_block)
-    steps: list[Step] = []
-    if options.method == "kfac":
-        updates, steps = kfac_updates(model_map, updates, sequences, options)
+    sequences = interleaved(calibration_sequences(model_map, data, tokenizer_from))
+    if options.method != "kfac":
+        updates, tokens = fit_updates(model_map, kept, sequences, options, on_block)
+        return Compensation(options, tuple(updates), tokens)
+    sequences, held_out = hold_out(sequences)
+    # Gradients are taken, whatever mode the caller is in.
+    with torch.inference_mode(False):
+        updates, tokens = fit_updates(model_map, kept, sequences, options, on_block)
+        updates, steps = kfac_updates(model_map, updates, sequences, held_out, options)
     return Compensation(options, tuple(updates), tokens, tuple(steps))
 
 

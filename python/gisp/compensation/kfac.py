@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,8 +28,7 @@ from gisp.compensation.fits import ridge
 from gisp.compensation.options import CompensationOptions
 from gisp.compensation.streams import Batch, exact_products, make_batches, projections
 from gisp.compensation.updates import BlockUpdate
-from gisp.data import Sequences
-from gisp.data.sequences import Row
+from gisp.data import Row, Sequences
 from gisp.engine import deterministic, frozen
 from gisp.errors import GispError
 from gisp.structures import ModelMap
@@ -37,8 +36,6 @@ from gisp.structures import ModelMap
 # Activations of a batch are kept for the backward pass at the dense width: roughly 64 bytes per layer and dimension of
 # the stream, and some copies of the logits in float32.
 _TOKENS_PER_BATCH, _LEAST_TOKENS, _MOST_TOKENS, _BATCH_BYTES = 2048, 256, 16384, 2**33
-# Held out for the size of the steps: so many tokens, a fifth of the data at most.
-_HELD_OUT_TOKENS, _HELD_OUT_PART = 32768, 5
 # The first size tried, divided by the number of blocks. It shrinks until it helps, then grows or shrinks while that
 # helps more: a size a little too large loses all.
 _FIRST_SIZE, _GROWTH, _SHRINKING, _TRIALS = 0.5, 1.5, 0.5, 12
@@ -52,16 +49,24 @@ class Step:
         size: the factor ``s``, 0 where no size lowered the divergence.
         tokens: calibration tokens its direction was taken from.
         before, after: divergence from the dense model in nats a token, on calibration text held out from all steps.
+        damping: the largest that a block's solver needed.
+        raised: number of blocks that needed more damping than was asked for.
     """
 
     size: float
     tokens: int
     before: float
     after: float
+    damping: float
+    raised: int
 
 
 def kfac_updates(
-    model_map: ModelMap, updates: list[BlockUpdate], data: Sequences, options: CompensationOptions
+    model_map: ModelMap,
+    updates: list[BlockUpdate],
+    data: Sequences,
+    held_out: Sequences,
+    options: CompensationOptions,
 ) -> tuple[list[BlockUpdate], list[Step]]:
     """Updates of the same blocks after ``options.steps`` steps; what lost nothing stays as it was.
 
@@ -74,14 +79,16 @@ def kfac_updates(
     Args:
         model_map: map of the dense model, which is left as it was.
         updates: of :func:`gisp.compensation.sweep.fit_updates`, without biases.
+        data: calibration sequences; their first ``options.tokens`` tokens made the updates.
+        held_out: others, for the size of the steps.
 
     Raises:
-        GispError: a single sequence of data, or activations that are not finite.
+        GispError: activations that are not finite.
     """
     if not any(len(update.columns) for update in updates):
         return updates, []
-    seen, held_out = _split(data.rows)
-    held_out_batches = _batches(model_map, held_out)
+    seen = data.rows
+    held_out_batches = _batches(model_map, held_out.rows)
     size = 0.0
     steps = []
     with deterministic(), frozen(model_map.model), exact_products():
@@ -95,32 +102,17 @@ def kfac_updates(
             end = _behind(seen, begin, options.tokens)
             rows = [seen[number % len(seen)] for number in range(begin, end)]
             tokens = sum(len(ids) for ids, _ in rows)
-            directions = student.directions(_batches(model_map, rows), tokens, options.damping)
+            directions, dampings = student.directions(_batches(model_map, rows), tokens, options.damping)
             first = size or _FIRST_SIZE / len(directions)
             size, after = _search(partial(student.divergence, held_out_batches, directions), first, before)
             student.move(size, directions)
-            steps.append(Step(size, tokens, before, after))
+            raised = sum(damping > options.damping for damping in dampings)
+            steps.append(Step(size, tokens, before, after, max(dampings), raised))
             before, begin = after, end
     return student.updates(), steps
 
 
-def _split(rows: tuple[Row, ...]) -> tuple[list[Row], list[Row]]:
-    """Rows to take steps from, and the last ones, held out."""
-    if len(rows) < 2:
-        raise GispError(
-            f"--compensate kfac needs at least 2 calibration sequences, one is held out for the step size; here are "
-            f"{len(rows)}: give more text or shorter rows"
-        )
-    wanted = min(_HELD_OUT_TOKENS, sum(len(ids) for ids, _ in rows) // _HELD_OUT_PART)
-    start = len(rows) - 1
-    held = len(rows[start][0])
-    while start > 1 and held + len(rows[start - 1][0]) <= wanted:
-        start -= 1
-        held += len(rows[start][0])
-    return list(rows[:start]), list(rows[start:])
-
-
-def _behind(rows: list[Row], begin: int, tokens: int) -> int:
+def _behind(rows: Sequence[Row], begin: int, tokens: int) -> int:
     """Number of the row behind ``tokens`` tokens from row ``begin`` on, at least one row and at most all of them."""
     end = begin
     while end < begin + len(rows) and tokens > 0:
@@ -129,13 +121,13 @@ def _behind(rows: list[Row], begin: int, tokens: int) -> int:
     return end
 
 
-def _batches(model_map: ModelMap, rows: list[Row]) -> list[Batch]:
+def _batches(model_map: ModelMap, rows: Sequence[Row]) -> list[Batch]:
     weight = model_map.model.get_input_embeddings().weight
     most = _TOKENS_PER_BATCH
     if weight.device.type == "cuda":
-        per_token = 64 * len(model_map.layers) * weight.shape[1] + 24 * weight.shape[0]
+        per_token = 64 * len(model_map.layers) * weight.shape[1] + 28 * weight.shape[0]
         most = min(max(_LEAST_TOKENS, _BATCH_BYTES // per_token), _MOST_TOKENS)
-    return make_batches(Sequences.plain(rows), sum(len(ids) for ids, _ in rows), weight.device, per_batch=most)
+    return make_batches(Sequences.plain([*rows]), sum(len(ids) for ids, _ in rows), weight.device, per_batch=most)
 
 
 def _search(value: Callable[[float], float], first: float, before: float) -> tuple[float, float]:
@@ -197,11 +189,11 @@ class _Moments:
         self.outputs.addmm_(gradients.T, gradients)
         self.cross.addmm_(gradients.T, inputs)
 
-    def direction(self, tokens: int, damping: float) -> torch.Tensor:
-        """The step of size 1, float32 [D, K]."""
-        half, _ = ridge(self.inputs.double() / tokens, self.cross.double() / tokens, damping)
-        whole, _ = ridge(self.outputs.double() / tokens, half.T, damping)
-        return -whole.T.float()
+    def direction(self, tokens: int, damping: float) -> tuple[torch.Tensor, float]:
+        """The step of size 1, float32 [D, K], and the larger of the two dampings it took."""
+        half, one = ridge(self.inputs.double() / tokens, self.cross.double() / tokens, damping)
+        whole, other = ridge(self.outputs.double() / tokens, half.T, damping)
+        return -whole.T.float(), max(one, other)
 
 
 class _Student:
@@ -261,8 +253,8 @@ class _Student:
             tokens += len(wanted)
         return total / tokens
 
-    def directions(self, batches: list[Batch], tokens: int, damping: float) -> list[torch.Tensor]:
-        """Steps of size 1 of all movable blocks, each in place of the moments it is made of."""
+    def directions(self, batches: list[Batch], tokens: int, damping: float) -> tuple[list[torch.Tensor], list[float]]:
+        """Steps of size 1 of all movable blocks, each in place of the moments it is made of, and their dampings."""
         found: list[Any] = [_Moments(part) for part in self._movable]
         for batch in batches:
             with torch.no_grad():
@@ -274,12 +266,14 @@ class _Student:
                     handle = part.linear.register_forward_hook(_observer(part, moments, batch))
                     stack.callback(handle.remove)
                 _apart(self._log_probabilities(batch), wanted).backward()
+        dampings = []
         for number, part in enumerate(self._movable):
             try:
-                found[number] = found[number].direction(tokens, damping)
+                found[number], needed = found[number].direction(tokens, damping)
+                dampings.append(needed)
             except ArithmeticError as error:
                 raise GispError(f"{part.update.name} cannot be compensated: {error}") from None
-        return found
+        return found, dampings
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -292,9 +286,9 @@ class _Student:
                 part.linear.weight.data = part.dense
 
     def _log_probabilities(self, batch: Batch) -> torch.Tensor:
-        """Of the token after each real one, float32 [T, V]."""
+        """Of the token after each real one, float32 [T, V]; finite, as models may rule out tokens (logits of -inf)."""
         logits = self._model(input_ids=batch.ids, use_cache=False).logits
-        return batch.tokens(logits).float().log_softmax(-1)
+        return batch.tokens(logits).float().log_softmax(-1).clamp_min(torch.finfo(torch.float32).min)
 
 
 def _apart(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gisp.config import recorded
+from gisp.config import criterion_text
 from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec
 
@@ -142,7 +142,7 @@ def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[str]:
         ("key/value cache per token", f"{report.kv_bytes_per_token:,} of {report.kv_bytes_per_token_dense:,} bytes"),
         ("tensor parallelism", f"{', '.join(map(str, report.tensor_parallel))} devices share every layer evenly"),
         ("preset", config.get("preset", "not recorded")),
-        ("criterion", recorded(config, "criterion")),
+        ("criterion", criterion_text(config)),
         ("versions", ", ".join(f"{key} {value}" for key, value in versions.items()) or "not recorded"),
         (
             "logits against the masked dense model (float32)",

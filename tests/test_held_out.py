@@ -1,0 +1,66 @@
+"""What compensation fits to and what it holds out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_tokens
+
+from gisp.compensation.held_out import hold_out, interleaved
+from gisp.data import Part, Sequences
+from gisp.errors import GispError
+
+
+def rows(lengths: tuple[int, ...], offset: int = 0) -> Sequences:
+    """Row i holds tokens ``offset + i``."""
+    made = [torch.full((n,), offset + i) for i, n in enumerate(lengths)]
+    return Sequences.plain([(ids, ids) for ids in made])
+
+
+def numbers(data: Sequences) -> list[int]:
+    return [int(ids[0]) for ids, _ in data.rows]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted"),
+    [
+        ((4,) * 20, [2, 7, 12, 17]),
+        ((4, 4), [0]),
+        ((1000, 10), [1]),
+        ((10, 1000), [0]),
+        ((16,) * 3 + (4,) * 3, [2]),
+        ((256,) * 2000, [7 + round(15.625 * i) for i in range(128)]),
+    ],
+)
+def test_rows_spread_over_the_data_are_held_out(lengths: tuple[int, ...], wanted: list[int]) -> None:
+    data = rows(lengths)
+    seen, held_out = hold_out(data)
+    found = numbers(held_out)
+    assert len(found) == len(wanted) and all(abs(a - b) <= 1 for a, b in zip(found, wanted, strict=True))
+    assert sorted(numbers(seen) + found) == list(range(len(lengths))) and numbers(seen) == sorted(numbers(seen))
+
+
+def test_the_rows_of_an_example_stay_together() -> None:
+    ids = tiny_tokens(24, 8)
+    data = Sequences(
+        tuple((row, row) for row in ids), (1, -1, -1, -1) * 6, tuple(tuple(range(4 * i, 4 * i + 4)) for i in range(6))
+    )
+    seen, held_out = hold_out(data)
+    assert (len(seen.examples), len(held_out.examples)) == (5, 1)
+    assert all(torch.equal(a[0], b) for a, b in zip(held_out.rows, ids[8:12], strict=True))
+
+
+def test_a_single_example_cannot_be_split() -> None:
+    with pytest.raises(GispError, match=r"at least 2 calibration sequences, .* here is 1 sequence:"):
+        hold_out(rows((16,)))
+    one = Sequences(rows((8, 8)).rows, (1, -1), ((0, 1),))
+    with pytest.raises(GispError, match="here is 1 example:"):
+        hold_out(one)
+
+
+def test_tasks_of_a_mixture_are_taken_in_turn() -> None:
+    few, many = rows((4,) * 2), rows((4,) * 8, offset=100)
+    mixed = Sequences.mixture([(Part("few", "lm", 0.5, 2), few), (Part("many", "lm", 0.5, 8), many)])
+    found = interleaved(mixed)
+    assert numbers(found) == [100, 101, 0, 102, 103, 104, 105, 1, 106, 107]
+    assert not found.parts and interleaved(few) is few
