@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -144,25 +145,49 @@ def test_replacements_differ_in_one_token_of_the_context(files):
         assert [choices.signs[i] for i in (right, *wrong)] == [1, -1, -1, -1]
 
 
-def test_wrong_cloze_answers_are_what_usually_follows(files):
+def test_the_answers_do_not_tell_which_one_is_right(files):
     data = bench_data.read_tokens(files / "calibration.safetensors", 96)
     every = [ids.tolist() for ids, _ in data.rows]
-    counts = Counter((a, b) for ids in every for a, b in pairwise(ids))
-    choices = ChoiceTask("cloze", data).examples(data)
-    windows = [ids[i : i + 16] for ids in every for i in range(0, len(ids) - 15, 16)]
-    enough = [w for w in windows if len({b for a, b in counts if a == w[14] and b != w[15]}) >= 3]
-    assert 0 < len(choices.examples) == len(enough)
-    for window, numbers in zip(enough, choices.examples, strict=True):
-        ids = [choices.rows[number][0].tolist() for number in numbers]
-        assert ids[0] == window and all(other[:15] == window[:15] for other in ids)
-        assert all((choices.rows[number][1][:15] == -100).all() for number in numbers)
-        wrong = [other[15] for other in ids[1:]]
-        left = [n for (a, b), n in counts.items() if a == window[14] and b not in (window[15], *wrong)]
-        assert len({*wrong, window[15]}) == 4
-        assert min(counts[window[14], token] for token in wrong) >= max(left, default=0)
-        assert [choices.signs[number] for number in numbers] == [1, -1, -1, -1]
-    right = ChoiceTask("cloze", data).right_ones(data)
-    assert [ids.tolist() for ids, _ in right.rows] == enough and set(right.signs) == {1}
+    pairs = Counter(pair for ids in every for pair in pairwise(ids))
+    tokens = Counter(token for ids in every for token in ids)
+    for name in ("follower", "label"):
+        task = ChoiceTask(name, data)
+        made = task.pieces(data)
+        assert len(made) > 3
+        answers = {}
+        for context, pieces in made:
+            right, *wrong = (int(piece) for piece in pieces)
+            assert any(ids[i : i + 16] == [*context.tolist(), right] for ids in every for i in range(len(ids) - 15))
+            assert len({right, *wrong}) == 4
+            known = int(context[-1]) if name == "follower" else None
+            assert answers.setdefault(known, {right, *wrong}) == {right, *wrong}
+        for known, four in answers.items():
+            counts = tokens if known is None else Counter({b: n for (a, b), n in pairs.items() if a == known})
+            assert min(counts[token] for token in four) >= max(
+                (n for t, n in counts.items() if t not in four), default=0
+            )
+        if name == "label":
+            assert len(set(Counter(int(pieces[0]) for _, pieces in made).values())) == 1
+        examples, right = task.examples(data), task.right_ones(data)
+        assert [examples.signs[i] for i in examples.examples[0]] == [1, -1, -1, -1]
+        assert all((labels[:15] == -100).all() and labels[15] == ids[15] for ids, labels in examples.rows)
+        assert len(right.rows) == len(examples.examples) == len(made) and set(right.signs) == {1}
+
+
+def test_what_pairs_of_tokens_tell(files):
+    data = bench_data.read_tokens(files / "calibration.safetensors", 96)
+    pairs = Counter(pair for ids, _ in data.rows for pair in pairwise(ids.tolist()))
+    for name in ("follower", "label"):
+        task, right = ChoiceTask(name, data), 0
+        for context, pieces in task.pieces(data):
+            last, worth = int(context[-1]), {}
+            for token in map(int, pieces):
+                before = sum(n for (_, b), n in pairs.items() if b == token)
+                worth[token] = pairs[last, token] / (before if name == "label" else 1)
+            best = [token for token, value in worth.items() if value == max(worth.values())]
+            right += Fraction(int(pieces[0]) in best, len(best))
+        assert task.by_pairs(data) == pytest.approx(float(right / len(task.pieces(data))))
+    assert ChoiceTask("continuation", data).by_pairs(data) is None
 
 
 def test_distillation_is_the_divergence_from_the_dense_model():

@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     bench = _bench(args)
     result = read_json(args.out, "quality") if args.out and args.out.exists() else {"benchmark": "quality", "cells": []}
     runner = Runner(bench)
-    dense = runner.dense()
+    dense = {**result.get("dense", {}), **runner.dense(choices="task" in (args.study or ()))}
     result |= {
         "identity": identity(runner.device),
         "model": bench.decoder.path.name,

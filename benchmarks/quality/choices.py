@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -11,10 +13,11 @@ from gisp.evaluation.choices import Choice
 from gisp.evaluation.pairs import Request
 from gisp.objectives import IGNORED
 
-# Which of four tokens comes next; which of four continuations; which token fits in a continuation.
-TASKS = ("cloze", "continuation", "replacement")
+# Which of the four tokens that most often follow the last one comes next; which of the four commonest tokens; which of
+# four continuations; which token fits in a continuation.
+TASKS = ("follower", "label", "continuation", "replacement")
 CHOICES = 4
-CLOZE_CONTEXT = 15
+TOKEN_CONTEXT = 15
 CONTEXT, CONTINUATION = 48, 12
 
 Pieces = tuple[torch.Tensor, list[torch.Tensor]]
@@ -26,22 +29,45 @@ class ChoiceTask:
 
     Args:
         name: one of ``TASKS``.
-        text: text whose pairs of tokens say what usually follows (``cloze``): the calibration text.
+        text: the calibration text. Its tokens and pairs of tokens say which answers ``follower`` and ``label`` have;
+            which of them is right has no part in that, or it could be told from the answers.
     """
 
     def __init__(self, name: str, text: Sequences) -> None:
         self.name = name
-        self._followers = followers(text) if name == "cloze" else {}
+        self.pairs: Counter[tuple[int, int]] = Counter()
+        if name in ("follower", "label"):
+            self.pairs.update(pair for ids, _ in text.rows for pair in pairwise(ids.tolist()))
+        self._followers = followers(self.pairs) if name == "follower" else {}
+        self._labels = commonest(text) if name == "label" else []
 
-    def pieces(self, data: Sequences) -> Iterator[Pieces]:
+    def pieces(self, data: Sequences) -> list[Pieces]:
         """What the rows of the data give, in their order; some give nothing."""
-        for ids, _ in data.rows:
-            if self.name == "cloze":
-                yield from _clozes(ids, self._followers)
-            else:
-                made = _continuations(ids) if self.name == "continuation" else _replacements(ids)
-                if made:
-                    yield ids[:CONTEXT], made
+        if self.name == "follower":
+            return [made for ids, _ in data.rows for made in _followed(ids, self._followers)]
+        if self.name == "label":
+            return _balanced([made for ids, _ in data.rows for made in _labelled(ids, self._labels)])
+        cut = _continuations if self.name == "continuation" else _replacements
+        return [(ids[:CONTEXT], made) for ids, _ in data.rows if (made := cut(ids))]
+
+    def by_pairs(self, data: Sequences) -> float | None:
+        """Accuracy of whoever knows nothing but how often pairs of tokens occur; ``None`` for answers of many tokens.
+
+        Of ``label``, whose right answers are equally frequent, pairs count by the frequency of their second token. Of
+        equally good answers one is drawn.
+        """
+        if not self.pairs:
+            return None
+        seen: Counter[int] = Counter()
+        if self.name == "label":
+            for (_, token), count in self.pairs.items():
+                seen[token] += count
+        right = []
+        for context, pieces in self.pieces(data):
+            last = int(context[-1])
+            worth = [self.pairs[last, int(piece)] / (seen[int(piece)] or 1) for piece in pieces]
+            right.append((worth[0] == max(worth)) / worth.count(worth[0]))
+        return sum(right) / len(right) if right else None
 
     def examples(self, data: Sequences) -> Sequences:
         """Calibration examples: the right choice with sign +1, the others -1."""
@@ -75,30 +101,52 @@ class ChoiceTask:
         return found
 
 
-def followers(text: Sequences) -> dict[int, list[int]]:
+def followers(pairs: Counter[tuple[int, int]]) -> dict[int, list[int]]:
     """By token the tokens seen behind it, the most frequent first, then the smallest."""
-    base = 1 + max((int(ids.max()) for ids, _ in text.rows), default=0)
-    pairs = torch.cat([ids[:-1].long() * base + ids[1:].long() for ids, _ in text.rows])
-    found, counts = pairs.unique(return_counts=True)
     behind: dict[int, list[int]] = {}
-    for pair in found[counts.argsort(descending=True, stable=True)].tolist():
-        behind.setdefault(pair // base, []).append(pair % base)
+    for first, second in sorted(pairs, key=lambda pair: (-pairs[pair], pair)):
+        behind.setdefault(first, []).append(second)
     return behind
 
 
-def _clozes(ids: torch.Tensor, behind: dict[int, list[int]]) -> Iterator[Pieces]:
-    """Per window of a row its last token, against the three tokens that most often follow the one before it.
+def commonest(text: Sequences) -> list[int]:
+    """The most frequent tokens, as many as there are choices."""
+    return torch.cat([ids for ids, _ in text.rows]).bincount().argsort(descending=True, stable=True)[:CHOICES].tolist()
 
-    Pairs of tokens give the answer away backwards: on the two reference decoders' text the one that follows least often
-    is right in 68 % of the questions.
-    """
-    for window in ids.split(CLOZE_CONTEXT + 1):
-        if len(window) <= CLOZE_CONTEXT:
-            return
-        context, right = window[:CLOZE_CONTEXT], int(window[-1])
-        wrong = [token for token in behind.get(int(context[-1]), []) if token != right][: CHOICES - 1]
-        if len(wrong) == CHOICES - 1:
-            yield context, [torch.tensor([token], dtype=ids.dtype) for token in (right, *wrong)]
+
+def _followed(ids: torch.Tensor, behind: dict[int, list[int]]) -> Iterator[Pieces]:
+    """Per window of a row its last token, where it is one of the usual followers of the token before it."""
+    for window in ids.split(TOKEN_CONTEXT + 1):
+        usual = behind.get(int(window[-2]), [])[:CHOICES] if len(window) > TOKEN_CONTEXT else []
+        if len(usual) == CHOICES and int(window[-1]) in usual:
+            yield window[:-1], _tokens(int(window[-1]), usual)
+
+
+def _labelled(ids: torch.Tensor, labels: list[int]) -> Iterator[Pieces]:
+    """Labels of a row with the tokens before each; no token is in two of them."""
+    place, values = TOKEN_CONTEXT, ids.tolist()
+    while place < len(values):
+        if values[place] in labels:
+            yield ids[place - TOKEN_CONTEXT : place], _tokens(values[place], labels)
+            place += TOKEN_CONTEXT
+        place += 1
+
+
+def _tokens(right: int, answers: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor([token]) for token in (right, *(token for token in answers if token != right))]
+
+
+def _balanced(made: list[Pieces]) -> list[Pieces]:
+    """As many of every right answer as of the rarest, the first ones."""
+    counts = Counter(int(pieces[0]) for _, pieces in made)
+    fewest = min(counts.values()) if len(counts) == CHOICES else 0
+    taken: Counter[int] = Counter()
+    kept = []
+    for context, pieces in made:
+        taken[int(pieces[0])] += 1
+        if taken[int(pieces[0])] <= fewest:
+            kept.append((context, pieces))
+    return kept
 
 
 def _continuations(ids: torch.Tensor) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from gisp.compensation import compensate
 from gisp.config import make_config
 from gisp.data import Sequences
 from gisp.evaluation import perplexity
-from gisp.evaluation.choices import ChoiceAccuracy
+from gisp.evaluation.choices import Choice, ChoiceAccuracy
 from gisp.loop import prune
 from gisp.model_io import load_dense, resolve_dtype
 from gisp.one_shot import one_shot
@@ -53,14 +54,26 @@ class Runner:
         vocab_size = map_model(model).vocab_size
         self.calibration = bench_data.read_tokens(bench.decoder.calibration, vocab_size)
         self.evaluation = bench_data.read_tokens(bench.decoder.evaluation, vocab_size, bench.evaluation_rows)
-        self.tasks = {name: ChoiceTask(name, self.calibration) for name in TASKS}
-        questions = {name: task.questions(self.evaluation) for name, task in self.tasks.items()}
-        self.questions = {name: found for name, found in questions.items() if found}
 
-    def dense(self) -> dict[str, Any]:
-        """Figures of the dense decoder."""
+    @cached_property
+    def tasks(self) -> dict[str, ChoiceTask]:
+        """The choice tasks; studies without them need not make them."""
+        return {name: ChoiceTask(name, self.calibration) for name in TASKS}
+
+    @cached_property
+    def questions(self) -> dict[str, list[Choice]]:
+        """Questions on the evaluation text by task, of the tasks it has any of."""
+        questions = {name: task.questions(self.evaluation) for name, task in self.tasks.items()}
+        return {name: found for name, found in questions.items() if found}
+
+    def dense(self, *, choices: bool) -> dict[str, Any]:
+        """Figures of the dense decoder, those of the choice tasks too where they are asked for."""
         model = self._load(None)
-        return {**map_model(model).describe(), **self._measure(model), **self._choices(model)}
+        found = {**map_model(model).describe(), **self._measure(model)}
+        if choices:
+            found |= self._choices(model)
+            found |= {f"acc {name} by pairs": self.tasks[name].by_pairs(self.evaluation) for name in self.questions}
+        return found
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """A cell's points, JSON-ready; an error becomes the cell's result."""
