@@ -92,7 +92,7 @@ def loss_change(sums: torch.Tensor, first_order: torch.Tensor | float = 1.0) -> 
     return (sums[1] / 2 - first_order * sums[0]).float()
 
 
-def gate_sums(grads: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+def gate_sums(grads: torch.Tensor, curvature: torch.Tensor, units: torch.Tensor | None = None) -> torch.Tensor:
     """Sums over sequences that add up over batches: ``sum g_b``, ``sum c_b g_b^2`` and ``sum g_b^2``.
 
     For a loss that is a weighted sum over sequences of the mean NLL of ``n_b`` scored tokens, with weights ``w_b``,
@@ -101,13 +101,31 @@ def gate_sums(grads: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
 
     Args:
         grads: float32 [B, N], :func:`gate_grads` of every sequence's part of the loss.
-        curvature: floating point [B], the factors ``c_b``.
+        curvature: floating point [B], the factors ``c_b``; with units [U], theirs.
+        units: int64 [B] in [0, U), for sequences that are not independent (answers of one question): gradients of one
+            unit are added before they are squared, in a fixed order.
 
     Returns:
         float64 [3, N].
+
+    Raises:
+        ValueError: shapes that do not fit, or units out of range.
     """
     checks.check_matrix("grads", grads)
-    checks.check_same_shape("curvature", curvature, grads.shape[:1])
+    members = None
+    if units is None:
+        checks.check_same_shape("curvature", curvature, grads.shape[:1])
+    else:
+        checks.check_same_shape("units", units, grads.shape[:1])
+        # Looked at where that costs no wait.
+        if (
+            units.device.type == "cpu"
+            and units.numel()
+            and not 0 <= int(units.min()) <= int(units.max()) < len(curvature)
+        ):
+            raise ValueError(f"units must be from 0 to {len(curvature) - 1}, as many as there are factors")
+        numbers = torch.arange(len(curvature), device=grads.device)
+        members = (numbers[:, None] == units.to(grads.device)).double()
     sums = torch.empty(3, grads.shape[1], dtype=torch.float64, device=grads.device)
     factors = curvature.double()[:, None]
     columns = max(1, _CHUNK_ELEMENTS // max(1, grads.shape[0]))
@@ -115,6 +133,8 @@ def gate_sums(grads: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
         part = slice(start, start + columns)
         # In float64 before squaring: squares of small gradients would leave float32.
         wide = grads[:, part].double()
+        if members is not None:
+            wide = members @ wide
         sums[0, part] = wide.sum(0)
         squares = wide.square_()
         sums[2, part] = squares.sum(0)

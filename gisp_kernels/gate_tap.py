@@ -20,9 +20,11 @@ class GateTap(LinearTap):
 
     Attributes:
         curvature: gives the factors ``c_b`` of the running pass, [B], or ``None`` for the number of its tokens.
+        units: gives what sequences of the running pass are squared together, [B], or ``None`` where each is by itself.
     """
 
     curvature: Callable[[], torch.Tensor | None]
+    units: Callable[[], torch.Tensor | None]
 
     @property
     def needs(self) -> Needs:
@@ -100,14 +102,16 @@ class GateTap(LinearTap):
         if pending is None:
             return
         grads, tokens = pending
-        curvature = self.curvature()
+        curvature, units = self.curvature(), self.units()
+        if units is not None and (curvature is None or units.shape != grads.shape[:1]):
+            raise RuntimeError(f"units need curvature and one number for each of {len(grads)} sequences")
         if curvature is None:
             curvature = grads.new_full(grads.shape[:1], float(tokens))
-        elif curvature.shape != grads.shape[:1]:
+        elif units is None and curvature.shape != grads.shape[:1]:
             raise RuntimeError(
                 f"curvature has shape {tuple(curvature.shape)}, but group {self.name!r} saw {len(grads)} sequences"
             )
-        self.sums += gate_sums(grads, curvature.to(grads.device))
+        self.sums += gate_sums(grads, curvature.to(grads.device), units)
 
     def take_weight_grad(self, grad: torch.Tensor) -> None:
         """Hook of the weight: its gradient does not tell sequences apart.

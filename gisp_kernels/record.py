@@ -41,6 +41,9 @@ class ImportanceRecorder:
         curvature: mode ``second-order`` alone, to set before each backward pass: for every sequence of the batch the
             factor ``c_b`` of :func:`gisp_kernels.gate_sums`, [B]; ``None`` = the positions of the batch, for a loss
             that is the mean over them, without padding or labels that do not count.
+        units: mode ``second-order`` alone, to set with ``curvature``: int64 [B], the same number for sequences whose
+            gradients are added before they are squared, ``curvature`` then having a factor for every number; ``None`` =
+            every sequence by itself.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class ImportanceRecorder:
             raise ValueError(f"group names must be unique, got {names}")
         self.mode = mode
         self.curvature: torch.Tensor | None = None
+        self.units: torch.Tensor | None = None
         self._groups = groups
         self._scored = {
             group.name: (gate_projection(group),) if mode == "second-order" else group.projections for group in groups
@@ -68,6 +72,7 @@ class ImportanceRecorder:
                     )
                     if isinstance(tap, GateTap):
                         tap.curvature = self._current_curvature
+                        tap.units = self._current_units
                     self._taps[linear] = tap
                 self._taps[linear].add(projection)
         self._check_sharing()
@@ -172,6 +177,9 @@ class ImportanceRecorder:
 
     def _current_curvature(self) -> torch.Tensor | None:
         return self.curvature
+
+    def _current_units(self) -> torch.Tensor | None:
+        return self.units
 
     def _leave_backward(self) -> None:
         self._outermost = None

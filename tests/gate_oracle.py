@@ -6,6 +6,7 @@ Nothing of the package is imported but the structure map's names and shapes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,27 @@ def gate_scores(
         weights: of each sequence in the loss.
         groups: name, output projection and columns of a structure.
     """
+
+    def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> Callable[[Any], torch.Tensor]:
+        return lambda double: torch.nn.functional.cross_entropy(
+            double(ids[None]).logits[0, :-1], labels[1:], ignore_index=-100
+        )
+
+    tokens = [int((labels[1:] != -100).sum()) for _, labels in rows]
+    parts = [(loss_of(*row), w, n / abs(w)) for row, w, n in zip(rows, weights, tokens, strict=True)]
+    return unit_scores(model, parts, groups)
+
+
+def unit_scores(
+    model: Any,
+    parts: list[tuple[Callable[[Any], torch.Tensor], float, float]],
+    groups: list[tuple[str, torch.nn.Linear, int]],
+) -> dict[str, torch.Tensor]:
+    """``sum_u c_u g_u^2 / 2 - sum_u g_u`` of every gate, for a loss that is a weighted sum of independent parts.
+
+    Args:
+        parts: loss of a float64 model, its weight ``w``, and ``c``; ``g`` is the gradient of ``w`` times the loss.
+    """
     memo: dict[int, Any] = {}
     double = copy.deepcopy(model, memo).double().eval()
     gates, handles = {}, []
@@ -33,14 +55,10 @@ def gate_scores(
 
         handles.append(memo[id(linear)].register_forward_pre_hook(scale))
     found = {name: torch.zeros_like(gate) for name, gate in gates.items()}
-    for (ids, labels), weight in zip(rows, weights, strict=True):
-        logits = double(ids[None]).logits[0, :-1]
-        nll = torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100)
-        tokens = int((labels[1:] != -100).sum())
-        grads = torch.autograd.grad(nll, list(gates.values()))
+    for loss, weight, factor in parts:
+        grads = torch.autograd.grad(weight * loss(double), list(gates.values()))
         for name, grad in zip(gates, grads, strict=True):
-            # c_b g_b^2 = n_b / |w_b| * w_b^2 * grad^2
-            found[name] += tokens * abs(weight) * grad.square() / 2 - weight * grad
+            found[name] += factor * grad.square() / 2 - grad
     for handle in handles:
         handle.remove()
     return {name: values.detach() for name, values in found.items()}

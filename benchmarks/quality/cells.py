@@ -168,7 +168,8 @@ def task_cells(seeds: range, steps: int, batch_tokens: int = BATCH_TOKENS) -> li
     fast = {"steps": steps, "batch_tokens": batch_tokens}
     kinds = [("lm on text", "lm", "text")]
     for task in TASKS:
-        kinds += [(f"margin, {task}", "margin", task), (f"lm on the right ones, {task}", "lm", task)]
+        kinds += [(f"{objective}, {task}", objective, task) for objective in ("margin", "choice")]
+        kinds += [(f"lm on the right ones, {task}", "lm", task)]
     return [
         Cell(
             "task",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from benchmarks.quality.cells import Cell
 from benchmarks.quality.choices import TASKS, ChoiceTask
 from benchmarks.quality.distillation import Distillation
 from gisp.compensation import compensate
-from gisp.config import make_config
+from gisp.config import CHOOSING, make_config
 from gisp.data import Sequences
 from gisp.evaluation import perplexity
 from gisp.evaluation.choices import Choice, ChoiceAccuracy
@@ -150,8 +150,10 @@ class Runner:
             # Half of the set at most: seeds that draw all of it would be one seed.
             most = sum(len(ids) for ids, _ in self.calibration.rows) // 2
             return bench_data.drawn(self.calibration, min(cell.tokens, most), cell.seed)
-        task = self.tasks[kind]
-        return (task.examples if cell.options.get("objective") == "margin" else task.right_ones)(self.calibration)
+        task, objective = self.tasks[kind], cell.options.get("objective")
+        if objective not in CHOOSING:
+            return task.right_ones(self.calibration)
+        return replace(task.examples(self.calibration), compared=objective == "choice")
 
     def _load(self, dtype: str | None) -> Any:
         wanted = resolve_dtype(dtype or self.bench.dtype, self.device)

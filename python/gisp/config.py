@@ -56,8 +56,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 GQA_MODES = ("query", "balanced", "group")
 
 # lm: every token, or the completion's alone; completion: a completion's, plain text is refused; margin: gold against
-# wrong answers.
-OBJECTIVES = ("lm", "completion", "margin")
+# wrong answers; choice: how likely the gold one is among them.
+OBJECTIVES = ("lm", "completion", "margin", "choice")
+# Those that see wrong answers.
+CHOOSING = ("margin", "choice")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "preset": tuple(PRESETS),
@@ -104,7 +106,8 @@ class PruneConfig:
         seq_len: tokens per sequence; ``None`` = 256 for text, the row length for token files.
         batch_size: sequences per backward pass (``stream``: per microbatch), ``None`` = chosen.
         batch_tokens: tokens of one step of the ``stream`` engine.
-        objective: ``lm``, ``completion`` or ``margin``, or the qualified name (with a dot) of a user's own loss.
+        objective: ``lm``, ``completion``, ``margin`` or ``choice``, or the qualified name (with a dot) of a user's own
+            loss.
         protect_first: fraction of the layers protected at the input end, ``int(fraction * layers)``.
         protect_last: number of layers protected at the output end.
         align: width multiple for MLP channels.
@@ -196,7 +199,7 @@ class PruneConfig:
     def _check_criterion(self) -> None:
         """What does not go together with a criterion or with one shot."""
         criterion = f"--criterion {self.criterion}"
-        if (self.objective == "margin" or "." in self.objective) and self.criterion not in GRADIENT:
+        if (self.objective in CHOOSING or "." in self.objective) and self.criterion not in GRADIENT:
             raise GispError(
                 f"{criterion} sees no loss: --objective {self.objective} needs one of {', '.join(GRADIENT)}"
             )

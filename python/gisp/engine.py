@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from gisp.errors import GispError
 from gisp.first_order import averaged_batches, first_order_weights
 from gisp.fused_pass import Float8Products, ImportancePass, differs, why_not
 from gisp.objectives import (
+    IGNORED,
     SequenceLoss,
     evaluation_mode,
     objective_name,
@@ -23,6 +24,7 @@ from gisp.objectives import (
     sequence_curvature,
     sequence_nll,
 )
+from gisp.questions import Questions, Units
 from gisp.step_batches import StepBatches
 from gisp.structures import ModelMap
 from gisp_kernels import float8, loss_change, record_importance
@@ -55,6 +57,49 @@ class StepScores:
             torch.isfinite(torch.cat([*scores.values()])).all() if scores else torch.isfinite(loss),
             tokens,
         )
+
+
+@dataclass(frozen=True)
+class _StepRows:
+    """The sequences of a step.
+
+    Attributes:
+        numbers: of the sequences, the positions of the step.
+        weights: weight of each sequence's mean NLL in the loss.
+        questions: those of the positions whose answers are compared.
+        batches: stretches of positions that pass through the model together.
+        correction: what the weighted sum of NLL lacks to the loss.
+    """
+
+    numbers: list[int]
+    weights: list[float]
+    questions: Questions
+    batches: list[tuple[int, int]]
+    correction: float = 0.0
+
+    @classmethod
+    def of(cls, data: Sequences, steps: StepBatches, step: int) -> _StepRows:
+        """The rows of a step (1-based)."""
+        numbers, weights, places = steps.numbers(step), steps.weights(step), steps.questions(step)
+        questions = Questions.of(places, [data.signs[i] for i in numbers], weights)
+        return cls(numbers, weights, questions, list(steps.batches(numbers, places)))
+
+    @property
+    def units(self) -> int:
+        """Independent parts of the loss: questions and sequences that are no answers."""
+        return len(self.numbers) - sum(len(place) - 1 for place in self.questions.places)
+
+    @property
+    def opposed(self) -> bool:
+        """Whether sequences that are no answers of questions pull the other way."""
+        answers = {i for place in self.questions.places for i in place}
+        return any(weight < 0 for i, weight in enumerate(self.weights) if i not in answers)
+
+    def units_of(self, start: int, stop: int, labels: torch.Tensor) -> Units | None:
+        """What of a batch with these labels is squared as one; ``None`` where every sequence is by itself."""
+        if not self.questions.places:
+            return None
+        return self.questions.units(start, stop, sequence_curvature(labels, torch.tensor(self.weights[start:stop])))
 
 
 class Engine:
@@ -122,15 +167,16 @@ class Engine:
 
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
         """Scores of ``groups`` at a step."""
-        numbers, weights = self._steps.numbers(step), self._steps.weights(step)
-        batches = list(self._steps.batches(numbers))
+        rows = _StepRows.of(self._data, self._steps, step)
         # One backward pass needs no gradient buffer; several must be summed before the absolute value.
-        one_pass = self._steps.fresh and len(batches) == 1
+        one_pass = self._steps.fresh and len(rows.batches) == 1
         with deterministic():
+            if rows.questions.places:
+                rows = self._compared(rows)
             able = one_pass if self._score == "absolute" else self._score == "second-order"
-            written_out = self._written_out(numbers) if able else None
+            written_out = self._written_out(rows.numbers) if able else None
             if written_out is not None:
-                scores, loss, tokens = self._by_written_out(written_out, groups, numbers, weights)
+                scores, loss, tokens = self._by_written_out(written_out, groups, rows)
             else:
                 if self._fp8:
                     reason = self._pass_refused or f"--batch-size {self._batch_size} makes several batches of a step"
@@ -139,47 +185,68 @@ class Engine:
                 mode: Mode = "stream" if one_pass else "exact"
                 if self._score != "absolute":
                     mode = self._score
-                scores, loss, tokens = self._by_autograd(groups, numbers, weights, mode)
+                scores, loss, tokens = self._by_autograd(groups, rows, mode)
             if self._score == "second-order":
-                scores = self._loss_changes(scores, weights, step)
-        return StepScores.of(scores, loss, tokens)
+                scores = self._loss_changes(scores, rows, step)
+        return StepScores.of(scores, loss + rows.correction, tokens)
 
-    def _loss_changes(self, sums: dict[str, torch.Tensor], weights: list[float], step: int) -> dict[str, torch.Tensor]:
+    @torch.no_grad()
+    def _compared(self, rows: _StepRows) -> _StepRows:
+        """The rows with the weights that the answers' likelihoods give those of questions, by a forward pass."""
+        nll = torch.zeros(len(rows.numbers), dtype=torch.float64)
+        answers = [i for place in rows.questions.places for i in place]
+        with evaluation_mode(self._model):
+            for part in self._steps.small(rows.numbers, answers):
+                ids, labels = self._data.batch([rows.numbers[i] for i in part])
+                found = sequence_nll(self._model, ids.to(self._device), labels.to(self._device))
+                nll[part] = found.double().cpu()
+        tokens = [int((self._data.rows[i][1][1:] != IGNORED).sum()) for i in rows.numbers]
+        signs = [self._data.signs[i] for i in rows.numbers]
+        weights, correction = rows.questions.compare(nll, tokens, signs, rows.weights)
+        return replace(rows, weights=weights, correction=correction)
+
+    def _loss_changes(self, sums: dict[str, torch.Tensor], rows: _StepRows, step: int) -> dict[str, torch.Tensor]:
         """Predicted changes of the loss from sums over all sequences of a step."""
-        # One sequence tells nothing of its noise, and of sequences of both signs only differences should count.
-        if not sums or not self._shrunk or len(weights) < 2 or min(weights) < 0:
+        # One unit tells nothing of its noise, and of sequences of both signs only differences should count.
+        if not sums or not self._shrunk or rows.units < 2 or rows.opposed:
             return {name: loss_change(values) for name, values in sums.items()}
         batches = averaged_batches(self._ema, step) if self._steps.fresh else 1.0
         # Data seen again brings no new noise to average.
-        batches = min(batches, max(1.0, len(self._data.rows) / len(weights)))
-        trust = first_order_weights(sums, len(weights), batches)
+        batches = min(batches, max(1.0, len(self._data.rows) / len(rows.numbers)))
+        trust = first_order_weights(sums, rows.units, batches)
         return {name: loss_change(values, trust[name]) for name, values in sums.items()}
 
     def _by_written_out(
-        self, run: ImportancePass, groups: list[StructureGroup], numbers: list[int], weights: list[float]
+        self, run: ImportancePass, groups: list[StructureGroup], rows: _StepRows
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
         scored = [(group.name, group.count) for group in groups]
         total: dict[str, torch.Tensor] = {}
         loss, tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
-        for start, stop in self._steps.batches(numbers):
-            ids, labels = self._data.batch(numbers[start:stop])
-            score = run.gate_sums if self._score == "second-order" else run.score
-            found, part = score(ids, labels, weights[start:stop], scored)
+        for start, stop in rows.batches:
+            ids, labels = self._data.batch(rows.numbers[start:stop])
+            weights = rows.weights[start:stop]
+            if self._score == "second-order":
+                found, part = run.gate_sums(ids, labels, weights, scored, rows.units_of(start, stop, labels))
+            else:
+                found, part = run.score(ids, labels, weights, scored)
             total = {name: total[name] + values for name, values in found.items()} if total else found
             loss += part
             tokens += ids.numel()
         return total, loss, tokens
 
     def _by_autograd(
-        self, groups: list[StructureGroup], numbers: list[int], weights: list[float], mode: Mode
+        self, groups: list[StructureGroup], rows: _StepRows, mode: Mode
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         tokens = 0
         with frozen(self._model), record_importance(groups, mode=mode) as recorder:
-            for start, stop in self._steps.batches(numbers):
-                ids, labels = self._data.batch(numbers[start:stop])
-                weight = torch.tensor(weights[start:stop], device=self._device)
+            for start, stop in rows.batches:
+                ids, labels = self._data.batch(rows.numbers[start:stop])
+                weight = torch.tensor(rows.weights[start:stop], device=self._device)
                 recorder.curvature = sequence_curvature(labels.to(self._device), weight)
+                units = rows.units_of(start, stop, labels)
+                if units is not None:
+                    recorder.curvature, recorder.units = units.curvature, units.index
                 losses = self._losses(ids.to(self._device), labels.to(self._device))
                 loss = (losses * weight).sum()
                 # A block of a layer without any live structure passes no gradient on.

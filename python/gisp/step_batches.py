@@ -10,6 +10,8 @@ from gisp.structures import ModelMap
 
 # Logits of one pass over the whole set, in elements: bounds the largest temporary of the loss.
 _LOGIT_ELEMENTS = {"cuda": 2**29, "cpu": 2**24}
+# Logits of a forward pass alone, in elements.
+_FORWARD_ELEMENTS = 2**26
 # What autograd keeps of one pass for its backward, in bytes; of a large model a few sequences reach it.
 _ACTIVATION_BYTES = {"cuda": 2**33, "cpu": 2**32}
 
@@ -53,11 +55,29 @@ class StepBatches:
         """Weight in the step's loss of every sequence of :meth:`numbers`."""
         return self.data.weights(self._examples(step))
 
+    def small(self, numbers: list[int], positions: list[int]) -> Iterator[list[int]]:
+        """Positions in stretches whose logits are small, for a forward pass alone."""
+        if positions:
+            longest = max(len(self.data.rows[numbers[i]][0]) for i in positions)
+            size = max(1, _FORWARD_ELEMENTS // (self._vocab_size * longest))
+            for start in range(0, len(positions), size):
+                yield positions[start : start + size]
+
+    def questions(self, step: int) -> list[range]:
+        """Positions in :meth:`numbers` of examples whose answers are compared with one another."""
+        found, start = [], 0
+        for example in self._examples(step):
+            stop = start + len(self.data.examples[example])
+            if self.data.compares(example):
+                found.append(range(start, stop))
+            start = stop
+        return found
+
     def _examples(self, step: int) -> Sequence[int]:
         return self._sampler.numbers(step) if self._sampler else range(len(self.data.examples))
 
-    def batches(self, numbers: list[int]) -> Iterator[tuple[int, int]]:
-        """Consecutive stretches of ``numbers`` small enough for one pass."""
+    def batches(self, numbers: list[int], together: Sequence[range] = ()) -> Iterator[tuple[int, int]]:
+        """Consecutive stretches of ``numbers`` small enough for one pass; positions ``together`` are never parted."""
         size = self._batch_size
         if size is None and self._kind == "exact":
             longest = max(len(self.data.rows[i][0]) for i in numbers)
@@ -65,5 +85,11 @@ class StepBatches:
             tokens = min(_LOGIT_ELEMENTS[kind] // self._vocab_size, _ACTIVATION_BYTES[kind] // self._token_bytes)
             size = max(1, tokens // longest)
         size = size or len(numbers)
-        for start in range(0, len(numbers), size):
-            yield start, min(start + size, len(numbers))
+        inside = {position for place in together for position in place[1:]}
+        start = 0
+        while start < len(numbers):
+            stop = min(start + size, len(numbers))
+            while stop in inside:
+                stop += 1
+            yield start, stop
+            start = stop

@@ -9,7 +9,7 @@ import torch
 from compensation_oracle import kept_of
 from tiny import tiny_model, tiny_tokens
 
-from gisp.compensation import Compensation, CompensationOptions, fit_compensation
+from gisp.compensation import Compensation, CompensationOptions, fit_compensation, kfac
 from gisp.data import Sequences
 from gisp.structures import map_model
 
@@ -41,3 +41,20 @@ def test_steps_in_bfloat16() -> None:
     found = fitted(tiny_model("llama-gqa").to("cuda", torch.bfloat16), method="kfac", steps=2, tokens=256)
     assert all(update.weight.dtype == torch.bfloat16 for update in found.updates)
     assert found.steps[-1].after < found.steps[0].before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_repeat_bit_for_bit(dtype: torch.dtype) -> None:
+    one, other = (
+        fitted(tiny_model("llama-gqa").to("cuda", dtype), method="kfac", steps=2, tokens=256) for _ in range(2)
+    )
+    assert one.steps == other.steps
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(one.updates, other.updates, strict=True))
+
+
+def test_batches_fill_the_memory_they_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    model_map = map_model(tiny_model("llama-gqa").cuda())
+    rows = [(ids, ids) for ids in tiny_tokens(64, 32)]
+    assert [batch.ids.shape for batch in kfac._batches(model_map, rows)] == [(64, 32)]
+    monkeypatch.setattr(kfac, "_BATCH_BYTES", 1)
+    assert [batch.ids.shape for batch in kfac._batches(model_map, rows)] == [(8, 32)] * 8

@@ -40,7 +40,9 @@ def prune(
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens per step of the stream engine (8192).", rich_help_panel=_COMPUTE)
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="lm, completion or margin.", rich_help_panel=_SCORES)] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="lm, completion, margin or choice.", rich_help_panel=_SCORES)
+    ] = None,
     criterion: Annotated[
         str | None,
         typer.Option(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gisp.config import CHOOSING
 from gisp.data.cache import cache_entry, read_entry, write_entry
 from gisp.data.rows import kind_of_rows
 from gisp.data.sequences import Sequences
@@ -38,8 +40,8 @@ def load_sequences(
         vocab_size: token ids must lie below it.
         seq_len: sequences are cut to this length; ``None`` = token rows as they are, text in rows of 256.
         tokenizer_from: model folder or name whose tokenizer reads text.
-        objective: ``margin`` needs choices; ``lm`` and ``completion`` take their gold answer alone; ``completion``
-            needs something in front of what is scored. Tasks of a mixture may name their own.
+        objective: ``margin`` and ``choice`` need choices; ``lm`` and ``completion`` take their gold answer alone;
+            ``completion`` needs something in front of what is scored. Tasks of a mixture may name their own.
         held_out: of a source with several splits, take its test or validation split instead of the training split.
         seed: of the order in which a mixture takes its tasks' examples; without effect on anything else.
 
@@ -67,12 +69,12 @@ def load_sequences(
         sequences = from_token_file(Path(spec), vocab_size, seq_len)
     else:
         sequences = _from_rows(where, tokenizer_from, seq_len or DEFAULT_SEQ_LEN, objective, vocab_size, held_out)
-    if objective == "margin" and len(set(sequences.signs)) != 2:
-        raise GispError(f"{where}: --objective margin needs rows of context, choices and answer")
+    if objective in CHOOSING and len(set(sequences.signs)) != 2:
+        raise GispError(f"{where}: --objective {objective} needs rows of context, choices and answer")
     # Token rows whose labels leave nothing out are plain text.
     if objective == "completion" and not any(bool((labels == IGNORED).any()) for _, labels in sequences.rows):
         raise GispError(f"{where} scores every token: --objective completion needs labels of {IGNORED} for the prompt")
-    return sequences
+    return replace(sequences, compared=True) if objective == "choice" else sequences
 
 
 def _from_rows(
@@ -82,8 +84,8 @@ def _from_rows(
     kind = kind_of_rows(rows, spec)
     if objective == "completion" and kind == "text":
         raise GispError(f"{spec} is plain text: --objective completion needs prompts and completions, or choices")
-    if objective == "margin" and kind != "choices":
-        raise GispError(f"{spec}: --objective margin needs rows of context, choices and answer")
+    if objective in CHOOSING and kind != "choices":
+        raise GispError(f"{spec}: --objective {objective} needs rows of context, choices and answer")
     tokenizer = load_tokenizer(tokenizer_from, spec)
     entry = cache_entry(rows, tokenizer, seq_len, objective)
     sequences = read_entry(entry)

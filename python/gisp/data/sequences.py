@@ -45,12 +45,14 @@ class Sequences:
         examples: per example the sequence numbers it holds (the pieces of a row, or the gold and the wrong answers of
             a choice).
         parts: tasks of a mixture, in the order of their examples; empty where there is one task.
+        compared: objective ``choice``, of the only task: an example's answers are compared with one another.
     """
 
     rows: tuple[Row, ...]
     signs: tuple[int, ...]
     examples: tuple[tuple[int, ...], ...]
     parts: tuple[Part, ...] = ()
+    compared: bool = False
 
     @classmethod
     def plain(cls, rows: list[Row]) -> Sequences:
@@ -86,7 +88,7 @@ class Sequences:
             return self
         chosen = self.examples[:examples]
         last = max(max(rows) for rows in chosen) + 1
-        return Sequences(self.rows[:last], self.signs[:last], chosen)
+        return Sequences(self.rows[:last], self.signs[:last], chosen, compared=self.compared)
 
     def chosen(self, examples: Sequence[int]) -> Sequences:
         """Examples by number, in the given order, without what is not chosen."""
@@ -98,7 +100,13 @@ class Sequences:
             grouped.append(tuple(range(len(rows), len(rows) + len(old))))
             rows += [self.rows[i] for i in old]
             signs += [self.signs[i] for i in old]
-        return Sequences(tuple(rows), tuple(signs), tuple(grouped))
+        return Sequences(tuple(rows), tuple(signs), tuple(grouped), compared=self.compared)
+
+    def compares(self, example: int) -> bool:
+        """Whether the answers of an example are compared with one another."""
+        if not self.parts:
+            return self.compared
+        return self.parts[bisect_right(self._ends, example)].objective == "choice"
 
     def digest(self) -> str:
         """SHA-256 over all tokens, labels and signs, and the shares of a mixture's tasks."""
@@ -128,8 +136,7 @@ class Sequences:
         """
         if not self.parts:
             return row_weights([self.signs[i] for example in examples for i in self.examples[example]])
-        ends = list(accumulate(part.examples for part in self.parts))
-        part_of = [bisect_right(ends, example) for example in examples]
+        part_of = [bisect_right(self._ends, example) for example in examples]
         drawn, totals = Counter(part_of), self._signs_of_parts
         weights = []
         for k, example in zip(part_of, examples, strict=True):
@@ -137,6 +144,11 @@ class Sequences:
             scale = part.weight * (part.examples / drawn[k])
             weights += [scale * self.signs[i] / totals[k][self.signs[i]] for i in self.examples[example]]
         return weights
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Number of the example behind each task."""
+        return list(accumulate(part.examples for part in self.parts))
 
     @cached_property
     def _signs_of_parts(self) -> list[Counter[int]]:

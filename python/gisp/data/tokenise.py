@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from gisp.config import CHOOSING
 from gisp.data.chat import conversation, last_turn
 from gisp.data.rows import Kind
 from gisp.data.sequences import Row, Sequences
@@ -99,7 +100,7 @@ def _choices(rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, objective
             asked = [row["context"]] * len(row["choices"])
         for i, choice in enumerate(map(str, row["choices"])):
             gold = i == row["answer"]
-            if not gold and objective != "margin":
+            if not gold and objective not in CHOOSING:
                 continue
             if asked is None:
                 pair = last_turn(tokenizer, [*row["messages"], {"role": "assistant", "content": choice}], spec)

@@ -20,6 +20,7 @@ from gisp.fused_pass.memory import layers_to_recompute
 from gisp.fused_pass.mlp_block import MLPBlock, MLPState
 from gisp.fused_pass.products import Products
 from gisp.fused_pass.wanted import Wanted
+from gisp.questions import Units
 from gisp.structures import LayerMap, ModelMap
 from gisp_kernels import gate_sums
 
@@ -99,12 +100,18 @@ class ImportancePass:
 
     @torch.no_grad()
     def gate_sums(
-        self, ids: torch.Tensor, labels: torch.Tensor, row_weights: list[float], scored: Sequence[tuple[str, int]]
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        row_weights: list[float],
+        scored: Sequence[tuple[str, int]],
+        units: Units | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """What second-order scores are made of; no weight gradient is formed.
 
         Args:
             ids, labels, row_weights, scored: as of :meth:`score`.
+            units: what is squared as one, every sequence by itself where there are none.
 
         Returns:
             Group name -> float64 [3, count] on the device, see :func:`gisp_kernels.gate_sums`, and the loss.
@@ -113,7 +120,9 @@ class ImportancePass:
         gates = torch.zeros(batch.rows, sum(count for _, count in scored), dtype=torch.float32, device=batch.ids.device)
         parts = _parts(scored, gates)
         loss = self._backward(batch, {name: Wanted(gates=part) for name, part in parts.items()})
-        return _parts(scored, gate_sums(gates, batch.curvature)), loss
+        if units is None:
+            return _parts(scored, gate_sums(gates, batch.curvature)), loss
+        return _parts(scored, gate_sums(gates, units.curvature.to(gates.device), units.index)), loss
 
     def _backward(self, batch: PassBatch, wanted: dict[str, Wanted]) -> torch.Tensor:
         """Fill what is wanted of every group; the loss, 0-dim float64."""

@@ -1,0 +1,178 @@
+"""Objective choice: losses, scores of every kind and batching against autograd over the likelihoods of answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from gate_oracle import unit_scores
+from objective_oracle import double_model, gradients, mean_nll, scores
+from tiny import VOCAB, tiny_model, tiny_tokens
+from word_tokenizer import save_tokenizer
+
+import gisp
+from gisp.cli import main
+from gisp.data import Part, Sequences, load_sequences
+from gisp.engine import Engine
+from gisp.objectives import IGNORED
+from gisp.questions import Questions
+from gisp.step_batches import StepBatches
+from gisp.structures import map_model
+from gisp_kernels.gate_tap import gate_projection
+
+SIGNS = (1, -1, -1, -1, 1, -1, 1, 1, -1)
+EXAMPLES = ((0, 1, 2), (3, 4), (6, 5), (8, 7))
+
+
+def answers(parts: tuple[Part, ...] = ()) -> Sequences:
+    """Questions of two and three answers of several lengths; the last one has its right answer last."""
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for number in range(9):
+        ids = torch.randint(0, VOCAB, (5 + number,), generator=generator)
+        labels = ids.clone()
+        labels[: -1 - number % 3] = IGNORED
+        rows.append((ids, labels))
+    return Sequences(tuple(rows), SIGNS, EXAMPLES, parts, compared=not parts)
+
+
+def question_loss(model: Any, data: Sequences, example: tuple[int, ...]) -> torch.Tensor:
+    """By the definition: minus the logarithm of the right answer's share of the likelihood."""
+    likelihoods = {}
+    for i in example:
+        ids, labels = data.rows[i]
+        logits = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        scored = [(t, int(token)) for t, token in enumerate(labels[1:]) if token != IGNORED]
+        likelihoods[i] = torch.stack([logits[t, token] for t, token in scored]).sum().exp()
+    (right,) = (i for i in example if data.signs[i] > 0)
+    return -(likelihoods[right] / sum(likelihoods.values())).log()
+
+
+def mixed() -> Sequences:
+    """Three rows of text, then the questions."""
+    text = Sequences.plain([(ids, ids) for ids in tiny_tokens(3, 7)])
+    return Sequences.mixture([(Part("text", "lm", 0.6, 3), text), (Part("questions", "choice", 0.4, 4), answers())])
+
+
+def weighted_parts(data: Sequences) -> list[tuple[Any, float, float]]:
+    """Loss, weight and factor of the squares of everything independent in the loss."""
+    parts: list[tuple[Any, float, float]] = []
+    for number, example in enumerate(data.examples):
+        if not data.compares(number):
+            n = len(data.rows[example[0]][0]) - 1
+            parts.append((lambda m, e=example: mean_nll(m, *data.rows[e[0]]), 0.6 / 3, n / (0.6 / 3)))
+        else:
+            weight = 0.4 / 4 if data.parts else 1 / 4
+            parts.append((lambda m, e=example: question_loss(m, data, e), weight, 1 / weight))
+    return parts
+
+
+@pytest.mark.parametrize("make", [answers, mixed])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, None])
+@pytest.mark.parametrize("kind", ["exact", "stream"])
+def test_scores_are_those_of_the_likelihood(make: Any, batch_size: int | None, kind: str) -> None:
+    model, data = tiny_model(), make()
+    oracle, groups = double_model()
+    loss = sum(weight * part(oracle) for part, weight, _ in weighted_parts(data))
+    engine = Engine(map_model(model), data, kind=kind, batch_size=batch_size, batch_tokens=10**6, seed=0)
+    found = engine.score(1, map_model(model).groups)
+    assert engine.refused is None
+    assert found.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for name, expected in scores(groups, gradients(loss, groups)).items():
+        torch.testing.assert_close(found.scores[name].double(), expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [answers, mixed])
+@pytest.mark.parametrize("batch_size", [1, 4, None])
+@pytest.mark.parametrize("by_autograd", [True, False])
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
+def test_a_question_is_squared_as_one(make: Any, batch_size: int | None, by_autograd: bool, family: str) -> None:
+    model, data = tiny_model(family), make()
+    model_map = map_model(model)
+    groups = [(g.name, p.linear, p.block) for g in model_map.groups if (p := gate_projection(g))]
+    expected = unit_scores(model, weighted_parts(data), groups)
+    engine = Engine(
+        model_map, data, kind="exact", batch_size=batch_size, batch_tokens=8192, seed=0, score="second-order"
+    )
+    if by_autograd:
+        engine._pass_refused = "asked to"
+    found = engine.score(1, model_map.groups).scores
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name].double(), values, rtol=1e-4, atol=2e-6 * float(values.abs().max()))
+
+
+def test_noise_is_that_of_questions() -> None:
+    model_map = map_model(tiny_model())
+    options: dict[str, Any] = {"kind": "stream", "batch_size": None, "batch_tokens": 10**6, "seed": 0}
+    options["score"] = "second-order"
+    plain, shrunk = (
+        Engine(model_map, answers(), shrunk=s, **options).score(1, model_map.groups) for s in (False, True)
+    )
+    assert any(not torch.equal(plain.scores[name], shrunk.scores[name]) for name in plain.scores)
+    opposed = Sequences.mixture(
+        [
+            (Part("questions", "choice", 0.5, 4), answers()),
+            (Part("margin", "margin", 0.5, 4), Sequences(answers().rows, answers().signs, EXAMPLES)),
+        ]
+    )
+    plain, shrunk = (Engine(model_map, opposed, shrunk=s, **options).score(1, model_map.groups) for s in (False, True))
+    assert all(torch.equal(plain.scores[name], shrunk.scores[name]) for name in plain.scores)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
+def test_a_question_is_never_parted(size: int) -> None:
+    data = answers()
+    steps = StepBatches(map_model(tiny_model()), data, kind="exact", batch_size=size, tokens=1, seed=0)
+    places = steps.questions(1)
+    assert [[steps.numbers(1)[i] for i in place] for place in places] == [list(example) for example in EXAMPLES]
+    batches = list(steps.batches(steps.numbers(1), places))
+    assert [i for start, stop in batches for i in range(start, stop)] == list(range(9))
+    assert all(any(start <= place.start and place.stop <= stop for start, stop in batches) for place in places)
+    assert all(stop - start <= max(size + 2, 3) for start, stop in batches)
+
+
+def test_weights_of_answers_from_chance_to_certainty() -> None:
+    questions = Questions.of([range(0, 4)], [-1, 1, -1, -1], [-0.5 / 3, 0.5, -0.5 / 3, -0.5 / 3])
+    assert questions.weights == (0.5,)
+    for nll, wanted, loss in (
+        # Where nothing is known: margin's weights, by three quarters.
+        ([2.0, 2.0, 2.0, 2.0], [-0.125, 0.375, -0.125, -0.125], 0.5 * math.log(4)),
+        ([300.0, 1.0, 300.0, 300.0], [0, 0, 0, 0], 0),
+        ([0.0, 800.0, 900.0, 900.0], [-0.5, 0.5, 0, 0], 400),
+    ):
+        values = torch.tensor(nll, dtype=torch.float64)
+        weights, correction = questions.compare(values, [1] * 4, [-1, 1, -1, -1], [7.0] * 4)
+        assert weights == pytest.approx(wanted, abs=1e-12)
+        total = sum(w * v for w, v in zip(weights, nll, strict=True)) + correction
+        assert total == pytest.approx(loss, abs=1e-9)
+
+
+def test_data_and_runs(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    model.mkdir()
+    save_tokenizer(model)
+    tiny_model().save_pretrained(model)
+    rows = [{"context": "the cat", "choices": ["ran", "sat on", "mat"], "answer": n % 3} for n in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):  # read, then from the cache
+        found = load_sequences(str(data), vocab_size=VOCAB, seq_len=None, tokenizer_from=str(model), objective="choice")
+        assert found.signs[:3] == (1, -1, -1) and found.examples[0] == (0, 1, 2)
+        assert found.compares(0) and found.first(2).compares(1) and found.chosen([1, 0]).compares(0)
+    options = ["--sparsity", "0.2", "--steps", "3", "--device", "cpu", "--align", "1"]
+    common = ["prune", str(model), "--data", str(data), *options]
+    for criterion in ("second-order", "gisp", "signed", "taylor-local"):
+        out = tmp_path / criterion
+        assert main([*common, "--objective", "choice", "--criterion", criterion, "--out", str(out)]) == 0
+        trajectory = gisp.Trajectory.load(out)
+        assert trajectory.config["objective"] == "choice" and 0 < trajectory.steps[0].loss < 20
+    capsys.readouterr()
+    out = tmp_path / "bad"
+    assert main([*common, "--objective", "choice", "--criterion", "wanda-sp", "--out", str(out)]) == 2
+    assert "--criterion wanda-sp sees no loss: --objective choice needs" in capsys.readouterr().err
+    data.write_text('{"text": "the cat sat on the mat"}\n')
+    assert main([*common, "--objective", "choice", "--out", str(out)]) == 2
+    assert "--objective choice needs rows of context, choices and answer" in capsys.readouterr().err
+    assert not out.exists()
