@@ -39,6 +39,28 @@ def answers(parts: tuple[Part, ...] = ()) -> Sequences:
     return Sequences(tuple(rows), SIGNS, EXAMPLES, parts, compared=not parts)
 
 
+def letters(contexts: tuple[int, ...] = (6, 4, 9, 5)) -> Sequences:
+    """Questions answered by one token; of the second one answer stands behind another context, of the last it is long.
+
+    The right answer is the first, the second, the third and the first one.
+    """
+    generator = torch.Generator().manual_seed(7)
+    rows, signs, examples = [], [], []
+    for number, length in enumerate(contexts):
+        context = torch.randint(0, VOCAB, (length,), generator=generator)
+        first = len(rows)
+        for answer in range(4):
+            head = context.clone()
+            if (number, answer) == (1, 2):
+                head[0] = (head[0] + 1) % VOCAB
+            tail = torch.tensor([11 + answer] * (2 if (number, answer) == (3, 1) else 1))
+            labels = torch.cat((torch.full_like(head, IGNORED), tail))
+            rows.append((torch.cat((head, tail)), labels))
+            signs.append(1 if answer == number % 3 else -1)
+        examples.append(tuple(range(first, first + 4)))
+    return Sequences(tuple(rows), tuple(signs), tuple(examples), compared=True)
+
+
 def question_loss(model: Any, data: Sequences, example: tuple[int, ...]) -> torch.Tensor:
     """By the definition: minus the logarithm of the right answer's share of the likelihood."""
     likelihoods = {}
@@ -70,7 +92,7 @@ def weighted_parts(data: Sequences) -> list[tuple[Any, float, float]]:
     return parts
 
 
-@pytest.mark.parametrize("make", [answers, mixed])
+@pytest.mark.parametrize("make", [answers, letters, mixed])
 @pytest.mark.parametrize("batch_size", [1, 2, 4, None])
 @pytest.mark.parametrize("kind", ["exact", "stream"])
 def test_scores_are_those_of_the_likelihood(make: Any, batch_size: int | None, kind: str) -> None:
@@ -85,7 +107,7 @@ def test_scores_are_those_of_the_likelihood(make: Any, batch_size: int | None, k
         torch.testing.assert_close(found.scores[name].double(), expected, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("make", [answers, mixed])
+@pytest.mark.parametrize("make", [answers, letters, mixed])
 @pytest.mark.parametrize("batch_size", [1, 4, None])
 @pytest.mark.parametrize("by_autograd", [True, False])
 @pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
@@ -102,6 +124,26 @@ def test_a_question_is_squared_as_one(make: Any, batch_size: int | None, by_auto
     found = engine.score(1, model_map.groups).scores
     for name, values in expected.items():
         torch.testing.assert_close(found[name].double(), values, rtol=1e-4, atol=2e-6 * float(values.abs().max()))
+
+
+def test_answers_of_one_token_share_a_pass() -> None:
+    data = letters()
+    assert [data.leaders(number) for number in range(4)] == [(0, 0, 0, 0), (0, 0, 2, 0), (0, 0, 0, 0), (0, 1, 0, 0)]
+    assert [data.tokens_of(number) for number in range(4)] == [7, 10, 10, 6 + 7]
+    apart = Sequences(data.rows, data.signs, data.examples)
+    assert apart.leaders(0) == (0, 1, 2, 3) and apart.tokens_of(0) == 28
+    model_map = map_model(tiny_model())
+    options: dict[str, Any] = {"kind": "stream", "batch_size": None, "batch_tokens": 10**6, "seed": 0}
+    shared, by_autograd = (Engine(model_map, data, score="second-order", shrunk=True, **options) for _ in range(2))
+    by_autograd._pass_refused = "asked to"
+    one, other = (engine.score(1, model_map.groups) for engine in (shared, by_autograd))
+    # Six sequences as long as the longest, and all sixteen.
+    assert (one.tokens, other.tokens) == (6 * 10, 16 * 10)
+    assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-6)
+    for name, values in other.scores.items():
+        torch.testing.assert_close(one.scores[name], values, rtol=1e-4, atol=1e-5 * float(values.abs().max()))
+    few = Engine(model_map, data, **{**options, "batch_tokens": 20})
+    assert len(few._steps.questions(1)) == 2
 
 
 def test_noise_is_that_of_questions() -> None:

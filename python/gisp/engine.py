@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -15,17 +11,18 @@ from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.first_order import averaged_batches, first_order_weights
 from gisp.fused_pass import Float8Products, ImportancePass, differs, why_not
+from gisp.modes import deterministic, evaluation_mode, frozen
 from gisp.objectives import (
     IGNORED,
     SequenceLoss,
-    evaluation_mode,
+    answer_nll,
     objective_name,
     own_losses,
     sequence_curvature,
     sequence_nll,
 )
-from gisp.questions import Questions, Units
 from gisp.step_batches import StepBatches
+from gisp.step_rows import StepRows
 from gisp.structures import ModelMap
 from gisp_kernels import float8, loss_change, record_importance
 from gisp_kernels.groups import StructureGroup
@@ -57,49 +54,6 @@ class StepScores:
             torch.isfinite(torch.cat([*scores.values()])).all() if scores else torch.isfinite(loss),
             tokens,
         )
-
-
-@dataclass(frozen=True)
-class _StepRows:
-    """The sequences of a step.
-
-    Attributes:
-        numbers: of the sequences, the positions of the step.
-        weights: weight of each sequence's mean NLL in the loss.
-        questions: those of the positions whose answers are compared.
-        batches: stretches of positions that pass through the model together.
-        correction: what the weighted sum of NLL lacks to the loss.
-    """
-
-    numbers: list[int]
-    weights: list[float]
-    questions: Questions
-    batches: list[tuple[int, int]]
-    correction: float = 0.0
-
-    @classmethod
-    def of(cls, data: Sequences, steps: StepBatches, step: int) -> _StepRows:
-        """The rows of a step (1-based)."""
-        numbers, weights, places = steps.numbers(step), steps.weights(step), steps.questions(step)
-        questions = Questions.of(places, [data.signs[i] for i in numbers], weights)
-        return cls(numbers, weights, questions, list(steps.batches(numbers, places)))
-
-    @property
-    def units(self) -> int:
-        """Independent parts of the loss: questions and sequences that are no answers."""
-        return len(self.numbers) - sum(len(place) - 1 for place in self.questions.places)
-
-    @property
-    def opposed(self) -> bool:
-        """Whether sequences that are no answers of questions pull the other way."""
-        answers = {i for place in self.questions.places for i in place}
-        return any(weight < 0 for i, weight in enumerate(self.weights) if i not in answers)
-
-    def units_of(self, start: int, stop: int, labels: torch.Tensor) -> Units | None:
-        """What of a batch with these labels is squared as one; ``None`` where every sequence is by itself."""
-        if not self.questions.places:
-            return None
-        return self.questions.units(start, stop, sequence_curvature(labels, torch.tensor(self.weights[start:stop])))
 
 
 class Engine:
@@ -167,7 +121,7 @@ class Engine:
 
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
         """Scores of ``groups`` at a step."""
-        rows = _StepRows.of(self._data, self._steps, step)
+        rows = StepRows.of(self._data, self._steps, step)
         # One backward pass needs no gradient buffer; several must be summed before the absolute value.
         one_pass = self._steps.fresh and len(rows.batches) == 1
         with deterministic():
@@ -191,21 +145,31 @@ class Engine:
         return StepScores.of(scores, loss + rows.correction, tokens)
 
     @torch.no_grad()
-    def _compared(self, rows: _StepRows) -> _StepRows:
+    def _compared(self, rows: StepRows) -> StepRows:
         """The rows with the weights that the answers' likelihoods give those of questions, by a forward pass."""
         nll = torch.zeros(len(rows.numbers), dtype=torch.float64)
-        answers = [i for place in rows.questions.places for i in place]
+        led: dict[int, list[int]] = {}
+        for i in (i for place in rows.questions.places for i in place):
+            led.setdefault(rows.leaders[i], []).append(i)
         with evaluation_mode(self._model):
-            for part in self._steps.small(rows.numbers, answers):
+            for part in self._steps.small(rows.numbers, [*led]):
                 ids, labels = self._data.batch([rows.numbers[i] for i in part])
-                found = sequence_nll(self._model, ids.to(self._device), labels.to(self._device))
-                nll[part] = found.double().cpu()
-        tokens = [int((self._data.rows[i][1][1:] != IGNORED).sum()) for i in rows.numbers]
+                others = [(number, i) for number, leader in enumerate(part) for i in led[leader] if i != leader]
+                tokens = [int(self._data.rows[rows.numbers[i]][0][-1]) for _, i in others]
+                inputs = (
+                    ids,
+                    labels,
+                    torch.tensor([number for number, _ in others]).long(),
+                    torch.tensor(tokens).long(),
+                )
+                found = answer_nll(self._model, *(tensor.to(self._device) for tensor in inputs))
+                nll[part + [i for _, i in others]] = torch.cat(found).double().cpu()
+        counts = [int((self._data.rows[i][1][1:] != IGNORED).sum()) for i in rows.numbers]
         signs = [self._data.signs[i] for i in rows.numbers]
-        weights, correction = rows.questions.compare(nll, tokens, signs, rows.weights)
+        weights, correction = rows.questions.compare(nll, counts, signs, rows.weights)
         return replace(rows, weights=weights, correction=correction)
 
-    def _loss_changes(self, sums: dict[str, torch.Tensor], rows: _StepRows, step: int) -> dict[str, torch.Tensor]:
+    def _loss_changes(self, sums: dict[str, torch.Tensor], rows: StepRows, step: int) -> dict[str, torch.Tensor]:
         """Predicted changes of the loss from sums over all sequences of a step."""
         # One unit tells nothing of its noise, and of sequences of both signs only differences should count.
         if not sums or not self._shrunk or rows.units < 2 or rows.opposed:
@@ -217,25 +181,27 @@ class Engine:
         return {name: loss_change(values, trust[name]) for name, values in sums.items()}
 
     def _by_written_out(
-        self, run: ImportancePass, groups: list[StructureGroup], rows: _StepRows
+        self, run: ImportancePass, groups: list[StructureGroup], rows: StepRows
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
         scored = [(group.name, group.count) for group in groups]
         total: dict[str, torch.Tensor] = {}
         loss, tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
         for start, stop in rows.batches:
-            ids, labels = self._data.batch(rows.numbers[start:stop])
-            weights = rows.weights[start:stop]
+            positions = range(start, stop)
+            led = rows.led(positions)
+            ids, labels = self._data.batch([rows.numbers[i] for i in led])
+            weights, further = [rows.weights[i] for i in led], rows.further(positions, led, self._data)
             if self._score == "second-order":
-                found, part = run.gate_sums(ids, labels, weights, scored, rows.units_of(start, stop, labels))
+                found, part = run.gate_sums(ids, labels, weights, scored, rows.units_of(led, labels), further)
             else:
-                found, part = run.score(ids, labels, weights, scored)
+                found, part = run.score(ids, labels, weights, scored, further)
             total = {name: total[name] + values for name, values in found.items()} if total else found
             loss += part
             tokens += ids.numel()
         return total, loss, tokens
 
     def _by_autograd(
-        self, groups: list[StructureGroup], rows: _StepRows, mode: Mode
+        self, groups: list[StructureGroup], rows: StepRows, mode: Mode
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int]:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         tokens = 0
@@ -244,7 +210,7 @@ class Engine:
                 ids, labels = self._data.batch(rows.numbers[start:stop])
                 weight = torch.tensor(rows.weights[start:stop], device=self._device)
                 recorder.curvature = sequence_curvature(labels.to(self._device), weight)
-                units = rows.units_of(start, stop, labels)
+                units = rows.units_of([*range(start, stop)], labels)
                 if units is not None:
                     recorder.curvature, recorder.units = units.curvature, units.index
                 losses = self._losses(ids.to(self._device), labels.to(self._device))
@@ -276,37 +242,3 @@ class Engine:
                 else:
                     self._pass_refused = f"its last hidden state is off by {distance:.1e}"
         return self._pass
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Deterministic kernels; the settings as before afterwards."""
-    algorithms = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
-    switches: Any = torch.utils.deterministic
-    fill = switches.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # Attention backward passes are deterministic only in the strict mode; a warning would not make them so.
-    torch.use_deterministic_algorithms(True)
-    switches.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
-        switches.fill_uninitialized_memory = fill
-
-
-@contextlib.contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient for any parameter; everything as before afterwards.
-
-    With no parameter needing a gradient the backward pass ends at the first scored layer.
-    """
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        with evaluation_mode(model):
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

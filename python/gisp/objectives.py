@@ -7,8 +7,7 @@ in which tokens of which rows are scored (:mod:`gisp.data`) and in the sequences
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,18 +45,6 @@ def own_losses(loss: SequenceLoss, model: Any, input_ids: torch.Tensor, labels: 
     return losses.float()
 
 
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, each as it was afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
 def sequence_nll(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean NLL in nats of each sequence's scored tokens, fp32 [B].
 
@@ -66,7 +53,26 @@ def sequence_nll(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor
         input_ids: int64 [B, S], padded on the right.
         labels: int64 [B, S]; token ``t`` is predicted from tokens before it, -100 is not scored.
     """
+    return _mean_nll(model(input_ids=input_ids, use_cache=False).logits, labels)
+
+
+def answer_nll(
+    model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sequence_nll`, and the NLL of other tokens in the place of the last one of some sequences, fp32 [M].
+
+    Args:
+        rows: int64 [M], numbers of the sequences.
+        tokens: int64 [M], the other tokens.
+    """
     logits = model(input_ids=input_ids, use_cache=False).logits
+    # What predicts the last token stands before it.
+    last = (labels != IGNORED).long().cumsum(1).argmax(1) - 1
+    behind = logits[rows, last[rows]].float().log_softmax(-1)
+    return _mean_nll(logits, labels), -behind.gather(1, tokens[:, None])[:, 0]
+
+
+def _mean_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     targets = labels[:, 1:]
     losses = functional.cross_entropy(
         logits[:, :-1].float().reshape(-1, logits.shape[-1]),

@@ -72,22 +72,24 @@ class Questions:
             correction += weight * float(-logarithms[right] - (factors * total).sum())
         return found, correction
 
-    def units(self, start: int, stop: int, curvature: torch.Tensor) -> Units:
-        """Units of the sequences from ``start`` to ``stop``, which hold questions whole.
+    def units(self, positions: Sequence[int], curvature: torch.Tensor) -> Units:
+        """Units of a batch of sequences that holds questions whole, in the order of their positions.
 
         Args:
-            curvature: float32 [stop - start], factors of the sequences, taken for those that are no answers.
+            curvature: float32 [B], factors of the sequences, taken for those that are no answers.
         """
-        owner = {i: number for number, place in enumerate(self.places) for i in place if start <= i < stop}
+        owner = {i: number for number, place in enumerate(self.places) for i in place}
         index: list[int] = []
         factors: list[torch.Tensor] = []
-        for i in range(start, stop):
+        last = None
+        for i, factor in zip(positions, curvature, strict=True):
             number = owner.get(i)
             if number is None:
-                factors.append(curvature[i - start])
-            elif i == self.places[number].start:
+                factors.append(factor)
+            elif number != last:
                 # The likelihood of one decision.
                 factors.append(curvature.new_tensor(1 / self.weights[number]))
+            last = number
             index.append(len(factors) - 1)
         return Units(torch.tensor(index, device=curvature.device), torch.stack(factors))
 

@@ -52,8 +52,7 @@ class StratifiedSampler:
         self._firsts = list(accumulate((part.examples for part in parts), initial=0))[:-1]
         self._samplers = []
         for number, (first, part) in enumerate(zip(self._firsts, parts, strict=True)):
-            own = data.examples[first : first + part.examples]
-            tokens = sum(len(data.rows[i][0]) for example in own for i in example)
+            tokens = sum(data.tokens_of(example) for example in range(first, first + part.examples))
             per_step = max(1, round(part.weight * batch_tokens / (tokens / part.examples)))
             self._samplers.append(Sampler(part.examples, per_step, seed + number * _SEED_STRIDE))
 

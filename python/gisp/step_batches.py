@@ -73,6 +73,14 @@ class StepBatches:
             start = stop
         return found
 
+    def leaders(self, step: int) -> list[int]:
+        """For every position the one whose pass it may share, see :meth:`gisp.data.Sequences.leaders`."""
+        found: list[int] = []
+        for example in self._examples(step):
+            start = len(found)
+            found += [start + leader for leader in self.data.leaders(example)]
+        return found
+
     def _examples(self, step: int) -> Sequence[int]:
         return self._sampler.numbers(step) if self._sampler else range(len(self.data.examples))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_questions import answers, mixed
+from test_questions import answers, letters, mixed
 from tiny import tiny_model
 
 from gisp.engine import Engine
@@ -23,7 +23,7 @@ def scored(device: str, data: Any, **options: Any) -> Any:
     return found
 
 
-@pytest.mark.parametrize("make", [answers, mixed])
+@pytest.mark.parametrize("make", [answers, letters, mixed])
 @pytest.mark.parametrize("score", ["absolute", "second-order", "signed"])
 def test_scores_are_those_of_the_cpu(make: Any, score: str) -> None:
     options: dict[str, Any] = {"score": score, "shrunk": score == "second-order"}

@@ -29,8 +29,8 @@ from gisp.compensation.options import CompensationOptions
 from gisp.compensation.streams import Batch, exact_products, make_batches, projections
 from gisp.compensation.updates import BlockUpdate
 from gisp.data import Row, Sequences
-from gisp.engine import deterministic, frozen
 from gisp.errors import GispError
+from gisp.modes import deterministic, frozen
 from gisp.structures import ModelMap
 
 # Activations of a batch are kept for the backward pass at the dense width: roughly 64 bytes per layer and dimension of

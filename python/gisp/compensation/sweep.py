@@ -14,7 +14,7 @@ from gisp.compensation.streams import Batch, Block, Decoder, exact_products, mak
 from gisp.compensation.updates import BlockUpdate, Kept, OnBlock
 from gisp.data import Sequences
 from gisp.errors import GispError
-from gisp.objectives import evaluation_mode
+from gisp.modes import evaluation_mode
 from gisp.structures import LayerMap, ModelMap
 
 

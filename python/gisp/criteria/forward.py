@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
-from gisp.engine import deterministic
-from gisp.objectives import evaluation_mode, sequence_nll
+from gisp.modes import deterministic, evaluation_mode
+from gisp.objectives import sequence_nll
 from gisp.step_batches import StepBatches
 from gisp.structures import ModelMap
 from gisp_kernels.groups import Projection, StructureGroup

@@ -108,6 +108,19 @@ class Sequences:
             return self.compared
         return self.parts[bisect_right(self._ends, example)].objective == "choice"
 
+    def leaders(self, example: int) -> tuple[int, ...]:
+        """For every sequence of an example the one, by its place in the example, whose pass it shares.
+
+        Answers of one token behind the same context take one pass together where answers are compared: the model reads
+        the same for all of them.
+        """
+        return self._leaders[example] if self.compares(example) else tuple(range(len(self.examples[example])))
+
+    def tokens_of(self, example: int) -> int:
+        """Tokens of an example that pass through the model, shared ones once."""
+        own = self.examples[example]
+        return sum(len(self.rows[own[i]][0]) for i in set(self.leaders(example)))
+
     def digest(self) -> str:
         """SHA-256 over all tokens, labels and signs, and the shares of a mixture's tasks."""
         digest = hashlib.sha256()
@@ -146,6 +159,12 @@ class Sequences:
         return weights
 
     @cached_property
+    def _leaders(self) -> dict[int, tuple[int, ...]]:
+        """Leaders of the examples whose answers are compared."""
+        compared = (number for number in range(len(self.examples)) if self.compares(number))
+        return {number: _sharing([self.rows[i] for i in self.examples[number]]) for number in compared}
+
+    @cached_property
     def _ends(self) -> list[int]:
         """Number of the example behind each task."""
         return list(accumulate(part.examples for part in self.parts))
@@ -158,3 +177,15 @@ class Sequences:
             Counter(self.signs[i] for example in islice(examples, part.examples) for i in example)
             for part in self.parts
         ]
+
+
+def _sharing(rows: Sequence[Row]) -> tuple[int, ...]:
+    """For every row the first one that the model reads the same of, where the last token alone is scored."""
+    found: dict[bytes, int] = {}
+    leaders = []
+    for number, (ids, labels) in enumerate(rows):
+        if len(ids) < 2 or int((labels != IGNORED).sum()) != 1 or int(labels[-1]) == IGNORED:
+            leaders.append(number)
+        else:
+            leaders.append(found.setdefault(ids[:-1].numpy().tobytes(), number))
+    return tuple(leaders)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from gisp.evaluation.batches import length_batches
-from gisp.objectives import evaluation_mode
+from gisp.modes import evaluation_mode
 
 
 class _Until(StoppingCriteria):

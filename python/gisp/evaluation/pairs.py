@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gisp.errors import GispError
 from gisp.evaluation.batches import length_batches
-from gisp.objectives import evaluation_mode
+from gisp.modes import evaluation_mode
 
 
 @dataclass(frozen=True)

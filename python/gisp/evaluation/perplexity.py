@@ -12,7 +12,8 @@ from torch import nn
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.evaluation.batches import length_batches
-from gisp.objectives import IGNORED, evaluation_mode, sequence_nll
+from gisp.modes import evaluation_mode
+from gisp.objectives import IGNORED, sequence_nll
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from gisp.objectives import IGNORED, sequence_curvature
 
 @dataclass(frozen=True)
 class PassBatch:
-    """Sequences of one length, padded on the right; T = rows * length tokens.
+    """Sequences of one length, padded on the right; T = rows * length tokens, M further answers.
 
     Attributes:
         ids: int64 [T].
-        targets: int64 [T], the token each position predicts, -100 = not scored.
-        weights: float32 [T], weight of each token's NLL in the loss.
+        targets: int64 [T + M], the token each position predicts, -100 = not scored, then the further answers.
+        weights: float32 [T + M], weight of each token's NLL in the loss.
+        sources: int64 [M], the position that predicts each further answer; None where there are none.
         cos, sin: [length, hd], rotary tables.
         curvature: float32 [rows], see :func:`gisp.objectives.sequence_curvature`.
     """
@@ -30,13 +31,35 @@ class PassBatch:
     cos: torch.Tensor
     sin: torch.Tensor
     curvature: torch.Tensor
+    sources: torch.Tensor | None = None
 
     def by_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T, n] as [rows, length, n]."""
         return tokens.unflatten(0, (self.rows, self.length))
 
 
-def make_batch(decoder: Any, ids: torch.Tensor, labels: torch.Tensor, row_weights: list[float]) -> PassBatch:
+@dataclass(frozen=True)
+class FurtherAnswers:
+    """Tokens scored in the place of the last one of sequences, beside it.
+
+    Attributes:
+        rows: numbers of the sequences [M].
+        tokens: the tokens [M].
+        weights: weights of their NLL in the loss [M].
+    """
+
+    rows: list[int]
+    tokens: list[int]
+    weights: list[float]
+
+
+def make_batch(
+    decoder: Any,
+    ids: torch.Tensor,
+    labels: torch.Tensor,
+    row_weights: list[float],
+    further: FurtherAnswers | None = None,
+) -> PassBatch:
     """A batch for the pass.
 
     Args:
@@ -44,6 +67,7 @@ def make_batch(decoder: Any, ids: torch.Tensor, labels: torch.Tensor, row_weight
         ids: int64 [B, S] on the CPU.
         labels: int64 [B, S], token ``t`` is predicted from tokens before it, -100 is not scored.
         row_weights: weight of each sequence's mean NLL.
+        further: answers that share sequences.
     """
     rows, length = ids.shape
     device = decoder.embed_tokens.weight.device
@@ -51,18 +75,27 @@ def make_batch(decoder: Any, ids: torch.Tensor, labels: torch.Tensor, row_weight
     targets[:, :-1] = labels[:, 1:]
     scored = targets != IGNORED
     share = torch.tensor(row_weights, dtype=torch.float64) / scored.sum(1)
-    weights = (share[:, None] * scored).float()
+    weights = (share[:, None] * scored).float().flatten()
+    targets, sources = targets.flatten(), None
+    if further is not None and further.rows:
+        numbers = torch.tensor(further.rows)
+        # The last position that predicts anything.
+        last = scored.long().cumsum(1).argmax(1)
+        sources = _upload(numbers * length + last[numbers], device)
+        targets = torch.cat((targets, torch.tensor(further.tokens)))
+        weights = torch.cat((weights, torch.tensor(further.weights)))
     like = torch.empty(0, dtype=decoder.embed_tokens.weight.dtype, device=device)
     cos, sin = decoder.rotary_emb(like, position_ids=torch.arange(length, device=device)[None])
     return PassBatch(
         rows=rows,
         length=length,
         ids=_upload(ids.flatten(), device),
-        targets=_upload(targets.flatten(), device),
-        weights=_upload(weights.flatten(), device),
+        targets=_upload(targets, device),
+        weights=_upload(weights, device),
         cos=cos[0].contiguous(),
         sin=sin[0].contiguous(),
         curvature=_upload(sequence_curvature(labels, torch.tensor(row_weights, dtype=torch.float64)), device),
+        sources=sources,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gisp.fused_pass.attention_block import AttentionBlock, AttentionState
-from gisp.fused_pass.batch import PassBatch, make_batch
+from gisp.fused_pass.batch import FurtherAnswers, PassBatch, make_batch
 from gisp.fused_pass.lm_head import LMHead
 from gisp.fused_pass.memory import layers_to_recompute
 from gisp.fused_pass.mlp_block import MLPBlock, MLPState
@@ -80,6 +80,7 @@ class ImportancePass:
         labels: torch.Tensor,
         row_weights: list[float],
         scored: Sequence[tuple[str, int]],
+        further: FurtherAnswers | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Scores of a batch: ``sum |W * dL/dW|`` per structure (GISP Eq. 8 with one batch as the set).
 
@@ -88,11 +89,12 @@ class ImportancePass:
             labels: int64 [B, S], -100 is not scored.
             row_weights: weight of each sequence's mean NLL in the loss.
             scored: name and present count of every group to score.
+            further: tokens scored in the place of the last one of sequences, beside it.
 
         Returns:
             Group name -> float32 [count] on the device (views of one buffer), and the loss, 0-dim float64.
         """
-        batch = make_batch(self._model.model, ids, labels, row_weights)
+        batch = make_batch(self._model.model, ids, labels, row_weights, further)
         buffer = torch.zeros(sum(count for _, count in scored), dtype=torch.float32, device=batch.ids.device)
         parts = _parts(scored, buffer)
         loss = self._backward(batch, {name: Wanted(elements=part) for name, part in parts.items()})
@@ -106,17 +108,18 @@ class ImportancePass:
         row_weights: list[float],
         scored: Sequence[tuple[str, int]],
         units: Units | None = None,
+        further: FurtherAnswers | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """What second-order scores are made of; no weight gradient is formed.
 
         Args:
-            ids, labels, row_weights, scored: as of :meth:`score`.
+            ids, labels, row_weights, scored, further: as of :meth:`score`.
             units: what is squared as one, every sequence by itself where there are none.
 
         Returns:
             Group name -> float64 [3, count] on the device, see :func:`gisp_kernels.gate_sums`, and the loss.
         """
-        batch = make_batch(self._model.model, ids, labels, row_weights)
+        batch = make_batch(self._model.model, ids, labels, row_weights, further)
         gates = torch.zeros(batch.rows, sum(count for _, count in scored), dtype=torch.float32, device=batch.ids.device)
         parts = _parts(scored, gates)
         loss = self._backward(batch, {name: Wanted(gates=part) for name, part in parts.items()})

@@ -34,16 +34,29 @@ class LMHead:
         Returns:
             The weighted sum of token NLLs, 0-dim float64 in nats, and dL/dx [T, D].
         """
-        norm = self._norm
+        norm, tokens = self._norm, x.shape[0]
+        if batch.sources is not None:
+            # Further answers are predicted by copies of what predicts the one in their place.
+            x, delta = x if delta is None else x + delta, None
+            x = torch.cat((x, x[batch.sources]))
         x, normed, rstd = decoder.add_rms_norm(x, delta, norm.weight.detach(), norm.variance_epsilon, total=delta)
         loss = torch.zeros((), dtype=torch.float64, device=x.device)
-        tokens = x.shape[0]
         size = max(1, CHUNK_ELEMENTS // self._linear.weight.shape[0] // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-        for start in range(0, tokens, size):
+        for start in range(0, len(normed), size):
             chunk = slice(start, start + size)
             logits = self._products.forward(normed[chunk], [self._linear])
             nll = decoder.token_nll_grad_(logits, batch.targets[chunk], batch.weights[chunk])
             loss += (nll.double() * batch.weights[chunk]).sum()
             # The chunk of the normed input is not needed any more: its gradient takes its place.
             torch.mm(logits, self._linear.weight.detach(), out=normed[chunk])
-        return loss, decoder.rms_norm_backward_(None, normed, x, rstd, norm.weight.detach())
+        grad = decoder.rms_norm_backward_(None, normed, x, rstd, norm.weight.detach())
+        return loss, grad if batch.sources is None else _gathered(grad, tokens, batch.sources)
+
+
+def _gathered(grad: torch.Tensor, tokens: int, sources: torch.Tensor) -> torch.Tensor:
+    """Gradients [T + M, D] with those of copies added to their sources', in float32; [T, D]."""
+    own, copies = grad[:tokens], grad[tokens:]
+    places, which = sources.unique(return_inverse=True)
+    total = own[places].float().index_add_(0, which, copies.float())
+    own[places] = total.to(grad.dtype)
+    return own
