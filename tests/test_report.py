@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from report_case import HEAD_DIM, HEADS, KV_HEADS, LAYERS, PARAMETERS, made_evaluations, make_run
 from safetensors.numpy import load_file, save_file
 
 from gisp.errors import GispError
@@ -21,140 +22,9 @@ from gisp.report import ReportFiles, write_report
 from gisp.report_data import read_run
 from gisp.report_html import step_rows
 
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, CHANNELS = 6, 8, 4, 16, 128, 96
-HEAD_PARAMETERS, CHANNEL_PARAMETERS = 2 * HEAD_DIM * HIDDEN, 3 * HIDDEN
-FIXED_PARAMETERS = 2 * KV_HEADS * HEAD_DIM * HIDDEN + 2 * HIDDEN
-DECODER = LAYERS * (HEADS * HEAD_PARAMETERS + CHANNELS * CHANNEL_PARAMETERS + FIXED_PARAMETERS)
-PARAMETERS = DECODER + 2 * 512 * HIDDEN
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 FROM_METRICS = {picture.name for picture in PICTURES if picture.from_metrics}
 ALL = [picture.name for picture in PICTURES]
-
-
-def make_run(
-    folder: Path,
-    *,
-    steps: int = 12,
-    planned: int | None = None,
-    sparsity: float = 0.5,
-    empty_layer: int | None = None,
-    evaluations: bool = False,
-    metrics: bool = True,
-    peak_bytes: int | None = None,
-) -> dict[str, Any]:
-    """A consistent run folder; its record."""
-    planned = planned or steps
-    rng = np.random.default_rng(0)
-    removed_at = {}
-    for layer in range(LAYERS):
-        for kind, count in (("heads", HEADS), ("channels", CHANNELS)):
-            # The last layer is protected; the share grows with depth.
-            goes = rng.random(count) < sparsity * (0.4 + 1.2 * layer / LAYERS) * (layer < LAYERS - 1)
-            when = rng.integers(1, planned + 1, count)
-            if layer == empty_layer and kind == "heads":
-                goes, when = np.ones(count, bool), rng.integers(1, steps + 1, count)
-            removed_at[f"layers.{layer}.{kind}.removed_at"] = np.where(goes & (when <= steps), when, 0).astype(np.int32)
-    records = []
-    for step in range(1, steps + 1):
-        gone = {
-            kind: sum(int(((at > 0) & (at <= step)).sum()) for name, at in removed_at.items() if kind in name)
-            for kind in ("heads", "channels")
-        }
-        kept = [np.flatnonzero((at == 0) | (at > step)) for name, at in removed_at.items() if "heads" in name]
-        kv_heads = sum(len(np.unique(heads // (HEADS // KV_HEADS))) for heads in kept)
-        parameters = gone["heads"] * HEAD_PARAMETERS + gone["channels"] * CHANNEL_PARAMETERS
-        records.append(
-            {
-                "step": step,
-                "sparsity": parameters / DECODER,
-                "target": sparsity * step / planned,
-                "model_sparsity": parameters / PARAMETERS,
-                "removed_parameters": parameters,
-                "heads_removed": gone["heads"],
-                "channels_removed": gone["channels"],
-                "loss": 1.8 + 1.1 * (step / planned) ** 2 + 0.03 * float(rng.standard_normal()),
-                "tokens": 8192,
-                "seconds": 1.25 + 0.01 * step,
-                "kv_bytes_per_token": 2 * kv_heads * HEAD_DIM * 2,
-            }
-        )
-    record = {
-        "format": "gisp-trajectory",
-        "version": 1,
-        "complete": steps == planned,
-        "base_model": {
-            "path": "/models/tiny <decoder>",
-            "fingerprint": "0" * 64,
-            "model_type": "llama",
-            "layers": LAYERS,
-            "hidden_size": HIDDEN,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "head_dim": HEAD_DIM,
-            "intermediate_size": CHANNELS,
-            "decoder_parameters": DECODER,
-            "parameters": PARAMETERS,
-        },
-        "config": {
-            "preset": "fast",
-            "sparsity": sparsity,
-            "steps": planned,
-            "engine": "stream",
-            "objective": "lm",
-            "dtype": None,
-        },
-        "data": {"spec": "text.jsonl", "sequences": 384, "sha256": "1" * 64},
-        "structures": {"heads": LAYERS * HEADS, "channels": LAYERS * CHANNELS},
-        "steps": records,
-        "versions": {"python": "3.12.3", "torch": "2.11.0", "gisp-kernels": "0.1.0"},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(removed_at, folder / "trajectory.safetensors")
-    (folder / "trajectory.json").write_text(json.dumps(record))
-    if metrics:
-        lines = [json.dumps(_metrics(step, planned, rng, peak_bytes)) for step in range(1, steps + 1)]
-        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    if evaluations:
-        (folder / "evaluations.json").write_text(json.dumps(_evaluations()))
-    return record
-
-
-def _metrics(step: int, planned: int, rng: np.random.Generator, peak_bytes: int | None) -> dict[str, Any]:
-    edges = np.linspace(-7 + 0.8 * step / planned, -2.5, 41)
-    heads = rng.normal(-4.5 + 0.5 * step / planned, 0.6, LAYERS * HEADS * 4)
-    channels = rng.normal(-5 + 0.7 * step / planned, 0.5, LAYERS * CHANNELS)
-    return {
-        "step": step,
-        "loss": 2.0,
-        "sparsity": 0.0,
-        "threshold": 10 ** (-6.4 + 1.2 * step / planned),
-        "seconds": {
-            "data": 0.02,
-            "forward_backward": 1.0 + 0.2 * step / planned,
-            "select": 0.05,
-            "compact": 0.03,
-            "write": 0.11,
-        },
-        "tokens_per_second": 8000.0,
-        "score_histogram": {
-            "log10_edges": edges.tolist(),
-            "heads": np.histogram(heads, edges)[0].tolist(),
-            "channels": np.histogram(channels, edges)[0].tolist(),
-        },
-        "peak_bytes": peak_bytes,
-    }
-
-
-def _evaluations() -> list[dict[str, Any]]:
-    conditions = {"tokens": 20000, "window": 128, "data": "texts/heldout.jsonl"}
-    gisp = {0.0: 5.8125, 0.1: 6.0, 0.2: 6.5, 0.3: 7.5, 0.4: 9.25, 0.5: 12.33}
-    one_shot = {0.0: 5.8125, 0.1: 6.25, 0.2: 7.25, 0.3: 10.0, 0.4: 21.5, 0.5: 64.0}
-    curves = {"gisp": gisp, "one-shot": one_shot}
-    return [
-        {"label": label, "sparsity": at, "perplexity": value, **conditions}
-        for label, curve in curves.items()
-        for at, value in curve.items()
-    ]
 
 
 def rows_of(html: str) -> dict[str, str]:
@@ -304,7 +174,7 @@ def test_unusual_metrics_and_evaluations_are_drawn(tmp_path: Path) -> None:
     lines[1]["score_histogram"]["not_positive"] = {"heads": 36, "channels": 7}
     lines[2]["seconds"] = {"forward_backward": 90.0, "sync": 0.5}
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    evaluations = [*_evaluations(), {**_evaluations()[-1], "perplexity": float("inf"), "window": 256}]
+    evaluations = [*made_evaluations(), {**made_evaluations()[-1], "perplexity": float("inf"), "window": 256}]
     (tmp_path / "evaluations.json").write_text(json.dumps(evaluations))
     html = check_written(write_report(tmp_path), tmp_path, ALL)
     assert ">inf</td>" in html
@@ -330,77 +200,3 @@ def test_same_run_gives_the_same_files_and_leaves_settings_alone(made: Made) -> 
 def test_shown_steps_are_evenly_spaced(tmp_path: Path, steps: int, expected: list[int]) -> None:
     make_run(tmp_path, steps=steps, metrics=False)
     assert step_rows(read_run(tmp_path)) == expected
-
-
-def _edit_record(folder: Path, **changes: Any) -> None:
-    record = json.loads((folder / "trajectory.json").read_text())
-    (folder / "trajectory.json").write_text(json.dumps(record | changes))
-
-
-def _drop_tensor(folder: Path) -> None:
-    tensors = load_file(folder / "trajectory.safetensors")
-    del tensors["layers.3.heads.removed_at"]
-    save_file(tensors, folder / "trajectory.safetensors")
-
-
-def _other_tensors(folder: Path) -> None:
-    tensors = load_file(folder / "trajectory.safetensors")
-    save_file({name: np.zeros_like(at) for name, at in tensors.items()}, folder / "trajectory.safetensors")
-
-
-DAMAGE = {
-    "no record": (lambda f: (f / "trajectory.json").unlink(), "trajectory.json is missing"),
-    "record not JSON": (lambda f: (f / "trajectory.json").write_text('{"format":'), "trajectory.json is corrupt"),
-    "record not text": (lambda f: (f / "trajectory.json").write_bytes(b"\xff\xfe\x00"), "trajectory.json is corrupt"),
-    "foreign format": (lambda f: _edit_record(f, format="other"), "not gisp-trajectory version 1"),
-    "newer version": (lambda f: _edit_record(f, version=2), "not gisp-trajectory version 1"),
-    "no steps": (lambda f: _edit_record(f, steps=[]), "no finished step"),
-    "steps incomplete": (lambda f: _edit_record(f, steps=[{"step": 1}]), "sparsity is missing"),
-    "steps of a wrong type": (lambda f: _edit_record(f, steps=["one"]), "trajectory.json is corrupt"),
-    "base model incomplete": (lambda f: _edit_record(f, base_model={}), "path is missing"),
-    "no tensors": (lambda f: (f / "trajectory.safetensors").unlink(), "holds no run"),
-    "tensors cut": (lambda f: (f / "trajectory.safetensors").write_bytes(b"\0" * 20), "safetensors is corrupt"),
-    "tensor missing": (_drop_tensor, "layers.3.heads.removed_at"),
-    "tensors of another run": (_other_tensors, "of different runs"),
-    "metrics corrupt": (lambda f: (f / "metrics.jsonl").write_text("{}\n{}\n"), "metrics.jsonl, line 1 is corrupt"),
-    "metrics of a wrong type": (
-        lambda f: (f / "metrics.jsonl").write_text('{"step": 1, "seconds": [1]}\n{}\n'),
-        "seconds are not numbers",
-    ),
-    "evaluations corrupt": (lambda f: (f / "evaluations.json").write_text('[{"label": "x"}]'), "sparsity is missing"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_run_is_one_line_and_writes_nothing(tmp_path: Path, name: str) -> None:
-    damage, expected = DAMAGE[name]
-    make_run(tmp_path, steps=3)
-    damage(tmp_path)
-    before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(GispError) as caught:
-        write_report(tmp_path)
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize("kind", ["absent", "file", "empty"])
-def test_no_run_folder(tmp_path: Path, kind: str) -> None:
-    target = tmp_path / "run"
-    if kind == "file":
-        target.write_text("x")
-    elif kind == "empty":
-        target.mkdir()
-    with pytest.raises(GispError, match="gisp prune --out"):
-        write_report(target)
-    assert not (target / "report.html").exists()
-
-
-def test_failed_write_keeps_the_old_page(tmp_path: Path) -> None:
-    make_run(tmp_path, steps=2)
-    (tmp_path / "report.html").write_text("old page")
-    (tmp_path / "plots" / "quality.png").mkdir(parents=True)
-    with pytest.raises(GispError, match=r"cannot write .*quality\.png"):
-        write_report(tmp_path)
-    assert (tmp_path / "report.html").read_text() == "old page"
-    assert not list((tmp_path / "plots").glob(".*"))
