@@ -54,8 +54,14 @@ def test_a_single_example_cannot_be_split() -> None:
     with pytest.raises(GispError, match=r"at least 2 calibration sequences, .* here is 1 sequence:"):
         hold_out(rows((16,)))
     one = Sequences(rows((8, 8)).rows, (1, -1), ((0, 1),))
-    with pytest.raises(GispError, match="here is 1 example:"):
+    with pytest.raises(GispError, match="here is 1 question:"):
         hold_out(one)
+
+
+def test_the_pieces_of_a_long_text_are_parted() -> None:
+    pieces = Sequences(rows((8,) * 10).rows, (1,) * 10, (tuple(range(10)),))
+    seen, held_out = hold_out(pieces)
+    assert (numbers(held_out), len(seen.rows)) == ([2, 7], 8)
 
 
 def test_tasks_of_a_mixture_are_taken_in_turn() -> None:

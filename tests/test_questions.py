@@ -17,6 +17,7 @@ import gisp
 from gisp.cli import main
 from gisp.data import Part, Sequences, load_sequences
 from gisp.engine import Engine
+from gisp.errors import GispError
 from gisp.objectives import IGNORED
 from gisp.questions import Questions
 from gisp.step_batches import StepBatches
@@ -137,8 +138,8 @@ def test_answers_of_one_token_share_a_pass() -> None:
     shared, by_autograd = (Engine(model_map, data, score="second-order", shrunk=True, **options) for _ in range(2))
     by_autograd._pass_refused = "asked to"
     one, other = (engine.score(1, model_map.groups) for engine in (shared, by_autograd))
-    # Six sequences as long as the longest, and all sixteen.
-    assert (one.tokens, other.tokens) == (6 * 10, 16 * 10)
+    # Six sequences of sixteen, as long as the longest.
+    assert one.tokens == other.tokens == 6 * 10
     assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-6)
     for name, values in other.scores.items():
         torch.testing.assert_close(one.scores[name], values, rtol=1e-4, atol=1e-5 * float(values.abs().max()))
@@ -184,11 +185,12 @@ def test_weights_of_answers_from_chance_to_certainty() -> None:
         ([2.0, 2.0, 2.0, 2.0], [-0.125, 0.375, -0.125, -0.125], 0.5 * math.log(4)),
         ([300.0, 1.0, 300.0, 300.0], [0, 0, 0, 0], 0),
         ([0.0, 800.0, 900.0, 900.0], [-0.5, 0.5, 0, 0], 400),
+        ([2.0, 2.0, math.inf, math.inf], [-0.25, 0.25, 0, 0], 0.5 * math.log(2)),
     ):
         values = torch.tensor(nll, dtype=torch.float64)
         weights, correction = questions.compare(values, [1] * 4, [-1, 1, -1, -1], [7.0] * 4)
         assert weights == pytest.approx(wanted, abs=1e-12)
-        total = sum(w * v for w, v in zip(weights, nll, strict=True)) + correction
+        total = sum(w * v for w, v in zip(weights, nll, strict=True) if w) + correction
         assert total == pytest.approx(loss, abs=1e-9)
 
 
@@ -218,3 +220,64 @@ def test_data_and_runs(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*common, "--objective", "choice", "--out", str(out)]) == 2
     assert "--objective choice needs rows of context, choices and answer" in capsys.readouterr().err
     assert not out.exists()
+
+
+OPTIONS = {"sparsity": 0.2, "steps": 3, "device": "cpu", "align": 1, "batch_tokens": 60}
+
+
+def test_the_objective_of_the_run_decides() -> None:
+    plain = Sequences(answers().rows, answers().signs, EXAMPLES)
+    losses = {
+        (objective, data.compared): [
+            step.loss for step in gisp.prune(tiny_model(), data, objective=objective, **OPTIONS).steps
+        ]
+        for objective in ("choice", "margin")
+        for data in (answers(), plain)
+    }
+    assert losses["choice", True] == losses["choice", False] and min(losses["choice", True]) > 0
+    assert losses["margin", True] == losses["margin", False] != losses["choice", True]
+
+
+def a_loss(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=input_ids).logits.float().mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        (Sequences(answers().rows, (-1,) * 9, EXAMPLES), {}, "example 0 has 0 right answers of 3"),
+        (
+            Sequences(answers().rows, (1, -1, -1, 1, 1, -1, 1, 1, -1), EXAMPLES),
+            {},
+            "example 1 has 2 right answers of 2",
+        ),
+        (Sequences.plain(list(answers().rows)), {}, "no question has two different answers"),
+        (Sequences((answers().rows[0],) * 2, (1, -1), ((0, 1),)), {}, "no question has two different answers"),
+        (
+            mixed(),
+            {"objective": a_loss},
+            r"a loss of your own \(test_questions.a_loss\) takes no task of objective choice",
+        ),
+        (mixed(), {"objective": "lm", "criterion": "wanda-sp"}, "sees no loss: objective choice of questions needs"),
+    ],
+)
+def test_what_is_no_question_is_one_line(data: Sequences, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(GispError, match=message) as caught:
+        gisp.prune(tiny_model(), data, **{"objective": "choice", **OPTIONS, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mixture_whose_tasks_have_other_objectives_is_another_run(tmp_path: Any) -> None:
+    def cut(record: Any, steps: int) -> None:
+        raise KeyboardInterrupt
+
+    def mixture(objective: str) -> Sequences:
+        parts = (Part("text", "lm", 0.6, 3), Part("questions", objective, 0.4, 4))
+        return Sequences(mixed().rows, mixed().signs, mixed().examples, parts)
+
+    with pytest.raises(KeyboardInterrupt):
+        gisp.prune(tiny_model(), mixture("margin"), out=tmp_path / "run", on_step=cut, **OPTIONS)
+    with pytest.raises(GispError, match="made with objectives lm, margin of its tasks, not lm, choice"):
+        gisp.prune(tiny_model(), mixture("choice"), out=tmp_path / "run", resume=True, **OPTIONS)
+    resumed = gisp.prune(tiny_model(), mixture("margin"), out=tmp_path / "run", resume=True, **OPTIONS)
+    assert resumed.complete

@@ -201,6 +201,10 @@ def test_a_stored_config_goes_with_another_criterion(tmp_path, model_folder, tok
     capsys.readouterr()
     assert main([*again, "gisp", "--first-order", "shrunk", "--out", str(tmp_path / "d")]) == 2
     assert "--first-order shrunk belongs to --criterion second-order" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("first_order: plain\n")
+    own = ["prune", str(model_folder), "--data", str(token_file), "--config", str(tmp_path / "c.yaml"), *given]
+    assert main([*own, "--criterion", "second-order", "--out", str(tmp_path / "e")]) == 0
+    assert gisp.Trajectory.load(tmp_path / "e").config["first_order"] == "plain"
 
 
 def test_a_stored_config_is_used_from_another_folder(tmp_path, model_folder, token_file, monkeypatch):

@@ -10,7 +10,7 @@ from gisp.criteria.choices import ScoreKind
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.first_order import averaged_batches, first_order_weights
-from gisp.fused_pass import Float8Products, ImportancePass, differs, why_not
+from gisp.fused_pass import Float8Products, FurtherAnswers, ImportancePass, differs, why_not
 from gisp.modes import deterministic, evaluation_mode, frozen
 from gisp.objectives import (
     IGNORED,
@@ -22,7 +22,7 @@ from gisp.objectives import (
     sequence_nll,
 )
 from gisp.step_batches import StepBatches
-from gisp.step_rows import StepRows
+from gisp.step_rows import Portion, StepRows
 from gisp.structures import ModelMap
 from gisp_kernels import float8, loss_change, record_importance
 from gisp_kernels.groups import StructureGroup
@@ -144,30 +144,37 @@ class Engine:
                 scores = self._loss_changes(scores, rows, step)
         return StepScores.of(scores, loss + rows.correction, tokens)
 
-    @torch.no_grad()
     def _compared(self, rows: StepRows) -> StepRows:
         """The rows with the weights that the answers' likelihoods give those of questions, by a forward pass."""
+        answers = {i for place in rows.questions.places for i in place}
+        run = self._written_out(rows.numbers)
+        parts = [[i for i in rows.led(*batch) if i in answers] for batch in rows.batches]
+        if run is None:
+            parts = list(self._steps.small(rows.numbers, [i for part in parts for i in part]))
+        found, owners = [], []
+        with torch.no_grad(), evaluation_mode(self._model):
+            for portion in (rows.portion(part, self._data) for part in parts if part):
+                found.append(self._answers(run, portion))
+                counts = [self._data.scored[rows.numbers[i]] for i in portion.positions]
+                owners.append(torch.tensor(portion.positions).repeat_interleave(torch.tensor(counts)))
         nll = torch.zeros(len(rows.numbers), dtype=torch.float64)
-        led: dict[int, list[int]] = {}
-        for i in (i for place in rows.questions.places for i in place):
-            led.setdefault(rows.leaders[i], []).append(i)
-        with evaluation_mode(self._model):
-            for part in self._steps.small(rows.numbers, [*led]):
-                ids, labels = self._data.batch([rows.numbers[i] for i in part])
-                others = [(number, i) for number, leader in enumerate(part) for i in led[leader] if i != leader]
-                tokens = [int(self._data.rows[rows.numbers[i]][0][-1]) for _, i in others]
-                inputs = (
-                    ids,
-                    labels,
-                    torch.tensor([number for number, _ in others]).long(),
-                    torch.tensor(tokens).long(),
-                )
-                found = answer_nll(self._model, *(tensor.to(self._device) for tensor in inputs))
-                nll[part + [i for _, i in others]] = torch.cat(found).double().cpu()
-        counts = [int((self._data.rows[i][1][1:] != IGNORED).sum()) for i in rows.numbers]
-        signs = [self._data.signs[i] for i in rows.numbers]
-        weights, correction = rows.questions.compare(nll, counts, signs, rows.weights)
+        nll.index_add_(0, torch.cat(owners), torch.cat(found).double().cpu())
+        tokens, signs = ([of[i] for i in rows.numbers] for of in (self._data.scored, self._data.signs))
+        weights, correction = rows.questions.compare(nll, tokens, signs, rows.weights)
         return replace(rows, weights=weights, correction=correction)
+
+    def _answers(self, run: ImportancePass | None, portion: Portion) -> torch.Tensor:
+        """NLL of the scored tokens of a portion, then of its further answers."""
+        if run is not None:
+            return run.token_nll(portion.ids, portion.labels, portion.further)
+        ids, labels = portion.ids.to(self._device), portion.labels.to(self._device)
+        return torch.cat(answer_nll(self._model, ids, labels, *self._places(portion.further)))
+
+    def _places(self, further: FurtherAnswers | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and tokens of further answers, int64 [M] each."""
+        pairs = [further.rows, further.tokens] if further is not None else [[], []]
+        rows, tokens = torch.tensor(pairs, dtype=torch.int64, device=self._device)
+        return rows, tokens
 
     def _loss_changes(self, sums: dict[str, torch.Tensor], rows: StepRows, step: int) -> dict[str, torch.Tensor]:
         """Predicted changes of the loss from sums over all sequences of a step."""
@@ -186,11 +193,10 @@ class Engine:
         scored = [(group.name, group.count) for group in groups]
         total: dict[str, torch.Tensor] = {}
         loss, tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
-        for start, stop in rows.batches:
-            positions = range(start, stop)
-            led = rows.led(positions)
-            ids, labels = self._data.batch([rows.numbers[i] for i in led])
-            weights, further = [rows.weights[i] for i in led], rows.further(positions, led, self._data)
+        for batch in rows.batches:
+            led = rows.led(*batch)
+            portion = rows.portion(led, self._data)
+            ids, labels, weights, further = portion.ids, portion.labels, portion.weights, portion.further
             if self._score == "second-order":
                 found, part = run.gate_sums(ids, labels, weights, scored, rows.units_of(led, labels), further)
             else:
@@ -206,15 +212,17 @@ class Engine:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         tokens = 0
         with frozen(self._model), record_importance(groups, mode=mode) as recorder:
-            for start, stop in rows.batches:
-                ids, labels = self._data.batch(rows.numbers[start:stop])
-                weight = torch.tensor(rows.weights[start:stop], device=self._device)
-                recorder.curvature = sequence_curvature(labels.to(self._device), weight)
-                units = rows.units_of([*range(start, stop)], labels)
-                if units is not None:
-                    recorder.curvature, recorder.units = units.curvature, units.index
-                losses = self._losses(ids.to(self._device), labels.to(self._device))
-                loss = (losses * weight).sum()
+            for batch in rows.batches:
+                led = rows.led(*batch)
+                portion = rows.portion(led, self._data)
+                ids, labels = portion.ids.to(self._device), portion.labels.to(self._device)
+                weight = torch.tensor(portion.weights, device=self._device)
+                units = rows.units_of(led, portion.labels)
+                if units is None:
+                    recorder.curvature = sequence_curvature(labels, weight)
+                else:
+                    recorder.curvature, recorder.units = (t.to(self._device) for t in (units.curvature, units.index))
+                loss = self._loss_of(portion, ids, labels, weight)
                 # A block of a layer without any live structure passes no gradient on.
                 if loss.requires_grad:
                     loss.backward()
@@ -222,10 +230,17 @@ class Engine:
                 tokens += ids.numel()
             return recorder.gate_sums() if mode == "second-order" else recorder.scores(), total, tokens
 
-    def _losses(self, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if self._loss is None:
-            return sequence_nll(self._model, ids, labels)
-        return own_losses(self._loss, self._model, ids, labels)
+    def _loss_of(self, portion: Portion, ids: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The weighted loss of a portion, 0-dim with its graph."""
+        if self._loss is not None:
+            return (own_losses(self._loss, self._model, ids, labels) * weight).sum()
+        if portion.further is None:
+            return (sequence_nll(self._model, ids, labels) * weight).sum()
+        shares = torch.tensor(portion.further.weights, device=self._device)
+        own, others = answer_nll(self._model, ids, labels, *self._places(portion.further))
+        tokens = (labels[:, 1:] != IGNORED).sum(1)
+        means = torch.stack([part.sum() for part in own.split(tokens.tolist())]) / tokens
+        return (means * weight).sum() + (others * shares).sum()
 
     def _written_out(self, numbers: list[int]) -> ImportancePass | None:
         """The written-out pass, if it computes what the model computes; compared once, on the first sequence."""

@@ -26,6 +26,7 @@ from gisp.metrics import PhaseClock, histogram_record, score_histogram
 from gisp.model_io import check_model_path, load_dense, resolve_device, resolve_dtype
 from gisp.nested.model import NestedModelMixin
 from gisp.objectives import SequenceLoss, objective_name
+from gisp.questions import asked
 from gisp.runfolder import RunFolder
 from gisp.schedule import parameter_target, structure_ratio
 from gisp.select import Ranking, Selection
@@ -90,7 +91,7 @@ def prune(
             objective="lm" if loss else config.objective,
             seed=config.seed,
         )
-    sequences = sequences.first(config.samples)
+    sequences = asked(sequences.first(config.samples), config)
     loop = PruningLoop(model_map, sequences, config, _spec_name(data), path, loss)
     if folder and resuming:
         loop.restore(Trajectory.load(folder.path), folder)
@@ -175,6 +176,14 @@ class PruningLoop:
                     f"{folder.path} was made with {name} {then}, not {value}: "
                     "resume with the same options or give another --out"
                 )
+        then, now = (
+            [task["objective"] for task in data.get("tasks", ())] for data in (done.data, self.trajectory.data)
+        )
+        if then != now:
+            raise GispError(
+                f"{folder.path} was made with objectives {', '.join(then)} of its tasks, not {', '.join(now)}: "
+                "resume with the same mixture or give another --out"
+            )
         self.average.load(folder.load_state(len(done.steps)))
         self.trajectory.steps = done.steps
         self.trajectory.complete = done.complete

@@ -53,15 +53,17 @@ def sequence_nll(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor
         input_ids: int64 [B, S], padded on the right.
         labels: int64 [B, S]; token ``t`` is predicted from tokens before it, -100 is not scored.
     """
-    return _mean_nll(model(input_ids=input_ids, use_cache=False).logits, labels)
+    losses = _token_nll(model(input_ids=input_ids, use_cache=False).logits, labels)
+    return losses.sum(1) / (labels[:, 1:] != IGNORED).sum(1)
 
 
 def answer_nll(
     model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`sequence_nll`, and the NLL of other tokens in the place of the last one of some sequences, fp32 [M].
+    """NLL of the scored tokens, fp32 in their order, and of others in the place of the last one of sequences, [M].
 
     Args:
+        model, input_ids, labels: as of :func:`sequence_nll`.
         rows: int64 [M], numbers of the sequences.
         tokens: int64 [M], the other tokens.
     """
@@ -69,18 +71,18 @@ def answer_nll(
     # What predicts the last token stands before it.
     last = (labels != IGNORED).long().cumsum(1).argmax(1) - 1
     behind = logits[rows, last[rows]].float().log_softmax(-1)
-    return _mean_nll(logits, labels), -behind.gather(1, tokens[:, None])[:, 0]
+    return _token_nll(logits, labels)[labels[:, 1:] != IGNORED], -behind.gather(1, tokens[:, None])[:, 0]
 
 
-def _mean_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """NLL of every token but the first, fp32 [B, S - 1], 0 where it is not scored."""
     targets = labels[:, 1:]
-    losses = functional.cross_entropy(
+    return functional.cross_entropy(
         logits[:, :-1].float().reshape(-1, logits.shape[-1]),
         targets.reshape(-1),
         ignore_index=IGNORED,
         reduction="none",
     ).view(targets.shape)
-    return losses.sum(1) / (targets != IGNORED).sum(1)
 
 
 def sequence_curvature(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -11,6 +12,24 @@ from gisp.fused_pass import FurtherAnswers
 from gisp.objectives import sequence_curvature
 from gisp.questions import Questions, Units
 from gisp.step_batches import StepBatches
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Sequences that pass through the model together.
+
+    Attributes:
+        ids, labels: int64 [B, S], see :meth:`gisp.data.Sequences.batch`.
+        weights: of their mean NLL in the loss [B].
+        further: answers that share their passes [M], with weights of their own.
+        positions: in the step, of the sequences and then of the further answers [B + M].
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    weights: list[float]
+    further: FurtherAnswers | None
+    positions: list[int]
 
 
 @dataclass(frozen=True)
@@ -51,25 +70,35 @@ class StepRows:
         answers = {i for place in self.questions.places for i in place}
         return any(weight < 0 for i, weight in enumerate(self.weights) if i not in answers)
 
-    def led(self, positions: range) -> list[int]:
-        """The positions whose sequences pass through the model where answers share a pass."""
-        return [i for i in positions if self.leaders[i] == i]
+    def led(self, start: int, stop: int) -> list[int]:
+        """The positions whose sequences pass through the model, of those from ``start`` to ``stop``."""
+        return [i for i in range(start, stop) if self.leaders[i] == i]
 
-    def further(self, positions: range, led: list[int], data: Sequences) -> FurtherAnswers | None:
-        """The answers of the other positions; ``None`` where there are none."""
-        if len(led) == len(positions):
-            return None
-        row = {i: number for number, i in enumerate(led)}
-        others = [i for i in positions if i not in row]
-        return FurtherAnswers(
-            [row[self.leaders[i]] for i in others],
-            [int(data.rows[self.numbers[i]][0][-1]) for i in others],
-            [self.weights[i] for i in others],
+    def portion(self, led: list[int], data: Sequences) -> Portion:
+        """Sequences at leading positions, with the answers that share their passes."""
+        numbers = [self.numbers[i] for i in led]
+        others = [(row, i) for row, leader in enumerate(led) for i in self._followers.get(leader, ())]
+        further = FurtherAnswers(
+            [row for row, _ in others],
+            [int(data.rows[self.numbers[i]][0][-1]) for _, i in others],
+            [self.weights[i] for _, i in others],
         )
+        ids, labels = data.batch(numbers)
+        weights = [self.weights[i] for i in led]
+        return Portion(ids, labels, weights, further if others else None, led + [i for _, i in others])
 
-    def units_of(self, positions: list[int], labels: torch.Tensor) -> Units | None:
-        """What of a batch with these labels is squared as one; ``None`` where every sequence is by itself."""
+    def units_of(self, led: list[int], labels: torch.Tensor) -> Units | None:
+        """What of a portion with these labels is squared as one; ``None`` where every sequence is by itself."""
         if not self.questions.places:
             return None
-        weights = torch.tensor([self.weights[i] for i in positions])
-        return self.questions.units(positions, sequence_curvature(labels, weights))
+        weights = torch.tensor([self.weights[i] for i in led])
+        return self.questions.units(led, sequence_curvature(labels, weights))
+
+    @cached_property
+    def _followers(self) -> dict[int, list[int]]:
+        """By leader the other positions that share its pass."""
+        found: dict[int, list[int]] = {}
+        for i, leader in enumerate(self.leaders):
+            if leader != i:
+                found.setdefault(leader, []).append(i)
+        return found

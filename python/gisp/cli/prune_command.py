@@ -118,7 +118,7 @@ def prune(
     for name, value in places.items():
         stored = options.pop(name, None)
         places[name] = value or (str(stored) if stored else None)
-    if criterion not in (None, options.get("criterion")) and first_order is None:
+    if criterion not in (None, options.get("criterion", criterion)):
         # Of the file's criterion alone; the config of a run holds it whether or not anyone asked for it.
         options.pop("first_order", None)
     options.update({name: given[name] for name in FIELDS if given.get(name) is not None})

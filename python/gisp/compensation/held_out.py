@@ -23,27 +23,30 @@ def interleaved(data: Sequences) -> Sequences:
 
 
 def hold_out(data: Sequences) -> tuple[Sequences, Sequences]:
-    """Examples to fit to, and those held out, spread evenly over the data; no sequence's text is on both sides.
+    """Sequences to fit to, and those held out, spread evenly over the data.
 
-    About 32,768 tokens, or a fifth of fewer than five times as many; the shortest example where all are too long.
+    The answers of one question, which share their text, stay on one side. About 32,768 tokens are held out, or a fifth
+    of fewer than five times as many; the shortest sequence where all are too long.
 
     Raises:
-        GispError: a single example.
+        GispError: a single sequence, or a single question.
     """
-    if len(data.examples) < 2:
-        what = "sequence" if len(data.rows) == 1 else "example"
+    questions = min(data.signs, default=1) < 0
+    units = data.examples if questions else tuple((row,) for row in range(len(data.rows)))
+    if len(units) < 2:
         raise GispError(
             f"--compensate kfac needs at least 2 calibration sequences, one is held out for the step size; here is "
-            f"{len(data.examples)} {what}: give more text or shorter rows"
+            f"{len(units)} {'question' if questions else 'sequence'}: give more text or shorter rows"
         )
-    sizes = [sum(len(data.rows[row][0]) for row in example) for example in data.examples]
+    data = Sequences(data.rows, data.signs, units)
+    sizes = [sum(len(data.rows[row][0]) for row in unit) for unit in units]
     total = sum(sizes)
     wanted = min(_TOKENS, total // _PART)
     passed = held = 0
     chosen = []
     for number, size in enumerate(sizes):
         passed += size
-        # Held out is the part of the tokens so far that is wanted of all, to half an example.
+        # Held out is the part of the tokens so far that is wanted of all, to half a sequence.
         if (2 * held + size) * total <= 2 * wanted * passed:
             chosen.append(number)
             held += size

@@ -119,7 +119,9 @@ class Sequences:
     def tokens_of(self, example: int) -> int:
         """Tokens of an example that pass through the model, shared ones once."""
         own = self.examples[example]
-        return sum(len(self.rows[own[i]][0]) for i in set(self.leaders(example)))
+        if self.compares(example):
+            own = tuple(own[i] for i in set(self._leaders[example]))
+        return sum(len(self.rows[i][0]) for i in own)
 
     def digest(self) -> str:
         """SHA-256 over all tokens, labels and signs, and the shares of a mixture's tasks."""
@@ -157,6 +159,11 @@ class Sequences:
             scale = part.weight * (part.examples / drawn[k])
             weights += [scale * self.signs[i] / totals[k][self.signs[i]] for i in self.examples[example]]
         return weights
+
+    @cached_property
+    def scored(self) -> tuple[int, ...]:
+        """Scored tokens of every sequence; the first one of a sequence never is."""
+        return tuple(int((labels[1:] != IGNORED).sum()) for _, labels in self.rows)
 
     @cached_property
     def _leaders(self) -> dict[int, tuple[int, ...]]:

@@ -19,6 +19,7 @@ class PassBatch:
         targets: int64 [T + M], the token each position predicts, -100 = not scored, then the further answers.
         weights: float32 [T + M], weight of each token's NLL in the loss.
         sources: int64 [M], the position that predicts each further answer; None where there are none.
+        shared: int64 [P] and [M], the positions among the sources once each, and which of them each source is.
         cos, sin: [length, hd], rotary tables.
         curvature: float32 [rows], see :func:`gisp.objectives.sequence_curvature`.
     """
@@ -32,6 +33,7 @@ class PassBatch:
     sin: torch.Tensor
     curvature: torch.Tensor
     sources: torch.Tensor | None = None
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def by_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T, n] as [rows, length, n]."""
@@ -76,12 +78,15 @@ def make_batch(
     scored = targets != IGNORED
     share = torch.tensor(row_weights, dtype=torch.float64) / scored.sum(1)
     weights = (share[:, None] * scored).float().flatten()
-    targets, sources = targets.flatten(), None
+    targets, sources, shared = targets.flatten(), None, None
     if further is not None and further.rows:
         numbers = torch.tensor(further.rows)
         # The last position that predicts anything.
         last = scored.long().cumsum(1).argmax(1)
-        sources = _upload(numbers * length + last[numbers], device)
+        places = numbers * length + last[numbers]
+        sources = _upload(places, device)
+        once, which = places.unique(return_inverse=True)
+        shared = _upload(once, device), _upload(which, device)
         targets = torch.cat((targets, torch.tensor(further.tokens)))
         weights = torch.cat((weights, torch.tensor(further.weights)))
     like = torch.empty(0, dtype=decoder.embed_tokens.weight.dtype, device=device)
@@ -96,6 +101,7 @@ def make_batch(
         sin=sin[0].contiguous(),
         curvature=_upload(sequence_curvature(labels, torch.tensor(row_weights, dtype=torch.float64)), device),
         sources=sources,
+        shared=shared,
     )
 
 

@@ -74,6 +74,13 @@ class ImportancePass:
         return x if delta is None else x + delta
 
     @torch.no_grad()
+    def token_nll(self, ids: torch.Tensor, labels: torch.Tensor, further: FurtherAnswers | None = None) -> torch.Tensor:
+        """NLL of the scored tokens of a batch in their order, then of the further answers, float32 on the device."""
+        batch = make_batch(self._model.model, ids, labels, [1.0] * len(ids), further)
+        x, delta, _ = self._forward(batch, len(self._layers))
+        return self._head.token_nll(x, delta, batch)
+
+    @torch.no_grad()
     def score(
         self,
         ids: torch.Tensor,

@@ -8,6 +8,7 @@ import torch
 
 from gisp.fused_pass.batch import PassBatch
 from gisp.fused_pass.products import Products
+from gisp.objectives import IGNORED
 from gisp_kernels import decoder
 
 # Elements of logits alive at a time: 256 MB in 16-bit precision, enough tokens for a fast product.
@@ -50,13 +51,32 @@ class LMHead:
             # The chunk of the normed input is not needed any more: its gradient takes its place.
             torch.mm(logits, self._linear.weight.detach(), out=normed[chunk])
         grad = decoder.rms_norm_backward_(None, normed, x, rstd, norm.weight.detach())
-        return loss, grad if batch.sources is None else _gathered(grad, tokens, batch.sources)
+        return loss, grad if batch.sources is None else _gathered(grad, tokens, batch)
+
+    def token_nll(self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch) -> torch.Tensor:
+        """NLL in nats of the scored tokens, then of the further answers, float32, in their order."""
+        places = (batch.targets[: len(x)] != IGNORED).nonzero()[:, 0]
+        targets = batch.targets[places]
+        if batch.sources is not None:
+            targets = torch.cat((targets, batch.targets[len(x) :]))
+            places = torch.cat((places, batch.sources))
+        x = x[places] if delta is None else x[places] + delta[places]
+        normed = decoder.add_rms_norm(x, None, self._norm.weight.detach(), self._norm.variance_epsilon)[1]
+        size = max(1, CHUNK_ELEMENTS // self._linear.weight.shape[0])
+        found = [
+            decoder.token_nll_grad_(
+                self._products.forward(part, [self._linear]), wanted, torch.zeros_like(part[:, 0]).float()
+            )
+            for part, wanted in zip(normed.split(size), targets.split(size), strict=True)
+        ]
+        return torch.cat(found)
 
 
-def _gathered(grad: torch.Tensor, tokens: int, sources: torch.Tensor) -> torch.Tensor:
+def _gathered(grad: torch.Tensor, tokens: int, batch: PassBatch) -> torch.Tensor:
     """Gradients [T + M, D] with those of copies added to their sources', in float32; [T, D]."""
     own, copies = grad[:tokens], grad[tokens:]
-    places, which = sources.unique(return_inverse=True)
+    assert batch.shared is not None
+    places, which = batch.shared
     total = own[places].float().index_add_(0, which, copies.float())
     own[places] = total.to(grad.dtype)
     return own
