@@ -115,6 +115,8 @@ def _child(arguments: list[str], log: str, die_at_rename: int, pause: float) -> 
     target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
     os.dup2(target, 2)
+    # A shell starts what runs in its background with this signal ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(arguments))
 
 
