@@ -28,7 +28,7 @@ SIGNS = (1, -1, -1, -1, 1, -1, 1, 1, -1)
 EXAMPLES = ((0, 1, 2), (3, 4), (6, 5), (8, 7))
 
 
-def answers(parts: tuple[Part, ...] = ()) -> Sequences:
+def answers() -> Sequences:
     """Questions of two and three answers of several lengths; the last one has its right answer last."""
     generator = torch.Generator().manual_seed(5)
     rows = []
@@ -37,7 +37,7 @@ def answers(parts: tuple[Part, ...] = ()) -> Sequences:
         labels = ids.clone()
         labels[: -1 - number % 3] = IGNORED
         rows.append((ids, labels))
-    return Sequences(tuple(rows), SIGNS, EXAMPLES, parts, compared=not parts)
+    return Sequences(tuple(rows), SIGNS, EXAMPLES, compared=True)
 
 
 def letters(contexts: tuple[int, ...] = (6, 4, 9, 5)) -> Sequences:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -150,10 +150,8 @@ class Runner:
             # Half of the set at most: seeds that draw all of it would be one seed.
             most = sum(len(ids) for ids, _ in self.calibration.rows) // 2
             return bench_data.drawn(self.calibration, min(cell.tokens, most), cell.seed)
-        task, objective = self.tasks[kind], cell.options.get("objective")
-        if objective not in CHOOSING:
-            return task.right_ones(self.calibration)
-        return replace(task.examples(self.calibration), compared=objective == "choice")
+        task = self.tasks[kind]
+        return (task.examples if cell.options.get("objective") in CHOOSING else task.right_ones)(self.calibration)
 
     def _load(self, dtype: str | None) -> Any:
         wanted = resolve_dtype(dtype or self.bench.dtype, self.device)

@@ -146,9 +146,8 @@ class Engine:
 
     def _compared(self, rows: StepRows) -> StepRows:
         """The rows with the weights that the answers' likelihoods give those of questions, by a forward pass."""
-        answers = {i for place in rows.questions.places for i in place}
         run = self._written_out(rows.numbers)
-        parts = [[i for i in rows.led(*batch) if i in answers] for batch in rows.batches]
+        parts = [[i for i in rows.led(*batch) if i in rows.questions.owners] for batch in rows.batches]
         if run is None:
             parts = list(self._steps.small(rows.numbers, [i for part in parts for i in part]))
         found, owners = [], []
@@ -239,8 +238,7 @@ class Engine:
         shares = torch.tensor(portion.further.weights, device=self._device)
         own, others = answer_nll(self._model, ids, labels, *self._places(portion.further))
         tokens = (labels[:, 1:] != IGNORED).sum(1)
-        means = torch.stack([part.sum() for part in own.split(tokens.tolist())]) / tokens
-        return (means * weight).sum() + (others * shares).sum()
+        return (own * (weight / tokens).repeat_interleave(tokens)).sum() + (others * shares).sum()
 
     def _written_out(self, numbers: list[int]) -> ImportancePass | None:
         """The written-out pass, if it computes what the model computes; compared once, on the first sequence."""

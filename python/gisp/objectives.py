@@ -68,10 +68,13 @@ def answer_nll(
         tokens: int64 [M], the other tokens.
     """
     logits = model(input_ids=input_ids, use_cache=False).logits
-    # What predicts the last token stands before it.
-    last = (labels != IGNORED).long().cumsum(1).argmax(1) - 1
-    behind = logits[rows, last[rows]].float().log_softmax(-1)
+    behind = logits[rows, last_predicting(labels)[rows]].float().log_softmax(-1)
     return _token_nll(logits, labels)[labels[:, 1:] != IGNORED], -behind.gather(1, tokens[:, None])[:, 0]
+
+
+def last_predicting(labels: torch.Tensor) -> torch.Tensor:
+    """Of every sequence the position that predicts its last scored token, the one before it; int64 [B]."""
+    return (labels != IGNORED).long().cumsum(1).argmax(1) - 1
 
 
 def _token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,9 @@
 The loss of a question is ``-log(p_right / sum_i p_i)`` with ``p_i`` the likelihood of the tokens of answer ``i``: what
 choice accuracy decides by, made smooth. Its gradient is that of ``sum_i c_i * nll_i`` with ``c_right = 1 - q_right``
 and ``c_i = -q_i`` for the others, ``q`` being the answers' shares of the likelihood. So one signed backward pass gives
-it, as for ``margin`` (paper Eq. 6), whose weights are these where all answers are equally likely; here a question that
-is answered safely no longer counts, and a likelihood that falls everywhere alike gains nothing.
+it. ``margin`` (paper Eq. 6) weighs means over tokens by 1 and ``-1 / (K - 1)``: for answers of one length these weights
+up to a factor where all K are equally likely. Here a question that is answered safely no longer counts, and neither
+does a likelihood that falls for all answers alike.
 
 A question is one decision: its sequences' gradients are added before they are squared for the curvature.
 """
@@ -21,6 +22,7 @@ from gisp.config import CHOOSING, PruneConfig
 from gisp.criteria.choices import GRADIENT
 from gisp.data import Sequences
 from gisp.errors import GispError
+from gisp.fused_pass import Units
 
 
 def asked(data: Sequences, config: PruneConfig) -> Sequences:
@@ -55,19 +57,6 @@ def asked(data: Sequences, config: PruneConfig) -> Sequences:
     if not decisions:
         raise GispError("no question has two different answers: objective choice needs a right and a wrong one")
     return data
-
-
-@dataclass(frozen=True)
-class Units:
-    """What of a batch is squared as one.
-
-    Attributes:
-        index: int64 [B], unit of every sequence.
-        curvature: float32 [U], factors as of :func:`gisp_kernels.gate_sums`.
-    """
-
-    index: torch.Tensor
-    curvature: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -128,7 +117,7 @@ class Questions:
         factors: list[torch.Tensor] = []
         last = None
         for i, factor in zip(positions, curvature, strict=True):
-            number = self._owners.get(i)
+            number = self.owners.get(i)
             if number is None:
                 factors.append(factor)
             elif number != last:
@@ -139,7 +128,7 @@ class Questions:
         return Units(torch.tensor(index, device=curvature.device), torch.stack(factors))
 
     @cached_property
-    def _owners(self) -> dict[int, int]:
+    def owners(self) -> dict[int, int]:
         """By position the number of the question it belongs to."""
         return {i: number for number, place in enumerate(self.places) for i in place}
 

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 
 from gisp.data import Sequences
-from gisp.fused_pass import FurtherAnswers
+from gisp.fused_pass import FurtherAnswers, Units
 from gisp.objectives import sequence_curvature
-from gisp.questions import Questions, Units
+from gisp.questions import Questions
 from gisp.step_batches import StepBatches
 
 
@@ -67,8 +67,7 @@ class StepRows:
     @property
     def opposed(self) -> bool:
         """Whether sequences that are no answers of questions pull the other way."""
-        answers = {i for place in self.questions.places for i in place}
-        return any(weight < 0 for i, weight in enumerate(self.weights) if i not in answers)
+        return any(weight < 0 for i, weight in enumerate(self.weights) if i not in self.questions.owners)
 
     def led(self, start: int, stop: int) -> list[int]:
         """The positions whose sequences pass through the model, of those from ``start`` to ``stop``."""

@@ -81,14 +81,15 @@ def fit_compensation(
             finite.
     """
     sequences = interleaved(calibration_sequences(model_map, data, tokenizer_from))
-    if options.method != "kfac":
-        updates, tokens = fit_updates(model_map, kept, sequences, options, on_block)
-        return Compensation(options, tuple(updates), tokens)
-    sequences, held_out = hold_out(sequences)
-    # Gradients are taken, whatever mode the caller is in.
+    held_out: Sequences | None = None
+    if options.method == "kfac":
+        sequences, held_out = hold_out(sequences)
+    steps: list[Step] = []
+    # Steps take gradients of what was fitted, whatever mode the caller is in.
     with torch.inference_mode(False):
         updates, tokens = fit_updates(model_map, kept, sequences, options, on_block)
-        updates, steps = kfac_updates(model_map, updates, sequences, held_out, options)
+        if held_out is not None:
+            updates, steps = kfac_updates(model_map, updates, sequences, held_out, options)
     return Compensation(options, tuple(updates), tokens, tuple(steps))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gisp.objectives import IGNORED, sequence_curvature
+from gisp.objectives import IGNORED, last_predicting, sequence_curvature
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,19 @@ class FurtherAnswers:
     weights: list[float]
 
 
+@dataclass(frozen=True)
+class Units:
+    """What of a batch is squared as one.
+
+    Attributes:
+        index: int64 [B], unit of every sequence.
+        curvature: float32 [U], factors as of :func:`gisp_kernels.gate_sums`.
+    """
+
+    index: torch.Tensor
+    curvature: torch.Tensor
+
+
 def make_batch(
     decoder: Any,
     ids: torch.Tensor,
@@ -81,9 +94,7 @@ def make_batch(
     targets, sources, shared = targets.flatten(), None, None
     if further is not None and further.rows:
         numbers = torch.tensor(further.rows)
-        # The last position that predicts anything.
-        last = scored.long().cumsum(1).argmax(1)
-        places = numbers * length + last[numbers]
+        places = numbers * length + last_predicting(labels)[numbers]
         sources = _upload(places, device)
         once, which = places.unique(return_inverse=True)
         shared = _upload(once, device), _upload(which, device)

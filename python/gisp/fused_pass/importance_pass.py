@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from gisp.fused_pass.attention_block import AttentionBlock, AttentionState
-from gisp.fused_pass.batch import FurtherAnswers, PassBatch, make_batch
+from gisp.fused_pass.batch import FurtherAnswers, PassBatch, Units, make_batch
 from gisp.fused_pass.lm_head import LMHead
 from gisp.fused_pass.memory import layers_to_recompute
 from gisp.fused_pass.mlp_block import MLPBlock, MLPState
 from gisp.fused_pass.products import Products
 from gisp.fused_pass.wanted import Wanted
-from gisp.questions import Units
 from gisp.structures import LayerMap, ModelMap
 from gisp_kernels import gate_sums
 
@@ -67,10 +66,7 @@ class ImportancePass:
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
         """Residual stream after the last layer, before the final norm; int64 [B, S] to [B * S, D]."""
         batch = make_batch(self._model.model, ids, ids, [1.0] * len(ids))
-        x, delta = self._embed(batch), None
-        for layer in self._layers:
-            state, delta = layer.forward(x, delta, batch)
-            x = state.mlp.x
+        x, delta, _ = self._forward(batch, len(self._layers))
         return x if delta is None else x + delta
 
     @torch.no_grad()

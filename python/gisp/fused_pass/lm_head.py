@@ -24,6 +24,11 @@ class LMHead:
         self._linear = model.get_output_embeddings()
         self._products = products
 
+    @property
+    def _chunk(self) -> int:
+        """Tokens whose logits are alive at a time."""
+        return max(1, CHUNK_ELEMENTS // self._linear.weight.shape[0] // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
     def loss_and_grad(
         self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +47,7 @@ class LMHead:
             x = torch.cat((x, x[batch.sources]))
         x, normed, rstd = decoder.add_rms_norm(x, delta, norm.weight.detach(), norm.variance_epsilon, total=delta)
         loss = torch.zeros((), dtype=torch.float64, device=x.device)
-        size = max(1, CHUNK_ELEMENTS // self._linear.weight.shape[0] // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+        size = self._chunk
         for start in range(0, len(normed), size):
             chunk = slice(start, start + size)
             logits = self._products.forward(normed[chunk], [self._linear])
@@ -62,7 +67,7 @@ class LMHead:
             places = torch.cat((places, batch.sources))
         x = x[places] if delta is None else x[places] + delta[places]
         normed = decoder.add_rms_norm(x, None, self._norm.weight.detach(), self._norm.variance_epsilon)[1]
-        size = max(1, CHUNK_ELEMENTS // self._linear.weight.shape[0])
+        size = self._chunk
         found = [
             decoder.token_nll_grad_(
                 self._products.forward(part, [self._linear]), wanted, torch.zeros_like(part[:, 0]).float()
