@@ -70,6 +70,10 @@ def criteria_cells(
         cells.append(
             Cell("criteria", "fast, last layer open", {**fast, "protect_last": 0}, seed, compensate=(LSQ, KFAC))
         )
+        # What the study of its parts found better, all at once, for twice the tokens.
+        tuned = {**fast, "protect_last": 0, "ema": 0.98, "batch_tokens": 2 * batch_tokens}
+        name = f"fast, last layer open, average 0.98, {2 * batch_tokens:,} tokens a step"
+        cells.append(Cell("criteria", name, tuned, seed, compensate=(LSQ, KFAC)))
         cells.append(Cell("criteria", "fast, plain", {**fast, "first_order": "plain"}, seed, compensate=(LSQ, KFAC)))
         cells.append(Cell("criteria", "fast, gisp scores", {**fast, "criterion": "gisp"}, seed, compensate=(LSQ, KFAC)))
         if shared:
