@@ -29,6 +29,7 @@ from benchmarks.command import (
     table,
     write_json,
 )
+from benchmarks.compensate_run import timed_compensation
 from benchmarks.goals import GIGABYTE, goal_table, prune_goals
 from benchmarks.identity import ROOT, identity
 from benchmarks.measure import ceilings
@@ -36,17 +37,28 @@ from benchmarks.paper_step import time_paper_step
 from benchmarks.prune_run import Setting, timed_run
 from benchmarks.registry import MODELS, REAL
 from benchmarks.synthetic import build_model, random_tokens
+from gisp.compensation import CompensationOptions
+from gisp.compensation.options import METHODS
 from gisp.errors import GispError
 
 NAME = "gisp bench prune"
 _SEQUENCES = 2000
 
 
-def measure_model(name: str, device: torch.device, setting: Setting, budget: Budget, *, paper: bool) -> dict[str, Any]:
+def measure_model(
+    name: str,
+    device: torch.device,
+    setting: Setting,
+    budget: Budget,
+    *,
+    paper: bool,
+    compensation: CompensationOptions | None = None,
+) -> dict[str, Any]:
     """Everything measured on one model, JSON-ready.
 
     Args:
         paper: also time a step of the paper's way, before anything is removed.
+        compensation: also compensate what a whole run left.
     """
     shape = MODELS[name]
     on_gpu = device.type == "cuda"
@@ -60,12 +72,15 @@ def measure_model(name: str, device: torch.device, setting: Setting, budget: Bud
     if on_gpu:
         torch.cuda.empty_cache()
     result = timed_run(shape, model, tokens, setting, peak, budget)
+    whole = not result["stopped_by_budget"]
+    compensated = timed_compensation(model, tokens, compensation) if compensation and whole else None
     return {
         "model": name,
         "device": device.type,
         "ceilings": asdict(peak) if peak else None,
         **result,
         "paper": baseline,
+        "compensation": compensated,
     }
 
 
@@ -89,7 +104,8 @@ def measure_apart(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
 
 def _forward(args: argparse.Namespace) -> list[str]:
     given = ["--device", args.device, "--sparsity", str(args.sparsity), "--quiet"]
-    for option in ("steps", "batch_tokens", "budget", "criterion"):
+    options = ("steps", "batch_tokens", "budget", "criterion", "compensate", "compensation_steps", "calibration_tokens")
+    for option in options:
         value = getattr(args, option)
         if value is not None:
             given += [f"--{option.replace('_', '-')}", str(value)]
@@ -132,6 +148,29 @@ def show_phases(runs: list[dict[str, Any]]) -> str:
     return table(("model", "phase", "seconds", "% of the run"), lines)
 
 
+def show_compensation(runs: list[dict[str, Any]]) -> str:
+    """What compensating the pruned models took; empty where none was."""
+    lines = []
+    for run in runs:
+        found = run.get("compensation")
+        if found is None:
+            continue
+        steps = found["steps"]
+        lines.append(
+            [
+                f"{run['model']}, {found['method']}",
+                f"{found['seconds']:.1f}",
+                f"{found['fit_seconds']:.1f}",
+                f"{found['fit_tokens']:,}" + "".join(f" + {step['tokens']:,}" for step in steps),
+                "-" if found["squares_left"] is None else f"{100 * found['squares_left']:.1f}",
+                f"{steps[0]['before']:.4g} to {steps[-1]['after']:.4g}" if steps else "-",
+                "-" if found["peak_bytes"] is None else f"{found['peak_bytes'] / GIGABYTE:.1f}",
+            ]
+        )
+    header = ("compensation", "seconds", "of that the fit", "tokens", "% of squares left", "nats a token", "peak GB")
+    return table(header, lines) if lines else ""
+
+
 def _percent(run: dict[str, Any], where: str) -> str:
     value = run[f"percent_of_matmul_{where}"]
     return "-" if value is None else f"{value:.1f}"
@@ -149,6 +188,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--fp8", action="store_true", help="8-bit products in the importance pass")
     options.add_argument("--criterion", choices=("second-order", "gisp"), help="of the scores (that of preset fast)")
     options.add_argument("--no-paper", dest="paper", action="store_false", help="leave the paper's way out")
+    options.add_argument("--compensate", choices=METHODS, help="also compensate what the run left")
+    options.add_argument("--compensation-steps", type=count, help="of kfac (4)")
+    options.add_argument("--calibration-tokens", type=count, help="of the compensation, and of each step (131072)")
     options.add_argument("--out", type=Path, help="JSON file to write")
     options.add_argument("--goals", action="store_true", help="also print which goals are met")
     options.add_argument("--plot", action="store_true", help="also draw PNGs beside --out")
@@ -177,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.quiet:
         print(show(runs))
         print(show_phases(runs))
+        print(show_compensation(runs), end="")
     if args.goals:
         print(goal_table(prune_goals(runs)))
     if args.plot:
@@ -200,11 +243,22 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cpu" and names != ["tiny"]:
         raise GispError(f"--device cpu takes --model tiny alone, not {', '.join(names)}")
     setting = Setting.make(device, args.sparsity, args.steps, args.batch_tokens, args.fp8, args.criterion)
+    compensation = _compensation(args)
     check_writable(args.out)
     if len(names) > 1:
         return measure_apart(names, args)
-    run = measure_model(names[0], device, setting, Budget(args.budget), paper=args.paper)
+    run = measure_model(names[0], device, setting, Budget(args.budget), paper=args.paper, compensation=compensation)
     return {"benchmark": "prune", "identity": identity(device), "runs": [run]}
+
+
+def _compensation(args: argparse.Namespace) -> CompensationOptions | None:
+    given = {"steps": args.compensation_steps, "tokens": args.calibration_tokens}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.compensate is None:
+        if given:
+            raise GispError("--compensation-steps and --calibration-tokens are of --compensate: give it too")
+        return None
+    return CompensationOptions(method=args.compensate, **given)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from gisp_kernels.groups import Projection
 from gisp_kernels.importance import abs_weighted_reduce, as_tokens, wgrad_importance
-from gisp_kernels.padding import pad_tokens, round_up
+from gisp_kernels.products import add_product, product_total
 
 
 def current_backward() -> int | None:
@@ -70,11 +70,8 @@ class LinearTap:
         self._pending.clear()
         if self._exact:
             rows, width = self._shape
-            if weight.is_cuda:
-                # cuBLAS is several times slower on widths that do not allow 16-byte loads.
-                rows, width = round_up(rows), round_up(width)
-            self._padded_grad = torch.zeros(rows, width, dtype=torch.float32, device=weight.device)
-            self._grad = self._padded_grad[: self._shape[0], : self._shape[1]]
+            self._padded_grad = product_total(rows, width, weight.device)
+            self._grad = self._padded_grad[:rows, :width]
         else:
             counts = [p.width // p.block for p in self._projections]
             self._scores = [torch.zeros(n, dtype=torch.float32, device=weight.device) for n in counts]
@@ -148,7 +145,7 @@ class LinearTap:
         assert input is not None
         grad_output, input = as_tokens(grad_output), as_tokens(input)
         if self._padded_grad is not None:
-            _accumulate_product(self._padded_grad, grad_output, input)
+            add_product(self._padded_grad, grad_output, input)
         else:
             self._pending.setdefault(current_backward(), []).append((grad_output, input))
 
@@ -236,15 +233,3 @@ class _RecordedLinear(torch.autograd.Function):
             ctx.tap.collect(grad_output, input, output, grad_input)
         grad_input = None if grad_input is None else grad_input.to(ctx.input_dtype)
         return grad_input, grad_bias, weight.new_zeros(0, dtype=torch.float32), None, None
-
-
-def _accumulate_product(total: torch.Tensor, grad_output: torch.Tensor, input: torch.Tensor) -> None:
-    """``total += grad_output.T @ input`` with nothing rounded below float32; on a GPU ``total`` is padded."""
-    if not total.is_cuda:
-        total.addmm_(grad_output.float().t(), input.float())
-        return
-    left, right = pad_tokens(grad_output, input)
-    if right.dtype == torch.float32:
-        total.addmm_(left.t(), right)
-    else:
-        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)

@@ -133,6 +133,23 @@ def test_earlier_results_are_shown_and_drawn(
     assert (tmp_path / "tiny-run.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_is_compensated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r.json"
+    given = ["--compensate", "kfac", "--compensation-steps", "2", "--calibration-tokens", "512"]
+    asked = ["bench", "prune", "--model", "tiny", "--device", "cpu", "--steps", "2", "--no-paper", "--out", str(out)]
+    assert main([*asked, *given]) == 0
+    assert "nats a token" in capsys.readouterr().out
+    (run,) = json.loads(out.read_text())["runs"]
+    found = run["compensation"]
+    assert found["method"] == "kfac" and found["fit_tokens"] == 512 and 0 < found["fit_seconds"] < found["seconds"]
+    # The last layer is protected, and the first tenth of four layers is none.
+    assert found["blocks"] == 6 and 0 < found["squares_left"] < 1
+    assert [step["tokens"] for step in found["steps"]] == [512, 512]
+    assert found["steps"][-1]["after"] <= found["steps"][0]["before"]
+    assert main([*asked, "--compensation-steps", "2"]) == 2
+    assert "--compensate" in capsys.readouterr().err
+
+
 def test_a_spent_budget_ends_a_run_after_a_step() -> None:
     setting = Setting.make(CPU, 0.5, 5, 512)
     assert Setting.make(CPU, 0.5, 5, 512, criterion="gisp").criterion == "gisp"
@@ -200,7 +217,7 @@ def test_every_model_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatc
         return done
 
     monkeypatch.setattr(bench_prune.subprocess, "run", run)
-    args = bench_prune.parser().parse_args(["--steps", "7", "--no-paper"])
+    args = bench_prune.parser().parse_args(["--steps", "7", "--no-paper", "--compensate", "lsq"])
     result = bench_prune.measure_apart(["llama-2-13b", "llama-3-8b"], args)
     assert [run["model"] for run in result["runs"]] == ["llama-2-13b", "llama-3-8b"]
     assert result["identity"] == {"commit": "abc"} and "exit code 9" in result["runs"][1]["error"]

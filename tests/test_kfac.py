@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from compensation_oracle import REMOVED, columns, kept_of, projection
-from tiny import FAMILIES, tiny_model, tiny_tokens
+from tiny import FAMILIES, VOCAB, tiny_model, tiny_tokens
 
 from gisp.compensation import Compensation, CompensationOptions, compensate, fit_compensation
 from gisp.compensation import kfac as module
 from gisp.compensation.held_out import hold_out
-from gisp.compensation.kfac import _behind, _search
+from gisp.compensation.kfac import _batches, _behind, _search
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.shrink import ShrinkableModel
@@ -165,6 +165,21 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(a.weight, b.weight, atol=1e-5 * float(b.weight.abs().max()))
 
 
+@pytest.mark.parametrize("room", [0, 16 * VOCAB * 4])
+def test_room_for_logits_does_not_matter(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    model = tiny_model("llama-gqa")
+    monkeypatch.setattr(module, "_TOKENS_PER_BATCH", 16)
+    kept = fitted(model, rows(), method="kfac", steps=2, tokens=64)
+    monkeypatch.setattr(module, "_LOGITS_BYTES", room)
+    batches = _batches(map_model(model), rows().rows)
+    held = [logits is not None for _, logits in module._Student(map_model(model), []).beside_dense(batches)]
+    # Rows of 16 tokens come first, each a batch of its own.
+    assert held == [room > 0] + [False] * (len(batches) - 1)
+    anew = fitted(model, rows(), method="kfac", steps=2, tokens=64)
+    assert kept.steps == anew.steps
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(kept.updates, anew.updates, strict=True))
+
+
 def test_steps_go_round_the_rows() -> None:
     seen = rows((16,) * 3).rows
     assert _behind(seen, 0, 17) == 2 and _behind(seen, 2, 17) == 4 and _behind(seen, 1, 1000) == 4
@@ -214,16 +229,16 @@ def test_weights_that_are_not_finite() -> None:
 def test_the_dense_model_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     model = tiny_model("llama-gqa")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    logarithms = module._Student._log_probabilities
+    logits = module._Student._logits
     left = [calls]
 
     def interrupted(self: Any, batch: Any) -> torch.Tensor:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return logarithms(self, batch)
+        return logits(self, batch)
 
-    monkeypatch.setattr(module._Student, "_log_probabilities", interrupted)
+    monkeypatch.setattr(module._Student, "_logits", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fitted(model, rows(), method="kfac", tokens=64)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

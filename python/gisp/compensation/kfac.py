@@ -32,10 +32,13 @@ from gisp.data import Row, Sequences
 from gisp.errors import GispError
 from gisp.modes import deterministic, frozen
 from gisp.structures import ModelMap
+from gisp_kernels.products import add_product, product_total
 
 # Activations of a batch are kept for the backward pass at the dense width: roughly 64 bytes per layer and dimension of
 # the stream, and some copies of the logits in float32.
 _TOKENS_PER_BATCH, _LEAST_TOKENS, _MOST_TOKENS, _BATCH_BYTES = 2048, 256, 16384, 2**33
+# For the dense model's logits of the held-out text, which every size that is tried is compared with.
+_LOGITS_BYTES = 2**32
 # The first size tried, divided by the number of blocks. It shrinks until it helps, then grows or shrinks while that
 # helps more: a size a little too large loses all.
 _FIRST_SIZE, _GROWTH, _SHRINKING, _TRIALS = 0.5, 1.5, 0.5, 12
@@ -72,9 +75,9 @@ def kfac_updates(
 
     Every step takes the next ``options.tokens`` tokens behind those before it, from the start again where the data
     end. Memory beside the dense model: its output projections once more, at the kept width twice in float32 and
-    once in its dtype, ``K*K + D*D`` floats per block, and a batch's activations for a backward pass. Time
-    per step: two forward passes and a backward pass without weight gradients, and two forward passes over the held-out
-    text per size tried.
+    once in its dtype, ``K*K + D*D`` floats per block, a batch's activations for a backward pass, and up to 4 GiB of
+    logits. Time per step: two forward passes and a backward pass without weight gradients, and per size tried one
+    forward pass over the held-out text (two over what its logits left no room for).
 
     Args:
         model_map: map of the dense model, which is left as it was.
@@ -88,12 +91,12 @@ def kfac_updates(
     if not any(len(update.columns) for update in updates):
         return updates, []
     seen = data.rows
-    held_out_batches = _batches(model_map, held_out.rows)
     size = 0.0
     steps = []
     with deterministic(), frozen(model_map.model), exact_products():
         student = _Student(model_map, updates)
-        before = student.divergence(held_out_batches, [], 0.0)
+        judge = student.beside_dense(_batches(model_map, held_out.rows))
+        before = student.divergence(judge, [], 0.0)
         if not math.isfinite(before):
             raise GispError("the model's predictions are not finite: check the weights and the data")
         # Least squares has had the first tokens.
@@ -104,7 +107,7 @@ def kfac_updates(
             tokens = sum(len(ids) for ids, _ in rows)
             directions, dampings = student.directions(_batches(model_map, rows), tokens, options.damping)
             first = size or _FIRST_SIZE / len(directions)
-            size, after = _search(partial(student.divergence, held_out_batches, directions), first, before)
+            size, after = _search(partial(student.divergence, judge, directions), first, before)
             student.move(size, directions)
             raised = sum(damping > options.damping for damping in dampings)
             steps.append(Step(size, tokens, before, after, max(dampings), raised))
@@ -177,22 +180,24 @@ class _Moments:
     """Second moments of one projection's kept inputs and output gradients: A [K, K], G [D, D], C [D, K], float32."""
 
     def __init__(self, part: _Part) -> None:
-        rows, columns = part.weight.shape
-        self.inputs = part.weight.new_zeros(columns, columns)
-        self.outputs = part.weight.new_zeros(rows, rows)
-        self.cross = torch.zeros_like(part.weight)
+        self.rows, self.columns = part.weight.shape
+        self.inputs, self.outputs, self.cross = (
+            product_total(m, n, part.weight.device)
+            for m, n in ((self.columns, self.columns), (self.rows, self.rows), (self.rows, self.columns))
+        )
 
     def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Take in tokens: inputs [T, K], gradients [T, D]."""
-        inputs, gradients = inputs.float(), gradients.float()
-        self.inputs.addmm_(inputs.T, inputs)
-        self.outputs.addmm_(gradients.T, gradients)
-        self.cross.addmm_(gradients.T, inputs)
+        """Take in tokens: inputs [T, K], gradients [T, D], in the model's dtype."""
+        add_product(self.inputs, inputs, inputs)
+        add_product(self.outputs, gradients, gradients)
+        add_product(self.cross, gradients, inputs)
 
     def direction(self, tokens: int, damping: float) -> tuple[torch.Tensor, float]:
         """The step of size 1, float32 [D, K], and the larger of the two dampings it took."""
-        half, one = ridge(self.inputs.double() / tokens, self.cross.double() / tokens, damping)
-        whole, other = ridge(self.outputs.double() / tokens, half.T, damping)
+        rows, columns = self.rows, self.columns
+        cross = self.cross[:rows, :columns].double() / tokens
+        half, one = ridge(self.inputs[:columns, :columns].double() / tokens, cross, damping)
+        whole, other = ridge(self.outputs[:rows, :rows].double() / tokens, half.T, damping)
         return -whole.T.float(), max(one, other)
 
 
@@ -240,15 +245,32 @@ class _Student:
                 )
 
     @torch.no_grad()
-    def divergence(self, batches: list[Batch], directions: list[torch.Tensor], size: float) -> float:
-        """KL(dense || pruned) in nats a token, after a step that is tried; no directions: as the model is."""
+    def beside_dense(self, batches: list[Batch]) -> list[tuple[Batch, torch.Tensor | None]]:
+        """Batches with the dense model's logits [T, V], as far as there is room for them."""
+        found: list[tuple[Batch, torch.Tensor | None]] = []
+        room = _LOGITS_BYTES
+        for batch in batches:
+            logits = self._logits(batch) if room > 0 else None
+            room -= 0 if logits is None else logits.nbytes
+            found.append((batch, logits if room >= 0 else None))
+        return found
+
+    @torch.no_grad()
+    def divergence(
+        self, judge: list[tuple[Batch, torch.Tensor | None]], directions: list[torch.Tensor], size: float
+    ) -> float:
+        """KL(dense || pruned) in nats a token, after a step that is tried; no directions: as the model is.
+
+        Args:
+            judge: of :meth:`beside_dense`.
+        """
         for part, direction in zip(self._movable, directions, strict=bool(directions)):
             part.pruned[:, part.columns] = torch.add(part.weight, direction, alpha=size).to(part.pruned.dtype)
         total, tokens = 0.0, 0
-        for batch in batches:
-            wanted = self._log_probabilities(batch)
+        for batch, dense in judge:
+            wanted = _log_probabilities(self._logits(batch) if dense is None else dense)
             with self._in_place():
-                found = self._log_probabilities(batch)
+                found = _log_probabilities(self._logits(batch))
             total += float(_apart(found, wanted))
             tokens += len(wanted)
         return total / tokens
@@ -258,14 +280,14 @@ class _Student:
         found: list[Any] = [_Moments(part) for part in self._movable]
         for batch in batches:
             with torch.no_grad():
-                wanted = self._log_probabilities(batch)
+                wanted = _log_probabilities(self._logits(batch))
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self._in_place())
                 stack.enter_context(torch.enable_grad())
                 for part, moments in zip(self._movable, found, strict=True):
                     handle = part.linear.register_forward_hook(_observer(part, moments, batch))
                     stack.callback(handle.remove)
-                _apart(self._log_probabilities(batch), wanted).backward()
+                _apart(_log_probabilities(self._logits(batch)), wanted).backward()
         dampings = []
         for number, part in enumerate(self._movable):
             try:
@@ -285,10 +307,14 @@ class _Student:
             for part in self._parts:
                 part.linear.weight.data = part.dense
 
-    def _log_probabilities(self, batch: Batch) -> torch.Tensor:
-        """Of the token after each real one, float32 [T, V]; finite, as models may rule out tokens (logits of -inf)."""
-        logits = self._model(input_ids=batch.ids, use_cache=False).logits
-        return batch.tokens(logits).float().log_softmax(-1).clamp_min(torch.finfo(torch.float32).min)
+    def _logits(self, batch: Batch) -> torch.Tensor:
+        """Of the token after each real one, [T, V] in the model's dtype."""
+        return batch.tokens(self._model(input_ids=batch.ids, use_cache=False).logits)
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Float32 [T, V]; finite, as models may rule out tokens (logits of -inf)."""
+    return logits.float().log_softmax(-1).clamp_min(torch.finfo(torch.float32).min)
 
 
 def _apart(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

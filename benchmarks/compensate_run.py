@@ -1,0 +1,41 @@
+"""One timed `gisp.compensate` of a model pruned in place: wall time, peak memory, and what it did to the loss."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from gisp import compensate
+from gisp.compensation import CompensationOptions
+
+
+def timed_compensation(model: Any, tokens: torch.Tensor, options: CompensationOptions) -> dict[str, Any]:
+    """Compensate a pruned model and tell what it took, JSON-ready.
+
+    Args:
+        tokens: calibration tokens, int64 [N, S], on the CPU.
+    """
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    ends: list[float] = []
+    given = {"method": options.method, "tokens": options.tokens, "steps": options.steps}
+    done = compensate(model, tokens, on_block=lambda _: ends.append(time.perf_counter()), **given)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    blocks = [update.after / update.before for update in done.updates if update.before > 0]
+    return {
+        "method": options.method,
+        "seconds": seconds,
+        "fit_seconds": ends[-1] - start if ends else seconds,
+        "fit_tokens": done.tokens,
+        "blocks": len(done.updates),
+        "squares_left": sum(blocks) / len(blocks) if blocks else None,
+        "steps": [{"tokens": s.tokens, "size": s.size, "before": s.before, "after": s.after} for s in done.steps],
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+    }
