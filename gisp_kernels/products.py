@@ -1,7 +1,8 @@
-"""Matrix products over tokens, nothing in them rounded below float32.
+"""Matrix products over tokens, factors as they are and sums in float32.
 
-A product of two 16-bit numbers is exact in float32, so tensor cores lose nothing by taking 16-bit factors as they are
-where they sum in float32: on an H200 a factor of ten and more over converting the factors first.
+A product of two 16-bit numbers is exact in float32, so tensor cores need no wider factors. Their sums drop low bits
+where they align terms: on an H200 the largest entries over 16,384 tokens, sums of squares, are off by 6e-5 of
+themselves. Products of float32 factors are off by 7e-6 there, and take 15 times as long.
 """
 
 from __future__ import annotations

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 
 import torch
 
-from gisp_kernels.products import product
-
 # How far damping is raised, tenfold each time, until the Cholesky factorisation exists.
 _RAISED = 8
 _FIRST_DAMPING = 1e-8
@@ -62,7 +60,7 @@ class BiasFit:
         self.energy = _zeros(weight, weight.shape[0])
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
-        """Take in tokens: inputs [T, K] in the model's dtype, residual float32 [T, D]."""
+        """Take in tokens: inputs float32 [T, K], residual float32 [T, D]."""
         wide = residual.double()
         self.tokens += len(wide)
         self.residual += wide.sum(0)
@@ -85,7 +83,7 @@ class AffineFit(BiasFit):
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
         super().add(inputs, residual)
-        output = (inputs.float() @ self.weight.T).double()
+        output = (inputs @ self.weight.T).double()
         self.output += output.sum(0)
         self.square += output.square().sum(0)
         self.cross += (output * residual.double()).sum(0)
@@ -116,7 +114,7 @@ class RescaleFit(BiasFit):
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
         super().add(inputs, residual)
-        output = (inputs.float() @ self.weight.T).double()
+        output = (inputs @ self.weight.T).double()
         self.square += output.square().sum()
         self.cross += (output * residual.double()).sum()
 
@@ -143,8 +141,8 @@ class LeastSquaresFit(BiasFit):
         super().add(inputs, residual)
         self.input += inputs.double().sum(0)
         # Products of one batch in float32, their sum in float64.
-        self.gram += product(inputs, inputs)
-        self.cross += product(residual, inputs)
+        self.gram += inputs.T @ inputs
+        self.cross += residual.T @ inputs
 
     def solve(self) -> Solution:
         mean = self.input / self.tokens if self.intercept else torch.zeros_like(self.input)

@@ -177,7 +177,10 @@ class _Part:
 
 
 class _Moments:
-    """Second moments of one projection's kept inputs and output gradients: A [K, K], G [D, D], C [D, K], float32."""
+    """Second moments of one projection's kept inputs and output gradients: A [K, K], G [D, D], C [D, K], float32.
+
+    They make a direction whose size is searched, and tolerate the bits that products of 16-bit factors drop.
+    """
 
     def __init__(self, part: _Part) -> None:
         self.rows, self.columns = part.weight.shape

@@ -106,8 +106,8 @@ class _Sweep:
             if projection.bias is not None:
                 target = target - projection.bias.float()
             held.append(inputs[..., columns])
-            left = batch.tokens(held[-1])
-            fit.add(left, target - left.float() @ weight.T)
+            left = batch.tokens(held[-1]).float()
+            fit.add(left, target - left @ weight.T)
             wanted += float(target.square().sum(dtype=torch.float64))
         try:
             solution = fit.solve()
