@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import compaction_tasks, decoder_tasks, float8_tasks, gate_tasks, importance_tasks, sweep_tasks
+from benchmarks import (
+    compaction_tasks,
+    decoder_tasks,
+    float8_tasks,
+    gate_tasks,
+    importance_tasks,
+    product_tasks,
+    sweep_tasks,
+)
 from benchmarks.command import Budget, Parser, check_writable, exit_code, positive, read_json, require_gpu, write_json
 from benchmarks.goals import goal_table, kernel_goals
 from benchmarks.identity import identity
@@ -28,7 +36,7 @@ NAME = "gisp bench kernels"
 
 def all_tasks(quick: bool = False) -> list[Task]:
     """Every task; those a goal is about come first."""
-    modules = (compaction_tasks, importance_tasks, gate_tasks, decoder_tasks, float8_tasks)
+    modules = (compaction_tasks, importance_tasks, gate_tasks, decoder_tasks, float8_tasks, product_tasks)
     return [task for module in modules for task in module.tasks(quick)]
 
 

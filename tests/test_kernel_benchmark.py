@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compaction_tasks, decoder_tasks, gate_tasks, importance_tasks, kernels, sweep_tasks, task
+from benchmarks import (
+    compaction_tasks,
+    decoder_tasks,
+    gate_tasks,
+    importance_tasks,
+    kernels,
+    product_tasks,
+    sweep_tasks,
+    task,
+)
 from benchmarks.command import Budget, exit_code
 from benchmarks.goals import Goal, goal_table, kernel_goals, prune_goals
 from benchmarks.measure import Ceilings, Measurement
@@ -31,7 +40,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def random_matrix(*shape: int) -> torch.Tensor:
         return torch.randn(shape)
 
-    for module in (decoder_tasks, gate_tasks, importance_tasks, sweep_tasks):
+    for module in (decoder_tasks, gate_tasks, importance_tasks, product_tasks, sweep_tasks):
         monkeypatch.setattr(module, "random_matrix", random_matrix)
     monkeypatch.setattr(task, "rotation", lambda inputs: [inputs])
     monkeypatch.setattr(task, "restorer", lambda inputs: None)
@@ -54,6 +63,14 @@ def test_gate_gradients_are_right_and_a_wrong_one_is_not_timed(on_cpu: None, wid
     prepared.implementations = {"short": lambda x, g: gate_tasks.gate_grads_eager(x[:, 1:], g[:, 1:], block)}
     assert checked(prepared)[0] == {}
     assert len(gate_tasks.tasks(False)) == 16 and len(gate_tasks.tasks(True)) == 2
+
+
+def test_products_are_right_and_one_without_a_token_is_not_timed(on_cpu: None) -> None:
+    prepared = product_tasks._prepare(33, 48, 17)
+    assert right_ones(prepared) == [AUTO, product_tasks.FLOAT32] and prepared.flops == 2 * 33 * 48 * 17
+    prepared.implementations = {"short": lambda x, g: product_tasks.product_float32(x[1:], g[1:])}
+    assert checked(prepared)[0] == {}
+    assert len(product_tasks.tasks(False)) == 8 and len(product_tasks.tasks(True)) == 2
 
 
 def test_registry_shapes() -> None:
