@@ -51,6 +51,25 @@ def test_long_conversations_are_pieces_of_one_example(read):
     assert (ids, labels) == (CHAT_IDS[-3:], [-100, 4, 11])
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    for name, text in (("rows.jsonl", json.dumps({"text": "the cat"})), ("rows.txt", "the cat")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert list(read_rows(str(tmp_path / name))) == [{"text": "the cat"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"text": 5}, {}, "row 0 has text '5': give a text"),
+        ({"prompt": "a", "completion": 5}, {}, "row 0 has completion '5': give a text"),
+        ({"context": "a", "choices": ["b"], "answer": 0}, {"objective": "margin"}, "no row has two: give wrong ones"),
+    ],
+)
+def test_rows_that_lack_something_say_what(read, row, options, message):
+    with pytest.raises(GispError, match=message):
+        read([row], **options)
+
+
 def test_choices_of_a_conversation_are_its_last_turn(read):
     row = {"messages": [ASKED], "choices": ["ran", "sat on"], "answer": 1}
     found, rows = read([row], objective="margin")

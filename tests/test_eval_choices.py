@@ -12,6 +12,7 @@ import pytest
 import torch
 from eval_cases import byte_tokenizer, greedy, log_probability, shrunken, write_rows
 from tiny import tiny_model
+from word_tokenizer import CHAT_TEMPLATE
 
 from gisp.errors import GispError
 from gisp.evaluation import EvalOptions
@@ -88,6 +89,22 @@ def test_contexts_may_repeat_their_continuation(model_folder: Path) -> None:
     model, shared = shrunken("query"), ROWS[-1]
     repeated = {"contexts": shared["contexts"], "choices": [" was big"] * 3, "answer": 2}
     assert measured(model, model_folder, [shared]) == measured(model, model_folder, [repeated])
+
+
+def test_choices_of_a_conversation_are_its_last_turn(model_folder: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(model_folder)
+    model = shrunken("query")
+    asked = {"messages": [{"role": "user", "content": "a cab "}], "choices": ["cab", "bag", "a"], "answer": 1}
+    told = {"context": "user a cab  stop assistant ", "choices": ["cab stop ", "bag stop ", "a stop "], "answer": 1}
+    found, expected = (measured(model, model_folder, [row]) for row in (asked, told))
+    assert found["perplexity"] == expected["perplexity"] and found["acc"] == expected["acc"]
+    assert found["tokens"] == len(split(told["context"], told["choices"][1])[1])
+    # What is divided by is the choice, without the template around it.
+    values = scores(model, told)
+    best = max(range(3), key=lambda i: values[i] / len(asked["choices"][i]))
+    assert found["acc_norm"] == (best == 1)
 
 
 def test_a_delimiter_is_scored_but_not_counted(model_folder: Path) -> None:
@@ -208,6 +225,7 @@ def test_a_pattern_picks_what_is_compared(model_folder: Path) -> None:
         ({"context": "a", "choices": "bc", "answer": 0}, "at least two texts"),
         ({"context": "a", "choices": ["b", ""], "answer": 0}, "every one must be a text"),
         ({"choices": ["b", "c"], "answer": 0}, "context None"),
+        ({"messages": ["a"], "choices": ["b", "c"], "answer": 0}, "messages .*give a list of role and content"),
         ({"contexts": ["b", "c"], "answer": 0}, "continuation None"),
         ({"contexts": ["b", "c"], "choices": ["x", "y", "z"], "answer": 0}, "2 contexts and 3 choices"),
         ({"context": "a", "choices": ["x", "c" * 60], "answer": 0}, "60 tokens of a continuation exceed"),

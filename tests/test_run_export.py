@@ -114,6 +114,15 @@ def test_sizes_reach_the_checkpoint(
     assert "`--round-mlp 8 --align-heads 4 --min-heads 3`" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_rounded_widths_reach_a_gguf_file(places: tuple[Path, Path], tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    assert _export(places[0], tmp_path / "out", "--format", "gguf", "--round-mlp", "8", sparsity="0.6") == 0
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["gisp.options.round_mlp"].contents() == 8
+    widths = fields["deci.feed_forward_length"].contents()
+    assert len(set(widths)) > 1 and all(width % 8 == 0 for width in widths)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

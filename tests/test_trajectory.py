@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokens
 
 import gisp
@@ -140,6 +140,64 @@ def test_files_of_two_runs_do_not_mix(tmp_path, model_folder, token_file):
         gisp.Trajectory.load(tmp_path / "a")
 
 
+def test_tensors_of_other_layers_are_foreign(tmp_path, model_folder, token_file):
+    run_into(tmp_path / "r", model_folder, token_file)
+    path = tmp_path / "r" / "trajectory.safetensors"
+    tensors = load_file(path)
+    for name in ("foo", "layers.9.heads.removed_at"):
+        save_file({**tensors, name: torch.zeros(4, dtype=torch.int32)}, path)
+        with pytest.raises(GispError, match=f"it holds {name}"):
+            gisp.Trajectory.load(tmp_path / "r")
+
+
+def test_a_run_without_its_record_is_not_begun_anew(tmp_path, model_folder, token_file):
+    out = tmp_path / "r"
+    run_into(out, model_folder, token_file)
+    (out / "trajectory.json").unlink()
+    left = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for resume in (False, True):
+        with pytest.raises(GispError, match=r"trajectory\.json is missing: put it back"):
+            run_into(out, model_folder, token_file, resume=resume)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == left
+
+
+def test_a_state_that_is_not_finite_is_not_resumed(tmp_path, model_folder, token_file):
+    out = tmp_path / "r"
+
+    def stop(record, steps):
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_into(out, model_folder, token_file, on_step=stop)
+    path = out / "state" / "step-00002.safetensors"
+    save_file({name: torch.full_like(at, float("nan")) for name, at in load_file(path).items()}, path)
+    record = (out / "trajectory.json").read_bytes()
+    with pytest.raises(GispError, match="not finite: it is corrupt"):
+        run_into(out, model_folder, token_file, resume=True)
+    assert (out / "trajectory.json").read_bytes() == record
+
+
+def test_what_a_command_ignores_or_cannot_do_is_said(tmp_path, model_folder, token_file, capsys):
+    given = ["prune", str(model_folder), "--data", str(token_file)]
+    official = ["--preset", "official", "--ratio", "0.3", "--sparsity", "0.2", "--steps", "2"]
+    assert main([*given, "--out", str(tmp_path / "o"), *official]) == 0
+    assert "--sparsity is ignored beside --ratio" in "".join(capsys.readouterr())
+    assert main([*given, "--out", str(tmp_path / "n"), "--sparsity", "1e-6", "--steps", "2"]) == 0
+    assert "nothing was removed: 1e-06 of the decoder" in "".join(capsys.readouterr())
+
+
+def test_a_weight_of_another_shape_is_named(tmp_path, token_file, capsys):
+    tiny_model().save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 5)
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert main(["eval", str(tmp_path / "m"), "--data", str(token_file)]) == 2
+    error = capsys.readouterr().err
+    assert "mismatched keys" in error and "model.layers.1.mlp.up_proj.weight" in error and error.count("\n") == 1
+
+
 def _set(record, path, value):
     *parents, last = path.split(".")
     for name in parents:
@@ -159,6 +217,9 @@ def _set(record, path, value):
         ("versions", "ab"),
         ("config", {}),
         ("steps.1.sparsity", "x"),
+        ("steps.1.sparsity", 0.9),
+        ("steps.0.sparsity", -0.2),
+        ("steps.0.removed_parameters", 10**9),
         ("steps.1.loss", float("nan")),
         ("steps.0.step", 2),
         ("complete", "yes"),

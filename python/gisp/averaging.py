@@ -61,5 +61,7 @@ class ScoreAverage:
             span = self._spans.get(name)
             if span is None or values.shape != average[span].shape:
                 raise GispError(f"the state of the run holds {name} {tuple(values.shape)}, which this model has not")
+            if not bool(values.isfinite().all()):
+                raise GispError(f"the state of the run holds scores of {name} that are not finite: it is corrupt")
             average[span] = values
         self.average = average.to(self.average.device)

@@ -73,7 +73,13 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
         raise GispError(f"model {path} is quantised ({quantisation}): give its unquantised weights")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, trust_remote_code=False
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            # Told below, by name.
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # transformers raises many types for folders it cannot read
         raise GispError(f"model {path} cannot be loaded: {_one_line(error)}") from None

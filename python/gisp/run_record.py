@@ -99,6 +99,9 @@ def read_removed_at(folder: Path, record: dict[str, Any]) -> dict[str, np.ndarra
                     f"{path} has {total} {kind} removed by step {step['step']}, {RECORD} says "
                     f"{step[f'{kind}_removed']}: the files are of different runs"
                 )
+    foreign = next((name for name in tensors if name.removesuffix(".removed_at") not in found), None)
+    if foreign:
+        raise GispError(f"{path} is corrupt: it holds {foreign}, which a model of {base['layers']} layers has not")
     return found
 
 
@@ -153,3 +156,8 @@ def _check(record: Any) -> None:
         require(step["step"] == number, f"step {number} is numbered {step['step']!r}")
         for name in _STEP_NUMBERS:
             require(is_finite(step[name]), f"{name} of step {number} is {step[name]!r}")
+        share = step["removed_parameters"] / base["decoder_parameters"]
+        require(
+            0 <= share <= 1 and math.isclose(step["sparsity"], share, abs_tol=1e-9),
+            f"sparsity of step {number} is {step['sparsity']!r}, its removed parameters are {share!r} of the decoder",
+        )

@@ -50,6 +50,10 @@ class RunFolder:
         foreign = [p.name for p in inside if p.name not in _BEFORE_FIRST_COMMIT and not is_unfinished(p)]
         if foreign:
             raise GispError(f"{self.path} is not empty and holds no run ({foreign[0]}): give another --out")
+        if any(path.name > self._state(1).name for path in (self.path / STATE).glob("step-*.safetensors")):
+            raise GispError(
+                f"{self.path} holds a run whose {RECORD} is missing: put it back to go on, or give another --out"
+            )
         above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise GispError(f"cannot write {self.path}: {above} is not a folder this user may write to")

@@ -141,6 +141,7 @@ def test_resume_after_interrupt(case: Case, launcher: Launcher, tmp_path: Path) 
     code = launcher.interrupt(lambda: recorded_steps(out) >= 4, 0.0, signal.SIGINT, *case.arguments(out))
     assert code != 0
     assert "Traceback" not in launcher.output()[before:]
+    assert "continue them with --resume" in launcher.output()[before:]
     assert 4 <= recorded_steps(out) < STEPS
     assert launcher.run(*case.arguments(out, "--resume")) == 0, launcher.output()
     assert_identical(out, case)

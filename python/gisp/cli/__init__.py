@@ -29,10 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # They register themselves.
-    from gisp.cli import bench_command, demo_command, eval_command, prune_command, run_commands  # noqa: F401
-
     try:
+        # They register themselves.
+        from gisp.cli import bench_command, demo_command, eval_command, prune_command, run_commands  # noqa: F401
+
         code = app(args=argv, standalone_mode=False)
     except GispError as error:
         return _fail(str(error))
@@ -41,17 +41,22 @@ def main(argv: list[str] | None = None) -> int:
         # Without a command the help has been shown, and there is nothing more to say.
         return _fail(message) if message.strip() else 2
     except typer.Exit as exit_request:
-        return exit_request.exit_code
+        code = exit_request.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: finished steps of a run are kept, continue them with --resume", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted()
     except OSError as error:
         return _fail(f"{error.strerror or error}: {error.filename or 'file'}")
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
         return _fail("out of memory: give a smaller --batch-size or --batch-tokens, or --dtype bfloat16")
-    return int(code or 0)
+    # Newer versions of typer make this code of a KeyboardInterrupt.
+    return _interrupted() if code == INTERRUPTED else int(code or 0)
+
+
+def _interrupted() -> int:
+    print("interrupted: finished steps of a run are kept, continue them with --resume", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _with_value(error: Any, argv: list[str]) -> str:

@@ -133,6 +133,8 @@ def prune(
         if options.get("ratio") is not None and options.get("preset") != "official":
             progress.say("warning: --ratio belongs to preset official and is ignored here")
             options["ratio"] = None
+        if options.get("ratio") is not None and options.get("sparsity") is not None:
+            progress.say("warning: --sparsity is ignored beside --ratio, which alone says where preset official ends")
         trajectory = run_prune(
             str(places["model"]),
             places["data"],
@@ -145,6 +147,11 @@ def prune(
     goal = trajectory.config["sparsity"]
     if trajectory.config["schedule"] == "structures" and goal is not None and last.sparsity < goal:
         progress.say(f"warning: the schedule ended at {last.sparsity:.4f}, short of {goal}: give a higher --ratio")
+    if not last.removed_parameters:
+        progress.say(
+            f"warning: nothing was removed: {goal} of the decoder parameters is less than the smallest removal "
+            f"(widths go in multiples of --align {trajectory.config['align']}): give a higher --sparsity"
+        )
     progress.say(
         f"{places['out']}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
         f"whole model {last.model_sparsity:.4f}"

@@ -86,6 +86,8 @@ def _from_rows(
         raise GispError(f"{spec} is plain text: --objective completion needs prompts and completions, or choices")
     if objective in CHOOSING and kind != "choices":
         raise GispError(f"{spec}: --objective {objective} needs rows of context, choices and answer")
+    if objective in CHOOSING and not any(len(row["choices"]) > 1 for row in rows):
+        raise GispError(f"{spec}: --objective {objective} compares choices, and no row has two: give wrong ones too")
     tokenizer = load_tokenizer(tokenizer_from, spec)
     entry = cache_entry(rows, tokenizer, seq_len, objective)
     sequences = read_entry(entry)

@@ -37,7 +37,7 @@ def _kind(row: dict[str, Any], spec: str, number: int) -> Kind:
         return "completion"
     choices, messages = row.get("choices"), row.get("messages")
     if messages is not None:
-        _check_messages(messages, spec, number)
+        check_messages(messages, f"{spec}: row {number}")
     if isinstance(choices, list) and (
         isinstance(row.get("context"), str) or row.get("contexts") is not None or messages is not None
     ):
@@ -45,6 +45,9 @@ def _kind(row: dict[str, Any], spec: str, number: int) -> Kind:
         return "choices"
     if messages is not None:
         return "messages"
+    for key in ("text", "prompt", "completion", "context"):
+        if key in row and not isinstance(row[key], str):
+            raise GispError(f"{spec}: row {number} has {key} {str(row[key])[:40]!r}: give a text")
     raise GispError(f"{spec}: row {number} has keys {', '.join(map(str, row)) or 'none'}: give {FORMATS}")
 
 
@@ -58,10 +61,15 @@ def _check_choices(row: dict[str, Any], spec: str, number: int) -> None:
         raise GispError(f"{spec}: row {number} has contexts {str(contexts)[:40]!r}: give each choice a text")
 
 
-def _check_messages(messages: Any, spec: str, number: int) -> None:
+def check_messages(messages: Any, where: str) -> None:
+    """Require a conversation: a list of ``role`` and ``content``.
+
+    Args:
+        where: names the row in the error.
+    """
     sound = isinstance(messages, list) and len(messages) > 0
     for message in messages if sound else ():
         keys = ("role", "content")
         sound = sound and isinstance(message, dict) and all(isinstance(message.get(key), str) for key in keys)
     if not sound:
-        raise GispError(f"{spec}: row {number} has messages {str(messages)[:40]!r}: give a list of role and content")
+        raise GispError(f"{where} has messages {str(messages)[:40]!r}: give a list of role and content")

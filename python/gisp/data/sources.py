@@ -63,7 +63,7 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise GispError(f"data file {path} does not exist: give an existing .safetensors, .jsonl, .txt or .parquet")
     try:
         if path.suffix == ".txt":
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             yield from ([{"text": text}] if text.strip() else [])
         elif path.suffix == ".jsonl":
             yield from _json_rows(path)
@@ -76,7 +76,8 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    # A byte order mark at the start is no part of the first row.
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue

@@ -14,7 +14,7 @@ from gisp.errors import GispError
 from gisp.evaluation.pairs import PairEncoder, Request, log_likelihoods
 from gisp.evaluation.perplexity import from_total
 
-FORMAT = "context, choices and answer, or contexts, continuation and answer"
+FORMAT = "context or messages, choices and answer, or contexts, continuation and answer"
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def mean_with_error(name: str, hits: Sequence[bool]) -> dict[str, float | None]:
 def read_choice(row: dict[str, Any], encoder: PairEncoder, where: str) -> Choice:
     """A row of ``context``, ``choices`` and ``answer``, or of ``contexts`` that share a ``continuation``.
 
+    ``messages`` in place of ``context`` are a conversation that the choices answer, through the chat template.
+
     ``contexts`` may also stand beside ``choices``, which are then their continuations one by one; the texts that are
     compared are the contexts either way, as in lm-eval. A ``delimiter`` names what every choice begins with and what
     is not counted as a part of its text (lm-eval's ``target_delimiter``).
@@ -98,8 +100,11 @@ def read_choice(row: dict[str, Any], encoder: PairEncoder, where: str) -> Choice
         pairs = list(zip(texts, tails, strict=True))
     else:
         choices = _texts(row, "choices", where)
-        context = _text(row, "context", where)
-        pairs = [(context, text) for text in choices]
+        if row.get("messages") is not None and "context" not in row:
+            pairs = [encoder.turn(row["messages"], text, where) for text in choices]
+        else:
+            context = _text(row, "context", where)
+            pairs = [(context, text) for text in choices]
         delimiter = str(row.get("delimiter") or "")
         texts = tuple(text.removeprefix(delimiter) or text for text in choices)
     answer = row.get("answer")

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from gisp.data.chat import last_turn
+from gisp.data.rows import check_messages
 from gisp.errors import GispError
 from gisp.evaluation.batches import length_batches
 from gisp.modes import evaluation_mode
@@ -79,11 +81,21 @@ class PairEncoder:
             raise GispError(f"{where}: {continuation[:40]!r} adds no token to its context: give longer text")
         if len(tail) > self.max_length:
             raise GispError(
-                f"{where}: {len(tail)} tokens of a continuation exceed the longest input, {self.max_length}"
+                f"{where}: {len(tail)} tokens of a continuation exceed the longest input, {self.max_length}: "
+                "give shorter ones or a larger --window"
             )
         whole = self._checked(head + tail, where)
         kept = whole[-(self.max_length + 1) :]
         return Request(tuple(kept[:-1]), tuple(tail), len(kept) < len(whole))
+
+    def turn(self, messages: Any, answer: str, where: str) -> tuple[str, str]:
+        """A conversation with an assistant's answer through the chat template: what stands before it, and the answer.
+
+        Raises:
+            GispError: no list of role and content, or a conversation the tokenizer cannot render.
+        """
+        check_messages(messages, where)
+        return last_turn(self._tokenizer, [*messages, {"role": "assistant", "content": answer}], where)
 
     def prompt(self, text: str, where: str) -> tuple[int, ...]:
         """Tokens of a prompt that is to be continued, at least one.

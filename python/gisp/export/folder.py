@@ -75,6 +75,10 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 def check_room(folder: Path, size: int) -> None:
     """Refuse to begin writing ``size`` bytes where they do not fit.
 
@@ -83,7 +87,7 @@ def check_room(folder: Path, size: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise GispError(f"the export needs {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: free some space")
+        raise GispError(f"the export needs {_size(size)}, {_size(free)} are free: free some space")
 
 
 def dense_state(base: Any) -> dict[str, torch.Tensor]:

@@ -235,9 +235,17 @@ def _add_metadata(
     writer.add_rope_dimension_count(model_map.head_dim)
     writer.add_rope_freq_base(float(base.config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(base.config.rms_norm_eps)
-    for key, value in gisp_record(base, spec).items():
+    _add_record(writer, "gisp", gisp_record(base, spec))
+
+
+def _add_record(writer: Any, prefix: str, record: Mapping[str, Any]) -> None:
+    """A record under dotted keys; the format has no nested ones."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            _add_record(writer, f"{prefix}.{key}", value)
+            continue
         add = {int: writer.add_uint32, float: writer.add_float64, str: writer.add_string}[type(value)]
-        add(f"gisp.{key}", value)
+        add(f"{prefix}.{key}", value)
 
 
 def _array(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> np.ndarray[Any, Any]:
