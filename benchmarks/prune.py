@@ -72,8 +72,11 @@ def measure_model(
     if on_gpu:
         torch.cuda.empty_cache()
     result = timed_run(shape, model, tokens, setting, peak, budget)
-    whole = not result["stopped_by_budget"]
-    compensated = timed_compensation(model, tokens, compensation) if compensation and whole else None
+    compensated = None
+    if compensation and result["stopped_by_budget"]:
+        print("the budget is spent before the run ended: nothing is compensated", flush=True)
+    elif compensation:
+        compensated = timed_compensation(model, tokens, compensation)
     return {
         "model": name,
         "device": device.type,
@@ -219,7 +222,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.quiet:
         print(show(runs))
         print(show_phases(runs))
-        print(show_compensation(runs), end="")
+        compensated = show_compensation(runs)
+        print(compensated + "\n" if compensated else "", end="")
     if args.goals:
         print(goal_table(prune_goals(runs)))
     if args.plot:
@@ -254,6 +258,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 def _compensation(args: argparse.Namespace) -> CompensationOptions | None:
     given = {"steps": args.compensation_steps, "tokens": args.calibration_tokens}
     given = {name: value for name, value in given.items() if value is not None}
+    if "steps" in given and args.compensate not in (None, "kfac"):
+        raise GispError(f"--compensation-steps are of kfac: leave it out with --compensate {args.compensate}")
     if args.compensate is None:
         if given:
             raise GispError("--compensation-steps and --calibration-tokens are of --compensate: give it too")

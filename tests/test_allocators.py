@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ from gisp.criteria.choices import CRITERIA
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.one_shot import one_shot
+from gisp.schedule import structure_ratio, threshold_rank
 from gisp.trajectory import Trajectory
 
 WIDTH, HEADS, LAYERS = 24, 4, 6
+# Six sequences, each an example.
+EACH = tuple((number,) for number in range(6))
 # Some steps of a few sequences, so that the order of the data and the averages matter.
 FAST = {"preset": "fast", "steps": 6, "sparsity": 0.4, "align": 1, "batch_tokens": 64}
 
@@ -200,12 +205,53 @@ def test_uniform_argument_of_one_shot_is_the_allocator() -> None:
     for options, uniform in (({}, True), ({"allocator": "uniform"}, False)):
         (_, pruned), *_ = [
             (s, m(tiny_tokens(2)).logits)
-            for s, m in one_shot(model, data, [0.4], make_config(one_shot=True, **options), uniform=uniform)
+            for s, m in one_shot(model, data, [0.3], make_config(one_shot=True, **options), uniform=uniform)
         ]
         logits.append(pruned)
     assert torch.equal(*logits)
     with pytest.raises(GispError, match="of a run of many steps"):
         next(one_shot(model, data, [0.4], make_config()))
+
+
+@pytest.mark.parametrize(
+    ("options", "sparsity", "message"),
+    [
+        ({}, 0.97, "sparsity 0.97 is out of reach"),
+        ({"protect_first": 0.8, "protect_last": 1}, 0.4, "out of reach"),
+        ({"objective": "a.b"}, 0.4, "objective a.b is a function's name"),
+        ({"objective": "choice"}, 0.4, "objective choice needs one"),
+        ({"objective": "margin"}, 0.4, "margin needs right and wrong answers"),
+    ],
+)
+def test_one_shot_refuses_what_a_run_refuses(options: dict[str, Any], sparsity: float, message: str) -> None:
+    ids = tiny_tokens(6, 16)
+    data = Sequences(tuple((row, row) for row in ids), (-1 if options.get("objective") == "choice" else 1,) * 6, EACH)
+    with pytest.raises(GispError, match=message):
+        next(one_shot(model_of(), data, [0.2, sparsity], make_config(one_shot=True, **options)))
+
+
+def test_one_shot_leaves_a_dense_model_and_sees_what_is_not_finite() -> None:
+    data, model = Sequences.plain([(row, row) for row in tiny_tokens(6, 16)]), model_of()
+    before = model(tiny_tokens(2)).logits
+    for _ in one_shot(model, data, [0.2, 0.4], make_config(one_shot=True, align=1)):
+        break
+    gc.collect()
+    assert torch.equal(model(tiny_tokens(2)).logits, before)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(GispError, match="not finite"):
+        next(one_shot(model, data, [0.2], make_config(one_shot=True)))
+
+
+def test_whole_layers_of_a_ratio_schedule_follow_the_ratio() -> None:
+    found = run(criterion="block-influence", preset="official", sparsity=None, ratio=0.5, steps=4)
+    # Each step's threshold counts structures that are gone already: layers go one after the other, none in a rush.
+    gone = [record.channels_removed for record in found.steps]
+    width = found.base_model["intermediate_size"]
+    allowed = [structure_ratio(0.5, step, 4) for step in range(1, 5)]
+    size = sum(len(at) for at in found.removed_at.values())
+    one = size // found.layers
+    assert [count // width for count in gone] == [threshold_rank(size, ratio) // one for ratio in allowed]
 
 
 def test_an_older_run_without_these_options_is_resumed(tmp_path: Path) -> None:

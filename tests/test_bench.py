@@ -146,8 +146,11 @@ def test_a_run_is_compensated(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found["blocks"] == 6 and 0 < found["squares_left"] < 1
     assert [step["tokens"] for step in found["steps"]] == [512, 512]
     assert found["steps"][-1]["after"] <= found["steps"][0]["before"]
-    assert main([*asked, "--compensation-steps", "2"]) == 2
-    assert "--compensate" in capsys.readouterr().err
+    assert main(["bench", "prune", "--from", str(out), "--goals"]) == 0
+    assert capsys.readouterr().out.count("\ngoal ") == 1
+    for wrong in (["--compensation-steps", "2"], ["--compensate", "lsq", "--compensation-steps", "2"]):
+        assert main([*asked, *wrong]) == 2
+        assert "--compensat" in capsys.readouterr().err
 
 
 def test_a_spent_budget_ends_a_run_after_a_step() -> None:

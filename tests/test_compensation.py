@@ -19,6 +19,7 @@ from gisp.compensation import (
     fit_compensation,
     fold_into_dense,
 )
+from gisp.compensation.apply import make_options
 from gisp.compensation.fits import LeastSquaresFit, RescaleFit, ridge
 from gisp.data import Sequences
 from gisp.errors import GispError
@@ -337,3 +338,28 @@ def test_models_that_cannot_be_compensated() -> None:
         compensate(model, TOKENS)
     del layer.__dict__["forward"]
     assert torch.equal(logits(model), small)
+
+
+def test_inference_mode_of_the_caller_leaves_a_model_to_train() -> None:
+    for family, options in (("llama-gqa", {"method": "lsq"}), ("llama-mha", {"method": "affine"})):
+        model = tiny_model(family)
+        gisp.prune(model, tiny_tokens(8, 16), sparsity=0.3, steps=2, align=4, batch_tokens=64)
+        with torch.inference_mode():
+            compensate(model, tiny_tokens(8, 16), tokens=64, **options)
+        assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+        model.requires_grad_(True)
+        model(input_ids=tiny_tokens(2, 8), labels=tiny_tokens(2, 8)).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token": 5}, "unknown option token: compensation has method"),
+        ({"tokens": "many"}, "--calibration-tokens is 'many': give a whole number"),
+        ({"method": "kfac", "steps": 2.5}, "--compensation-steps is 2.5: give a whole number"),
+        ({"damping": "much"}, "--damping is much"),
+    ],
+)
+def test_options_of_another_type_are_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(GispError, match=message):
+        make_options(**options)

@@ -15,7 +15,7 @@ from gisp.data import Sequences, load_sequences
 from gisp.engine import Engine
 from gisp.errors import GispError
 from gisp.loop import prune
-from gisp.objectives import IGNORED, objective_name, own_losses
+from gisp.objectives import IGNORED, objective_name, own_losses, sequence_nll
 from gisp.structures import map_model
 
 OPTIONS = {"steps": 3, "sparsity": 0.3, "align": 1, "device": "cpu", "dtype": "float32"}
@@ -135,3 +135,38 @@ def test_a_run_records_the_name_of_its_loss_and_resumes_with_no_other(tmp_path):
     built_in = prune(model, data, **OPTIONS)
     assert resumed.complete
     assert [s.loss for s in resumed.steps] == pytest.approx([s.loss for s in built_in.steps], rel=1e-5)
+
+
+def test_a_loss_without_a_gradient_is_refused():
+    def detached(model, input_ids, labels):
+        return sequence_nll(model, input_ids, labels).detach()
+
+    for criterion in ("gisp", "second-order", "signed"):
+        with pytest.raises(GispError, match="the loss of your own has no gradient"):
+            prune(tiny_model(), tiny_tokens(8, 16), objective=detached, criterion=criterion, **OPTIONS)
+
+
+def test_sequences_made_by_hand_are_checked():
+    ids = tiny_tokens(3, 8)
+    rows = [(row, row) for row in ids]
+    sound = Sequences.plain(rows)
+    for data, message in (
+        (Sequences((), (), ()), "0 rows"),
+        (Sequences(sound.rows, (1,), sound.examples), "3 rows have 1 signs"),
+        (Sequences(sound.rows, sound.signs, ((0,), (1,))), "examples of 2 rows"),
+        (Sequences.plain([*rows, (ids[0], ids[0][1:])]), "row 3 of the Sequences has no int64"),
+        (Sequences.plain([*rows, (ids[0].int(), ids[0])]), "row 3 of the Sequences has no int64"),
+        (Sequences.plain([*rows, (ids[0] + 1000, ids[0])]), "row 3 of the Sequences has 8 tokens from 1"),
+        (Sequences.plain([(ids[0][:1], ids[0][:1])]), "row 0 of the Sequences has 1 tokens"),
+    ):
+        for engine in ("stream", "exact"):
+            with pytest.raises(GispError, match=message):
+                prune(tiny_model(), data, engine=engine, **OPTIONS)
+    for sign in (1, -1):
+        with pytest.raises(GispError, match="margin needs right and wrong answers"):
+            prune(tiny_model(), Sequences(sound.rows, (sign,) * 3, sound.examples), objective="margin", **OPTIONS)
+
+
+def test_a_float16_model_is_warned_of():
+    with pytest.warns(UserWarning, match="float16: gradients of large calibration sets underflow"):
+        prune(tiny_model().half(), tiny_tokens(8, 16), **OPTIONS)

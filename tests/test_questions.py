@@ -14,6 +14,7 @@ from tiny import VOCAB, tiny_model, tiny_tokens
 from word_tokenizer import save_tokenizer
 
 import gisp
+from gisp import engine as engine_module
 from gisp.cli import main
 from gisp.data import Part, Sequences, load_sequences
 from gisp.engine import Engine
@@ -147,7 +148,13 @@ def test_answers_of_one_token_share_a_pass() -> None:
     assert len(few._steps.questions(1)) == 2
 
 
-def test_noise_is_that_of_questions() -> None:
+def test_noise_is_that_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    units, weights = [], engine_module.first_order_weights
+    monkeypatch.setattr(
+        engine_module,
+        "first_order_weights",
+        lambda sums, count, batches: units.append(count) or weights(sums, count, batches),
+    )
     model_map = map_model(tiny_model())
     options: dict[str, Any] = {"kind": "stream", "batch_size": None, "batch_tokens": 10**6, "seed": 0}
     options["score"] = "second-order"
@@ -155,6 +162,7 @@ def test_noise_is_that_of_questions() -> None:
         Engine(model_map, answers(), shrunk=s, **options).score(1, model_map.groups) for s in (False, True)
     )
     assert any(not torch.equal(plain.scores[name], shrunk.scores[name]) for name in plain.scores)
+    assert units == [len(EXAMPLES)]
     opposed = Sequences.mixture(
         [
             (Part("questions", "choice", 0.5, 4), answers()),

@@ -12,6 +12,7 @@ from test_fused_pass import REMOVALS, live, pruned
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
 import gisp
+from gisp import engine as module
 from gisp.data import Sequences
 from gisp.engine import Engine
 from gisp.errors import GispError
@@ -250,3 +251,26 @@ def test_one_shot_shrinks_where_it_is_asked_to():
     )
     assert all(torch.equal(at, asked.removed_at[name]) for name, at in plain.removed_at.items())
     assert any(not torch.equal(at, shrunk.removed_at[name]) for name, at in plain.removed_at.items())
+
+
+def test_a_step_weighs_its_noise_by_its_sequences_and_by_what_is_averaged(monkeypatch):
+    seen, weights = [], module.first_order_weights
+
+    def spy(sums, units, batches):
+        seen.append((units, batches))
+        return weights(sums, units, batches)
+
+    monkeypatch.setattr(module, "first_order_weights", spy)
+    options = {"sparsity": 0.3, "steps": 6, "align": 1, "device": "cpu"}
+    tokens = tiny_tokens(12, 16)
+    gisp.prune(tiny_model(), tokens, batch_tokens=48, ema=0.7, **options)
+    # Twelve sequences of which a step sees three: no more than four batches are new.
+    wanted = [min(averaged_batches(0.7, step), 4.0) for step in range(1, 7)]
+    assert [units for units, _ in seen] == [3] * 6 and [batches for _, batches in seen] == pytest.approx(wanted)
+    assert wanted[0] == 1 and wanted[3] < 4 == wanted[5]
+    seen.clear()
+    gisp.prune(tiny_model(), tokens, engine="exact", **options)
+    assert seen == [(12, 1.0)] * 6
+    seen.clear()
+    gisp.prune(tiny_model(), tokens, batch_tokens=16, **options)
+    assert not seen

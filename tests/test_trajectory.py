@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from tiny import tiny_model, tiny_tokens
 
 import gisp
 from gisp.cli import main
+from gisp.config import make_config, without_defaults
 from gisp.errors import GispError
 from gisp.evaluation import evaluate_target
 from gisp.structures import fingerprint
@@ -362,3 +364,47 @@ def test_lost_metrics_do_not_stop_a_resumed_run(tmp_path, model_folder, token_fi
     run_into(tmp_path / "cut", model_folder, token_file, resume=True)
     files = [(tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("made", "asked"),
+    [
+        ({}, {"preset": "official"}),
+        ({}, {"preset": "paper"}),
+        ({"preset": "official"}, {"preset": "fast"}),
+        ({"criterion": "wanda-sp"}, {"criterion": "gisp"}),
+        ({"criterion": "random"}, {"criterion": "second-order"}),
+        ({"criterion": "block-influence"}, {"criterion": "flap"}),
+        ({}, {"one_shot": True}),
+        ({"one_shot": True}, {"criterion": "signed"}),
+    ],
+)
+def test_a_stored_config_gives_way_to_another_preset_or_criterion(made, asked):
+    """What a run resolved is not what anyone asked for: only that goes into a run of another kind."""
+    own = {"protect_first": 0.3, "seed": 5}
+    stored = dataclasses.asdict(make_config(**own, **made))
+    stored = {name: value for name, value in stored.items() if value is not None}
+    stored.pop("ratio", None)
+    found = make_config(**{**without_defaults(stored, asked), **asked})
+    wanted = make_config(**own, **{**made, **asked}, sparsity=stored.get("sparsity"))
+    assert found == wanted
+    assert without_defaults(stored, {name: stored[name] for name in asked}) == stored
+    # What differs from the default was asked for.
+    assert without_defaults({**stored, "steps": 17}, asked)["steps"] == 17
+
+
+def test_a_run_with_other_labels_is_another_run(tmp_path, model_folder):
+    ids = tiny_tokens(16, 16)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    path = tmp_path / "t.safetensors"
+
+    def stop(record, steps):
+        raise KeyboardInterrupt
+
+    save_file({"input_ids": ids}, path)
+    with pytest.raises(KeyboardInterrupt):
+        run_into(tmp_path / "r", model_folder, path, on_step=stop)
+    save_file({"input_ids": ids, "labels": labels}, path)
+    with pytest.raises(GispError, match="made with another"):
+        run_into(tmp_path / "r", model_folder, path, resume=True)

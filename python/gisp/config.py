@@ -278,6 +278,24 @@ def criterion_text(options: dict[str, Any]) -> str:
     return f"{criterion}, first-order term {recorded(options, 'first_order')}"
 
 
+def without_defaults(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """A file's options, less the defaults of its preset, criterion and number of shots where others are asked for.
+
+    The config of a run holds every resolved option, whether or not anyone asked for it.
+    """
+    usual: dict[str, Any] = {"preset": PruneConfig.preset, "one_shot": False}
+    preset = PRESETS.get(str(stored.get("preset", usual["preset"])))
+    if preset is None:
+        return stored
+    usual["criterion"] = preset["criterion"]
+    if all(asked.get(name, stored.get(name, usual[name])) == stored.get(name, usual[name]) for name in usual):
+        return stored
+    criterion = CRITERIA.get(str(stored.get("criterion", usual["criterion"])), {})
+    shots = _ONE_SHOT if stored.get("one_shot") else {}
+    defaults = {**preset, "first_order": "plain", **criterion, **shots}
+    return {name: value for name, value in stored.items() if name not in defaults or defaults[name] != value}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Options from a YAML file of ``option: value`` lines (dashes and underscores are the same)."""
     try:

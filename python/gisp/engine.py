@@ -31,7 +31,7 @@ from gisp_kernels.record import Mode
 
 @dataclass(frozen=True)
 class StepScores:
-    """Scores of one step. Nothing here has waited for the GPU.
+    """Scores of one step. Nothing here has waited for the GPU, but for what objective ``choice`` weighs answers by.
 
     Attributes:
         scores: group name -> fp32 [current count], on the model's device, by current position.
@@ -59,7 +59,7 @@ class StepScores:
 class Engine:
     """Scores the structures of a model on calibration sequences.
 
-    A step of one batch, and any step of second-order scores, runs the written-out pass of :mod:`gisp.fused_pass` where
+    A step of ``stream``, and any step of second-order scores, runs the written-out pass of :mod:`gisp.fused_pass` where
     the model's layout allows it, any other step autograd over the model with recorded Linear layers.
 
     Args:
@@ -225,6 +225,10 @@ class Engine:
                 # A block of a layer without any live structure passes no gradient on.
                 if loss.requires_grad:
                     loss.backward()
+                elif self._loss is not None and groups:
+                    raise GispError(
+                        "the loss of your own has no gradient: compute it with gradients enabled and without detach()"
+                    )
                 total += loss.detach()
                 tokens += ids.numel()
             return recorder.gate_sums() if mode == "second-order" else recorder.scores(), total, tokens

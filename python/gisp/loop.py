@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -21,12 +22,13 @@ from gisp.config import OBJECTIVES, OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig, 
 from gisp.criteria.registry import make_scorer
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
-from gisp.layer_select import LayerSelector, make_selector
+from gisp.layer_select import make_selector
 from gisp.metrics import PhaseClock, histogram_record, score_histogram
 from gisp.model_io import check_model_path, load_dense, resolve_device, resolve_dtype
 from gisp.nested.model import NestedModelMixin
 from gisp.objectives import SequenceLoss, objective_name
 from gisp.questions import asked
+from gisp.reach import check_reach
 from gisp.runfolder import RunFolder
 from gisp.schedule import parameter_target, structure_ratio
 from gisp.select import Ranking, Selection
@@ -81,8 +83,9 @@ def prune(
     resuming = folder.check_free(resume) if folder else False
     dense, path = _dense_model(model, config)
     model_map = map_model(dense, config.gqa)
-    sequences = data
-    if not isinstance(data, Sequences):
+    if isinstance(data, Sequences):
+        sequences = data.checked(model_map.vocab_size)
+    else:
         sequences = load_sequences(
             data,
             vocab_size=model_map.vocab_size,
@@ -103,6 +106,12 @@ def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[An
     if isinstance(model, NestedModelMixin):
         raise GispError("a model of a nested checkpoint is not pruned again: give its dense base model")
     if isinstance(model, nn.Module):
+        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+            warnings.warn(
+                "the model is float16: gradients of large calibration sets underflow and blur the scores, "
+                "load it in bfloat16 or float32",
+                stacklevel=3,
+            )
         previous = ShrinkableModel.of(model)
         if previous is not None and previous.history:
             raise GispError("this model is already pruned: take it back with its trajectory's at(0), or load it anew")
@@ -134,7 +143,7 @@ class PruningLoop:
         self.config = config
         protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
         self.selector = make_selector(config, model_map, protected)
-        self._check_reach()
+        check_reach(self.selector, model_map, config, float(config.sparsity or 0))
         base = {"path": base_path, "fingerprint": fingerprint(model_map.model), **model_map.describe()}
         self.shrinkable = ShrinkableModel(model_map)
         self.engine = make_scorer(config, self.shrinkable, data, loss)
@@ -219,7 +228,10 @@ class PruningLoop:
     def _step(
         self, step: int, steps: int, clock: PhaseClock, writer: StepWriter
     ) -> tuple[StepRecord, dict[str, Any], dict[str, torch.Tensor]]:
-        """One step: its record, its metrics and what a resumed run needs; a GPU is waited for once."""
+        """One step: its record, its metrics and what a resumed run needs.
+
+        A GPU is waited for once, with objective ``choice`` twice.
+        """
         scored = self.engine.score(step, self._live_groups())
         clock.mark("forward_backward")
         scores = in_original_numbering(scored.scores, self.shrinkable, len(self.selector.removed))
@@ -285,27 +297,6 @@ class PruningLoop:
             raise GispError(f"the loss of step {step} is {loss}: check the weights and the data of this model")
         if not scores:
             raise GispError(f"scores of step {step} are not finite: use --dtype float32 or check the weights")
-
-    def _check_reach(self) -> None:
-        config, selector = self.config, self.selector
-        where = f"with {selector.size - selector.unprotected} of {selector.size} structures protected"
-        if config.schedule == "structures":
-            ratio = float(config.ratio or OFFICIAL_RATIO)
-            if selector.out_of_reach(ratio):
-                raise GispError(f"ratio {ratio} is out of reach {where}: lower --ratio or protect fewer layers")
-        most = selector.removable_parameters / self.map.decoder_parameters
-        if isinstance(selector, LayerSelector) and config.schedule == "parameters":
-            one = selector.layer_parameters / self.map.decoder_parameters
-            if float(config.sparsity or 0) < one:
-                raise GispError(
-                    f"sparsity {config.sparsity} is less than one layer, which is {one:.4f}: whole layers go with "
-                    f"--criterion {config.criterion}, give more"
-                )
-        if float(config.sparsity or 0) > most:
-            raise GispError(
-                f"sparsity {config.sparsity} is out of reach: at most {most:.4f} {where}, "
-                "lower --sparsity or protect fewer layers"
-            )
 
     def _reached(self, record: StepRecord) -> bool:
         """Whether a ratio schedule has passed the sparsity it was to stop at."""

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gisp.allocators import Allocator
 from gisp.averaging import in_original_numbering
-from gisp.config import PruneConfig
+from gisp.config import OBJECTIVES, PruneConfig
 from gisp.criteria.registry import make_scorer
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.layer_select import make_selector
+from gisp.questions import asked
+from gisp.reach import check_reach
 from gisp.shrink import ShrinkableModel
 from gisp.structures import map_model, protected_layers
 
@@ -23,7 +26,7 @@ def one_shot(
     """Prune ``model`` to each sparsity by one scoring pass over the dense model, and back again.
 
     Args:
-        model: dense model; pruned in place while the caller holds a pair, dense again at the end.
+        model: dense model; pruned in place while the caller holds a pair, dense again afterwards.
         data: calibration sequences, all of them scored once.
         config: options resolved with ``one_shot=True``: criterion, allocator, normaliser, protection, alignment.
         uniform: take the allocator ``uniform`` instead of the options' own.
@@ -32,26 +35,36 @@ def one_shot(
         (sparsity reached, the model at it).
 
     Raises:
-        GispError: options of a run of many steps, whose defaults are others.
+        GispError: options of a run of many steps, whose defaults are others; a loss of your own; a sparsity out of
+            reach; data that do not go with the options; a loss or scores that are not finite.
     """
     if not config.one_shot:
         raise GispError("these options are of a run of many steps: make them by make_config(one_shot=True, ...)")
     config = dataclasses.replace(
         config, engine="exact", fp8=False, allocator="uniform" if uniform else config.allocator
     )
+    if config.objective not in OBJECTIVES:
+        raise GispError(f"objective {config.objective} is a function's name: choose one of {', '.join(OBJECTIVES)}")
     model_map = map_model(model, config.gqa)
+    data = asked(data.checked(model_map.vocab_size), config)
     protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
     selector = make_selector(config, model_map, protected)
+    for sparsity in sparsities:
+        check_reach(selector, model_map, config, sparsity)
     shrinkable = ShrinkableModel(model_map)
     allocator = Allocator(config, shrinkable, data, selector)
     live = {block.name for block in selector.blocks if not block.protected}
     scorer = make_scorer(config, shrinkable, data)
     scored = scorer.score(1, [group for group in model_map.groups if group.name in live])
+    if not (math.isfinite(float(scored.loss)) and bool(scored.finite)):
+        raise GispError("the loss or the scores are not finite: check the weights and the data of this model")
     scores = in_original_numbering(scored.scores, shrinkable, len(selector.removed))
     for sparsity in sparsities:
         allocator.aim(sparsity)
         selection = selector.within_target(selector.rank(scores), sparsity * model_map.decoder_parameters)
         choice = selector.choice(selection.removed.cpu(), float(selection.threshold))
         shrinkable.remove(choice.removed)
-        yield choice.parameters / model_map.decoder_parameters, model
-        shrinkable.rollback()
+        try:
+            yield choice.parameters / model_map.decoder_parameters, model
+        finally:
+            shrinkable.rollback()

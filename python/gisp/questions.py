@@ -3,9 +3,9 @@
 The loss of a question is ``-log(p_right / sum_i p_i)`` with ``p_i`` the likelihood of the tokens of answer ``i``: what
 choice accuracy decides by, made smooth. Its gradient is that of ``sum_i c_i * nll_i`` with ``c_right = 1 - q_right``
 and ``c_i = -q_i`` for the others, ``q`` being the answers' shares of the likelihood. So one signed backward pass gives
-it. ``margin`` (paper Eq. 6) weighs means over tokens by 1 and ``-1 / (K - 1)``: for answers of one length these weights
-up to a factor where all K are equally likely. Here a question that is answered safely no longer counts, and neither
-does a likelihood that falls for all answers alike.
+it. ``margin`` (paper Eq. 6) weighs means over tokens by 1 and, where every question has K answers, by
+``-1 / (K - 1)``: for answers of one length these weights up to a factor where all K are equally likely. Here a question
+that is answered safely no longer counts, and neither does a likelihood that falls for all answers alike.
 
 A question is one decision: its sequences' gradients are added before they are squared for the curvature.
 """
@@ -34,6 +34,8 @@ def asked(data: Sequences, config: PruneConfig) -> Sequences:
     """
     if not data.parts:
         data = replace(data, compared=config.objective == "choice")
+        if config.objective == "margin" and len(set(data.signs)) != 2:
+            raise GispError("objective margin needs right and wrong answers, all here are of one kind")
     choosing = next((part for part in data.parts if part.objective in CHOOSING), None)
     if choosing and config.criterion not in GRADIENT:
         raise GispError(

@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
-        return _fail("out of memory: give a smaller --batch-size or --batch-tokens, or --dtype bfloat16")
+        return _fail(
+            "out of memory: give a smaller --batch-size, --batch-tokens or --calibration-tokens, or --dtype bfloat16"
+        )
     # Newer versions of typer make this code of a KeyboardInterrupt.
     return _interrupted() if code == INTERRUPTED else int(code or 0)
 

@@ -109,7 +109,7 @@ def prune(
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
 ) -> None:
     """Prune a model step by step; every sparsity passed on the way stays available."""
-    from gisp.config import FIELDS, read_yaml
+    from gisp.config import FIELDS, read_yaml, without_defaults
     from gisp.loop import prune as run_prune
 
     given = dict(locals())
@@ -118,10 +118,8 @@ def prune(
     for name, value in places.items():
         stored = options.pop(name, None)
         places[name] = value or (str(stored) if stored else None)
-    if criterion not in (None, options.get("criterion", criterion)):
-        # Of the file's criterion alone; the config of a run holds it whether or not anyone asked for it.
-        options.pop("first_order", None)
-    options.update({name: given[name] for name in FIELDS if given.get(name) is not None})
+    asked = {name: given[name] for name in FIELDS if given.get(name) is not None}
+    options = {**without_defaults(options, asked), **asked}
     unknown = next((name for name in options if name not in FIELDS), None)
     if unknown:
         raise GispError(f"unknown option {unknown!r} in {config}: choose one of {', '.join(FIELDS)}")

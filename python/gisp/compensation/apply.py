@@ -100,12 +100,13 @@ def calibration_sequences(model_map: ModelMap, data: Any, tokenizer_from: str | 
     return load_sequences(data, vocab_size=model_map.vocab_size, seq_len=DEFAULT_SEQ_LEN, tokenizer_from=tokenizer_from)
 
 
+@torch.inference_mode(False)
 def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, **options: Any) -> Compensation:
     """Compensate a model that was pruned in place, whatever chose its structures.
 
     The output projections (o_proj, down_proj) get new weights and, with an intercept, biases. Moving the model along
     its steps (``Trajectory.at``, ``ShrinkableModel.remove`` and ``rollback``) first takes the compensation back, bit
-    for bit; compensating again replaces it.
+    for bit; compensating again replaces it, and one that fails leaves the model without any.
 
     Args:
         model: pruned by :func:`gisp.prune`, ``Trajectory.at`` or :class:`gisp.shrink.ShrinkableModel`, not packed.
@@ -141,11 +142,11 @@ def make_options(**options: Any) -> CompensationOptions:
     Raises:
         GispError: an unknown option or value.
     """
-    try:
-        return CompensationOptions(**options)
-    except TypeError:
-        known = ", ".join(CompensationOptions.__dataclass_fields__)
-        raise GispError(f"unknown option among {', '.join(options)}: compensation has {known}") from None
+    known = CompensationOptions.__dataclass_fields__
+    unknown = next((name for name in options if name not in known), None)
+    if unknown:
+        raise GispError(f"unknown option {unknown}: compensation has {', '.join(known)}")
+    return CompensationOptions(**options)
 
 
 def kept_structures(shrinkable: ShrinkableModel) -> dict[str, torch.Tensor]:

@@ -51,12 +51,13 @@ class CompensationOptions:
             raise GispError(f"--compensate is {self.method!r}: choose one of {', '.join(METHODS)}")
         if self.target is not None and self.target not in TARGETS:
             raise GispError(f"--target is {self.target!r}: choose one of {', '.join(TARGETS)}")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
+        if not (isinstance(self.damping, (int, float)) and math.isfinite(self.damping) and self.damping >= 0):
             raise GispError(f"--damping is {self.damping}: give a number of at least 0")
-        if self.tokens < 1:
-            raise GispError(f"--calibration-tokens is {self.tokens}: give at least 1")
-        if self.steps < 1:
-            raise GispError(f"--compensation-steps is {self.steps}: give at least 1")
+        for option, value in (("--calibration-tokens", self.tokens), ("--compensation-steps", self.steps)):
+            if not isinstance(value, int):
+                raise GispError(f"{option} is {value!r}: give a whole number")
+            if value < 1:
+                raise GispError(f"{option} is {value}: give at least 1")
         if self.target is None:
             object.__setattr__(self, "target", DEFAULT_TARGET[self.method])
         if self.intercept is None:

@@ -71,6 +71,28 @@ class Sequences:
             signs += task.signs
         return cls(tuple(rows), tuple(signs), tuple(examples), tuple(part for part, _ in tasks))
 
+    def checked(self, vocab_size: int) -> Sequences:
+        """Itself, where it holds what its attributes say.
+
+        Raises:
+            GispError: nothing to score, tensors of other types or shapes, tokens outside the vocabulary.
+        """
+        numbers = sorted(number for example in self.examples for number in example)
+        if not self.rows or numbers != list(range(len(self.rows))) or len(self.signs) != len(self.rows):
+            raise GispError(
+                f"Sequences of {len(self.rows)} rows have {len(self.signs)} signs and examples of {len(numbers)} rows: "
+                "give at least one row, a sign each, and every row in one example"
+            )
+        for number, (ids, labels) in enumerate(self.rows):
+            if ids.dtype != torch.int64 or labels.dtype != torch.int64 or ids.ndim != 1 or ids.shape != labels.shape:
+                raise GispError(f"row {number} of the Sequences has no int64 ids and labels of one shape [S]")
+            if len(ids) < 2 or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+                raise GispError(
+                    f"row {number} of the Sequences has {len(ids)} tokens from {int(ids.min()) if len(ids) else None} "
+                    f"to {int(ids.max()) if len(ids) else None}: give at least 2 below the vocabulary of {vocab_size}"
+                )
+        return self
+
     def __len__(self) -> int:
         return len(self.rows)
 

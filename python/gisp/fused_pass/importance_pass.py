@@ -2,7 +2,8 @@
 
 What this saves against autograd over the model: no weight gradient is formed that is not scored, none is kept; layers
 below the first scored one keep nothing and get no gradient; elementwise parts are fused and gradients overwrite what
-they are no longer needed with. Tensors that a layer keeps are listed in its blocks. Nothing here waits for the GPU.
+they are no longer needed with. Tensors that a layer keeps are listed in its blocks. But for `token_nll`
+nothing here waits for the GPU.
 """
 
 from __future__ import annotations
