@@ -47,7 +47,7 @@ def arguments(files, tmp_path):
         "--exact-steps",
         "5",
         "--sparsities",
-        "0.1,0.3",
+        "0.25,0.3",
     ]
 
 
@@ -80,7 +80,7 @@ def test_every_way_runs_and_a_second_call_adds_nothing(arguments, tmp_path, caps
         "taylor-local",
     }
     for cell in result["cells"]:
-        assert [point["asked"] for point in cell["points"] if point["compensation"] is None] == [0.1, 0.3], cell
+        assert [point["asked"] for point in cell["points"] if point["compensation"] is None] == [0.25, 0.3], cell
         assert len(cell["points"]) == 2 * (1 + len(cell["compensate"]))
         assert all(point["perplexity"] > 1 for point in cell["points"])
     assert (tmp_path / "R-criteria.png").stat().st_size > 5000
