@@ -134,7 +134,7 @@ def test_load_refuses_what_it_cannot_trust(tmp_path: Path) -> None:
     missing = damaged("missing", {key: value for key, value in state.items() if key != name})
     with pytest.raises(GispError, match="missing keys"):
         gisp.load(missing)
-    with pytest.raises(GispError, match="mismatched keys.*up_proj"):
+    with pytest.raises(GispError, match=r"mismatched keys.*up_proj"):
         gisp.load(damaged("narrow", {**state, name: state[name][:-1].contiguous()}))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -147,5 +147,5 @@ def test_load_refuses_what_it_cannot_trust(tmp_path: Path) -> None:
     stock = tmp_path / "stock"
     shutil.copytree(whole, stock)
     LlamaConfig(**{**dense("llama-mha").config.to_dict()}).save_pretrained(stock)
-    with pytest.raises(GispError, match="mismatched keys.*down_proj"):
+    with pytest.raises(GispError, match=r"mismatched keys.*down_proj"):
         gisp.load(stock)
