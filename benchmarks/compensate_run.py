@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,8 +24,7 @@ def timed_compensation(model: Any, tokens: torch.Tensor, options: CompensationOp
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     ends: list[float] = []
-    given = {"method": options.method, "tokens": options.tokens, "steps": options.steps}
-    done = compensate(model, tokens, on_block=lambda _: ends.append(time.perf_counter()), **given)
+    done = compensate(model, tokens, on_block=lambda _: ends.append(time.perf_counter()), **asdict(options))
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start

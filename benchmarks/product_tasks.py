@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.registry import HALF, MODELS, REAL, kept_channels, kept_heads
 from benchmarks.task import AUTO, Implementation, Prepared, Task, random_matrix
-from gisp_kernels.products import product
+from gisp.modes import exact_products
+from gisp_kernels.testing import product
 
 TOKENS = (512, 16384)
 QUICK_TOKENS = (16384,)
@@ -30,12 +31,8 @@ def tasks(quick: bool) -> list[Task]:
 
 def product_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The product of converted factors, not on tensor cores."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with exact_products():
         return left.float().T @ right.float()
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _prepare(tokens: int, rows: int, width: int) -> Prepared:

@@ -39,6 +39,7 @@ from benchmarks.registry import MODELS, REAL
 from benchmarks.synthetic import build_model, random_tokens
 from gisp.compensation import CompensationOptions
 from gisp.compensation.options import METHODS
+from gisp.compensation.request import make_request
 from gisp.errors import GispError
 
 NAME = "gisp bench prune"
@@ -256,15 +257,10 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _compensation(args: argparse.Namespace) -> CompensationOptions | None:
-    given = {"steps": args.compensation_steps, "tokens": args.calibration_tokens}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "steps" in given and args.compensate not in (None, "kfac"):
-        raise GispError(f"--compensation-steps are of kfac: leave it out with --compensate {args.compensate}")
-    if args.compensate is None:
-        if given:
-            raise GispError("--compensation-steps and --calibration-tokens are of --compensate: give it too")
-        return None
-    return CompensationOptions(method=args.compensate, **given)
+    """Checked as the options of ``gisp export`` are; the calibration data are those of the run."""
+    data = args.compensate and "random tokens"
+    request = make_request(args.compensate, data, tokens=args.calibration_tokens, steps=args.compensation_steps)
+    return request.options if request else None
 
 
 if __name__ == "__main__":

@@ -40,10 +40,3 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total.addmm_(left.t(), right)
     else:
         torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
-
-
-def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left.T @ right``, float32 [M, N], of [T, M] and [T, N]; see :func:`add_product`."""
-    total = product_total(left.shape[1], right.shape[1], left.device)
-    add_product(total, left, right)
-    return total[: left.shape[1], : right.shape[1]]

@@ -15,6 +15,8 @@ from unittest import mock
 
 import torch
 
+from gisp_kernels.products import add_product, product_total
+
 EPS_FLOAT32 = torch.finfo(torch.float32).eps
 
 
@@ -57,6 +59,13 @@ def gate_truth(input: torch.Tensor, grad_input: torch.Tensor, block: int) -> Tru
     product = input.double() * grad_input.double()
     sums = [t.sum(1).view(len(t), -1, block).sum(2).flatten() for t in (product, product.abs())]
     return Truth(sums[0], sums[1], input.shape[1] * block)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left.T @ right`` of [T, M] and [T, N] by :func:`gisp_kernels.products.add_product`, float32 [M, N]."""
+    total = product_total(left.shape[1], right.shape[1], left.device)
+    add_product(total, left, right)
+    return total[: left.shape[1], : right.shape[1]]
 
 
 def assert_error_budget(actual: torch.Tensor, reference: torch.Tensor, truth: Truth) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_tokens
 
 from gisp_kernels.backend import has_triton
 from gisp_kernels.testing import repair_interpreter
@@ -57,3 +60,18 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         return tensor.fill_(True if tensor.dtype == torch.bool else 93)
 
     return poisoned
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk; its tokens are :func:`token_file`."""
+    folder = tmp_path_factory.mktemp("models") / "gqa"
+    tiny_model("llama-gqa").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "t.safetensors"
+    save_file({"input_ids": tiny_tokens(16, 16)}, path)
+    return path

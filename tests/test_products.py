@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gisp_kernels.products import add_product, product, product_total
+from gisp_kernels.products import add_product, product_total
+from gisp_kernels.testing import product
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

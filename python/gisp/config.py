@@ -156,7 +156,7 @@ class PruneConfig:
         criterion = preset["criterion"] if self.criterion is None else self.criterion
         if criterion not in CRITERIA:
             raise GispError(_unknown("criterion", criterion))
-        filled = {**preset, "first_order": "plain", **CRITERIA[criterion], **(_ONE_SHOT if self.one_shot else {})}
+        filled = _defaults(self.preset, criterion, self.one_shot)
         filled.update({k: v for k, v in dataclasses.asdict(self).items() if v is not None})
         if filled["schedule"] == "structures":
             # A sparsity given alone is where the ratio schedule stops, a ratio given alone never stops early.
@@ -278,21 +278,25 @@ def criterion_text(options: dict[str, Any]) -> str:
     return f"{criterion}, first-order term {recorded(options, 'first_order')}"
 
 
+def _defaults(preset: str, criterion: str, one_shot: bool) -> dict[str, Any]:
+    """What a preset, a criterion (an unknown one nothing) and one shot set where an option is not given."""
+    shots = _ONE_SHOT if one_shot else {}
+    return {**PRESETS[preset], "first_order": "plain", **CRITERIA.get(criterion, {}), **shots}
+
+
 def without_defaults(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """A file's options, less the defaults of its preset, criterion and number of shots where others are asked for.
 
     The config of a run holds every resolved option, whether or not anyone asked for it.
     """
-    usual: dict[str, Any] = {"preset": PruneConfig.preset, "one_shot": False}
-    preset = PRESETS.get(str(stored.get("preset", usual["preset"])))
-    if preset is None:
+    preset = str(stored.get("preset", PruneConfig.preset))
+    if preset not in PRESETS:
         return stored
-    usual["criterion"] = preset["criterion"]
-    if all(asked.get(name, stored.get(name, usual[name])) == stored.get(name, usual[name]) for name in usual):
+    kind = {"preset": PruneConfig.preset, "criterion": PRESETS[preset]["criterion"], "one_shot": False}
+    kind |= {name: stored[name] for name in kind if name in stored}
+    if {**kind, **{name: asked[name] for name in kind if name in asked}} == kind:
         return stored
-    criterion = CRITERIA.get(str(stored.get("criterion", usual["criterion"])), {})
-    shots = _ONE_SHOT if stored.get("one_shot") else {}
-    defaults = {**preset, "first_order": "plain", **criterion, **shots}
+    defaults = _defaults(preset, str(kind["criterion"]), bool(kind["one_shot"]))
     return {name: value for name, value in stored.items() if name not in defaults or defaults[name] != value}
 
 

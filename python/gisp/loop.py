@@ -18,7 +18,7 @@ from torch import nn
 
 from gisp.allocators import Allocator
 from gisp.averaging import ScoreAverage, in_original_numbering
-from gisp.config import OBJECTIVES, OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig, make_config, recorded
+from gisp.config import OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig, make_config, recorded
 from gisp.criteria.registry import make_scorer
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
@@ -26,7 +26,7 @@ from gisp.layer_select import make_selector
 from gisp.metrics import PhaseClock, histogram_record, score_histogram
 from gisp.model_io import check_model_path, load_dense, resolve_device, resolve_dtype
 from gisp.nested.model import NestedModelMixin
-from gisp.objectives import SequenceLoss, objective_name
+from gisp.objectives import SequenceLoss, check_built_in, objective_name
 from gisp.questions import asked
 from gisp.reach import check_reach
 from gisp.runfolder import RunFolder
@@ -74,11 +74,8 @@ def prune(
     if loss is not None:
         options["objective"] = objective_name(loss)
     config = make_config(**options)
-    if loss is None and config.objective not in OBJECTIVES:
-        raise GispError(
-            f"objective {config.objective} is a function's name: give gisp.prune the function itself, "
-            f"or choose one of {', '.join(OBJECTIVES)}"
-        )
+    if loss is None:
+        check_built_in(config.objective)
     folder = RunFolder(Path(out)) if out is not None else None
     resuming = folder.check_free(resume) if folder else False
     dense, path = _dense_model(model, config)

@@ -1,4 +1,4 @@
-"""How a model computes for a while: in evaluation mode, without parameter gradients, deterministically."""
+"""How a model computes for a while: in evaluation mode, without parameter gradients, deterministically, exactly."""
 
 from __future__ import annotations
 
@@ -55,3 +55,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever the process has set."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from gisp.config import OBJECTIVES
 from gisp.errors import GispError
 
 IGNORED = -100
@@ -27,6 +28,19 @@ def objective_name(loss: SequenceLoss) -> str:
     """The name a run records for a user's own loss: module and qualified name of the function, or of its class."""
     named = loss if hasattr(loss, "__qualname__") else type(loss)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def check_built_in(objective: str) -> None:
+    """Require one of the objectives by name.
+
+    Raises:
+        GispError: the name of a user's own loss, which only a run given the function has.
+    """
+    if objective not in OBJECTIVES:
+        raise GispError(
+            f"objective {objective} is a function's name: give gisp.prune the function itself, "
+            f"or choose one of {', '.join(OBJECTIVES)}"
+        )
 
 
 def own_losses(loss: SequenceLoss, model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,12 @@ from typing import Any
 
 from gisp.allocators import Allocator
 from gisp.averaging import in_original_numbering
-from gisp.config import OBJECTIVES, PruneConfig
+from gisp.config import PruneConfig
 from gisp.criteria.registry import make_scorer
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.layer_select import make_selector
+from gisp.objectives import check_built_in
 from gisp.questions import asked
 from gisp.reach import check_reach
 from gisp.shrink import ShrinkableModel
@@ -43,8 +44,7 @@ def one_shot(
     config = dataclasses.replace(
         config, engine="exact", fp8=False, allocator="uniform" if uniform else config.allocator
     )
-    if config.objective not in OBJECTIVES:
-        raise GispError(f"objective {config.objective} is a function's name: choose one of {', '.join(OBJECTIVES)}")
+    check_built_in(config.objective)
     model_map = map_model(model, config.gqa)
     data = asked(data.checked(model_map.vocab_size), config)
     protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)

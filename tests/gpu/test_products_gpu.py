@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gisp_kernels.products import add_product, product, product_total
+from gisp.modes import exact_products
+from gisp_kernels.products import add_product, product_total
+from gisp_kernels.testing import product
 
 pytestmark = pytest.mark.gpu
 
@@ -22,16 +24,12 @@ def test_products_are_as_good_as_in_float32(
     a = torch.randn(tokens, rows, device="cuda").to(dtypes[0])
     b = torch.randn(tokens, columns, device="cuda").to(dtypes[1])
     wanted = a.double().T @ b.double()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with exact_products():
         plain = (a.float().T @ b.float()).double()
         found = product(a, b).double()
         total = product_total(rows, columns, a.device)
         add_product(total, a, b)
         add_product(total, a, b)
-    finally:
-        torch.set_float32_matmul_precision(before)
     error, allowed = (found - wanted).abs().max(), (plain - wanted).abs().max()
     # Tensor cores sum in another order, and drop a few low bits where they align a sum's terms.
     assert float(error) <= 8 * float(allowed) + 1e-5 * tokens**0.5

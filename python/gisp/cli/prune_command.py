@@ -146,9 +146,10 @@ def prune(
     if trajectory.config["schedule"] == "structures" and goal is not None and last.sparsity < goal:
         progress.say(f"warning: the schedule ended at {last.sparsity:.4f}, short of {goal}: give a higher --ratio")
     if not last.removed_parameters:
+        asked_for = f"--ratio {trajectory.config['ratio']}" if goal is None else f"{goal} of the decoder parameters"
         progress.say(
-            f"warning: nothing was removed: {goal} of the decoder parameters is less than the smallest removal "
-            f"(widths go in multiples of --align {trajectory.config['align']}): give a higher --sparsity"
+            f"warning: nothing was removed: {asked_for} is less than the smallest removal "
+            f"(widths go in multiples of --align {trajectory.config['align']}): give more"
         )
     progress.say(
         f"{places['out']}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "

@@ -26,11 +26,11 @@ from torch import nn
 
 from gisp.compensation.fits import ridge
 from gisp.compensation.options import CompensationOptions
-from gisp.compensation.streams import Batch, exact_products, make_batches, projections
+from gisp.compensation.streams import Batch, make_batches, projections
 from gisp.compensation.updates import BlockUpdate
 from gisp.data import Row, Sequences
 from gisp.errors import GispError
-from gisp.modes import deterministic, frozen
+from gisp.modes import deterministic, exact_products, frozen
 from gisp.structures import ModelMap
 from gisp_kernels.products import add_product, product_total
 

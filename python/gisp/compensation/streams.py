@@ -155,17 +155,6 @@ class Decoder:
 
 
 @contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever the process has set."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-@contextlib.contextmanager
 def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     own = module.__dict__.get("forward")
     module.forward = forward

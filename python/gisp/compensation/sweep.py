@@ -10,11 +10,11 @@ from torch.nn import functional
 
 from gisp.compensation.fits import Solution, make_fit
 from gisp.compensation.options import CompensationOptions
-from gisp.compensation.streams import Batch, Block, Decoder, exact_products, make_batches
+from gisp.compensation.streams import Batch, Block, Decoder, make_batches
 from gisp.compensation.updates import BlockUpdate, Kept, OnBlock
 from gisp.data import Sequences
 from gisp.errors import GispError
-from gisp.modes import evaluation_mode
+from gisp.modes import evaluation_mode, exact_products
 from gisp.structures import LayerMap, ModelMap
 
 

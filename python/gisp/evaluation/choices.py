@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gisp.data.rows import check_messages
 from gisp.errors import GispError
 from gisp.evaluation.pairs import PairEncoder, Request, log_likelihoods
 from gisp.evaluation.perplexity import from_total
@@ -101,6 +102,7 @@ def read_choice(row: dict[str, Any], encoder: PairEncoder, where: str) -> Choice
     else:
         choices = _texts(row, "choices", where)
         if row.get("messages") is not None and "context" not in row:
+            check_messages(row["messages"], where)
             pairs = [encoder.turn(row["messages"], text, where) for text in choices]
         else:
             context = _text(row, "context", where)

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional
 
 from gisp.data.chat import last_turn
-from gisp.data.rows import check_messages
 from gisp.errors import GispError
 from gisp.evaluation.batches import length_batches
 from gisp.modes import evaluation_mode
@@ -88,13 +87,12 @@ class PairEncoder:
         kept = whole[-(self.max_length + 1) :]
         return Request(tuple(kept[:-1]), tuple(tail), len(kept) < len(whole))
 
-    def turn(self, messages: Any, answer: str, where: str) -> tuple[str, str]:
+    def turn(self, messages: list[dict[str, str]], answer: str, where: str) -> tuple[str, str]:
         """A conversation with an assistant's answer through the chat template: what stands before it, and the answer.
 
         Raises:
-            GispError: no list of role and content, or a conversation the tokenizer cannot render.
+            GispError: a conversation the tokenizer cannot render.
         """
-        check_messages(messages, where)
         return last_turn(self._tokenizer, [*messages, {"role": "assistant", "content": answer}], where)
 
     def prompt(self, text: str, where: str) -> tuple[int, ...]:

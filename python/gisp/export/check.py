@@ -18,6 +18,7 @@ from torch import nn
 from gisp.attention import INDEXED_ATTENTION
 from gisp.errors import GispError
 from gisp.export.spec import TOLERANCE, ExportReport, LayerLayout, PrunedSpec
+from gisp.modes import exact_products
 from gisp.structures import ModelMap
 
 _ROWS, _TOKENS, _SEED = 2, 64, 20251018
@@ -137,16 +138,14 @@ def _deterministic_mode(model: Any) -> Iterator[None]:
     """Evaluation mode, scaled dot-product attention and full float32 products, put back afterwards."""
     training = [module for module in model.modules() if module.training]
     attention = model.config._attn_implementation
-    precision = torch.get_float32_matmul_precision()
     model.eval()
     if attention != INDEXED_ATTENTION:
         # That one is the same with an index of key/value heads, which the model needs.
         model.set_attn_implementation("sdpa")
-    torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with exact_products():
+            yield
     finally:
-        torch.set_float32_matmul_precision(precision)
         model.set_attn_implementation(attention)
         for module in training:
             module.training = True

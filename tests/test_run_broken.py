@@ -1,0 +1,141 @@
+"""Run folders that are damaged, foreign or of another run: refused in one line, and left as they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from run_case import OPTIONS, cut_after, logits, run_into
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model, tiny_tokens
+
+import gisp
+from gisp.cli import main
+from gisp.errors import GispError
+
+
+def test_a_record_nested_too_deeply_is_corrupt(tmp_path, model_folder, token_file):
+    run_into(tmp_path / "run", model_folder, token_file)
+    (tmp_path / "run" / "trajectory.json").write_text("[" * 100000)
+    with pytest.raises(GispError, match=r"trajectory\.json is corrupt"):
+        gisp.Trajectory.load(tmp_path / "run")
+
+
+def test_files_of_two_runs_do_not_mix(tmp_path, model_folder, token_file):
+    run_into(tmp_path / "a", model_folder, token_file)
+    run_into(tmp_path / "b", model_folder, token_file, norm="none")
+    shutil.copy(tmp_path / "b" / "trajectory.safetensors", tmp_path / "a" / "trajectory.safetensors")
+    with pytest.raises(GispError, match="different runs"):
+        gisp.Trajectory.load(tmp_path / "a")
+
+
+def test_tensors_of_other_layers_are_foreign(tmp_path, model_folder, token_file):
+    run_into(tmp_path / "r", model_folder, token_file)
+    path = tmp_path / "r" / "trajectory.safetensors"
+    tensors = load_file(path)
+    for name in ("foo", "layers.9.heads.removed_at"):
+        save_file({**tensors, name: torch.zeros(4, dtype=torch.int32)}, path)
+        with pytest.raises(GispError, match=f"it holds {name}"):
+            gisp.Trajectory.load(tmp_path / "r")
+
+
+def test_a_run_without_its_record_is_not_begun_anew(tmp_path, model_folder, token_file):
+    out = tmp_path / "r"
+    run_into(out, model_folder, token_file)
+    (out / "trajectory.json").unlink()
+    left = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for resume in (False, True):
+        with pytest.raises(GispError, match=r"trajectory\.json is missing: put it back"):
+            run_into(out, model_folder, token_file, resume=resume)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == left
+
+
+def test_a_state_that_is_not_finite_is_not_resumed(tmp_path, model_folder, token_file):
+    out = tmp_path / "r"
+    with pytest.raises(KeyboardInterrupt):
+        run_into(out, model_folder, token_file, on_step=cut_after(2))
+    path = out / "state" / "step-00002.safetensors"
+    save_file({name: torch.full_like(at, float("nan")) for name, at in load_file(path).items()}, path)
+    record = (out / "trajectory.json").read_bytes()
+    with pytest.raises(GispError, match="not finite: it is corrupt"):
+        run_into(out, model_folder, token_file, resume=True)
+    assert (out / "trajectory.json").read_bytes() == record
+
+
+def _set(record, path, value):
+    *parents, last = path.split(".")
+    for name in parents:
+        record = record[int(name) if name.isdigit() else name]
+    if value is None:
+        del record[last]
+    else:
+        record[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("base_model.layers", "abc"),
+        ("base_model.path", None),
+        ("base_model.fingerprint", None),
+        ("versions", "ab"),
+        ("config", {}),
+        ("steps.1.sparsity", "x"),
+        ("steps.1.sparsity", 0.9),
+        ("steps.0.sparsity", -0.2),
+        ("steps.0.removed_parameters", 10**9),
+        ("steps.1.loss", float("nan")),
+        ("steps.0.step", 2),
+        ("complete", "yes"),
+        ("version", 2),
+    ],
+)
+def test_a_corrupt_record_is_one_line(tmp_path, model_folder, token_file, path, value, capsys):
+    run_into(tmp_path / "r", model_folder, token_file)
+    file = tmp_path / "r" / "trajectory.json"
+    record = json.loads(file.read_text())
+    _set(record, path, value)
+    file.write_text(json.dumps(record))
+    for arguments in (["inspect"], ["report"], ["eval", "--data", str(token_file), "--sparsity", "0.2"]):
+        assert main([arguments[0], str(tmp_path / "r"), *arguments[1:]]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        assert captured.err.startswith("error: ")
+        assert "corrupt" in captured.err
+
+
+def test_an_out_folder_that_cannot_be_is_refused_before_any_work(tmp_path, token_file):
+    (tmp_path / "file").write_text("")
+    model = tiny_model()
+    before = logits(model)
+    with pytest.raises(GispError, match="is not a folder this user may write to"):
+        gisp.prune(model, token_file, out=tmp_path / "file" / "run", **OPTIONS)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("spoiled", [None, b"\xff\xfe\n", b"[" * 100000])
+def test_lost_metrics_do_not_stop_a_resumed_run(tmp_path, model_folder, token_file, spoiled):
+    run_into(tmp_path / "whole", model_folder, token_file)
+    with pytest.raises(KeyboardInterrupt):
+        run_into(tmp_path / "cut", model_folder, token_file, on_step=cut_after(2))
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    metrics.unlink() if spoiled is None else metrics.write_bytes(spoiled)
+    run_into(tmp_path / "cut", model_folder, token_file, resume=True)
+    files = [(tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert files[0] == files[1]
+
+
+def test_a_run_with_other_labels_is_another_run(tmp_path, model_folder):
+    ids = tiny_tokens(16, 16)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    path = tmp_path / "t.safetensors"
+
+    save_file({"input_ids": ids}, path)
+    with pytest.raises(KeyboardInterrupt):
+        run_into(tmp_path / "r", model_folder, path, on_step=cut_after(1))
+    save_file({"input_ids": ids, "labels": labels}, path)
+    with pytest.raises(GispError, match="made with another"):
+        run_into(tmp_path / "r", model_folder, path, resume=True)
