@@ -47,7 +47,7 @@ bench-quick: setup
 	$(BIN)/gisp bench kernels --quick --goals --out out/bench/kernels-quick.json
 
 bench-pytest: setup
-	$(BIN)/python -m pytest benchmarks/test_kernels.py --benchmark-group-by=group --benchmark-sort=mean $(PYTEST_ARGS)
+	$(BIN)/python -m pytest benchmarks/kernels/test_kernels.py --benchmark-group-by=group --benchmark-sort=mean $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -55,7 +55,7 @@ void wgrad_sums_sm90(const Operand& left, const Operand& right, std::int64_t tok
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Compiled core of gisp_kernels; use it through gisp_kernels.partition.";
+  m.doc() = "Compiled core of gisp_kernels; use it through gisp_kernels.ops.swap.";
   m.attr("cuda") = static_cast<bool>(GISP_WITH_CUDA);
   m.attr("cuda_archs") = GISP_CUDA_ARCHS;
   m.attr("sm90") = static_cast<bool>(GISP_WITH_SM90);

@@ -25,7 +25,7 @@ from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
 from gisp.evaluate import Perplexity, perplexity
 from gisp.export.folder import check_place, copy_base_files, new_folder
-from gisp.model_io import resolve_device
+from gisp.model.load import resolve_device
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

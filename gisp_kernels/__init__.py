@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from gisp_kernels._ext import build_info
 from gisp_kernels._version import __version__
-from gisp_kernels.activations import ActivationRecorder, ActivationStatistics, record_activations
 from gisp_kernels.compaction import Compactor
-from gisp_kernels.gate_grads import gate_grads, gate_sums, loss_change, predicted_loss_change
 from gisp_kernels.groups import Projection, StructureGroup, attention_group, iter_groups, mlp_group
-from gisp_kernels.importance import abs_weighted_reduce, wgrad_importance
-from gisp_kernels.record import ImportanceRecorder, record_importance
+from gisp_kernels.ops.gate_grads import gate_grads, gate_sums, loss_change, predicted_loss_change
+from gisp_kernels.ops.importance import abs_weighted_reduce, wgrad_importance
+from gisp_kernels.record.activations import ActivationRecorder, ActivationStatistics, record_activations
+from gisp_kernels.record.recorder import ImportanceRecorder, record_importance
 
 __all__ = [
     "ActivationRecorder",

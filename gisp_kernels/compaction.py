@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from gisp_kernels.groups import Projection, StructureGroup
+from gisp_kernels.ops.swap import PreparedSwaps
 from gisp_kernels.ordering import Change, Ordering
-from gisp_kernels.partition import PreparedSwaps
 
 # Bytes of an int64.
 _WORD = 8
@@ -95,7 +95,7 @@ class Compactor:
 
     Args:
         groups: the groups; their current weights are the full storage.
-        backend: of the swaps, see :func:`gisp_kernels.partition.swap_blocks_`.
+        backend: of the swaps, see :func:`gisp_kernels.ops.swap.swap_blocks_`.
 
     Raises:
         ValueError: two groups of one name, a weight that appears twice (a tied weight would be swapped twice), or a

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from gisp_kernels.partition import IntArray
+from gisp_kernels.ops.swap import IntArray
 
 
 @dataclass(frozen=True)

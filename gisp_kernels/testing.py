@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from gisp_kernels.products import add_product, product_total
+from gisp_kernels.ops.products import add_product, product_total
 
 EPS_FLOAT32 = torch.finfo(torch.float32).eps
 
@@ -62,7 +62,7 @@ def gate_truth(input: torch.Tensor, grad_input: torch.Tensor, block: int) -> Tru
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left.T @ right`` of [T, M] and [T, N] by :func:`gisp_kernels.products.add_product`, float32 [M, N]."""
+    """``left.T @ right`` of [T, M] and [T, N] by :func:`gisp_kernels.ops.products.add_product`, float32 [M, N]."""
     total = product_total(left.shape[1], right.shape[1], left.device)
     add_product(total, left, right)
     return total[: left.shape[1], : right.shape[1]]

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import (
+from benchmarks.common.command import (
     Budget,
     Parser,
     check_writable,
@@ -24,13 +24,13 @@ from benchmarks.command import (
     read_json,
     write_json,
 )
-from benchmarks.identity import identity
+from benchmarks.common.identity import identity
 from benchmarks.quality import bench_data, cells, summary
 from benchmarks.quality.choices import TASKS
 from benchmarks.quality.pool import run_cells
 from benchmarks.quality.run_cell import Bench, Runner
 from gisp.errors import GispError
-from gisp.model_io import resolve_device, resolve_dtype
+from gisp.model.load import resolve_device, resolve_dtype
 
 NAME = "python -m benchmarks.quality"
 STUDIES = ("criteria", "fast", "compensation", "task")

@@ -27,7 +27,7 @@ class Cell:
             of the divergence from the dense model in the loss.
         one_shot: one scoring pass of the dense model for all sparsities.
         tokens: calibration tokens to choose from, drawn by the seed; ``None`` = all there are.
-        compensate: options of :func:`gisp.compensation.compensate`, each measured at every sparsity.
+        compensate: options of :func:`gisp.compensate.compensate`, each measured at every sparsity.
     """
 
     study: str

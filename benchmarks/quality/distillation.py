@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from gisp.objectives import IGNORED, sequence_nll
+from gisp.score.objectives import IGNORED, sequence_nll
 
 
 class Distillation:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.quality.summary import collect
 from gisp.files import write_atomic
-from gisp.plot_style import LIGHT, MARKERS, new_figure, themed, to_png
+from gisp.report.style import LIGHT, MARKERS, new_figure, themed, to_png
 
 Result = dict[str, Any]
 

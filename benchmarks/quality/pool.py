@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.command import Budget
+from benchmarks.common.command import Budget
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.run_cell import Bench, Runner
 

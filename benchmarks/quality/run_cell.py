@@ -15,14 +15,14 @@ from benchmarks.quality.cells import Cell
 from benchmarks.quality.choices import TASKS, ChoiceTask
 from benchmarks.quality.distillation import Distillation
 from gisp.compensation import compensate
-from gisp.config import CHOOSING, make_config
+from gisp.config.options import CHOOSING, make_config
 from gisp.data import Sequences
-from gisp.evaluation import perplexity
-from gisp.evaluation.choices import Choice, ChoiceAccuracy
-from gisp.loop import prune
-from gisp.model_io import load_dense, resolve_dtype
-from gisp.one_shot import one_shot
-from gisp.structures import map_model
+from gisp.evaluate import perplexity
+from gisp.evaluate.choices import Choice, ChoiceAccuracy
+from gisp.model.load import load_dense, resolve_dtype
+from gisp.model.structures import map_model
+from gisp.run.loop import prune
+from gisp.run.one_shot import one_shot
 
 Point = dict[str, Any]
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.command import table
+from benchmarks.common.command import table
 from benchmarks.quality.choices import TASKS
 
 Result = dict[str, Any]

@@ -13,21 +13,21 @@ from gisp.errors import GispError
 
 if TYPE_CHECKING:
     from gisp.compensation import compensate
-    from gisp.fused_inference import fuse
-    from gisp.loading import load
-    from gisp.loop import prune
-    from gisp.run_export import export_run
-    from gisp.trajectory import Trajectory
+    from gisp.export.load import load
+    from gisp.export.run import export_run
+    from gisp.model.fuse import fuse
+    from gisp.run.loop import prune
+    from gisp.run.trajectory import Trajectory
 
 __all__ = ["GispError", "Trajectory", "compensate", "export_run", "fuse", "load", "prune"]
 
 _HOME = {
-    "Trajectory": ("gisp.trajectory", "Trajectory"),
+    "Trajectory": ("gisp.run.trajectory", "Trajectory"),
     "compensate": ("gisp.compensation", "compensate"),
-    "export_run": ("gisp.run_export", "export_run"),
-    "fuse": ("gisp.fused_inference", "fuse"),
-    "load": ("gisp.loading", "load"),
-    "prune": ("gisp.loop", "prune"),
+    "export_run": ("gisp.export.run", "export_run"),
+    "fuse": ("gisp.model.fuse", "fuse"),
+    "load": ("gisp.export.load", "load"),
+    "prune": ("gisp.run.loop", "prune"),
 }
 
 

@@ -44,12 +44,12 @@ def _run(name: str, arguments: list[str]) -> None:
         GispError: the package was installed without a checkout.
     """
     root = Path(gisp.__file__).resolve().parents[2]
-    if not (root / "benchmarks" / f"{name}.py").is_file():
-        raise GispError(f"gisp bench needs a source checkout: {root} holds no benchmarks/{name}.py")
+    if not (root / "benchmarks" / name / "run.py").is_file():
+        raise GispError(f"gisp bench needs a source checkout: {root} holds no benchmarks/{name}")
     # The checkout's own, not another package of this name.
     if sys.path[:1] != [str(root)]:
         sys.path.insert(0, str(root))
-    module = importlib.import_module(f"benchmarks.{name}")
+    module = importlib.import_module(f"benchmarks.{name}.run")
     try:
         code = module.main(arguments)
     except SystemExit as done:

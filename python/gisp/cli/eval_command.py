@@ -98,7 +98,8 @@ def evaluate(
             check_writable(path)
 
     from gisp.compensation import make_request
-    from gisp.evaluation import EvalOptions, LmEvalTasks, evaluate_along, evaluate_target
+    from gisp.evaluate import EvalOptions, LmEvalTasks
+    from gisp.target import evaluate_along, evaluate_target
 
     options = EvalOptions(
         window=window,
@@ -135,7 +136,7 @@ def evaluate(
     if out is not None:
         write_atomic(out, written.encode())
     if plot is not None:
-        from gisp.evaluation.plot import draw_points
+        from gisp.report.points import draw_points
 
         write_atomic(plot, draw_points(result["points"]))
     if as_json:
@@ -167,7 +168,7 @@ def _progress(point: dict[str, Any]) -> None:
 
 
 def _figures_line(result: dict[str, Any]) -> str:
-    from gisp.evaluation.figures import figures
+    from gisp.report.figures import figures
 
     return ", ".join(f"{name} {_number(value, error)}" for name, value, error in figures(result))
 
@@ -196,7 +197,7 @@ def _print_one(result: dict[str, Any]) -> None:
 
 
 def _print_points(points: list[dict[str, Any]]) -> None:
-    from gisp.evaluation.figures import figures
+    from gisp.report.figures import figures
 
     names = [name for name, _, _ in figures(points[0])]
     table = Table()

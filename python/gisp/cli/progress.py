@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from gisp.trajectory import StepRecord
+    from gisp.run.trajectory import StepRecord
 
 _LINES = 10
 

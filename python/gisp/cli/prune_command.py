@@ -109,8 +109,8 @@ def prune(
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
 ) -> None:
     """Prune a model step by step; every sparsity passed on the way stays available."""
-    from gisp.config import FIELDS, read_yaml, without_defaults
-    from gisp.loop import prune as run_prune
+    from gisp.config.options import FIELDS, read_yaml, without_defaults
+    from gisp.run.loop import prune as run_prune
 
     given = dict(locals())
     options: dict[str, Any] = read_yaml(config) if config else {}

@@ -40,9 +40,8 @@ def export(
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     from gisp.compensation import make_request
-    from gisp.export import SizeOptions
-    from gisp.export.rounding import option_text
-    from gisp.run_export import export_nested_run, export_run
+    from gisp.export.rounding import SizeOptions, option_text
+    from gisp.export.run import export_nested_run, export_run
 
     request = make_request(
         compensate,
@@ -103,7 +102,7 @@ def export(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Write report.html and its pictures into the run folder."""
-    from gisp.report import write_report
+    from gisp.report.write import write_report
 
     print(write_report(run).html)
 
@@ -113,11 +112,11 @@ def inspect(
     target: Annotated[str, typer.Argument(help="Run folder, nested checkpoint or dense model.", metavar="RUN|MODEL")],
 ) -> None:
     """Show what a run removed, which sizes a nested checkpoint holds, or what could be removed from a model."""
-    from gisp.evaluation.target import is_run
-    from gisp.model_io import load_dense, resolve_device
-    from gisp.nested import is_nested
-    from gisp.structures import map_model
-    from gisp.trajectory import Trajectory
+    from gisp.export.nested import is_nested
+    from gisp.model.load import load_dense, resolve_device
+    from gisp.model.structures import map_model
+    from gisp.run.trajectory import Trajectory
+    from gisp.target.open import is_run
 
     console = Console(highlight=False)
     if is_nested(target):
@@ -156,7 +155,7 @@ def _show_run(console: Console, trajectory: Any) -> None:
 
 
 def _show_nested(console: Console, folder: str) -> None:
-    from gisp.nested.files import NestedFiles
+    from gisp.export.nested.files import NestedFiles
 
     files = NestedFiles.open(folder)
     table = Table("sparsity", "query heads", "key/value heads", "MLP channels", title=folder)

@@ -17,8 +17,8 @@ from gisp.compensation.sweep import fit_updates
 from gisp.compensation.updates import BlockUpdate, Kept, OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
 from gisp.errors import GispError
-from gisp.shrink import ShrinkableModel
-from gisp.structures import ModelMap
+from gisp.model.shrink import ShrinkableModel
+from gisp.model.structures import ModelMap
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, 
     for bit; compensating again replaces it, and one that fails leaves the model without any.
 
     Args:
-        model: pruned by :func:`gisp.prune`, ``Trajectory.at`` or :class:`gisp.shrink.ShrinkableModel`, not packed.
-        data: calibration data, as for :func:`gisp.prune`.
+        model: pruned by :func:`gisp.prune`, ``Trajectory.at`` or :class:`gisp.model.shrink.ShrinkableModel`, not
+        packed. data: calibration data, as for :func:`gisp.prune`.
         on_block: called with every block's update.
         **options: see :class:`CompensationOptions`.
 

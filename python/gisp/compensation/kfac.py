@@ -30,9 +30,9 @@ from gisp.compensation.streams import Batch, make_batches, projections
 from gisp.compensation.updates import BlockUpdate
 from gisp.data import Row, Sequences
 from gisp.errors import GispError
-from gisp.modes import deterministic, exact_products, frozen
-from gisp.structures import ModelMap
-from gisp_kernels.products import add_product, product_total
+from gisp.model.modes import deterministic, exact_products, frozen
+from gisp.model.structures import ModelMap
+from gisp_kernels.ops.products import add_product, product_total
 
 # Activations of a batch are kept for the backward pass at the dense width: roughly 64 bytes per layer and dimension of
 # the stream, and some copies of the logits in float32.

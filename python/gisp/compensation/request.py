@@ -8,7 +8,7 @@ from pathlib import Path
 from gisp.compensation.apply import Compensation, make_options
 from gisp.compensation.options import DAMPED, CompensationOptions
 from gisp.errors import GispError
-from gisp.structures import ModelMap
+from gisp.model.structures import ModelMap
 
 # Formats that hold output biases the base model has not: the others take its own biases only.
 ADDS_BIASES = ("hf",)

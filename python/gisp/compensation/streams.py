@@ -12,7 +12,7 @@ from torch import nn
 
 from gisp.data import Row, Sequences
 from gisp.errors import GispError
-from gisp.structures import LayerMap, ModelMap
+from gisp.model.structures import LayerMap, ModelMap
 
 _TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
 # Relative difference of a layer taken apart from the layer itself; a wrong one is off by its own size.

@@ -14,8 +14,8 @@ from gisp.compensation.streams import Batch, Block, Decoder, make_batches
 from gisp.compensation.updates import BlockUpdate, Kept, OnBlock
 from gisp.data import Sequences
 from gisp.errors import GispError
-from gisp.modes import evaluation_mode, exact_products
-from gisp.structures import LayerMap, ModelMap
+from gisp.model.modes import evaluation_mode, exact_products
+from gisp.model.structures import LayerMap, ModelMap
 
 
 @torch.no_grad()

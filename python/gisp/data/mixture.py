@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from gisp.config import OBJECTIVES
+from gisp.config.options import OBJECTIVES
 from gisp.data.load import load_sequences
 from gisp.data.sequences import Part, Sequences
 from gisp.data.sources import LM_EVAL, MIXTURE_FILES

@@ -13,7 +13,7 @@ from itertools import accumulate, islice
 import torch
 
 from gisp.errors import GispError
-from gisp.objectives import IGNORED, row_weights
+from gisp.score.objectives import IGNORED, row_weights
 
 Row = tuple[torch.Tensor, torch.Tensor]
 
@@ -166,7 +166,8 @@ class Sequences:
     def weights(self, examples: Sequence[int]) -> list[float]:
         """Weight in the loss of every sequence of ``examples``, in their order.
 
-        One task: :func:`gisp.objectives.row_weights` of the batch. A mixture: the weights of the whole set, scaled by
+        One task: :func:`gisp.score.objectives.row_weights` of the batch. A mixture: the weights of the whole set,
+        scaled by
         how many of its task's examples are in the batch (Horvitz and Thompson 1952), so that the expected loss of a
         random batch of every task is the loss of the whole mixture, also where examples hold different numbers of
         sequences.

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from gisp.data.sequences import Row, Sequences
 from gisp.errors import GispError
-from gisp.objectives import IGNORED
+from gisp.score.objectives import IGNORED
 
 
 def from_token_file(path: Path, vocab_size: int, seq_len: int | None) -> Sequences:

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from gisp.config import CHOOSING
+from gisp.config.options import CHOOSING
 from gisp.data.chat import conversation, last_turn
 from gisp.data.rows import Kind
 from gisp.data.sequences import Row, Sequences
 from gisp.data.token_files import cut
 from gisp.errors import GispError
-from gisp.objectives import IGNORED
+from gisp.score.objectives import IGNORED
 
 # Changes whenever the same rows give other tokens, labels or examples.
 FORMAT_VERSION = 1

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from gisp.config import make_config
+from gisp.config.options import make_config
 from gisp.data import Sequences, load_sequences
 from gisp.demo import demo_files
 from gisp.errors import GispError
-from gisp.evaluation.perplexity import Perplexity, perplexity
+from gisp.evaluate.perplexity import Perplexity, perplexity
+from gisp.export.run import export_run
 from gisp.files import write_atomic
-from gisp.loop import OnStep, prune
-from gisp.model_io import load_dense, resolve_device
-from gisp.one_shot import one_shot
-from gisp.report import write_report
-from gisp.run_export import export_run
+from gisp.model.load import load_dense, resolve_device
+from gisp.report.write import write_report
+from gisp.run.loop import OnStep, prune
+from gisp.run.one_shot import one_shot
 
 SPARSITIES = (0.2, 0.3, 0.4, 0.5)
 WINDOW = 128

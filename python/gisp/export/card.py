@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gisp.config import criterion_text
+from gisp.config.options import criterion_text
 from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gisp.attention import INDEXED_ATTENTION
 from gisp.errors import GispError
 from gisp.export.spec import TOLERANCE, ExportReport, LayerLayout, PrunedSpec
-from gisp.modes import exact_products
-from gisp.structures import ModelMap
+from gisp.model.attention import INDEXED_ATTENTION
+from gisp.model.modes import exact_products
+from gisp.model.structures import ModelMap
 
 _ROWS, _TOKENS, _SEED = 2, 64, 20251018
 
@@ -36,7 +36,7 @@ def checked_report(
     Raises:
         GispError: the folder does not load, or the logits do not agree.
     """
-    from gisp.loading import load
+    from gisp.export.load import load
 
     tokens, wanted = wanted_logits(base, model_map, spec)
     dtype = weight_dtype(base)

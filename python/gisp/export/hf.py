@@ -16,7 +16,7 @@ from gisp.export.modeling_gisp import CLASSES, auto_map
 from gisp.export.relayout import ZEROED, AttentionLayout, plan_attention, take_blocks
 from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
-from gisp.structures import ModelMap
+from gisp.model.structures import ModelMap
 
 FAMILIES = tuple(name.removeprefix("gisp_") for name in CLASSES)
 

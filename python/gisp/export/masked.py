@@ -12,7 +12,7 @@ from gisp.export.card import MASKED, write_card
 from gisp.export.check import checked_report
 from gisp.export.folder import copy_base_files, dense_state, new_folder, write_weights
 from gisp.export.spec import ExportReport, LayerKeep, PrunedSpec, gisp_record, map_checked
-from gisp.structures import ModelMap
+from gisp.model.structures import ModelMap
 
 
 def export_masked(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Path | None = None) -> ExportReport:

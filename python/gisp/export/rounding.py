@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from gisp.errors import GispError
 from gisp.export.spec import LayerKeep, PrunedSpec
-from gisp.structures import ModelMap
+from gisp.model.structures import ModelMap
 
 
 @dataclass(frozen=True)

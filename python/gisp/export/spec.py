@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gisp.errors import GispError
-from gisp.structures import ModelMap, fingerprint, map_model
+from gisp.model.structures import ModelMap, fingerprint, map_model
 
 FORMAT_VERSION = 1
 TOLERANCE = 1e-5

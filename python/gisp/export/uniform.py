@@ -32,7 +32,7 @@ from gisp.export.hf import check_family, pruned_state
 from gisp.export.relayout import plan_attention
 from gisp.export.rounding import SizeOptions, kept_parameters, option_text, require_ranking
 from gisp.export.spec import ExportReport, LayerKeep, LayerRanking, PrunedSpec, gisp_record, map_checked
-from gisp.structures import ModelMap
+from gisp.model.structures import ModelMap
 
 
 @dataclass(frozen=True)

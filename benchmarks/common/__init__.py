@@ -1,0 +1,1 @@
+"""What all benchmarks share: shapes, measuring, goals, plots, the command line."""

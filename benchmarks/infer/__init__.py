@@ -1,0 +1,1 @@
+"""Inference of pruned models beside the dense one."""

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.infer.run import main
+
+sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.kernels.run import main
+
+sys.exit(main())

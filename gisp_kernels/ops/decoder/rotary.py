@@ -1,0 +1,55 @@
+"""Rotary position embedding of queries and keys, and its transpose for the backward pass."""
+
+from __future__ import annotations
+
+import torch
+
+from gisp_kernels import backend as backends
+from gisp_kernels.ops.decoder.results import result
+
+SUPPORTED = ("triton",)
+
+
+def rotary(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    inverse: bool = False,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """``x * cos + rotate_half(x) * sin`` as in transformers' ``apply_rotary_pos_emb``, or its transpose.
+
+    Args:
+        x: [T, H, hd], hd even; token ``t`` is at position ``t % S``.
+        cos, sin: [S, hd] in any float dtype; S divides T.
+        inverse: the transposed linear map, which takes dL/d(output) to dL/d(input).
+        out: result, may be ``x``.
+        backend: ``None`` or ``"auto"``, ``"reference"`` or ``"triton"``.
+    """
+    if (
+        x.dim() != 3
+        or cos.shape != sin.shape
+        or cos.shape[1:] != x.shape[2:]
+        or cos.shape[0] == 0
+        or x.shape[0] % cos.shape[0]
+    ):
+        raise ValueError(f"x [T, H, hd] and tables [S, hd] do not fit: {x.shape}, {cos.shape}, {sin.shape}")
+    if x.shape[2] % 2:
+        raise ValueError(f"the head size of x must be even, got {x.shape[2]}")
+    out = result("out", out, x.shape, x)
+    if backends.resolve(backend, x, SUPPORTED) == "triton":
+        from gisp_kernels.triton import rotary as kernel
+
+        kernel.launch(x, cos, sin, inverse, out)
+        return out
+    repeats = x.shape[0] // cos.shape[0]
+    c, s = (table.float().repeat(repeats, 1)[:, None] for table in (cos, sin))
+    value, half = x.float(), x.shape[2] // 2
+    if inverse:
+        turned = value * s
+        turned = torch.cat((turned[..., half:], -turned[..., :half]), dim=-1)
+    else:
+        turned = torch.cat((-value[..., half:], value[..., :half]), dim=-1) * s
+    return out.copy_(value * c + turned)

@@ -1,0 +1,66 @@
+"""``silu(gate) * up`` and its backward in place."""
+
+from __future__ import annotations
+
+import torch
+
+from gisp_kernels import backend as backends
+from gisp_kernels.ops.decoder.results import result
+
+SUPPORTED = ("triton",)
+
+
+def swiglu(
+    gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = None, backend: str | None = None
+) -> torch.Tensor:
+    """``silu(gate) * up``, [T, I] each; silu is rounded to dtype before the product, as modules do it.
+
+    ``out`` takes the result and may be ``gate`` or ``up``.
+    """
+    _check(gate, up)
+    out = result("out", out, gate.shape, gate)
+    if backends.resolve(backend, gate, SUPPORTED) == "triton":
+        from gisp_kernels.triton import swiglu as kernel
+
+        kernel.forward(gate, up, out)
+        return out
+    return out.copy_(_forward(gate, up))
+
+
+def swiglu_backward_(
+    gate: torch.Tensor, up: torch.Tensor, grad_act: torch.Tensor, *, backend: str | None = None
+) -> None:
+    """Backward of :func:`swiglu`; every operand is overwritten.
+
+    Args:
+        gate: [T, I], becomes dL/d(gate).
+        up: [T, I], becomes dL/d(up).
+        grad_act: [T, I], dL/d(act), becomes the activation, bit for bit what :func:`swiglu` gave.
+    """
+    _check(gate, up)
+    _check(gate, grad_act)
+    if backends.resolve(backend, gate, SUPPORTED) == "triton":
+        from gisp_kernels.triton import swiglu as kernel
+
+        kernel.backward(gate, up, grad_act)
+        return
+    activation = _forward(gate, up)
+    g, grad = gate.float(), grad_act.float()
+    sigmoid = torch.sigmoid(g)
+    grad_gate = grad * up.float() * sigmoid * (1 + g * (1 - sigmoid))
+    up.copy_(grad * (g * sigmoid))
+    gate.copy_(grad_gate)
+    grad_act.copy_(activation)
+
+
+def _forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    g = gate.float()
+    return (g * torch.sigmoid(g)).to(gate.dtype) * up
+
+
+def _check(one: torch.Tensor, other: torch.Tensor) -> None:
+    if one.dim() != 2 or one.shape != other.shape or one.dtype != other.dtype:
+        raise ValueError(
+            f"operands must be alike, [tokens, channels], got {one.dtype} {tuple(one.shape)} and "
+            f"{other.dtype} {tuple(other.shape)}"
+        )

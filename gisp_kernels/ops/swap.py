@@ -1,0 +1,283 @@
+"""In-place swaps of blocks of rows or columns, for a whole model in one call.
+
+This is what pruning does to memory here: a removed structure trades places with a kept one, so that the kept ones form
+a prefix of the same storage. Swapping the same pairs again undoes it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from gisp_kernels import _ext
+from gisp_kernels import backend as backends
+
+SUPPORTED = ("native", "triton")
+
+# Blocks are moved as integers of the element's size: every bit pattern survives, NaN payloads included.
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AXES = ("row", "column")
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Layout(NamedTuple):
+    """Blocks of one tensor, in elements: a block is ``rows`` runs of ``run`` elements, ``pitch`` apart; block ``s``
+    starts at ``s * step``. There are ``blocks`` of them."""
+
+    blocks: int
+    rows: int
+    run: int
+    pitch: int
+    step: int
+
+
+def block_layout(tensor: torch.Tensor, axis: str, block: int) -> Layout:
+    """Layout of the blocks of a checked tensor; blocks of contiguous rows are one run."""
+    if tensor.dim() == 1:
+        return Layout(tensor.shape[0] // block, 1, block, block, block)
+    height, width = tensor.shape
+    pitch = tensor.stride(0)
+    if axis == "column":
+        return Layout(width // block, height, block, pitch, block)
+    if pitch == width:
+        return Layout(height // block, 1, block * width, block * width, block * width)
+    return Layout(height // block, block, width, pitch, block * pitch)
+
+
+def swap_blocks_(
+    tensors: Sequence[torch.Tensor],
+    pairs: Sequence[torch.Tensor],
+    axes: Sequence[str],
+    blocks: Sequence[int],
+    *,
+    backend: str | None = None,
+) -> None:
+    """Swap block ``a`` with block ``b`` in place for every pair ``(a, b)``, in every tensor.
+
+    Args:
+        tensors: matrices [O, I] with contiguous rows (any row stride, so a prefix of columns is fine), or vectors [O]
+            with ``axis`` ``"row"``; elements of 1, 2, 4 or 8 bytes. They must not overlap in memory; several devices
+            are allowed. Autograd does not see the change.
+        pairs: for each tensor an int64 CPU tensor [n, 2]; all its indices differ.
+        axes: for each tensor ``"row"`` or ``"column"``.
+        blocks: for each tensor the rows or columns per block.
+        backend: ``None`` or ``"auto"``, ``"reference"``, ``"triton"`` (one launch per tensor) or ``"native"`` (one
+            launch per device, nothing waits for it).
+
+    Raises:
+        ValueError: an argument does not fit; nothing has been swapped then.
+        RuntimeError: the requested backend cannot run here.
+    """
+    if not len(tensors) == len(pairs) == len(axes) == len(blocks):
+        raise ValueError(
+            "tensors, pairs, axes and blocks must have one entry per tensor, got "
+            f"{len(tensors)}, {len(pairs)}, {len(axes)} and {len(blocks)}"
+        )
+    for i, (tensor, axis, block) in enumerate(zip(tensors, axes, blocks, strict=True)):
+        _check_tensor(f"tensors[{i}]", tensor, axis, block)
+    counts = [block_layout(t, a, b).blocks for t, a, b in zip(tensors, axes, blocks, strict=True)]
+    _check_pairs(pairs, counts)
+    _check_no_overlap(tensors)
+    for choice, members in _by_device(tensors, backend):
+        busy = [i for i in members if pairs[i].shape[0] and tensors[i].numel()]
+        if not busy:
+            continue
+        swap_blocks_op(
+            [_bits(tensors[i]) for i in busy],
+            [pairs[i] for i in busy],
+            [_AXES.index(axes[i]) for i in busy],
+            [int(blocks[i]) for i in busy],
+            choice,
+        )
+
+
+class PreparedSwaps:
+    """Many swaps to come in the same tensors, checked once: :meth:`run` costs little more than its launch.
+
+    The tensors' memory must stay where it is. Arguments and errors are those of :func:`swap_blocks_`.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        axes: Sequence[str],
+        blocks: Sequence[int],
+        *,
+        backend: str | None = None,
+    ) -> None:
+        for i, (tensor, axis, block) in enumerate(zip(tensors, axes, blocks, strict=True)):
+            _check_tensor(f"tensors[{i}]", tensor, axis, block)
+        _check_no_overlap(tensors)
+        self._backend = backend
+        self._tensors = list(tensors)
+        self._bits = [_bits(tensor) for tensor in tensors]
+        self._axes = [_AXES.index(axis) for axis in axes]
+        self._blocks = [int(block) for block in blocks]
+        layouts = [block_layout(t, a, b) for t, a, b in zip(tensors, axes, blocks, strict=True)]
+        # What the compiled core is told of each tensor, less the number of pairs.
+        self._entries = [(t.data_ptr(), t.element_size(), *y) for t, y in zip(tensors, layouts, strict=True)]
+        self._devices = sorted({t.device for t in tensors}, key=str)
+        self._members = {d: {i for i, t in enumerate(tensors) if t.device == d and t.numel()} for d in self._devices}
+
+    def run(self, pairs: Mapping[int, IntArray]) -> None:
+        """Swap ``pairs[i]``, int64 [n, 2] with n > 0 and different indices below the number of blocks, in tensor ``i``.
+
+        Raises:
+            RuntimeError: the backend cannot run here; nothing has been swapped then.
+        """
+        work = []
+        for device in self._devices:
+            members = self._members[device]
+            busy = [i for i in pairs if i in members]
+            if busy:
+                work.append((backends.resolve(self._backend, self._tensors[busy[0]], SUPPORTED), busy))
+        for choice, busy in work:
+            chosen = [pairs[i] for i in busy]
+            if choice == "native":
+                entries = [(*self._entries[i], len(pair)) for i, pair in zip(busy, chosen, strict=True)]
+                flat = torch.from_numpy(np.concatenate(chosen))
+                _launch_native(self._tensors[busy[0]].device, entries, flat)
+            else:
+                _swap_blocks(
+                    [self._bits[i] for i in busy],
+                    [torch.from_numpy(pair) for pair in chosen],
+                    [self._axes[i] for i in busy],
+                    [self._blocks[i] for i in busy],
+                    choice,
+                )
+            torch.autograd.graph.increment_version([self._tensors[i] for i in busy])
+
+
+def _swap_blocks(
+    tensors: list[torch.Tensor],
+    pairs: list[torch.Tensor],
+    axes: list[int],
+    blocks: list[int],
+    choice: str,
+) -> None:
+    """:func:`swap_blocks_` for integer tensors of one device, axis 0 for rows and 1 for columns, arguments validated,
+    ``choice`` resolved."""
+    if choice == "reference":
+        _swap_reference(tensors, pairs, axes, blocks)
+        return
+    layouts = [block_layout(t, _AXES[axis], block) for t, axis, block in zip(tensors, axes, blocks, strict=True)]
+    if choice == "triton":
+        from gisp_kernels.triton import swap as kernel
+
+        kernel.launch(tensors, pairs, layouts)
+    else:
+        entries = [
+            (tensor.data_ptr(), tensor.element_size(), *layout, pair.shape[0])
+            for tensor, pair, layout in zip(tensors, pairs, layouts, strict=True)
+        ]
+        _launch_native(tensors[0].device, entries, torch.cat(pairs))
+
+
+swap_blocks_op = torch.library.custom_op("gisp::swap_blocks_", _swap_blocks, mutates_args=("tensors",))
+
+
+def _swap_reference(tensors: list[torch.Tensor], pairs: list[torch.Tensor], axes: list[int], blocks: list[int]) -> None:
+    for tensor, pair, axis, block in zip(tensors, pairs, axes, blocks, strict=True):
+        lines = (pair.t().unsqueeze(2) * block + torch.arange(block)).flatten(1).to(tensor.device)
+        held = tensor.index_select(axis, lines.flip(0).flatten())
+        tensor.index_copy_(axis, lines.flatten(), held)
+
+
+def _launch_native(device: torch.device, entries: Sequence[tuple[int, ...]], pairs: torch.Tensor) -> None:
+    """Swap blocks described by (address, element size, *layout, number of pairs) in one launch.
+
+    ``pairs``: int64 CPU [all, 2], those of one entry after those of another.
+    """
+    core = _ext.core()
+    size = core.swap_table_bytes(len(entries), pairs.shape[0])
+    on_gpu = device.type == "cuda"
+    table = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+    chunks = core.plan_swaps(entries, pairs.data_ptr(), table.data_ptr(), size)
+    if not on_gpu:
+        core.swap_blocks_cpu(table.data_ptr(), len(entries))
+        return
+    with torch.cuda.device(device):
+        # Both copies of the table may be freed on return: the allocators reuse them in stream order only.
+        resident = table.to(device, non_blocking=True)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        core.swap_blocks_cuda(resident.data_ptr(), len(entries), chunks, resident.device.index, stream)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(_BITS[tensor.element_size()])
+
+
+def _by_device(tensors: Sequence[torch.Tensor], backend: str | None) -> list[tuple[str, list[int]]]:
+    """Backend and tensor numbers of every device; all are asked for their backend before anything is swapped."""
+    members: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        members.setdefault(tensor.device, []).append(i)
+    return [(backends.resolve(backend, tensors[m[0]], SUPPORTED), m) for m in members.values()]
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, axis: str, block: int) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"{name} must be a dense tensor with memory, got {tensor.layout} on {tensor.device}")
+    if tensor.element_size() not in _BITS:
+        raise ValueError(f"{name} must have elements of 1, 2, 4 or 8 bytes, got {tensor.dtype}")
+    if axis not in _AXES:
+        raise ValueError(f"axis of {name} must be 'row' or 'column', got {axis!r}")
+    if tensor.dim() not in (1, 2) or (tensor.dim() == 1 and axis == "column"):
+        raise ValueError(f"{name} must be a matrix, or a vector with rows, got {axis}s of {tuple(tensor.shape)}")
+    if block < 1:
+        raise ValueError(f"block of {name} must be at least 1, got {block}")
+    extent = tensor.shape[_AXES.index(axis)]
+    if extent % block:
+        raise ValueError(f"block {block} does not divide the {extent} {axis}s of {name}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must have stride 1 along its last dimension, got strides {tensor.stride()}")
+    if tensor.dim() == 2 and tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1]:
+        raise ValueError(f"rows of {name} must not overlap, got strides {tensor.stride()} for {tuple(tensor.shape)}")
+
+
+def _check_pairs(pairs: Sequence[torch.Tensor], counts: Sequence[int]) -> None:
+    checked: set[tuple[int, int]] = set()
+    for i, (pair, count) in enumerate(zip(pairs, counts, strict=True)):
+        # The projections of a group share one tensor of pairs; it is read once.
+        if (id(pair), count) in checked:
+            continue
+        if pair.dtype != torch.int64 or pair.device.type != "cpu":
+            raise ValueError(f"pairs[{i}] must be int64 on the CPU, got {pair.dtype} on {pair.device}")
+        if pair.dim() != 2 or pair.shape[1] != 2:
+            raise ValueError(f"pairs[{i}] must have shape [n, 2], got {tuple(pair.shape)}")
+        values = pair.flatten().tolist()
+        if values and (min(values) < 0 or max(values) >= count):
+            worst = min(values) if min(values) < 0 else max(values)
+            raise ValueError(f"pairs[{i}] holds {worst}, but tensors[{i}] has {count} blocks")
+        if len(set(values)) != len(values):
+            raise ValueError(f"all indices of pairs[{i}] must differ, got {_first_repeat(values)} more than once")
+        checked.add((id(pair), count))
+
+
+def _first_repeat(values: list[int]) -> int:
+    seen: set[int] = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    raise ValueError("no value repeats")
+
+
+def _check_no_overlap(tensors: Sequence[torch.Tensor]) -> None:
+    # Swaps in memory that two entries share would run in an undefined order.
+    spans: dict[torch.device, list[tuple[int, int, int]]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel():
+            start = tensor.data_ptr()
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            spans.setdefault(tensor.device, []).append((start, start + (last + 1) * tensor.element_size(), i))
+    for span in spans.values():
+        span.sort()
+        for (_, end, i), (start, _, j) in itertools.pairwise(span):
+            if start < end:
+                raise ValueError(f"tensors[{i}] and tensors[{j}] overlap in memory")

@@ -1,0 +1,1 @@
+"""Recording around an ordinary ``loss.backward()``: importance of structures, statistics of activations."""

@@ -1,0 +1,183 @@
+"""RMS norm kernels, one row per program; the row stays in registers between its two uses."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gisp_kernels.triton.rows import check_writable, readable
+
+# A row of up to 8192 elements takes 8 warps; hidden size never changes in a run, so it may shape the kernel.
+WIDE = 2048
+
+
+@triton.jit(do_not_specialize=["stride_x", "stride_d", "stride_t", "stride_n"])
+def _add_norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [T, D]
+    delta_ptr,  # [T, D]
+    weight_ptr,  # [D]
+    total_ptr,  # [T, D]
+    normed_ptr,  # [T, D]
+    rstd_ptr,  # float32 [T]
+    stride_x,
+    stride_d,
+    stride_t,
+    stride_n,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """total = x + delta; rstd = 1 / rms(total); normed = weight * round(total * rstd)."""
+    row = tl.program_id(0).to(tl.int64)
+    if ALIGNED:
+        stride_x = (stride_x // 16) * 16
+        stride_d = (stride_d // 16) * 16
+        stride_t = (stride_t // 16) * 16
+        stride_n = (stride_n // 16) * 16
+    offs = tl.arange(0, BLOCK)
+    mask = offs < D
+    x = tl.load(x_ptr + row * stride_x + offs, mask=mask, other=0.0)
+    kind = x.dtype
+    if ADD:
+        delta = tl.load(delta_ptr + row * stride_d + offs, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(kind)
+        tl.store(total_ptr + row * stride_t + offs, x, mask=mask)
+    value = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(value * value, axis=0) / D + eps)
+    tl.store(rstd_ptr + row, rstd)
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
+    unit = (value * rstd).to(kind)
+    tl.store(normed_ptr + row * stride_n + offs, weight.to(tl.float32) * unit.to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["stride_x", "stride_n"])
+def _apply_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,  # [T, D]
+    rstd_ptr,  # float32 [T]
+    weight_ptr,  # [D]
+    normed_ptr,  # [T, D]
+    stride_x,
+    stride_n,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """normed = weight * round(x * rstd)."""
+    row = tl.program_id(0).to(tl.int64)
+    if ALIGNED:
+        stride_x = (stride_x // 16) * 16
+        stride_n = (stride_n // 16) * 16
+    offs = tl.arange(0, BLOCK)
+    mask = offs < D
+    x = tl.load(x_ptr + row * stride_x + offs, mask=mask, other=0.0)
+    unit = (x.to(tl.float32) * tl.load(rstd_ptr + row)).to(x.dtype)
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
+    tl.store(normed_ptr + row * stride_n + offs, weight.to(tl.float32) * unit.to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["stride_o", "stride_g", "stride_x"])
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    out_ptr,  # [T, D], added to if ADD
+    grad_ptr,  # [T, D], dL/d(normed)
+    x_ptr,  # [T, D]
+    rstd_ptr,  # float32 [T]
+    weight_ptr,  # [D]
+    stride_o,
+    stride_g,
+    stride_x,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """out (+)= rstd * (g * w - u * mean(g * w * u)), u = x * rstd."""
+    row = tl.program_id(0).to(tl.int64)
+    if ALIGNED:
+        stride_o = (stride_o // 16) * 16
+        stride_g = (stride_g // 16) * 16
+        stride_x = (stride_x // 16) * 16
+    offs = tl.arange(0, BLOCK)
+    mask = offs < D
+    rstd = tl.load(rstd_ptr + row)
+    unit = tl.load(x_ptr + row * stride_x + offs, mask=mask, other=0.0).to(tl.float32) * rstd
+    weighted = tl.load(grad_ptr + row * stride_g + offs, mask=mask, other=0.0).to(tl.float32)
+    weighted *= tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    result = rstd * (weighted - unit * (tl.sum(weighted * unit, axis=0) / D))
+    if ADD:
+        result += tl.load(out_ptr + row * stride_o + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * stride_o + offs, result, mask=mask)
+
+
+def _shape(width: int, *strides: int) -> dict[str, int | bool]:
+    block = triton.next_power_of_2(width)
+    return {
+        "D": width,
+        "BLOCK": block,
+        "ALIGNED": all(stride % 16 == 0 for stride in strides),
+        "num_warps": 8 if block > WIDE else 4 if block > 256 else 1,
+    }
+
+
+def add_norm(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    total: torch.Tensor,
+    normed: torch.Tensor,
+) -> torch.Tensor:
+    """See :func:`gisp_kernels.ops.decoder.add_rms_norm`; fills ``total`` and ``normed``, returns the inverse RMS."""
+    tokens, width = x.shape
+    rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    check_writable("out", normed)
+    x = readable(x)
+    if delta is None:
+        delta, total, add = x, x, False
+    else:
+        check_writable("total", total)
+        delta, add = readable(delta), True
+    if tokens and width:
+        strides = (x.stride(0), delta.stride(0), total.stride(0), normed.stride(0))
+        with torch.cuda.device_of(x):
+            _add_norm_kernel[(tokens,)](
+                x, delta, readable(weight), total, normed, rstd, *strides, eps, ADD=add, **_shape(width, *strides)
+            )
+    return rstd
+
+
+def apply_norm(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, normed: torch.Tensor) -> None:
+    """See :func:`gisp_kernels.ops.decoder.rms_norm_apply`; fills ``normed``."""
+    tokens, width = x.shape
+    check_writable("out", normed)
+    x = readable(x)
+    if tokens and width:
+        strides = (x.stride(0), normed.stride(0))
+        with torch.cuda.device_of(x):
+            _apply_kernel[(tokens,)](x, readable(rstd), readable(weight), normed, *strides, **_shape(width, *strides))
+
+
+def backward(
+    grad: torch.Tensor | None, normed_grad: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """See :func:`gisp_kernels.ops.decoder.rms_norm_backward_`."""
+    tokens, width = x.shape
+    out = normed_grad if grad is None else grad
+    check_writable("normed_grad" if grad is None else "grad", out)
+    normed_grad, x = readable(normed_grad), readable(x)
+    if tokens and width:
+        strides = (out.stride(0), normed_grad.stride(0), x.stride(0))
+        with torch.cuda.device_of(x):
+            _backward_kernel[(tokens,)](
+                out,
+                normed_grad,
+                x,
+                readable(rstd),
+                readable(weight),
+                *strides,
+                ADD=grad is not None,
+                **_shape(width, *strides),
+            )
+    return out

@@ -1,0 +1,108 @@
+"""SwiGLU forward and in-place backward over tiles of a row; the width is an ordinary argument."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gisp_kernels.triton.rows import check_writable, readable
+
+TILE = 1024
+
+
+@triton.jit(do_not_specialize=["I", "stride_g", "stride_u", "stride_a"])
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    gate_ptr,
+    up_ptr,
+    act_ptr,
+    I,  # noqa: E741
+    stride_g,
+    stride_u,
+    stride_a,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    width = I
+    if ALIGNED:
+        width = (I // 16) * 16
+        stride_g = (stride_g // 16) * 16
+        stride_u = (stride_u // 16) * 16
+        stride_a = (stride_a // 16) * 16
+    tiles = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    offs = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < width
+    gate = tl.load(gate_ptr + row * stride_g + offs, mask=mask, other=0.0)
+    up = tl.load(up_ptr + row * stride_u + offs, mask=mask, other=0.0)
+    g = gate.to(tl.float32)
+    silu = (g * tl.sigmoid(g)).to(gate.dtype)
+    tl.store(act_ptr + row * stride_a + offs, silu.to(tl.float32) * up.to(tl.float32), mask=mask)
+
+
+@triton.jit(do_not_specialize=["I", "stride_g", "stride_u", "stride_a"])
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    gate_ptr,  # becomes its gradient
+    up_ptr,  # becomes its gradient
+    act_ptr,  # dL/d(act), becomes act
+    I,  # noqa: E741
+    stride_g,
+    stride_u,
+    stride_a,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    width = I
+    if ALIGNED:
+        width = (I // 16) * 16
+        stride_g = (stride_g // 16) * 16
+        stride_u = (stride_u // 16) * 16
+        stride_a = (stride_a // 16) * 16
+    tiles = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    offs = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < width
+    gate_ptrs = gate_ptr + row * stride_g + offs
+    up_ptrs = up_ptr + row * stride_u + offs
+    act_ptrs = act_ptr + row * stride_a + offs
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0)
+    g = gate.to(tl.float32)
+    u = tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(act_ptrs, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    silu = g * sigmoid
+    tl.store(gate_ptrs, grad * u * sigmoid * (1 + g * (1 - sigmoid)), mask=mask)
+    tl.store(up_ptrs, grad * silu, mask=mask)
+    tl.store(act_ptrs, silu.to(gate.dtype).to(tl.float32) * u, mask=mask)
+
+
+def forward(gate: torch.Tensor, up: torch.Tensor, act: torch.Tensor) -> None:
+    """See :func:`gisp_kernels.ops.decoder.swiglu`; fills ``act``."""
+    check_writable("out", act)
+    _launch(_forward_kernel, readable(gate), readable(up), act)
+
+
+def backward(gate: torch.Tensor, up: torch.Tensor, grad_act: torch.Tensor) -> None:
+    """See :func:`gisp_kernels.ops.decoder.swiglu_backward_`."""
+    check_writable("gate", gate)
+    check_writable("up", up)
+    check_writable("grad_act", grad_act)
+    _launch(_backward_kernel, gate, up, grad_act)
+
+
+def _launch(kernel: triton.JITFunction, gate: torch.Tensor, up: torch.Tensor, act: torch.Tensor) -> None:
+    tokens, width = gate.shape
+    if tokens == 0 or width == 0:
+        return
+    strides = (gate.stride(0), up.stride(0), act.stride(0))
+    with torch.cuda.device_of(gate):
+        kernel[(triton.cdiv(width, TILE) * tokens,)](
+            gate,
+            up,
+            act,
+            width,
+            *strides,
+            ALIGNED=all(extent % 16 == 0 for extent in (width, *strides)),
+            BLOCK=TILE,
+            num_warps=4,
+        )

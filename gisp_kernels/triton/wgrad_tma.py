@@ -1,0 +1,209 @@
+"""``out[s] += sum |W * (dY^T X)|`` for large 16-bit weights on GPUs with a tensor memory accelerator (Hopper on).
+
+As in :mod:`~gisp_kernels.triton.wgrad_importance` a tile of the weight gradient is formed over all tokens, met
+with its tile of W and summed. Here programs are persistent and operands arrive by TMA: while one tile is being summed,
+the operands of the next are already on their way. Structures are always rows of the product: for columns of W the
+operands change places and W is turned round on its way into registers, because sums along a row stay inside a warp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gisp_kernels.ops.padding import descriptor_aligned
+from gisp_kernels.triton.abs_weighted_reduce import finish
+
+# One tile of the gradient per program and step: rows that belong to structures, the extent summed, tokens.
+BLOCK_M, BLOCK_N, BLOCK_T = 128, 256, 64
+GROUP_M = 8
+NUM_WARPS, NUM_STAGES = 8, 3
+MAX_PARTS = 3
+
+
+@triton.jit
+def _load_weight(desc, m, n, BY_ROW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tile of W with structures along its rows."""
+    if BY_ROW:
+        tile = desc.load([m, n])
+    else:
+        tile = desc.load([n, m]).T
+    return tile
+
+
+@triton.jit(do_not_specialize=["T", "M0", "M1", "M2", "N", "start1", "start2", "programs"])
+def _wgrad_tma_kernel(  # type: ignore[no-untyped-def]
+    m_desc,  # [T, columns], boxes of BLOCK_T x BLOCK_M: the operand whose columns belong to structures
+    n_desc,  # [T, N], boxes of BLOCK_T x BLOCK_N
+    w0_desc,
+    w1_desc,
+    w2_desc,
+    partials_ptr,  # float32 [tiles along N, M0 + M1 + M2]
+    T,
+    M0,
+    M1,
+    M2,
+    N,
+    start1,
+    start2,
+    programs,
+    BY_ROW: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Tile sums of |W * (dY^T X)| for up to three layers side by side; every tile owns its slice of the workspace."""
+    tiles_0 = tl.cdiv(M0, BLOCK_M)
+    tiles_01 = tiles_0
+    tiles_m = tiles_0
+    width = M0
+    if PARTS > 1:
+        tiles_01 = tiles_0 + tl.cdiv(M1, BLOCK_M)
+        tiles_m = tiles_01
+        width = M0 + M1
+    if PARTS > 2:
+        tiles_m = tiles_01 + tl.cdiv(M2, BLOCK_M)
+        width = M0 + M1 + M2
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(T, BLOCK_T)
+    per_group = GROUP_M * tiles_n
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=True):
+        first_m = (tile // per_group) * GROUP_M
+        group = tl.minimum(tiles_m - first_m, GROUP_M)
+        tile_m = first_m + (tile % per_group) % group
+        tile_n = (tile % per_group) // group
+        n = tile_n * BLOCK_N
+        # Row within the layer, where the layer's columns start in dY and its sums in the workspace.
+        m = tile_m * BLOCK_M
+        rows = M0
+        start = 0
+        first_sum = 0
+        if PARTS > 1:
+            if tile_m >= tiles_0:
+                m = (tile_m - tiles_0) * BLOCK_M
+                rows = M1
+                start = start1
+                first_sum = M0
+        if PARTS > 2:
+            if tile_m >= tiles_01:
+                m = (tile_m - tiles_01) * BLOCK_M
+                rows = M2
+                start = start2
+                first_sum = M0 + M1
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for step in range(steps):
+            left = m_desc.load([step * BLOCK_T, start + m])
+            right = n_desc.load([step * BLOCK_T, n])
+            acc = tl.dot(left.T, right, acc)
+        if PARTS == 1:
+            w = _load_weight(w0_desc, m, n, BY_ROW)
+        elif PARTS == 2:
+            if tile_m < tiles_0:
+                w = _load_weight(w0_desc, m, n, BY_ROW)
+            else:
+                w = _load_weight(w1_desc, m, n, BY_ROW)
+        else:
+            if tile_m < tiles_0:
+                w = _load_weight(w0_desc, m, n, BY_ROW)
+            elif tile_m < tiles_01:
+                w = _load_weight(w1_desc, m, n, BY_ROW)
+            else:
+                w = _load_weight(w2_desc, m, n, BY_ROW)
+        offs_m = m + tl.arange(0, BLOCK_M)
+        offs_n = n + tl.arange(0, BLOCK_N)
+        # Outside the layer an infinite operand would meet a zero and put a NaN where the sum is infinite.
+        mask = (offs_m < rows)[:, None] & (offs_n < N)[None, :]
+        score = tl.where(mask, tl.abs(w.to(tl.float32) * acc), 0.0)
+        sums = partials_ptr + tile_n.to(tl.int64) * width + first_sum + offs_m
+        tl.store(sums, tl.sum(score, axis=1), mask=offs_m < rows)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One Linear layer to score: its weight [O, I], where its columns start in dY, structure size and scores."""
+
+    weight: torch.Tensor
+    start: int
+    block: int
+    out: torch.Tensor
+
+
+def usable(grad_output: torch.Tensor, input: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
+    """Whether the operands suit this kernel: one 16-bit dtype, rows a descriptor can address, a GPU that has TMA."""
+    operands = (grad_output, input, *weights)
+    if input.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != input.dtype for t in operands):
+        return False
+    if not all(descriptor_aligned(t) for t in operands):
+        return False
+    return torch.cuda.get_device_capability(input.device)[0] >= 9
+
+
+def tiles(rows: Sequence[int], width: int) -> int:
+    """Tiles of the gradient of layers with ``rows`` structures' rows each and ``width`` summed elements."""
+    return sum(triton.cdiv(extent, BLOCK_M) for extent in rows) * triton.cdiv(width, BLOCK_N)
+
+
+def launch(grad_output: torch.Tensor, input: torch.Tensor, layers: Sequence[Layer], axis: str, programs: int) -> None:
+    """Add the scores of up to :data:`MAX_PARTS` layers that read one input; by columns of one layer.
+
+    Args:
+        grad_output: [T, columns].
+        input: [T, I].
+        layers: scored layers.
+        axis: ``"row"`` or (one layer) ``"column"``.
+        programs: at most that many programs run; it shapes no result.
+    """
+    by_row = axis == "row"
+    left, right = (grad_output, input) if by_row else (input, grad_output)
+    extents = [layer.weight.shape[0 if by_row else 1] for layer in layers]
+    width = right.shape[1]
+    if not all(extents) or width == 0 or input.shape[0] == 0:
+        return
+    tiles_n = triton.cdiv(width, BLOCK_N)
+    partials = torch.empty((tiles_n, sum(extents)), dtype=torch.float32, device=input.device)
+    box = [BLOCK_M, BLOCK_N] if by_row else [BLOCK_N, BLOCK_M]
+    weights = [_descriptor(layer.weight, box) for layer in layers]
+    weights += weights[-1:] * (MAX_PARTS - len(weights))
+    rows = extents + [0] * (MAX_PARTS - len(extents))
+    starts = [layer.start for layer in layers] + [0] * (MAX_PARTS - len(layers))
+    programs = min(programs, tiles(extents, width))
+    with torch.cuda.device_of(input):
+        _wgrad_tma_kernel[(programs,)](
+            m_desc=_descriptor(left, [BLOCK_T, BLOCK_M]),
+            n_desc=_descriptor(right, [BLOCK_T, BLOCK_N]),
+            w0_desc=weights[0],
+            w1_desc=weights[1],
+            w2_desc=weights[2],
+            partials_ptr=partials,
+            T=input.shape[0],
+            M0=rows[0],
+            M1=rows[1],
+            M2=rows[2],
+            N=width,
+            start1=starts[1] - starts[0],
+            start2=starts[2] - starts[0],
+            programs=programs,
+            BY_ROW=by_row,
+            PARTS=len(layers),
+            BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N,
+            BLOCK_T=BLOCK_T,
+            GROUP_M=GROUP_M,
+            num_warps=NUM_WARPS,
+            num_stages=NUM_STAGES,
+        )
+        first = 0
+        for layer, extent in zip(layers, extents, strict=True):
+            finish(layer.out, partials[:, first : first + extent], layer.block)
+            first += extent
+
+
+def _descriptor(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box)

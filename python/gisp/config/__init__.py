@@ -1,0 +1,1 @@
+"""Options of a run: their declarations, presets and the criteria they can name."""

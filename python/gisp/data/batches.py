@@ -1,0 +1,103 @@
+"""Which calibration sequences a step sees, and in which batches they pass through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from gisp.data import Sequences
+from gisp.data.sampler import StratifiedSampler
+from gisp.model.structures import ModelMap
+
+# Logits of one pass over the whole set, in elements: bounds the largest temporary of the loss.
+_LOGIT_ELEMENTS = {"cuda": 2**29, "cpu": 2**24}
+# Logits of a forward pass alone, in elements.
+_FORWARD_ELEMENTS = 2**26
+# What autograd keeps of one pass for its backward, in bytes; of a large model a few sequences reach it.
+_ACTIVATION_BYTES = {"cuda": 2**33, "cpu": 2**32}
+
+
+class StepBatches:
+    """The sequences of every step of a run.
+
+    Args:
+        model_map: the model they pass through.
+        data: calibration sequences.
+        kind: ``stream``: each step a fresh batch of about ``tokens`` tokens; ``exact``: every step the whole set.
+        batch_size: sequences per pass; ``None``: the whole step for ``stream``, for ``exact`` what keeps logits and
+            activations small.
+    """
+
+    def __init__(
+        self, model_map: ModelMap, data: Sequences, *, kind: str, batch_size: int | None, tokens: int, seed: int
+    ) -> None:
+        self.data = data
+        self._kind = kind
+        self._batch_size = batch_size
+        self._vocab_size = model_map.vocab_size
+        weight = next(model_map.model.parameters())
+        self._device = weight.device
+        # About what plain transformers layers keep of a token: norms, projections, rotary and attention are some 16
+        # vectors of the hidden size, the MLP 4 of its width.
+        per_layer = 16 * model_map.hidden_size + 4 * model_map.intermediate_size
+        self._token_bytes = len(model_map.layers) * per_layer * weight.element_size()
+        self._sampler = StratifiedSampler(data, tokens, seed) if kind == "stream" else None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether every step has a batch of its own."""
+        return self._sampler is not None
+
+    def numbers(self, step: int) -> list[int]:
+        """Sequence numbers of a step (1-based)."""
+        return [i for example in self._examples(step) for i in self.data.examples[example]]
+
+    def weights(self, step: int) -> list[float]:
+        """Weight in the step's loss of every sequence of :meth:`numbers`."""
+        return self.data.weights(self._examples(step))
+
+    def small(self, numbers: list[int], positions: list[int]) -> Iterator[list[int]]:
+        """Positions in stretches whose logits are small, for a forward pass alone."""
+        if positions:
+            longest = max(len(self.data.rows[numbers[i]][0]) for i in positions)
+            size = max(1, _FORWARD_ELEMENTS // (self._vocab_size * longest))
+            for start in range(0, len(positions), size):
+                yield positions[start : start + size]
+
+    def questions(self, step: int) -> list[range]:
+        """Positions in :meth:`numbers` of examples whose answers are compared with one another."""
+        found, start = [], 0
+        for example in self._examples(step):
+            stop = start + len(self.data.examples[example])
+            if self.data.compares(example):
+                found.append(range(start, stop))
+            start = stop
+        return found
+
+    def leaders(self, step: int) -> list[int]:
+        """For every position the one whose pass it may share, see :meth:`gisp.data.Sequences.leaders`."""
+        found: list[int] = []
+        for example in self._examples(step):
+            start = len(found)
+            found += [start + leader for leader in self.data.leaders(example)]
+        return found
+
+    def _examples(self, step: int) -> Sequence[int]:
+        return self._sampler.numbers(step) if self._sampler else range(len(self.data.examples))
+
+    def batches(self, numbers: list[int], together: Sequence[range] = ()) -> Iterator[tuple[int, int]]:
+        """Consecutive stretches of ``numbers`` small enough for one pass; positions ``together`` are never parted."""
+        size = self._batch_size
+        if size is None and self._kind == "exact":
+            longest = max(len(self.data.rows[i][0]) for i in numbers)
+            kind = "cuda" if self._device.type == "cuda" else "cpu"
+            tokens = min(_LOGIT_ELEMENTS[kind] // self._vocab_size, _ACTIVATION_BYTES[kind] // self._token_bytes)
+            size = max(1, tokens // longest)
+        size = size or len(numbers)
+        inside = {position for place in together for position in place[1:]}
+        start = 0
+        while start < len(numbers):
+            stop = min(start + size, len(numbers))
+            while stop in inside:
+                stop += 1
+            yield start, stop
+            start = stop

@@ -1,0 +1,132 @@
+"""Accuracy on multiple-choice rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gisp.data.rows import check_messages
+from gisp.errors import GispError
+from gisp.evaluate.pairs import PairEncoder, Request, log_likelihoods
+from gisp.evaluate.perplexity import from_total
+
+FORMAT = "context or messages, choices and answer, or contexts, continuation and answer"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One question.
+
+    Attributes:
+        requests: one per choice.
+        texts: what tells the choices apart, without the delimiter before it.
+        answer: number of the right choice.
+    """
+
+    requests: tuple[Request, ...]
+    texts: tuple[str, ...]
+    answer: int
+
+
+class ChoiceAccuracy:
+    """Accuracy of the choice with the highest log-probability.
+
+    ``acc`` compares summed log-probabilities; ``acc_norm`` divides them by the characters of the choice text and
+    ``acc_bytes`` by its UTF-8 bytes, as lm-eval 0.4.13 does under these names. Of equal choices the first counts.
+    The perplexity is that of the right answers' tokens.
+    """
+
+    def __init__(self, choices: Sequence[Choice], window: int, batch_size: int | None = None) -> None:
+        self._choices = choices
+        self._window = window
+        self._batch_size = batch_size
+        self._requests = [request for choice in choices for request in choice.requests]
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        values = iter(log_likelihoods(model, self._requests, self._batch_size))
+        hits: dict[str, list[bool]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
+        total, tokens = 0.0, 0
+        for choice in self._choices:
+            sums = np.array([next(values) for _ in choice.requests])
+            characters = np.array([len(text) for text in choice.texts])
+            of_bytes = np.array([len(text.encode()) for text in choice.texts])
+            for name, lengths in (("acc", 1), ("acc_norm", characters), ("acc_bytes", of_bytes)):
+                hits[name].append(bool(np.argmax(sums / lengths) == choice.answer))
+            total -= sums[choice.answer]
+            tokens += len(choice.requests[choice.answer].targets)
+        gold = from_total(total, tokens, self._window)
+        result: dict[str, Any] = {}
+        for name, found in hits.items():
+            result |= mean_with_error(name, found)
+        return {
+            **result,
+            "examples": len(self._choices),
+            "truncated": sum(any(r.truncated for r in choice.requests) for choice in self._choices),
+            "perplexity": gold.perplexity,
+            "tokens": gold.tokens,
+            "window": gold.window,
+        }
+
+
+def mean_with_error(name: str, hits: Sequence[bool]) -> dict[str, float | None]:
+    """Mean of 0 and 1 and its standard error, sample standard deviation / sqrt(n); ``None`` for a single one."""
+    count, mean = len(hits), sum(hits) / len(hits)
+    error = math.sqrt(mean * (1 - mean) / (count - 1)) if count > 1 else None
+    return {name: mean, f"{name}_stderr": error}
+
+
+def read_choice(row: dict[str, Any], encoder: PairEncoder, where: str) -> Choice:
+    """A row of ``context``, ``choices`` and ``answer``, or of ``contexts`` that share a ``continuation``.
+
+    ``messages`` in place of ``context`` are a conversation that the choices answer, through the chat template.
+
+    ``contexts`` may also stand beside ``choices``, which are then their continuations one by one; the texts that are
+    compared are the contexts either way, as in lm-eval. A ``delimiter`` names what every choice begins with and what
+    is not counted as a part of its text (lm-eval's ``target_delimiter``).
+
+    Raises:
+        GispError: a row of another form, fewer than two choices, an answer out of range.
+    """
+    if "contexts" in row:
+        texts = _texts(row, "contexts", where)
+        shared = "continuation" in row or "choices" not in row
+        tails = (_text(row, "continuation", where),) * len(texts) if shared else _texts(row, "choices", where)
+        if len(tails) != len(texts):
+            raise GispError(f"{where} has {len(texts)} contexts and {len(tails)} choices: give as many of both")
+        pairs = list(zip(texts, tails, strict=True))
+    else:
+        choices = _texts(row, "choices", where)
+        if row.get("messages") is not None and "context" not in row:
+            check_messages(row["messages"], where)
+            pairs = [encoder.turn(row["messages"], text, where) for text in choices]
+        else:
+            context = _text(row, "context", where)
+            pairs = [(context, text) for text in choices]
+        delimiter = str(row.get("delimiter") or "")
+        texts = tuple(text.removeprefix(delimiter) or text for text in choices)
+    answer = row.get("answer")
+    if type(answer) is not int or not 0 <= answer < len(texts):
+        raise GispError(f"{where} has answer {answer!r}: give the index of one of {len(texts)} choices")
+    return Choice(tuple(encoder.pair(*pair, where) for pair in pairs), texts, answer)
+
+
+def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
+    values = row.get(key)
+    if not isinstance(values, (list, tuple)) or len(values) < 2:
+        raise GispError(f"{where} has {key} {values!r}: give a list of at least two texts")
+    if any(isinstance(value, (list, dict)) or value is None or value == "" for value in values):
+        raise GispError(f"{where} has {key} {values!r}: every one must be a text")
+    return tuple(str(value) for value in values)
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str):
+        keys = ", ".join(map(str, row))
+        raise GispError(f"{where} has {key} {value!r} and the keys {keys}: give {FORMAT}")
+    return value

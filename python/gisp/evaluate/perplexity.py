@@ -1,0 +1,108 @@
+"""Perplexity of a model on token sequences, with a stated window and stride."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gisp.data import Sequences
+from gisp.errors import GispError
+from gisp.evaluate.batches import length_batches
+from gisp.model.modes import evaluation_mode
+from gisp.score.objectives import IGNORED, sequence_nll
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean NLL) over ``tokens`` predicted tokens, in windows of at most ``window`` tokens."""
+
+    perplexity: float
+    tokens: int
+    window: int
+
+
+def perplexity(
+    model: nn.Module, data: Sequences, window: int = 128, stride: int | None = None, *, batch_size: int | None = None
+) -> Perplexity:
+    """Perplexity over all predicted tokens of all rows; rows longer than ``window`` are read in windows.
+
+    Args:
+        stride: tokens from one window's start to the next. ``None`` = ``window``: every window starts afresh and its
+            first token is context only. Less than ``window``: every token of a row but its first is predicted once,
+            from at least ``window - stride`` tokens where the row has them.
+        batch_size: windows per forward pass; ``None`` = by their tokens.
+
+    Raises:
+        GispError: ``window`` below 2, ``stride`` outside [1, ``window``], nothing to predict, a NaN loss, or a mixture,
+            whose tasks are to be measured one by one.
+    """
+    if data.parts:
+        raise GispError(f"a mixture of {len(data.parts)} tasks has no perplexity: give the data of one of them")
+    stride = check_stride(window, stride)
+    device = next(model.parameters()).device
+    pieces = [
+        (row, *piece)
+        for row, (ids, labels) in enumerate(data.rows)
+        for piece in windows(len(ids), window, stride)
+        if _predicts(labels, *piece)
+    ]
+    total, tokens = 0.0, 0
+    with evaluation_mode(model), torch.no_grad():
+        for numbers in length_batches([end - begin for _, begin, _, end in pieces], device, batch_size):
+            ids = [data.rows[row][0][begin:end] for row, begin, _, end in (pieces[i] for i in numbers)]
+            labels = [_scored_labels(data.rows[pieces[i][0]][1], *pieces[i][1:]) for i in numbers]
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+            targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
+            counts = (targets[:, 1:] != IGNORED).sum(1)
+            total += float((sequence_nll(model, padded, targets).double() * counts).sum())
+            tokens += int(counts.sum())
+    return from_total(total, tokens, window)
+
+
+def from_total(total: float, tokens: int, window: int) -> Perplexity:
+    """Perplexity from the summed NLL in nats.
+
+    Raises:
+        GispError: no token, or NaN.
+    """
+    if tokens == 0:
+        raise GispError("the evaluation data has no predicted token: give longer sequences")
+    mean = total / tokens
+    if math.isnan(mean):
+        raise GispError("the loss on the evaluation data is NaN: check the weights, or use --dtype float32")
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, tokens, window)
+
+
+def check_stride(window: int, stride: int | None) -> int:
+    """The stride, ``window`` for ``None``."""
+    if window < 2:
+        raise GispError(f"--window is {window}: give at least 2")
+    if stride is not None and not 1 <= stride <= window:
+        raise GispError(f"--stride is {stride}: give 1 to the window of {window} tokens")
+    return window if stride is None else stride
+
+
+def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Begin, first token to score and end of the windows over a row of ``length`` tokens."""
+    scored = 0
+    for begin in range(0, length, stride):
+        end = min(begin + window, length)
+        yield begin, scored, end
+        scored = end
+        if end == length:
+            return
+
+
+def _predicts(labels: torch.Tensor, begin: int, scored: int, end: int) -> bool:
+    """Whether a window has a scored token behind its first one."""
+    return bool((labels[max(scored, begin + 1) : end] != IGNORED).any())
+
+
+def _scored_labels(labels: torch.Tensor, begin: int, scored: int, end: int) -> torch.Tensor:
+    piece = labels[begin:end].clone()
+    piece[: scored - begin] = IGNORED
+    return piece

@@ -1,0 +1,1 @@
+"""GGUF files for llama.cpp: written, checked, with the tokenizer."""

@@ -1,0 +1,150 @@
+"""Export of the pruned model as a GGUF file for llama.cpp.
+
+Layers of different widths are what llama.cpp's ``deci`` architecture is for: Llama blocks with a head count, a
+key/value head count and an MLP width of every layer. Stored are the same heads and channels as in the ``hf`` export.
+``deci`` has layers without heads or channels too, but llama.cpp (that of llama-cpp-python 0.3.36) drops the attention
+of a layer without channels, ends the process when that is the last layer and cannot load a first layer without heads:
+an emptied block keeps one zeroed head or channel.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gisp.errors import GispError
+from gisp.export.card import CardKind, write_card
+from gisp.export.check import weight_dtype
+from gisp.export.folder import new_folder
+from gisp.export.gguf.check import checked_gguf_report
+from gisp.export.gguf.file import DTYPES, require_gguf, write_gguf
+from gisp.export.gguf.tokenizer import Vocabulary, read_vocabulary
+from gisp.export.hf import pruned_state
+from gisp.export.relayout import plan_attention
+from gisp.export.spec import ExportReport, PrunedSpec, map_checked
+from gisp.model.structures import ModelMap
+
+FILE = "model.gguf"
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+_ROPE_TYPES = ("default", "linear", "llama3")
+_INSTEAD = "use --format hf"
+
+_RUN = """\
+With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+
+```
+llama-cli -m model.gguf
+```
+
+or from Python with [llama-cpp-python](https://github.com/abetlen/llama-cpp-python):
+
+```python
+from llama_cpp import Llama
+
+llm = Llama("model.gguf")
+print(llm("The ", max_tokens=32)["choices"][0]["text"])
+```
+
+"""
+_RUN_IDS = """\
+This file holds no tokenizer: llama.cpp loads it, but takes and gives token ids only (`llama-cli` needs text), for
+example with [llama-cpp-python](https://github.com/abetlen/llama-cpp-python):
+
+```python
+from llama_cpp import Llama
+
+llm = Llama("model.gguf", logits_all=True)
+llm.eval([1, 2, 3])
+logits = llm.scores[:3]
+```
+
+"""
+_ARCHITECTURE = """\
+Layers differ in width, so the file names the architecture `deci`, which takes the widths of every layer; programs that
+read GGUF files without llama.cpp may not know it. The key/value cache is counted in float16, llama.cpp's default;
+without flash attention llama.cpp pads the value cache of every layer to the widest.
+"""
+
+
+def export_gguf(
+    base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Path | None = None, dtype: str | None = None
+) -> ExportReport:
+    """Write ``model.gguf`` and a model card; the logits are compared with the masked base model's first.
+
+    Args:
+        base: the dense model the spec was made from (Llama, Mistral or Qwen2); left as it was.
+        spec: what to keep.
+        out: folder to write; must be absent or empty.
+        tokenizer_from: folder with the tokenizer; without one the file works with token ids only.
+        dtype: of the matrices, ``f32``, ``f16`` or ``bf16``; vectors are always float32. ``None`` is ``f32`` for
+            float32 models and ``f16`` for others: on a CPU llama.cpp rounds the inputs of a product to the type of its
+            weights, which costs three more bits in bf16, while f16 holds every bfloat16 weight from 2**-14 to 65504
+            exactly and smaller ones within 2**-25.
+
+    Raises:
+        GispError: no ``gguf`` package, a model ``deci`` cannot express, ``out`` is taken, full disk, or logits that do
+            not agree; nothing is left at ``out``.
+    """
+    require_gguf()
+    model_map = map_checked(base, spec)
+    check_expressible(base, model_map)
+    kind = DTYPES.get(dtype or ("f32" if weight_dtype(base) == torch.float32 else "f16"))
+    if kind is None:
+        raise GispError(f"dtype {dtype!r} is not available: choose one of {', '.join(DTYPES)}")
+    vocabulary = read_vocabulary(tokenizer_from, model_map.vocab_size)
+    layouts = [plan_attention(keep.heads, model_map.num_heads, model_map.num_kv_heads) for keep in spec.layers]
+    with new_folder(out) as folder:
+        state = pruned_state(base, model_map, spec, layouts)
+        write_gguf(folder / FILE, base, model_map, spec, state, kind, vocabulary)
+        del state
+        report, facts = checked_gguf_report(base, model_map, spec, layouts, folder / FILE, out, kind, vocabulary)
+        write_card(folder, base, spec, report, _card(vocabulary, facts))
+    return report
+
+
+def check_expressible(base: Any, model_map: ModelMap) -> None:
+    """Refuse what llama.cpp's ``deci`` layers compute otherwise.
+
+    Raises:
+        GispError: names the first such thing.
+    """
+    config = base.config
+    if model_map.model_type not in MODEL_TYPES:
+        raise GispError(
+            f"model type {model_map.model_type!r} cannot be written as gguf: llama.cpp takes uneven layers of "
+            f"{', '.join(MODEL_TYPES)}, {_INSTEAD}"
+        )
+    window = _sliding_window(config)
+    if window is not None:
+        raise GispError(
+            f"attention has a sliding window of {window} tokens, which llama.cpp's uneven layers lack: {_INSTEAD}"
+        )
+    rope = config.rope_parameters
+    if rope["rope_type"] not in _ROPE_TYPES or rope.get("partial_rotary_factor") not in (None, 1.0):
+        raise GispError(
+            f"rotary embedding {dict(rope)} cannot be written as gguf: {', '.join(_ROPE_TYPES)} over whole heads can, "
+            f"{_INSTEAD}"
+        )
+    if config.hidden_act != "silu":
+        raise GispError(f"hidden_act {config.hidden_act!r} cannot be written as gguf: silu can, {_INSTEAD}")
+
+
+def _sliding_window(config: Any) -> int | None:
+    """The sliding window, if attention is ever cut by it."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if window is None or window >= config.max_position_embeddings:
+        return None
+    return window if types is None or "sliding_attention" in types else None
+
+
+def _card(vocabulary: Vocabulary | None, facts: list[tuple[str, str]]) -> CardKind:
+    return CardKind(
+        title="GGUF",
+        library="gguf",
+        tags=("gguf", "llama.cpp"),
+        load=(_RUN if vocabulary else _RUN_IDS) + _ARCHITECTURE,
+        facts=tuple(facts),
+    )

@@ -1,0 +1,72 @@
+"""Loading exported and plain model folders without remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gisp.errors import GispError
+from gisp.export.nested import is_nested, load_nested
+from gisp.model.load import check_model_path, load_dense, resolve_device
+
+
+def load(
+    path: str | Path,
+    *,
+    sparsity: float | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    verify: bool = False,
+) -> Any:
+    """A causal language model from an exported folder, a nested checkpoint, a plain model folder or a hub name.
+
+    Args:
+        sparsity: point of a nested checkpoint; the nearest is taken, ``None`` for the end of its run.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+        dtype: of the weights; ``None`` keeps the checkpoint's.
+        verify: compare the SHA-256 of all files of a nested checkpoint first.
+
+    Returns:
+        The model, complete, in evaluation mode. It and ``AutoModelForCausalLM`` know the pruned model types afterwards.
+
+    Raises:
+        GispError: missing, foreign, incomplete or broken model.
+    """
+    check_model_path(str(path))
+    place = resolve_device(device)
+    kind = _floating(dtype)
+    if is_nested(path):
+        return load_nested(path, sparsity, device=place, dtype=kind, verify=verify)
+    if sparsity is not None or verify:
+        given = f"sparsity {sparsity}" if sparsity is not None else "verify"
+        raise GispError(f"{given} needs a nested checkpoint, {path} holds one size: leave it out")
+    register_models()
+    return load_dense(str(path), place, kind or "auto")
+
+
+def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype a caller gave by itself or by name; ``None`` for the checkpoint's own.
+
+    Raises:
+        GispError: it is no floating dtype.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise GispError(f"unknown dtype {dtype!r}: give float32, bfloat16, float16 or leave it out")
+    return kind
+
+
+def register_models() -> None:
+    """Tell transformers' Auto classes about the pruned model types."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from gisp.export.modeling_gisp import CLASSES
+
+    for model_type, (config, model, causal_lm) in CLASSES.items():
+        AutoConfig.register(model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)

@@ -1,0 +1,75 @@
+"""The model card of a nested checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gisp.config.options import recorded
+from gisp.export.card import base_name
+from gisp.export.check import TOLERANCE
+from gisp.export.nested.layout import KINDS, Nesting
+from gisp.export.point import pruned_spec
+from gisp.run.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from gisp.export.nested.export import NestedReport
+
+_LOAD = """\
+```python
+import gisp
+
+model = gisp.load("path/to/this/folder", sparsity=0.35)  # reads the weights of that size alone
+model.resize(0.2)  # the same model, moved in place; down and up
+```
+
+This needs gisp-kernels. The files are no plain checkpoint and no other loader takes them for one; export one size for
+other programs with `gisp export RUN --sparsity S --out DIR`.
+"""
+_SHOWN = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: Nesting, report: NestedReport) -> None:
+    """Write ``README.md``: what the folder holds, how exact it is, how to load it, and some of its sizes."""
+    last = len(trajectory.steps)
+    name = base_name(base, pruned_spec(trajectory, last))
+    parity = ", ".join(f"{found:.1e} at {sparsity:.2f}" for sparsity, found in report.relative_differences.items())
+    versions = ", ".join(f"{key} {value}" for key, value in trajectory.versions.items())
+    facts = (
+        ("sparsities", f"0 to {trajectory.sparsity_at(last):.4f} of the decoder layers, {report.steps} steps"),
+        ("weight files", f"{report.bytes / 1e6:,.1f} MB"),
+        ("preset", trajectory.config.get("preset", "not recorded")),
+        ("criterion", recorded(trajectory.config, "criterion")),
+        ("versions", versions),
+        (
+            "logits against the masked dense model (float32)",
+            f"differ by {parity} relative (accepted up to {TOLERANCE:.0e})",
+        ),
+    )
+    front = {"library_name": "gisp-kernels", "pipeline_tag": "text-generation", "tags": ["gisp", "pruned", "nested"]}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
+    if "/" in name:
+        lines.append(f"base_model: {json.dumps(name)}")
+    lines += ["---", "", f"# {name}, nested", ""]
+    lines += [
+        f"`{name}` and its subnetworks of one pruning run (after [GISP](https://arxiv.org/abs/2510.18030)): every size "
+        "is a prefix of the same matrices.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in facts),
+        "",
+        "## Load",
+        "",
+        _LOAD,
+        "## Sizes",
+        "",
+        "| sparsity | of the whole model | query heads | key/value heads | MLP channels |",
+        "|---|---|---|---|---|",
+    ]
+    for step in sorted({trajectory.step_for(sparsity) for sparsity in _SHOWN} | {last}):
+        totals = nesting.prefixes[step].sum(0).tolist()
+        cells = " | ".join(f"{totals[i]:,}" for i in range(len(KINDS)))
+        lines.append(f"| {trajectory.sparsity_at(step):.4f} | {trajectory.model_sparsity_at(step):.4f} | {cells} |")
+    (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")

@@ -1,0 +1,109 @@
+"""Writing a nested checkpoint from a run, and checking what it gives at several sparsities."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gisp.export.check import check_tokens, compare_logits, float32_logits, removed_columns, weight_dtype
+from gisp.export.folder import check_room, copy_base_files, dense_state, new_folder
+from gisp.export.nested.card import write_nested_card
+from gisp.export.nested.files import MODEL_TYPE, TRANSPOSED, write_layout, write_record, write_shards
+from gisp.export.nested.layout import Nesting, nest
+from gisp.export.nested.model import load_nested, projection_names, stored_parts
+from gisp.export.point import pruned_spec
+from gisp.export.spec import map_checked
+from gisp.model.structures import ModelMap
+from gisp.run.trajectory import Trajectory
+
+# Fractions of the run's last sparsity at which logits are compared.
+_CHECKED = (1.0, 0.4, 0.7, 0.0)
+
+
+@dataclass(frozen=True)
+class NestedReport:
+    """What was written and how far its logits are from those of the masked dense model (both in float32).
+
+    Attributes:
+        relative_differences: by sparsity, largest difference over the largest logit.
+        bytes: of the weight files.
+        steps: sparsities the checkpoint holds beside the dense model.
+    """
+
+    path: Path
+    relative_differences: dict[float, float]
+    bytes: int
+    steps: int
+
+
+def export_nested(base: Any, trajectory: Trajectory, out: Path, *, tokenizer_from: Path | None = None) -> NestedReport:
+    """Write the dense weights with every matrix reordered so that each step of the run keeps a prefix of it.
+
+    Args:
+        base: the dense model of the run; left as it was.
+        out: folder to write; must be absent or empty.
+        tokenizer_from: folder to copy tokenizer files and ``generation_config.json`` from.
+
+    Raises:
+        GispError: ``out`` is taken, full disk, or logits that do not agree; nothing is left at ``out``.
+    """
+    model_map = map_checked(base, pruned_spec(trajectory, len(trajectory.steps)))
+    nesting = nest(trajectory)
+    with new_folder(out) as folder:
+        check_room(folder, sum(t.numel() * t.element_size() for t in dense_state(base).values()))
+        where = write_shards(folder, reordered(base, model_map, nesting))
+        write_layout(folder, nesting)
+        steps = [{"sparsity": 0.0, "model_sparsity": 0.0}]
+        steps += [{"sparsity": s.sparsity, "model_sparsity": s.model_sparsity} for s in trajectory.steps]
+        config = {**base.config.to_dict(), "dtype": str(weight_dtype(base)).removeprefix("torch.")}
+        for key in ("transformers_version", "_name_or_path", "auto_map"):
+            config.pop(key, None)
+        base_model = {key: value for key, value in trajectory.base_model.items() if key != "path"}
+        run = {"config": trajectory.config, "versions": trajectory.versions}
+        write_record(folder, {"base_config": config, "base_model": base_model, "run": run, "steps": steps}, where)
+        # A model type that no stock class has: nothing takes this folder for a plain checkpoint.
+        stub = {"model_type": MODEL_TYPE, "base_model_type": config["model_type"]}
+        (folder / "config.json").write_text(json.dumps(stub, indent=1) + "\n", encoding="utf-8")
+        copy_base_files(folder, base, tokenizer_from)
+        differences = _check(base, model_map, trajectory, folder)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        report = NestedReport(out, differences, size, len(trajectory.steps))
+        write_nested_card(folder, base, trajectory, nesting, report)
+    return report
+
+
+def reordered(base: Any, model_map: ModelMap, nesting: Nesting) -> Iterator[tuple[str, torch.Tensor]]:
+    """Stored names and tensors, one at a time."""
+    state = dense_state(base)
+    orders = [(order.heads, order.kv_heads, order.channels) for order in nesting.layers]
+    for layer, name, columns, kind in projection_names(len(model_map.layers)):
+        block = 1 if kind == 2 else model_map.head_dim
+        index = (orders[layer][kind][:, None] * block + torch.arange(block)).flatten()
+        for part in stored_parts(columns):
+            tensor = state.pop(f"{name}.{part}", None)
+            if tensor is None:
+                continue
+            tensor = tensor.t() if columns else tensor
+            yield f"{name}.{part}" + (TRANSPOSED if columns else ""), tensor.index_select(0, index.to(tensor.device))
+    yield from state.items()
+
+
+def _check(base: Any, model_map: ModelMap, trajectory: Trajectory, folder: Path) -> dict[float, float]:
+    """Relative differences of logits at a few sparsities, one model resized from each to the next."""
+    positions = int(getattr(base.config, "max_position_embeddings", None) or 64)
+    tokens = check_tokens(model_map.vocab_size, positions)
+    device = base.get_input_embeddings().weight.device
+    last = trajectory.sparsity_at(len(trajectory.steps))
+    model = load_nested(folder, last, device=device)
+    found: dict[float, float] = {}
+    for fraction in _CHECKED:
+        step = trajectory.step_for(fraction * last)
+        wanted = float32_logits(base, tokens, removed_columns(model_map, pruned_spec(trajectory, step)))
+        model.resize(trajectory.sparsity_at(step))
+        found[trajectory.sparsity_at(step)] = compare_logits(wanted, float32_logits(model, tokens))[1]
+    return found

@@ -1,0 +1,244 @@
+"""A nested checkpoint as it lies on disk: written shard by shard, read prefix by prefix.
+
+``nested.json`` names everything else; ``nested-layout.safetensors`` holds orders and prefixes, ``nested-*.safetensors``
+the weights. ``config.json`` has a model type of its own, so that no stock class takes the folder for its model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from gisp.errors import GispError
+from gisp.export.nested.layout import KINDS, LayerOrder, Nesting
+from gisp.run.record import corrupt, is_finite, load_json, require
+from gisp.select.schedule import nearest_step
+
+FORMAT, VERSION = "gisp-nested", 1
+RECORD = "nested.json"
+LAYOUT = "nested-layout.safetensors"
+MODEL_TYPE = "gisp_nested"
+# Follows the name of a matrix whose columns belong to structures: it is stored with them along its rows.
+TRANSPOSED = ".transposed"
+# Layers, and what KINDS count in a dense one.
+_BASE_COUNTS = ("layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+_SHARD_BYTES = 5 * 10**9
+_READ_BYTES = 2**24
+
+
+def is_nested(path: str | Path) -> bool:
+    """Whether a folder is a nested checkpoint."""
+    return (Path(path) / RECORD).is_file()
+
+
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = _SHARD_BYTES
+) -> dict[str, str]:
+    """Write tensors to shards as they come; at most one shard is in memory. Returns the file of every tensor."""
+    where: dict[str, str] = {}
+    held: dict[str, torch.Tensor] = {}
+    size = shards = 0
+
+    def flush() -> None:
+        nonlocal size, shards
+        shards += 1
+        name = f"nested-{shards:05d}.safetensors"
+        save_file(held, folder / name)
+        where.update(dict.fromkeys(held, name))
+        held.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        held[name] = tensor.cpu().contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= shard_bytes:
+            flush()
+    if held:
+        flush()
+    return where
+
+
+def write_layout(folder: Path, nesting: Nesting) -> None:
+    """Write orders and prefixes."""
+    tensors = {"prefixes": nesting.prefixes}
+    for i, order in enumerate(nesting.layers):
+        for kind in (*KINDS, "kv_of_head"):
+            tensors[f"layers.{i}.{kind}"] = getattr(order, kind).to(torch.int32)
+    save_file(tensors, folder / LAYOUT)
+
+
+def write_record(folder: Path, record: dict[str, Any], where: dict[str, str]) -> None:
+    """Write ``nested.json``, with size and SHA-256 of every other weight file."""
+    files = sorted({LAYOUT, *where.values()})
+    described = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in files}
+    whole = {"format": FORMAT, "version": VERSION, **record, "files": described, "tensors": where}
+    (folder / RECORD).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass
+class NestedFiles:
+    """An opened nested checkpoint. Shards are mapped into memory and stay open.
+
+    Attributes:
+        record: ``nested.json``.
+        bytes_read: of weights, so far.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    nesting: Nesting
+    bytes_read: int = 0
+    _open: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = False) -> NestedFiles:
+        """Open a folder and check it.
+
+        Args:
+            verify: also read all files and compare their SHA-256.
+
+        Raises:
+            GispError: no nested checkpoint, or one that is corrupt or lacks a file.
+        """
+        path = Path(folder)
+        if not is_nested(path):
+            raise GispError(
+                f"{path} is no nested checkpoint ({RECORD} is missing): give one that gisp export --nested wrote"
+            )
+        record = load_json(path / RECORD)
+        try:
+            _check(record)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise corrupt(path / RECORD, error) from None
+        for name, described in record["files"].items():
+            _check_file(path / name, described, verify)
+        return cls(path, record, _read_layout(path / LAYOUT, record))
+
+    @property
+    def sparsities(self) -> list[float]:
+        """Sparsity after every step; the first is the dense model's 0."""
+        return [float(step["sparsity"]) for step in self.record["steps"]]
+
+    def step_for(self, sparsity: float | None) -> int:
+        """The step whose sparsity is nearest (the smaller of two equally near); ``None`` the last.
+
+        Raises:
+            GispError: a sparsity outside [0, 1).
+        """
+        points = self.sparsities
+        return len(points) - 1 if sparsity is None else nearest_step(points, sparsity)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a stored tensor.
+
+        Raises:
+            GispError: there is none of that name.
+        """
+        return tuple(self._slice(name).get_shape())
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start : stop`` of a stored tensor, on the CPU; nothing else of it is read.
+
+        Raises:
+            GispError: there is none of that name, or its file cannot be read.
+        """
+        try:
+            found: torch.Tensor = self._slice(name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise corrupt(self.folder / self.record["tensors"][name], error) from None
+        self.bytes_read += found.numel() * found.element_size()
+        return found
+
+    def _slice(self, name: str) -> Any:
+        file = self.record["tensors"].get(name)
+        if file is None:
+            raise GispError(f"{self.folder / RECORD} is corrupt: it names no file for {name}")
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            return self._open[file].get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise corrupt(self.folder / file, error) from None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_file(path: Path, described: dict[str, Any], verify: bool) -> None:
+    if not path.is_file():
+        raise GispError(f"{path} is missing: copy the whole folder of the nested checkpoint")
+    size = path.stat().st_size
+    if size != described["bytes"]:
+        raise GispError(f"{path} has {size} bytes, not {described['bytes']}: it is cut off or of another checkpoint")
+    if verify and _digest(path) != described["sha256"]:
+        raise GispError(f"{path} is corrupt: its SHA-256 is not the recorded one, copy or export it again")
+
+
+def _check(record: Any) -> None:
+    if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
+        raise ValueError(f"it is not {FORMAT} version {VERSION}")
+    for name in ("base_config", "base_model", "files", "tensors", "run"):
+        require(isinstance(record[name], dict), f"{name} is not an object")
+    require(isinstance(record["base_config"]["model_type"], str), "base_config.model_type is not a name")
+    base = record["base_model"]
+    require(isinstance(base["fingerprint"], str), "base_model.fingerprint is not a text")
+    for name in _BASE_COUNTS:
+        require(type(base[name]) is int and base[name] > 0, f"base_model.{name} is {base[name]!r}")
+    # Before the model is built: that takes as long as it has layers.
+    layers = record["base_config"]["num_hidden_layers"]
+    require(layers == base["layers"], f"base_config has {layers!r} layers, base_model {base['layers']}")
+    steps = record["steps"]
+    require(isinstance(steps, list) and len(steps) > 0, "it holds no steps")
+    for step in steps:
+        require(is_finite(step["sparsity"]) and is_finite(step["model_sparsity"]), "a sparsity is not a number")
+    require(LAYOUT in record["files"], f"files has no {LAYOUT}")
+    for name, described in record["files"].items():
+        require(Path(name).name == name, f"files names {name!r}, which is not in the folder")
+        require(
+            isinstance(described["bytes"], int) and isinstance(described["sha256"], str), f"files.{name} is incomplete"
+        )
+    for name, file in record["tensors"].items():
+        require(file in record["files"], f"tensor {name} is in {file!r}, which files does not name")
+
+
+def _read_layout(path: Path, record: dict[str, Any]) -> Nesting:
+    """Orders and prefixes, checked against the base model's shape."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise corrupt(path, error) from None
+    base = record["base_model"]
+    layers, *counts = (base[name] for name in _BASE_COUNTS)
+    steps = len(record["steps"])
+    prefixes = tensors.get("prefixes")
+    if prefixes is None or prefixes.shape != (steps, layers, len(KINDS)) or prefixes.dtype != torch.int32:
+        raise GispError(f"{path} is corrupt: it has no int32 [{steps}, {layers}, {len(KINDS)}] tensor prefixes")
+    limits = torch.tensor(counts, dtype=torch.int32)
+    nested = bool((prefixes.diff(dim=0) <= 0).all()) and bool((prefixes[0] == limits).all())
+    if not nested or bool((prefixes < 0).any()):
+        raise GispError(f"{path} is corrupt: prefixes do not fall from {counts} step by step")
+    orders = []
+    for layer in range(layers):
+        parts = {kind: tensors.get(f"layers.{layer}.{kind}") for kind in (*KINDS, "kv_of_head")}
+        for kind, count in zip(KINDS, counts, strict=True):
+            part = parts[kind]
+            if part is None or not torch.equal(part.sort().values, torch.arange(count, dtype=torch.int32)):
+                raise GispError(f"{path} is corrupt: layers.{layer}.{kind} is no order of {count}")
+        reads = parts["kv_of_head"]
+        if reads is None or reads.shape != (counts[0],) or not 0 <= int(reads.min()) <= int(reads.max()) < counts[1]:
+            raise GispError(f"{path} is corrupt: layers.{layer}.kv_of_head does not name key/value heads")
+        orders.append(LayerOrder(**{kind: part.long() for kind, part in parts.items() if part is not None}))
+    return Nesting(tuple(orders), prefixes)

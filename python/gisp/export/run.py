@@ -1,0 +1,144 @@
+"""From a run folder to an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gisp.compensation import CompensationRequest, fold_into_dense
+from gisp.errors import GispError
+from gisp.export.folder import check_place
+from gisp.export.gguf.file import require_gguf
+from gisp.export.gguf.write import export_gguf
+from gisp.export.hf import export_hf
+from gisp.export.masked import export_masked
+from gisp.export.nested import NestedReport, export_nested
+from gisp.export.point import pruned_spec
+from gisp.export.quality import Quality, measure_quality
+from gisp.export.rounding import SizeOptions, option_text, round_mlp
+from gisp.export.spec import ExportReport, PrunedSpec
+from gisp.export.uniform import export_uniform, uniform_spec
+from gisp.model.structures import map_model
+from gisp.run.trajectory import Trajectory
+
+FORMATS: dict[str, Callable[..., ExportReport]] = {
+    "hf": export_hf,
+    "gguf": export_gguf,
+    "uniform": export_uniform,
+    "masked": export_masked,
+}
+# Size options each format follows.
+SIZES = {
+    "hf": ("round_mlp", "align_heads", "min_heads"),
+    "gguf": ("round_mlp",),
+    "uniform": ("round_mlp", "align_heads", "min_heads"),
+}
+UNMEASURED = (
+    "perplexity",
+    "not measured; `gisp export RUN --sparsity S --format uniform --data DATA` measures it here and at the exact "
+    "pruned point",
+)
+
+
+@dataclass(frozen=True)
+class RunExport:
+    """What was exported and how it compares with the masked model.
+
+    Attributes:
+        point: the point of the run.
+        spec: what the export holds; other than the point where sizes were rounded.
+        quality: perplexities of both, where asked for.
+    """
+
+    point: PrunedSpec
+    spec: PrunedSpec
+    report: ExportReport
+    quality: Quality | None = None
+
+
+def export_run(
+    run: str | Path,
+    sparsity: float | None,
+    out: str | Path,
+    *,
+    format: str = "hf",
+    device: str = "auto",
+    sizes: SizeOptions | None = None,
+    data: str | None = None,
+    window: int | None = None,
+    dtype: str | None = None,
+    compensation: CompensationRequest | None = None,
+) -> RunExport:
+    """Export the step of a run whose sparsity is nearest to ``sparsity`` (``None`` = its end).
+
+    Args:
+        sizes: what sizes are rounded to.
+        data: evaluation data, to measure the perplexity of the export and of the exact point it was made from.
+        window: longest input of the evaluation in tokens, as for ``gisp eval``.
+        dtype: of the matrices of a ``gguf`` export: ``f32``, ``f16`` or ``bf16``.
+        compensation: of what is exported, fitted in the dtype of the run and rounded to the base model's.
+
+    Raises:
+        GispError: no run there, unknown format, an option the format does not follow, ``out`` taken, another base
+            model, unreadable data, a compensation the format cannot hold, or logits that do not agree.
+    """
+    sizes = sizes or SizeOptions()
+    _check_options(format, sizes, dtype)
+    check_place(Path(out))
+    trajectory = Trajectory.load(run)
+    point = pruned_spec(trajectory, trajectory.step_for(sparsity))
+
+    def rounded(base: Any, spec: PrunedSpec) -> PrunedSpec:
+        if format == "uniform":
+            return uniform_spec(base, spec, sizes)
+        return spec if sizes.round_mlp is None else round_mlp(map_model(base), spec, sizes.round_mlp)
+
+    quality = fitted = None
+    if data is not None or compensation is not None:
+        quality, fitted = measure_quality(
+            trajectory, point, rounded, data, window=window, device=device, request=compensation, format=format
+        )
+    base = trajectory.load_base(device=device, dtype="auto")
+    spec = rounded(base, point)
+    if compensation is not None and fitted is not None:
+        # Exporters see a base model with other output projections, and compare with it masked.
+        fold_into_dense(map_model(base), fitted)
+        spec = replace(spec, compensation=compensation.describe(fitted))
+        del fitted
+    notes = quality.notes() if quality else (UNMEASURED,) if format == "uniform" else ()
+    spec = replace(spec, notes=(*spec.notes, *notes))
+    options: dict[str, Any] = {"dtype": dtype} if format == "gguf" else {}
+    if format == "hf":
+        options = {"align_heads": sizes.align_heads or 1, "min_heads": sizes.min_heads or 1}
+    folder = Path(str(trajectory.base_model["path"]))
+    report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder if folder.is_dir() else None, **options)
+    return RunExport(point, spec, report, quality)
+
+
+def _check_options(format: str, sizes: SizeOptions, dtype: str | None) -> None:
+    if format not in FORMATS:
+        raise GispError(f"format {format!r} is not available: choose one of {', '.join(FORMATS)}")
+    if format == "gguf":
+        require_gguf()  # before a large model is loaded
+    elif dtype is not None:
+        raise GispError(f"--dtype {dtype} is for --format gguf: {format} keeps the dtype of the base model")
+    for name, value in sizes.given().items():
+        if name not in SIZES.get(format, ()):
+            formats = " or ".join(other for other, names in SIZES.items() if name in names)
+            raise GispError(
+                f"{option_text({name: value})} changes nothing in format {format}: leave it out, or --format {formats}"
+            )
+
+
+def export_nested_run(run: str | Path, out: str | Path, *, device: str = "auto") -> NestedReport:
+    """Write the nested checkpoint of a run: every sparsity it passed in one set of weights.
+
+    Raises:
+        GispError: no run there, ``out`` taken, another base model, or logits that do not agree.
+    """
+    trajectory = Trajectory.load(run)
+    base = trajectory.load_base(device=device, dtype="auto")
+    folder = Path(str(trajectory.base_model["path"]))
+    return export_nested(base, trajectory, Path(out), tokenizer_from=folder if folder.is_dir() else None)

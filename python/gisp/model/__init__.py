@@ -1,0 +1,1 @@
+"""A dense decoder: its structures, how it shrinks and grows back, how it is loaded."""

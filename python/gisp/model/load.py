@@ -1,0 +1,127 @@
+"""Loading dense models from folders or the hub, with one clear line when that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gisp.errors import GispError
+from gisp.model.structures import first_bad_parameter
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        result = torch.device(device)
+    except RuntimeError:
+        raise GispError(f"unknown device {device!r}: give auto, cpu, cuda or cuda:N") from None
+    if result.type not in ("cpu", "cuda"):
+        raise GispError(f"device {device!r} is not supported: give auto, cpu, cuda or cuda:N")
+    if result.type == "cuda" and (not torch.cuda.is_available() or (result.index or 0) >= torch.cuda.device_count()):
+        raise GispError(f"device {device!r} is not there: {torch.cuda.device_count()} CUDA devices, use --device cpu")
+    return result
+
+
+def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
+    """The given dtype, ``"auto"`` for the checkpoint's own, else bfloat16 on a GPU and float32 on a CPU."""
+    if dtype == "auto":
+        return dtype
+    if dtype is not None and dtype not in ("bfloat16", "float32"):
+        raise GispError(f"unknown dtype {dtype!r}: choose one of bfloat16, float32")
+    return getattr(torch, dtype) if dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
+def check_model_path(path: str) -> None:
+    """Refuse what is neither a model folder nor a possible hub name, before anything slow happens."""
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise GispError(f"{path} is not a model folder: it has no config.json")
+    elif folder.exists():
+        raise GispError(f"{path} is a file: give a model folder")
+    elif not _HUB_NAME.fullmatch(path):
+        raise GispError(f"model {path} does not exist: give a model folder or a hub name like org/name")
+
+
+def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any:
+    """A dense causal language model, complete and finite.
+
+    Raises:
+        GispError: missing, foreign, incomplete or broken model.
+    """
+    check_model_path(path)
+    quiet()
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    stored = _stored_config(path)
+    kind = str(stored.get("model_type"))
+    if kind.startswith("gisp_") and kind not in CONFIG_MAPPING:
+        raise GispError(f"model {path} is already pruned ({kind}): give its dense base model")
+    quantisation = _quantisation(stored)
+    if quantisation:
+        raise GispError(f"model {path} is quantised ({quantisation}): give its unquantised weights")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            # Told below, by name.
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # transformers raises many types for folders it cannot read
+        raise GispError(f"model {path} cannot be loaded: {_one_line(error)}") from None
+    model, info = loaded
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        keys = sorted(map(str, info.get(problem) or ()))
+        if problem == "unexpected_keys":
+            # Checkpoints may carry buffers the model no longer has; a layer it would leave out is another matter.
+            keys = [key for key in keys if ".layers." in key and key.endswith(("_proj.weight", "norm.weight"))]
+        if keys:
+            raise GispError(f"model {path} does not fit its config.json: {problem.replace('_', ' ')}, first {keys[0]}")
+    bad = first_bad_parameter(model)
+    if bad is not None:
+        raise GispError(f"model {path} holds NaN or infinite weights in {bad}: give a sound checkpoint")
+    return model.to(device).eval()
+
+
+def _stored_config(path: str) -> dict[str, Any]:
+    """A model folder's config.json; empty where it is unreadable, which is left to the loader."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _quantisation(stored: dict[str, Any]) -> str | None:
+    """The quantisation a config.json names, if any."""
+    found = stored.get("quantization_config")
+    return str(found.get("quant_method", "unknown method")) if isinstance(found, dict) and found else None
+
+
+def quiet() -> None:
+    """Loading says nothing but errors: progress bars and advice would bury the one line that matters."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text[:240] + " ...") if len(text) > 240 else text or type(error).__name__

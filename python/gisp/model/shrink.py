@@ -1,0 +1,151 @@
+"""Physical shrinking of a whole model: weights, attention bookkeeping, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Container, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from gisp.errors import GispError
+from gisp.model.attention import NoHeads, set_kv_index, use_indexed_attention
+from gisp.model.structures import ModelMap, fingerprint
+from gisp_kernels import Compactor
+
+Removal = Mapping[str, torch.Tensor]
+"""Group name -> original indices (int64) of the heads or channels a step removes; absent = none."""
+
+
+class ShrinkableModel:
+    """A dense model that can be pruned step by step and moved back.
+
+    Every call of :meth:`remove` is one step; weights keep their storage (see :class:`gisp_kernels.Compactor`).
+
+    Attributes:
+        map: the structure map made from the dense model.
+        fingerprint: of the dense model.
+        history: what each step removed, as applied and not rolled back.
+    """
+
+    _ATTRIBUTE = "gisp_shrinkable"
+
+    def __init__(self, model_map: ModelMap) -> None:
+        self.map = model_map
+        self.fingerprint = fingerprint(model_map.model)
+        self.history: list[Removal] = []
+        self._compactor = Compactor(model_map.groups)
+        self._restore: Callable[[], None] | None = None
+        if model_map.shares_kv:
+            use_indexed_attention(model_map.model)
+        setattr(model_map.model, self._ATTRIBUTE, self)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ShrinkableModel | None:
+        """The live instance of a model, if it has one."""
+        return getattr(model, cls._ATTRIBUTE, None)
+
+    def kept(self, name: str) -> int:
+        """Structures kept in a group."""
+        return self._compactor.kept(name)
+
+    def order(self, name: str) -> torch.Tensor:
+        """Original index of every kept structure, by current position; int64 CPU tensor [kept]."""
+        return self._compactor.order(name)[: self.kept(name)]
+
+    def numbers(self, name: str) -> torch.Tensor:
+        """Numbers of a group's kept structures, by current position; int64 [kept] on the device.
+
+        Structures are numbered in the order of ``map.groups``. The next step changes the tensor.
+        """
+        return self._compactor.numbers[self._compactor.kept_span(name)]
+
+    def remove(self, removal: Removal) -> None:
+        """Apply one step (also when it removes nothing).
+
+        Raises:
+            GispError: a layer was changed from outside, or only some query heads of a key/value head are to go where
+                the map has them go together.
+        """
+        structures = {name: self._structures(name, index) for name, index in removal.items()}
+        self._settle()
+        with self._weights_in_place():
+            self._compactor.remove(structures)
+        self.history.append(removal)
+        self._refresh(removal)
+
+    def rollback(self, steps: int = 1) -> None:
+        """Undo the last steps exactly.
+
+        Raises:
+            GispError: these steps were packed away.
+        """
+        if steps > self._compactor.depth:
+            raise GispError(
+                f"{steps} steps cannot be undone, {self._compactor.depth} are left after pack(): reload the base"
+            )
+        self._settle()
+        with self._weights_in_place():
+            self._compactor.rollback(steps)
+        undone = self.history[len(self.history) - steps :]
+        del self.history[len(self.history) - steps :]
+        self._refresh({name for removal in undone for name in removal})
+
+    def pack(self) -> None:
+        """Give the memory of removed weights back; earlier steps can no longer be rolled back.
+
+        Weights written in place since the last step (:meth:`until_moved`) stay.
+        """
+        self._compactor.pack()
+        self._restore = None
+
+    def until_moved(self, restore: Callable[[], None]) -> None:
+        """Call ``restore`` before the next step or rollback.
+
+        For weights written into the pruned model in place: with it steps stay exactly reversible.
+        """
+        self._settle()
+        self._restore = restore
+
+    def _settle(self) -> None:
+        if self._restore is not None:
+            restore, self._restore = self._restore, None
+            restore()
+
+    @contextlib.contextmanager
+    def _weights_in_place(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise GispError(f"this model can no longer be moved, load its base model anew: {error}") from None
+
+    def _structures(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """Structures of a group that given heads or channels make up."""
+        share = self.map.heads_per_structure
+        if share == 1 or not name.endswith("heads"):
+            return index
+        heads = index.sort().values
+        structures = heads[::share] // share
+        if not torch.equal(heads, (structures[:, None] * share + torch.arange(share)).flatten()):
+            raise GispError(
+                f"{name} cannot lose heads {heads.tolist()}: the {share} heads of a key/value head go together"
+            )
+        return structures
+
+    def _refresh(self, changed: Container[str]) -> None:
+        layers = [item for item in self.map.layers if item.heads.name in changed]
+        for item in layers:
+            current = item.layer.self_attn
+            kept = self.kept(item.heads.name)
+            if kept == 0 and current is item.attention:
+                item.layer.self_attn = NoHeads(item.attention)
+            elif kept and current is not item.attention:
+                item.layer.self_attn = item.attention
+        if layers and self.map.shares_kv and self.map.gqa != "group":
+            # Heads are numbered before everything else. One division for all layers: each costs a launch.
+            heads = self._compactor.numbers[: len(self.map.layers) * self.map.num_heads]
+            shared = heads % self.map.num_heads // self.map.heads_per_kv
+            for item in layers:
+                whole = self.kept(item.heads.name) == self.map.num_heads
+                index = None if whole else shared[self._compactor.kept_span(item.heads.name)]
+                set_kv_index(item.attention, index)

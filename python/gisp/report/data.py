@@ -1,0 +1,207 @@
+"""What a run left on disk, read and checked for the report.
+
+Only numpy is needed here: a report can be made where neither the model nor a GPU is at hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gisp.run.record import corrupt, is_finite, load_json, read_record, read_removed_at, require
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.json"
+
+_BINS = 40
+_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity of one point of one method; ``perplexity`` may be infinite."""
+
+    label: str
+    sparsity: float
+    perplexity: float
+    tokens: int
+    window: int
+    data: str
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run as the report shows it.
+
+    Attributes:
+        path: the run folder.
+        complete: whether the last step of the schedule was reached.
+        base_model, config, data, versions: as in ``trajectory.json``.
+        steps: one record per finished step, at least one.
+        heads, channels: per layer int32 [original count]: 0 = kept, t = removed at step t.
+        metrics: step -> its line of ``metrics.jsonl``; steps may be missing.
+        evaluations: empty when none were made.
+    """
+
+    path: Path
+    complete: bool
+    base_model: dict[str, Any]
+    config: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+    steps: list[dict[str, Any]]
+    heads: list[np.ndarray]
+    channels: list[np.ndarray]
+    metrics: dict[int, dict[str, Any]] = field(default_factory=dict)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.steps[-1]
+
+    def column(self, name: str) -> np.ndarray:
+        """One quantity of every step, float64 [steps]."""
+        return np.array([step[name] for step in self.steps], dtype=np.float64)
+
+    def total(self, name: str) -> float:
+        """Sum of a quantity over the steps."""
+        return sum(step[name] for step in self.steps)
+
+    def sparsity_before(self) -> np.ndarray:
+        """Decoder sparsity of the model each step was scored on, float64 [steps]; 0 for the first."""
+        return np.concatenate([[0.0], self.column("sparsity")[:-1]])
+
+    def kept_fraction(self, kind: str) -> np.ndarray:
+        """Kept / original structures, float64 [layers, steps + 1]; column 0 is the dense model."""
+        steps = len(self.steps)
+        rows = []
+        for removed_at in self._removed_at(kind):
+            gone = np.bincount(removed_at, minlength=steps + 1)
+            gone[0] = 0
+            rows.append(1 - np.cumsum(gone) / len(removed_at))
+        return np.stack(rows)
+
+    def kept_count(self, kind: str) -> tuple[int, int]:
+        """Structures of a kind kept at the end, and in the dense model."""
+        layers = self._removed_at(kind)
+        return sum(int((at == 0).sum()) for at in layers), sum(len(at) for at in layers)
+
+    def dense_kv_bytes(self) -> int | None:
+        """Key/value bytes per token of the dense model in the run's dtype; None when the dtype is unknown."""
+        size = self._kv_element_bytes()
+        base = self.base_model
+        heads = int(base["layers"]) * int(base["num_key_value_heads"])
+        return None if size is None else 2 * heads * int(base["head_dim"]) * size
+
+    def _kv_element_bytes(self) -> int | None:
+        # A run may leave the dtype to the device; the recorded cache size then tells it.
+        base = self.base_model
+        shared = int(base["num_attention_heads"]) // int(base["num_key_value_heads"])
+        for record in self.steps:
+            step = record["step"]
+            kept = [np.flatnonzero((at == 0) | (at > step)) // shared for at in self.heads]
+            elements = 2 * int(base["head_dim"]) * sum(len(np.unique(heads)) for heads in kept)
+            if elements and record["kv_bytes_per_token"] in (elements, 2 * elements, 4 * elements):
+                return int(record["kv_bytes_per_token"]) // elements
+        return _DTYPE_BYTES.get(str(self.config.get("dtype")))
+
+    def _removed_at(self, kind: str) -> list[np.ndarray]:
+        return {"heads": self.heads, "channels": self.channels}[kind]
+
+
+def read_run(path: Path) -> RunData:
+    """Read a run folder.
+
+    ``metrics.jsonl`` and ``evaluations.json`` may be absent. The tensors and the metrics of a cut run can be one
+    step ahead of ``trajectory.json``, which commits a step; what is ahead is left out.
+
+    Raises:
+        GispError: the folder holds no run, or one of its files is corrupt or belongs to another run.
+    """
+    record = read_record(path)
+    removed_at = read_removed_at(path, record)
+    steps, layers = record["steps"], range(record["base_model"]["layers"])
+    return RunData(
+        path=path,
+        complete=record["complete"],
+        base_model=record["base_model"],
+        config=record["config"],
+        data=record["data"],
+        versions=record["versions"],
+        steps=steps,
+        heads=[removed_at[f"layers.{layer}.heads"] for layer in layers],
+        channels=[removed_at[f"layers.{layer}.channels"] for layer in layers],
+        metrics=_load_metrics(path / METRICS, len(steps)),
+        evaluations=_load_evaluations(path / EVALUATIONS),
+    )
+
+
+def _load_metrics(path: Path, steps: int) -> dict[int, dict[str, Any]]:
+    if not path.is_file():
+        return {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise corrupt(path, error) from None
+    metrics: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            _check_metrics(entry)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            if number > steps and number == len(lines):
+                break  # The line a run was cut in; its step is not committed.
+            raise corrupt(path, error, where=f", line {number}") from None
+        if 1 <= entry["step"] <= steps:
+            metrics[entry["step"]] = entry
+    return dict(sorted(metrics.items()))
+
+
+def _check_metrics(entry: Any) -> None:
+    require(isinstance(entry, dict) and isinstance(entry["step"], int), "it is not the record of a step")
+    seconds = entry["seconds"]
+    require(isinstance(seconds, dict) and _all_numbers(list(seconds.values())), "seconds are not numbers")
+    threshold, peak = entry["threshold"], entry.get("peak_bytes")
+    require(threshold is None or is_finite(threshold), f"threshold is {threshold!r}")
+    require(peak is None or is_finite(peak), f"peak_bytes is {peak!r}")
+    histogram = entry["score_histogram"]
+    edges = histogram["log10_edges"]
+    rising = len(edges) == _BINS + 1 and _all_numbers(edges) and all(np.diff(edges) >= 0)
+    require(rising, f"log10_edges are not {_BINS + 1} rising numbers")
+    for kind in ("heads", "channels"):
+        counts = histogram[kind]
+        require(len(counts) == _BINS and _all_numbers(counts), f"{kind} are not {_BINS} counts")
+        # Runs of earlier versions did not count what is not on the axis.
+        off = histogram.get("not_positive", {kind: 0})
+        require(isinstance(off, dict) and is_finite(off.get(kind)) and off[kind] >= 0, f"not_positive is {off!r}")
+
+
+def _load_evaluations(path: Path) -> list[Evaluation]:
+    if not path.is_file():
+        return []
+    entries = load_json(path)
+    try:
+        require(isinstance(entries, list), "it is not a list")
+        require(_all_numbers([entry["sparsity"] for entry in entries]), "a sparsity is not a number")
+        return [
+            Evaluation(
+                label=str(entry["label"]),
+                sparsity=float(entry["sparsity"]),
+                perplexity=float(entry["perplexity"]),
+                tokens=int(entry["tokens"]),
+                window=int(entry["window"]),
+                data=str(entry["data"]),
+            )
+            for entry in entries
+        ]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise corrupt(path, error) from None
+
+
+def _all_numbers(values: Sequence[Any]) -> bool:
+    return all(is_finite(value) for value in values)

@@ -1,0 +1,298 @@
+"""The report page: one file of HTML with its style and pictures inside, no script, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+import numpy as np
+
+from gisp.config.options import criterion_text
+from gisp.report.data import METRICS, RunData
+from gisp.report.plots import PICTURES
+
+_STEP_ROWS = 25
+_ABSENT = "not recorded"
+
+_STYLE = """
+:root { color-scheme: light dark;
+  --surface: #ffffff; --ink: #1b1f24; --muted: #57606a; --line: #d8dde3; --tile: #f4f6f8; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --surface: #161b22; --ink: #e6edf3; --muted: #9aa4af; --line: #30363d; --tile: #1f262e; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; background: var(--surface); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { margin: 2.5rem 0 .25rem; font-size: 1.2rem; }
+.sub, .note { margin: .2rem 0 1rem; color: var(--muted); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .75rem; margin: 1.5rem 0; }
+.tile { padding: .8rem 1rem; background: var(--tile); border-radius: .5rem; }
+.tile b { display: block; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--muted); font-size: .85rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th { font-weight: 600; }
+table.pairs th { width: 16rem; font-weight: 400; color: var(--muted); }
+table.pairs td { overflow-wrap: anywhere; }
+.number { text-align: right; white-space: nowrap; }
+figure { margin: 0; }
+img { display: block; width: 100%; height: auto; }
+details { margin-top: 2rem; }
+summary { cursor: pointer; font-size: 1.2rem; font-weight: 600; }
+details > div { margin-top: .75rem; }
+@media print {
+  body { max-width: none; padding: 0; font-size: 11pt; }
+  section { break-inside: avoid; }
+  h2 { margin-top: 1.5rem; }
+}
+"""
+
+Row = tuple[str, str]
+
+
+def build_page(run: RunData, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> str:
+    """The whole page.
+
+    Args:
+        light, dark: PNG bytes by picture name, the same names in both; the reader's colour scheme picks.
+    """
+    title = _basename_of_model(run)
+    sections = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>GISP report: {escape(title)}</title>",
+        f"<style>{_STYLE}</style></head><body>",
+        f"<header><h1>{escape(title)}, pruned</h1>",
+        f'<p class="sub">{escape(_status(run))}</p></header>',
+        _tiles(run),
+        _section("Summary", "", _pairs(summary_rows(run))),
+        *_picture_sections(run, light, dark),
+        _evaluations(run),
+        _details("Steps", _steps_table(run)),
+        _details("Options", _pairs([(name, _plain(value)) for name, value in run.config.items()])),
+        "</body></html>",
+    ]
+    return "\n".join(part for part in sections if part) + "\n"
+
+
+def summary_rows(run: RunData) -> list[Row]:
+    """Name and value of every line of the summary table."""
+    base, last = run.base_model, run.last
+    heads, channels = run.kept_count("heads"), run.kept_count("channels")
+    kv = run.dense_kv_bytes()
+    rows = [
+        ("Base model", str(base.get("path") or "model in memory")),
+        ("Architecture", _architecture(run)),
+        ("Preset", str(run.config.get("preset", _ABSENT))),
+        ("Criterion", criterion_text(run.config)),
+        ("Status", _status(run)),
+        ("Steps", f"{len(run.steps):,}"),
+        ("Decoder sparsity", _percent(last["sparsity"])),
+        ("Whole-model sparsity", _percent(last["model_sparsity"])),
+        ("Parameters", _change(base["parameters"], base["parameters"] - last["removed_parameters"])),
+        (
+            "Decoder parameters",
+            _change(base["decoder_parameters"], base["decoder_parameters"] - last["removed_parameters"]),
+        ),
+        ("Attention heads", _change(heads[1], heads[0])),
+        ("MLP channels", _change(channels[1], channels[0])),
+        ("KV cache per token", _change(kv, last["kv_bytes_per_token"], " B")),
+        ("Calibration tokens, all steps", f"{int(run.total('tokens')):,}"),
+        ("Total time of the steps", _duration(run.total("seconds"))),
+    ]
+    if run.data.get("spec"):
+        rows.insert(3, ("Calibration data", _data(run)))
+    peaks = [entry["peak_bytes"] for entry in run.metrics.values() if entry.get("peak_bytes")]
+    if peaks:
+        rows.append(("Peak GPU memory", f"{max(peaks) / 2**30:,.2f} GiB"))
+    rows.append(("Versions", ", ".join(f"{name} {version}" for name, version in run.versions.items())))
+    return rows
+
+
+def step_rows(run: RunData) -> list[int]:
+    """Indices of at most 25 evenly spaced steps, first and last among them."""
+    last = len(run.steps) - 1
+    return np.unique(np.linspace(0, last, min(_STEP_ROWS, last + 1)).round().astype(int)).tolist()
+
+
+def _tiles(run: RunData) -> str:
+    base, last = run.base_model, run.last
+    after = base["parameters"] - last["removed_parameters"]
+    tiles = [
+        (_percent(last["sparsity"], 1), "of the decoder's parameters removed"),
+        (f"{_short(base['parameters'], 'kMB')} → {_short(after, 'kMB')}", "parameters of the model"),
+    ]
+    kv = run.dense_kv_bytes()
+    if kv:
+        after = last["kv_bytes_per_token"]
+        tiles.append((f"{_short(kv, 'kMG')}B → {_short(after, 'kMG')}B", "KV cache per token"))
+    seconds = run.total("seconds")
+    tiles.append((_clock(seconds), f"for {len(run.steps):,} step{'s' * (len(run.steps) > 1)}"))
+    cells = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _picture_sections(run: RunData, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> list[str]:
+    sections = []
+    for picture in PICTURES:
+        if picture.name in light:
+            alt = escape(f"{picture.title}. {picture.note}")
+            body = (
+                '<figure><picture><source media="screen and (prefers-color-scheme: dark)" '
+                f'srcset="{_data_uri(dark[picture.name])}">'
+                f'<img src="{_data_uri(light[picture.name])}" alt="{alt}"></picture></figure>'
+            )
+            sections.append(_section(picture.title, picture.note, body))
+        else:
+            sections.append(_section(picture.title, f"Not shown: this run has no {METRICS}.", ""))
+    return sections
+
+
+def _evaluations(run: RunData) -> str:
+    if not run.evaluations:
+        return ""
+    header = ("Method", "Decoder sparsity", "Perplexity", "Tokens", "Window", "Data")
+    ordered = sorted(run.evaluations, key=lambda e: (e.label, e.data, e.window, e.sparsity))
+    rows = [
+        (
+            e.label,
+            _percent(e.sparsity),
+            f"{e.perplexity:,.4f}" if math.isfinite(e.perplexity) else str(e.perplexity),
+            f"{e.tokens:,}",
+            f"{e.window:,}",
+            e.data,
+        )
+        for e in ordered
+    ]
+    return _section("Evaluations", "", _table(header, rows, text=(0, 5)))
+
+
+def _steps_table(run: RunData) -> str:
+    header = (
+        "Step",
+        "Decoder sparsity",
+        "Whole-model sparsity",
+        "Parameters removed",
+        "Heads removed",
+        "Channels removed",
+        "Loss before",
+        "Tokens",
+        "Seconds",
+        "KV B/token",
+    )
+    rows = []
+    for index in step_rows(run):
+        step = run.steps[index]
+        rows.append(
+            (
+                f"{step['step']:,}",
+                _percent(step["sparsity"]),
+                _percent(step["model_sparsity"]),
+                f"{step['removed_parameters']:,}",
+                f"{step['heads_removed']:,}",
+                f"{step['channels_removed']:,}",
+                f"{step['loss']:.4f}",
+                f"{step['tokens']:,}",
+                f"{step['seconds']:,.3f}",
+                f"{step['kv_bytes_per_token']:,}",
+            )
+        )
+    shown = f"{len(rows)} of {len(run.steps):,} steps, evenly spaced. " if len(rows) < len(run.steps) else ""
+    return f'<p class="note">{shown}Removed counts are totals after the step.</p>' + _table(header, rows)
+
+
+def _section(title: str, note: str, body: str) -> str:
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f"<section><h2>{escape(title)}</h2>{below}{body}</section>"
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary><div>{body}</div></details>"
+
+
+def _pairs(rows: Iterable[Row]) -> str:
+    cells = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
+    return f'<div class="scroll"><table class="pairs"><tbody>{cells}</tbody></table></div>'
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
+    """A table whose columns are numbers, except those at the positions ``text``."""
+
+    def cells(values: Sequence[str], tag: str) -> str:
+        kinds = ["" if i in text else ' class="number"' for i in range(len(values))]
+        return "".join(f"<{tag}{kind}>{escape(value)}</{tag}>" for kind, value in zip(kinds, values, strict=True))
+
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    head = cells(header, "th")
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+
+
+def _basename_of_model(run: RunData) -> str:
+    path = str(run.base_model.get("path") or "")
+    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or "model in memory"
+
+
+def _status(run: RunData) -> str:
+    done, planned = len(run.steps), run.config.get("steps")
+    of = f" of {planned:,}" if isinstance(planned, int) and planned != done else ""
+    word = "complete" if run.complete else "unfinished"
+    return f"{word} after step {done:,}{of}"
+
+
+def _architecture(run: RunData) -> str:
+    base = run.base_model
+    return (
+        f"{base.get('model_type', 'unknown type')}, {base['layers']} layers, "
+        f"{base['num_attention_heads']} heads ({base['num_key_value_heads']} key/value) of {base['head_dim']}, "
+        f"{base['intermediate_size']:,} channels per layer"
+    )
+
+
+def _data(run: RunData) -> str:
+    count = run.data.get("sequences")
+    return str(run.data["spec"]) + (f" ({count:,} sequences)" if isinstance(count, int) else "")
+
+
+def _change(before: int | None, after: int, unit: str = "") -> str:
+    """Before and after, and what is left in percent."""
+    if before is None:
+        return f"{_ABSENT} → {after:,}{unit}"
+    left = f" ({100 * after / before:.1f} %)" if before else ""
+    return f"{before:,}{unit} → {after:,}{unit}{left}"
+
+
+def _percent(fraction: float, digits: int = 2) -> str:
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def _short(value: float, prefixes: str) -> str:
+    """A number in three digits with one of three decimal prefixes, for 10^3, 10^6 and 10^9."""
+    power = min(int(math.log10(value)) // 3, len(prefixes)) if value >= 1 else 0
+    digits = f"{value / 1000**power:.3g}"
+    return f"{digits} {prefixes[power - 1] if power else ''}"
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _duration(seconds: float) -> str:
+    exact = f"{seconds:,.1f} s"
+    return exact if seconds < 60 else f"{exact} ({_clock(seconds)})"
+
+
+def _plain(value: object) -> str:
+    return "not set" if value is None else str(value)

@@ -1,0 +1,252 @@
+"""The result of a run: at which step every structure went, and what each step cost.
+
+A trajectory and its base model give every sparsity passed on the way.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from gisp.errors import GispError
+from gisp.files import disk_message, write_atomic
+from gisp.model.shrink import Removal, ShrinkableModel
+from gisp.model.structures import fingerprint, map_model
+from gisp.run.record import FORMAT, RECORD, TENSORS, VERSION, corrupt, read_record, read_removed_at
+from gisp.select.schedule import nearest_step
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of a run.
+
+    Attributes:
+        sparsity: removed / all parameters of the decoder layers after the step.
+        target: what the schedule allowed (sparsity, or ratio of structures).
+        model_sparsity: removed / all parameters of the model.
+        heads_removed, channels_removed: totals after the step.
+        loss: calibration loss before the step's removal.
+        tokens: tokens the step was scored on.
+        seconds: wall time of the step.
+        kv_bytes_per_token: key/value cache of the pruned model in its dtype.
+    """
+
+    step: int
+    sparsity: float
+    target: float
+    model_sparsity: float
+    removed_parameters: int
+    heads_removed: int
+    channels_removed: int
+    loss: float
+    tokens: int
+    seconds: float
+    kv_bytes_per_token: int
+
+
+@dataclass
+class Trajectory:
+    """A (possibly unfinished) run.
+
+    Attributes:
+        removed_at: ``layers.{i}.heads`` and ``layers.{i}.channels`` -> int32 [original count]: 0 = kept, t = removed
+            at step t.
+        steps: one record per step done.
+        base_model: path, fingerprint and shape of the dense model.
+        config: the resolved options.
+        data: calibration data: spec, number of sequences and SHA-256.
+        versions: of the libraries that made it.
+        complete: whether the last step of the schedule was reached.
+    """
+
+    removed_at: dict[str, torch.Tensor]
+    base_model: dict[str, Any]
+    config: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+    steps: list[StepRecord] = field(default_factory=list)
+    complete: bool = False
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def layers(self) -> int:
+        return int(self.base_model["layers"])
+
+    def step_for(self, sparsity: float | None) -> int:
+        """The step whose sparsity is nearest (the smaller of two equally near); 0 is dense, None the last step."""
+        if sparsity is None:
+            return len(self.steps)
+        return nearest_step([0.0] + [record.sparsity for record in self.steps], sparsity)
+
+    def sparsity_at(self, step: int) -> float:
+        return self.steps[step - 1].sparsity if step else 0.0
+
+    def model_sparsity_at(self, step: int) -> float:
+        return self.steps[step - 1].model_sparsity if step else 0.0
+
+    def kept(self, name: str, step: int) -> torch.Tensor:
+        """Original indices of a group's structures kept after ``step``, ascending int64."""
+        removed_at = self.removed_at[name]
+        return torch.nonzero((removed_at == 0) | (removed_at > step)).flatten()
+
+    def removal(self, step: int) -> dict[str, torch.Tensor]:
+        """Original indices every group loses at ``step``."""
+        gone = {name: torch.nonzero(at == step).flatten() for name, at in self.removed_at.items()}
+        return {name: index for name, index in gone.items() if index.numel()}
+
+    def at(self, sparsity: float | None = None, model: nn.Module | None = None) -> Any:
+        """A model at the passed sparsity nearest to ``sparsity`` (the end of the run for ``None``), pruned in place.
+
+        Args:
+            model: a dense loaded base model, or one this method or ``prune`` pruned with the same trajectory; it may be
+                moved down and up again. Without it the model the run pruned is moved, or the base model is loaded.
+
+        Returns:
+            The model.
+
+        Raises:
+            GispError: the model is not this trajectory's base model, or its steps were packed away.
+        """
+        step = self.step_for(sparsity)
+        model = model if model is not None else self.model
+        if model is None:
+            model = self.load_base()
+            shrinkable = self.shrinkable(model)
+        else:
+            shrinkable = self._attach(model)
+        move_to(shrinkable, self, step)
+        self.model = model
+        return model
+
+    def load_base(self, *, device: str = "auto", dtype: str | None = None) -> Any:
+        """The dense base model, checked to be the one the run pruned.
+
+        Args:
+            dtype: ``bfloat16`` or ``float32``, ``auto`` for the checkpoint's own, ``None`` for the run's.
+        """
+        from gisp.model.load import load_dense, resolve_device, resolve_dtype
+
+        place = resolve_device(device)
+        path = str(self.base_model["path"])
+        if not path:
+            raise GispError("this trajectory was made from a model in memory: pass it as at(sparsity, model)")
+        if Path(path).is_absolute() and not Path(path).is_dir():
+            raise GispError(
+                f"the base model of this run, {path}, is not there: put it back or correct base_model.path in {RECORD}"
+            )
+        model = load_dense(path, place, resolve_dtype(dtype or self.config.get("dtype"), place))
+        self._check_base(model, path)
+        return model
+
+    def shrinkable(self, model: nn.Module) -> ShrinkableModel:
+        """A dense model made ready for this trajectory's steps."""
+        return ShrinkableModel(map_model(model, self._gqa))
+
+    @property
+    def _gqa(self) -> str:
+        return str(self.config.get("gqa") or "query")
+
+    def _attach(self, model: nn.Module) -> ShrinkableModel:
+        shrinkable = ShrinkableModel.of(model)
+        if shrinkable is None:
+            self._check_base(model, "the given model")
+            return self.shrinkable(model)
+        if shrinkable.fingerprint != self.base_model["fingerprint"]:
+            raise GispError("this model was pruned from another base model than the trajectory's")
+        if (shrinkable.map.gqa == "group") != (self._gqa == "group") and shrinkable.map.shares_kv:
+            # Its structures are others than this trajectory's: whole key/value heads, or single query heads.
+            shrinkable.rollback(len(shrinkable.history))
+            return self.shrinkable(model)
+        return shrinkable
+
+    def _check_base(self, model: nn.Module, where: str) -> None:
+        model_map = map_model(model)
+        for key, value in model_map.describe().items():
+            if self.base_model.get(key) != value:
+                raise GispError(
+                    f"{where} has {key} {value}, the trajectory was made from a model with {self.base_model.get(key)}: "
+                    "give its base model"
+                )
+        if fingerprint(model) != self.base_model["fingerprint"]:
+            raise GispError(f"{where} holds other weights than the trajectory's base model: give its base model")
+
+    def tensors(self) -> bytes:
+        """The safetensors file of the removal steps."""
+        return save(
+            {f"{name}.removed_at": at.to(torch.int32) for name, at in self.removed_at.items()},
+            # One entry: several would be written in an order that changes from process to process.
+            metadata={"format": f"{FORMAT} {VERSION}"},
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The JSON side of the trajectory."""
+        totals = {kind: self._total(kind) for kind in ("heads", "channels")}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": self.complete,
+            "base_model": self.base_model,
+            "config": self.config,
+            "data": self.data,
+            "structures": totals,
+            "steps": [asdict(record) for record in self.steps],
+            "versions": self.versions,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write the two trajectory files into ``folder``; each appears whole or not at all, the JSON last."""
+        path = Path(folder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise GispError(disk_message(path, error)) from None
+        write_atomic(path / TENSORS, self.tensors())
+        write_atomic(path / RECORD, json.dumps(self.record(), indent=1).encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Trajectory:
+        """Read a run folder.
+
+        Raises:
+            GispError: no run there, or a corrupt one.
+        """
+        record = read_record(Path(folder))
+        removed_at = read_removed_at(Path(folder), record)
+        try:
+            steps = [StepRecord(**step) for step in record["steps"]]
+        except TypeError as error:
+            raise corrupt(Path(folder) / RECORD, error) from None
+        return cls(
+            removed_at={name: torch.from_numpy(at) for name, at in removed_at.items()},
+            base_model=record["base_model"],
+            config=record["config"],
+            data=record["data"],
+            versions=record["versions"],
+            steps=steps,
+            complete=record["complete"],
+        )
+
+    def _total(self, kind: str) -> int:
+        return sum(len(at) for name, at in self.removed_at.items() if name.endswith(kind))
+
+
+def move_to(shrinkable: ShrinkableModel, trajectory: Trajectory, step: int) -> None:
+    """Take a model to the state after ``step`` by undoing and applying whole steps."""
+    shared = 0
+    for applied in shrinkable.history[:step]:
+        if not _same(applied, trajectory.removal(shared + 1)):
+            break
+        shared += 1
+    shrinkable.rollback(len(shrinkable.history) - shared)
+    for next_step in range(shared + 1, step + 1):
+        shrinkable.remove(trajectory.removal(next_step))
+
+
+def _same(a: Removal, b: Removal) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,1 @@
+"""Criteria: where the scores of a step come from."""

@@ -1,0 +1,17 @@
+"""One forward and backward pass that ends in scores: no autograd graph, no weight gradient that is not needed."""
+
+from gisp.score.fused.batch import FurtherAnswers, Units
+from gisp.score.fused.importance_pass import ImportancePass
+from gisp.score.fused.products import Float8Products
+from gisp.score.fused.support import differs, is_rms_norm, is_silu, why_not
+
+__all__ = [
+    "Float8Products",
+    "FurtherAnswers",
+    "ImportancePass",
+    "Units",
+    "differs",
+    "is_rms_norm",
+    "is_silu",
+    "why_not",
+]

@@ -1,0 +1,69 @@
+"""How many layers keep only their input because the GPU could not hold what all of them keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gisp.model.structures import LayerMap
+from gisp.score.fused.batch import PassBatch
+
+# Share of the free memory that kept tensors may take; the rest is for fragments and what other code allocates.
+USABLE = 0.92
+
+
+def kept_bytes(item: LayerMap, tokens: int) -> int:
+    """Bytes a layer keeps between its forward and its backward: two residual streams, q, k, v, gate and up."""
+    attention, mlp = item.attention, item.layer.mlp
+    weight = mlp.gate_proj.weight
+    columns = 2 * attention.q_proj.weight.shape[1] + 2 * weight.shape[0]
+    columns += attention.q_proj.weight.shape[0] + 2 * attention.k_proj.weight.shape[0]
+    return tokens * columns * weight.element_size()
+
+
+def working_bytes(item: LayerMap, tokens: int) -> int:
+    """Bytes the busiest moment of a layer's backward takes beside what layers keep: the MLP's activation and stacked
+    weight gradient, or attention's expanded heads and their gradients, beside two tensors of hidden size."""
+    attention, mlp = item.attention, item.layer.mlp
+    weight = mlp.gate_proj.weight
+    width, hidden = weight.shape
+    # Scored to second order the MLP holds its activation twice instead of a weight gradient.
+    in_mlp = tokens * width + max(2 * width * hidden, tokens * width)
+    in_attention = 8 * tokens * attention.q_proj.weight.shape[0]
+    return (max(in_mlp, in_attention) + 3 * tokens * hidden) * weight.element_size()
+
+
+def layers_to_recompute(items: Sequence[LayerMap], batch: PassBatch) -> int:
+    """How many of the first ``items`` run their forward again in the backward pass instead of keeping its tensors.
+
+    It never changes a score: the same kernels on the same operands give the same bits.
+    """
+    device = batch.ids.device
+    if device.type != "cuda" or not items:
+        return 0
+    tokens = batch.rows * batch.length
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    budget = USABLE * (free + unused) - max(working_bytes(item, tokens) for item in items)
+    return recomputed_within(budget, [kept_bytes(item, tokens) for item in items], [_start_bytes(items[0], tokens)])
+
+
+def recomputed_within(budget: float, kept: Sequence[int], start: Sequence[int]) -> int:
+    """The fewest first layers to recompute so that what is kept fits in ``budget`` bytes.
+
+    Args:
+        kept: bytes every layer keeps.
+        start: bytes a recomputed layer keeps (one value for all).
+    """
+    total, count = float(sum(kept)), 0
+    # The layer being recomputed holds its tensors again; by then those above it are gone.
+    while total > budget and count < len(kept):
+        total -= kept[count] - start[0]
+        count += 1
+    return count
+
+
+def _start_bytes(item: LayerMap, tokens: int) -> int:
+    weight = item.layer.mlp.gate_proj.weight
+    return tokens * weight.shape[1] * weight.element_size()

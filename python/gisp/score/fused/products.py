@@ -1,0 +1,89 @@
+"""The matrix products of Linear layers in a pass without autograd.
+
+Layers that read one input are one product to the caller: their outputs lie side by side, and so do the gradients of
+these outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gisp_kernels.ops import float8
+
+
+class Products:
+    """Products in the weights' own dtype; a weight [O, I] may be a strided prefix of a larger one."""
+
+    def forward(self, x: torch.Tensor, linears: Sequence[nn.Linear]) -> torch.Tensor:
+        """``x @ W.T + b`` of every layer, [T, I] to [T, sum of O]."""
+        if len(linears) == 1:
+            return _linear(x, linears[0], None)
+        widths = [linear.weight.shape[0] for linear in linears]
+        out = x.new_empty(x.shape[0], sum(widths))
+        for linear, part in zip(linears, out.split(widths, dim=1), strict=True):
+            _linear(x, linear, part)
+        return out
+
+    def input_grad(self, grad: torch.Tensor, linears: Sequence[nn.Linear]) -> torch.Tensor:
+        """Sum of ``grad @ W`` over the layers, [T, sum of O] to [T, I]."""
+        first, *others = linears
+        start = first.weight.shape[0]
+        total = torch.mm(grad[:, :start], first.weight.detach())
+        for linear in others:
+            stop = start + linear.weight.shape[0]
+            total.addmm_(grad[:, start:stop], linear.weight.detach())
+            start = stop
+        return total
+
+
+class Float8Products(Products):
+    """Products of 8-bit floats (see :mod:`gisp_kernels.ops.float8`), where extents are multiples of 16.
+
+    Weights are rounded whenever they are used: kept, they would take half as much memory again. The gradient of a layer
+    uses the scales of its last forward.
+    """
+
+    def __init__(self) -> None:
+        self._scales: dict[tuple[nn.Linear, ...], torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor, linears: Sequence[nn.Linear]) -> torch.Tensor:
+        """As :meth:`Products.forward`."""
+        if not _fits(linears):
+            return super().forward(x, linears)
+        widths = [linear.weight.shape[0] for linear in linears]
+        stack = torch.empty(sum(widths), x.shape[1], dtype=float8.FLOAT8, device=x.device)
+        scale = torch.empty(sum(widths), dtype=torch.float32, device=x.device)
+        for linear, rows, own in zip(linears, stack.split(widths), scale.split(widths), strict=True):
+            float8.quantize_rows(linear.weight.detach(), out=rows, scale=own)
+        self._scales[tuple(linears)] = scale
+        out = float8.scaled_product(*float8.quantize_rows(x), stack, scale, x.dtype)
+        for linear, part in zip(linears, out.split(widths, dim=1), strict=True):
+            if linear.bias is not None:
+                part += linear.bias.detach()
+        return out
+
+    def input_grad(self, grad: torch.Tensor, linears: Sequence[nn.Linear]) -> torch.Tensor:
+        """As :meth:`Products.input_grad`."""
+        if not _fits(linears):
+            return super().input_grad(grad, linears)
+        widths = [linear.weight.shape[0] for linear in linears]
+        scale = self._scales[tuple(linears)]
+        stack = torch.empty(linears[0].weight.shape[1], sum(widths), dtype=float8.FLOAT8, device=grad.device)
+        for linear, columns, own in zip(linears, stack.split(widths, dim=1), scale.split(widths), strict=True):
+            float8.quantize_transposed(linear.weight.detach(), own, out=columns)
+        return float8.scaled_product(*float8.quantize_rows(grad, scale), stack, None, grad.dtype)
+
+
+def _linear(x: torch.Tensor, linear: nn.Linear, out: torch.Tensor | None) -> torch.Tensor:
+    weight = linear.weight.detach().t()
+    if linear.bias is None:
+        return torch.mm(x, weight) if out is None else torch.mm(x, weight, out=out)
+    bias = linear.bias.detach()
+    return torch.addmm(bias, x, weight) if out is None else torch.addmm(bias, x, weight, out=out)
+
+
+def _fits(linears: Sequence[nn.Linear]) -> bool:
+    return all(float8.fits(*linear.weight.shape) for linear in linears)

@@ -1,0 +1,104 @@
+"""Whether a model can be scored by the written-out pass: a look at its modules, then a comparison of numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gisp.model.structures import ModelMap
+
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+# Difference between two correct forward passes of a deep model in the given precision, with room; a wrong one is off by
+# its own size.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+def why_not(model_map: ModelMap, length: int) -> str | None:
+    """Why the pass cannot score this model on sequences of ``length`` tokens, ``None`` if it can.
+
+    The modules are read for what the pass replaces. What they compute beyond that is not guessed:
+    :func:`differs` compares the numbers.
+    """
+    model = model_map.model
+    decoder = model.model
+    if any(_hooked(module) for module in model.modules()):
+        return "a module has hooks or a forward of its own"
+    if not isinstance(getattr(decoder, "embed_tokens", None), nn.Embedding) or not hasattr(decoder, "rotary_emb"):
+        return "no token embedding and rotary tables"
+    if not is_rms_norm(getattr(decoder, "norm", None)):
+        return "no final RMS norm"
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return "the output projection is no plain Linear without bias"
+    devices = {(p.device, p.dtype) for p in model.parameters()}
+    if len(devices) != 1 or next(iter(devices))[1] not in _TOLERANCE:
+        return "parameters of several devices or dtypes"
+    for item in model_map.layers:
+        reason = _layer_reason(item, length)
+        if reason is not None:
+            return f"layer {item.index}: {reason}"
+    return None
+
+
+def differs(model: Any, hidden: torch.Tensor, ids: torch.Tensor) -> float | None:
+    """Relative distance of the pass's last hidden state from the model's own, ``None`` if they agree.
+
+    Args:
+        hidden: [T, D], residual stream after the last layer as the pass computed it for ``ids``.
+        ids: int64 [B, S].
+    """
+    device = hidden.device
+    with torch.no_grad():
+        expected = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state.flatten(0, 1).double()
+        found = model.model.norm(hidden).double()
+    distance = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    return None if distance <= _TOLERANCE[hidden.dtype] else distance
+
+
+def _layer_reason(item: Any, length: int) -> str | None:
+    layer, attention, mlp = item.layer, item.attention, item.layer.mlp
+    extra = {name for name, _ in layer.named_children()} - _PARTS
+    if extra:
+        return f"it also has {', '.join(sorted(extra))}"
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if not all(is_rms_norm(norm) for norm in norms):
+        return "its norms are no RMS norms"
+    if any(norm is not None and not is_rms_norm(norm) for norm in head_norms) or head_norms.count(None) == 1:
+        return "its head norms are no RMS norms"
+    window = getattr(attention, "sliding_window", None) or getattr(attention.config, "sliding_window", None)
+    if window is not None and length > window and getattr(attention.config, "use_sliding_window", True):
+        return f"sequences of {length} tokens are longer than its attention window of {window}"
+    if not isinstance(getattr(attention, "scaling", None), float):
+        return "its attention has no scaling"
+    if not is_silu(mlp.act_fn):
+        return f"its activation is {type(mlp.act_fn).__name__}, not SiLU"
+    return None
+
+
+def is_rms_norm(module: Any) -> bool:
+    """Whether a module has the parts of transformers' ``LlamaRMSNorm``; what it computes is not looked at."""
+    return (
+        isinstance(module, nn.Module)
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
+        and isinstance(getattr(module, "variance_epsilon", None), float)
+        and getattr(module, "bias", None) is None
+    )
+
+
+def is_silu(activation: Any) -> bool:
+    """Whether an elementwise function is SiLU, by its values."""
+    probe = torch.linspace(-4, 4, 9)
+    return torch.allclose(activation(probe), nn.functional.silu(probe))
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in module.__dict__

@@ -1,0 +1,1 @@
+"""Which structures go: units, ranking, shares of the blocks and the schedule."""

@@ -1,0 +1,281 @@
+"""Which structures a step removes: normalisation, one global ranking, and the two removal rules.
+
+Everything runs on the device of the scores and nothing waits for it: a step is decided by a fixed sequence of sorts,
+scans and gathers over all units (see :mod:`gisp.select.units`), whatever the numbers are. Ties go to the lowest
+number. All arithmetic is float64 or integer, so that the choice depends on the fp32 scores alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gisp.model.structures import ModelMap
+from gisp.select.schedule import threshold_rank
+from gisp.select.units import BalancedHeads, make_blocks, structure_starts
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All units in the order in which they go; tensors on the device.
+
+    Attributes:
+        values: float64 [units], normalised scores, or what :meth:`Selector.allocate` makes of them; removed and
+            protected units are +inf.
+        ascending: the same, sorted.
+        order: int64 [units], unit at every rank.
+        ranks: int64 [units], ranks of each block's units, ascending within the block, blocks one after another.
+        heads: for "balanced", which query heads the units are made of.
+    """
+
+    values: torch.Tensor
+    ascending: torch.Tensor
+    order: torch.Tensor
+    ranks: torch.Tensor
+    heads: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a step removes, still on the device.
+
+    Attributes:
+        removed: bool [structures].
+        units: int64 [blocks], units that go.
+        threshold: 0-dim float64, highest normalised score among them, -inf when nothing goes.
+    """
+
+    removed: torch.Tensor
+    units: torch.Tensor
+    threshold: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a step removes, on the host.
+
+    Attributes:
+        removed: group name -> original indices of heads or channels, int64, ascending.
+        structures: their numbers, ascending; with ``gqa`` "group" a structure is a key/value head.
+        parameters: decoder parameters these structures hold.
+        threshold: highest normalised score among them, None when nothing goes.
+    """
+
+    removed: dict[str, torch.Tensor]
+    structures: np.ndarray[Any, np.dtype[np.int64]]
+    parameters: int
+    threshold: float | None
+
+
+class Selector:
+    """Global ranking over the structures of one model.
+
+    Attributes:
+        size: number of units.
+        head_structures: structures of all heads groups; they are numbered before the channels.
+        first_channel: number of the first unit that is no head.
+        unprotected: units of the layers that may be pruned, removed ones included.
+        removed: bool [structures], on the host.
+
+    Args:
+        model_map: the dense model's map; its ``gqa`` says what a unit of heads is.
+        norm: ``params`` (parameters of the scored structure, paper Eq. 9), ``official`` (what the released code
+            divides by: 4*head_dim*hidden for every query head and 3*intermediate_size), ``none``, or ``zscore`` for
+            scores that are standardised already.
+        protected: layers never pruned.
+        align: kept MLP widths are multiples of this.
+        keep_minimum: keep at least one unit of heads and ``align`` channels per layer.
+    """
+
+    def __init__(
+        self, model_map: ModelMap, *, norm: str, protected: frozenset[int], align: int, keep_minimum: bool
+    ) -> None:
+        self.blocks = make_blocks(model_map, norm=norm, protected=protected, align=align, keep_minimum=keep_minimum)
+        self.size = self.blocks[-1].stop
+        self._balanced = BalancedHeads(model_map) if model_map.gqa == "balanced" else None
+        self._heads_per_structure = model_map.heads_per_structure
+        starts = structure_starts(model_map)
+        self.head_structures = starts[len(model_map.layers)]
+        self.first_channel = self.blocks[len(model_map.layers)].start
+        self.unprotected = sum(b.stop - b.start for b in self.blocks if not b.protected)
+        self._starts = np.array(starts)
+        self._number = {block.name: i for i, block in enumerate(self.blocks)}
+        # By block: parameters and structures of a unit, units that are gone.
+        self._costs = np.array([b.cost for b in self.blocks])
+        self._members = np.array([b.structures for b in self.blocks])
+        self._gone = np.zeros(len(self.blocks), dtype=np.int64)
+        self.removed = np.zeros(starts[-1], dtype=bool)
+
+        device = next(model_map.model.parameters()).device
+
+        def on_device(values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        units = on_device([b.stop - b.start for b in self.blocks])
+        self._live = units.clone()
+        self._last = on_device([b.stop - 1 for b in self.blocks])
+        self._multiple = on_device([b.multiple for b in self.blocks])
+        self._floor = on_device([b.floor for b in self.blocks])
+        self._cost = on_device([b.cost for b in self.blocks])
+        # By unit: its block.
+        self._block = torch.arange(len(self.blocks), device=device).repeat_interleave(units)
+        self._units = units
+        self._shares: torch.Tensor | None = None
+        self._divisor = on_device([b.divisor for b in self.blocks], torch.float64)[self._block]
+        # Position of every unit in its block.
+        self._position = torch.arange(self.size, device=device) - on_device([b.start for b in self.blocks])[self._block]
+        counts = on_device(np.diff(starts).tolist())
+        # Structures that cannot be chosen (any more).
+        self._barred = on_device([b.protected for b in self.blocks], torch.bool).repeat_interleave(counts)
+
+    @property
+    def removed_parameters(self) -> int:
+        """Decoder parameters removed so far."""
+        return int(self._gone @ self._costs)
+
+    @property
+    def removable_parameters(self) -> int:
+        """The most that can ever be removed, protection and minima respected."""
+        return sum(b.cost * (b.stop - b.start - b.floor) for b in self.blocks if not b.protected)
+
+    def allocate(self, shares: Sequence[float]) -> None:
+        """Rank from now on by how much of its block a unit goes with, divided by the block's share.
+
+        The unit of a block of n that goes after k others is ranked by ``(k + 1/2) / n / share``, units removed earlier
+        counted: at a threshold of t every block has lost the part ``t * share`` of its units, to the nearest unit.
+
+        Args:
+            shares: for every block the relative part it is to lose, 0 = last of all.
+        """
+        smallest = torch.finfo(torch.float32).tiny
+        self._shares = torch.tensor(shares, dtype=torch.float64, device=self._live.device).clamp_min(smallest)
+
+    def rank(self, scores: torch.Tensor) -> Ranking:
+        """Normalise and sort.
+
+        Args:
+            scores: fp32 [structures] on the model's device, in original numbering; those of removed and protected
+                structures do not matter.
+        """
+        values, heads = scores.double().masked_fill(self._barred, math.inf), None
+        if self._balanced:
+            values, heads = self._balanced.to_units(values)
+        values = values / self._divisor
+        ascending, order, ranks = self._sorted(values)
+        if self._shares is not None:
+            part = (self._position + (self._units - self._live)[self._block] + 0.5) / self._units[self._block]
+            # Units that cannot go are the last of their block.
+            allocated = torch.empty_like(values).scatter_(0, order[ranks], part / self._shares[self._block])
+            values = torch.where(values < math.inf, allocated, math.inf)
+            ascending, order, ranks = self._sorted(values)
+        return Ranking(values, ascending, order, ranks, heads)
+
+    def _sorted(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``ascending``, ``order`` and ``ranks`` of a ranking."""
+        ascending, order = values.sort(stable=True)
+        # Few bits to sort by: block numbers, in the order of the ranking.
+        return ascending, order, self._block[order].to(torch.int16).sort(stable=True).indices
+
+    def within_target(self, ranking: Ranking, target: float) -> Selection:
+        """Lowest scores first while all removed parameters stay at or below ``target``.
+
+        With alignment the longest run of the ranking counts whose aligned removal fits.
+        """
+        # Equality of target and sum is exact in the reals; floats may miss it by rounding.
+        budget = math.floor(target * (1 + 1e-12) - self.removed_parameters)
+        # What a block loses never falls as more of it is wanted, so the cost of a run is the sum of the steps it takes.
+        before, after = self._allowed(self._position, self._block), self._allowed(self._position + 1, self._block)
+        spent = torch.empty_like(before).scatter_(0, ranking.ranks, (after - before) * self._cost[self._block])
+        count = (spent.cumsum(0)[: self._candidates()] <= budget).sum()
+        return self._selection(ranking, count)
+
+    def below_threshold(self, ranking: Ranking, ratio: float) -> Selection:
+        """Every live structure at or below the k-th smallest score, removed ones counting as the lowest.
+
+        Protected ones count as +inf and stay in the number of structures, as in the released code.
+        """
+        rank = threshold_rank(self.size, ratio) - int(self._gone.sum())
+        candidates = ranking.ascending[: self._candidates()]
+        if rank < 1:
+            return self._selection(ranking, torch.zeros_like(ranking.order[0]))
+        return self._selection(ranking, (candidates <= ranking.ascending[rank - 1]).sum())
+
+    def choice(self, removed: torch.Tensor, threshold: float) -> Choice:
+        """What a selection says once it is on the host.
+
+        Args:
+            removed: ``Selection.removed`` on the CPU.
+            threshold: ``Selection.threshold``.
+        """
+        structures = np.flatnonzero(removed.numpy())
+        bounds = np.searchsorted(structures, self._starts)
+        filled = np.flatnonzero(bounds[1:] > bounds[:-1]).tolist()
+        by_group = {
+            self.blocks[i].name: torch.from_numpy(
+                self._indices(i, structures[bounds[i] : bounds[i + 1]] - self._starts[i])
+            )
+            for i in filled
+        }
+        parameters = int(np.diff(bounds) // self._members @ self._costs)
+        return Choice(by_group, structures, parameters, threshold if filled else None)
+
+    def given(self, removed: Mapping[str, torch.Tensor]) -> tuple[Choice, Selection]:
+        """A choice made earlier, from its ``removed``."""
+        mask = torch.zeros(len(self.removed), dtype=torch.bool)
+        for name, index in removed.items():
+            i = self._number[name]
+            mask[self._starts[i] + (index // self._share(i))] = True
+        taken = [int(n) for n in np.add.reduceat(mask.numpy(), self._starts[:-1], dtype=np.int64) // self._members]
+        device = self._live.device
+        selection = Selection(mask.to(device), torch.tensor(taken, device=device), torch.tensor(math.nan))
+        return self.choice(mask, math.nan), selection
+
+    def apply(self, choice: Choice, selection: Selection) -> None:
+        """Count a choice as removed; ``selection`` is what it was made from."""
+        self.removed[choice.structures] = True
+        self._gone += np.diff(np.searchsorted(choice.structures, self._starts)) // self._members
+        self._barred |= selection.removed
+        self._live -= selection.units
+
+    def out_of_reach(self, ratio: float) -> int:
+        """How many protected structures a ratio would have to take (0 = none)."""
+        return max(0, threshold_rank(self.size, ratio) - self.unprotected)
+
+    def _candidates(self) -> int:
+        """Units that are neither removed nor protected."""
+        return self.unprotected - int(self._gone.sum())
+
+    def _share(self, block: int) -> int:
+        return self._heads_per_structure if self.blocks[block].name.endswith("heads") else 1
+
+    def _indices(self, block: int, structures: np.ndarray) -> np.ndarray:
+        """Heads or channels of a block's structures."""
+        share = self._share(block)
+        return structures if share == 1 else (structures[:, None] * share + np.arange(share)).ravel()
+
+    def _allowed(self, wanted: torch.Tensor, block: torch.Tensor | None = None) -> torch.Tensor:
+        """How many of ``wanted`` removals a block's width multiple and its minimum let through.
+
+        Args:
+            wanted: int64, for every block or for those numbered in ``block``.
+        """
+        limits = (self._live, self._multiple, self._floor)
+        live, multiple, floor = limits if block is None else (limit[block] for limit in limits)
+        kept = -((wanted - live) // multiple) * multiple
+        return live - torch.minimum(torch.maximum(kept, floor), live)
+
+    def _selection(self, ranking: Ranking, count: torch.Tensor) -> Selection:
+        """The ``count`` lowest less each block's best few that its width multiple or minimum defers."""
+        wanted = (ranking.ranks < count).cumsum(0)[self._last]
+        units = self._allowed(torch.cat((wanted[:1], wanted.diff())))
+        taken = self._position < units[self._block]
+        removed = torch.empty_like(taken).scatter_(0, ranking.order[ranking.ranks], taken)
+        threshold = torch.where(removed, ranking.values, -math.inf).amax()
+        if self._balanced and ranking.heads is not None:
+            removed = self._balanced.to_structures(removed, ranking.heads)
+        return Selection(removed, units, threshold)

@@ -1,0 +1,72 @@
+"""Selection of whole layers: all heads and channels of a layer go in one step or none does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from gisp.model.structures import ModelMap
+from gisp.select.schedule import threshold_rank
+from gisp.select.selector import Ranking, Selection, Selector
+
+
+class LayerSelector(Selector):
+    """Lowest layers first; all structures of a layer must have one score.
+
+    Norms and output biases of a layer stay, as they do wherever a block loses everything. Neither a width multiple nor
+    a minimum applies.
+
+    Attributes:
+        layer_parameters: decoder parameters that removing a layer removes.
+    """
+
+    def __init__(self, model_map: ModelMap, *, protected: frozenset[int]) -> None:
+        super().__init__(model_map, norm="none", protected=protected, align=1, keep_minimum=False)
+        layers = len(model_map.layers)
+        self.layer_parameters = sum(b.cost * (b.stop - b.start) for b in (self.blocks[0], self.blocks[layers]))
+        self._layers = layers
+        counts = torch.from_numpy(np.diff(self._starts))
+        device = self._live.device
+        # By structure: its layer. Blocks of heads come first, then as many of channels.
+        self._layer = (torch.arange(2 * layers).repeat_interleave(counts) % layers).to(device)
+
+    def within_target(self, ranking: Ranking, target: float) -> Selection:
+        """Lowest layers first while all removed parameters stay at or below ``target``."""
+        budget = math.floor(target * (1 + 1e-12) - self.removed_parameters)
+        return self._whole(ranking, self._live * self._cost, budget)
+
+    def below_threshold(self, ranking: Ranking, ratio: float) -> Selection:
+        """Lowest layers first while no more structures are gone than the ratio's threshold takes."""
+        return self._whole(ranking, self._live, threshold_rank(self.size, ratio) - int(self._gone.sum()))
+
+    def _whole(self, ranking: Ranking, spent: torch.Tensor, budget: int) -> Selection:
+        """The lowest layers that fit.
+
+        Args:
+            spent: int64 [blocks], what losing all of a block takes of the budget.
+        """
+        # Removed and protected structures are +inf, so a layer that cannot go is too.
+        values = ranking.values[self.first_channel :].view(self._layers, -1).amin(1)
+        ascending, order = values.sort(stable=True)
+        fits = spent.view(2, -1).sum(0)[order].cumsum(0) <= budget
+        taken = torch.zeros_like(fits).scatter_(0, order, fits & (ascending < math.inf))
+        threshold = torch.where(taken, values, -math.inf).amax()
+        return Selection(taken[self._layer] & ~self._barred, self._live * taken.repeat(2), threshold)
+
+
+def make_selector(config: Any, model_map: ModelMap, protected: frozenset[int]) -> Selector:
+    """The selector a run's resolved options ask for."""
+    from gisp.config.criteria import WHOLE_LAYERS
+
+    if config.criterion == WHOLE_LAYERS:
+        return LayerSelector(model_map, protected=protected)
+    return Selector(
+        model_map,
+        norm=str(config.norm),
+        protected=protected,
+        align=int(config.align or 1),
+        keep_minimum=bool(config.keep_minimum),
+    )

@@ -1,0 +1,131 @@
+"""Evaluating what a path names: at one sparsity, or along all sparsities of a run with one model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gisp.compensation import CompensationRequest
+from gisp.errors import GispError
+from gisp.evaluate.data import EvalOptions, Measure, prepare
+from gisp.evaluate.harness import Harness, LmEvalTasks
+from gisp.export.nested import is_nested
+from gisp.model.load import check_model_path
+from gisp.target.open import Target, is_run, open_target
+
+
+def evaluate_target(
+    target: str,
+    data: str | None = None,
+    *,
+    sparsity: float | None = None,
+    window: int | None = None,
+    options: EvalOptions | None = None,
+    lm_eval: LmEvalTasks | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    compensation: CompensationRequest | None = None,
+) -> dict[str, Any]:
+    """Figures of one model with their conditions.
+
+    Args:
+        target: dense model or exported folder, hub name, nested checkpoint or run folder.
+        data: evaluation data; its rows decide what is measured (:func:`gisp.evaluate.data.prepare`).
+        sparsity: point of a run or nested checkpoint (``None`` = its end); only for these.
+        window: short for ``options=EvalOptions(window=...)``.
+        lm_eval: tasks to run beside ``data``, or instead.
+        compensation: done to the pruned model first; only for a run.
+
+    Returns:
+        ``sparsity, model_sparsity, step, parameters, kv_bytes_per_token, data`` and what was measured.
+    """
+    chosen = _options(options, window)
+    _check_asked(data, lm_eval)
+    _check_compensation(compensation, target)
+    opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype)
+    measure = _measure(opened, data, chosen, lm_eval)
+    if compensation is not None:
+        opened.compensate(compensation)
+    return {**measure(opened.model), **opened.describe(), "data": data}
+
+
+def evaluate_along(
+    target: str,
+    data: str | None = None,
+    *,
+    sparsities: Sequence[float],
+    window: int | None = None,
+    options: EvalOptions | None = None,
+    lm_eval: LmEvalTasks | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    compensation: CompensationRequest | None = None,
+    on_point: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """The same for the dense model and each sparsity of a run or nested checkpoint, moving one model.
+
+    Args:
+        sparsities: of each the nearest step is taken, every step once.
+        compensation: done anew at each point of a run.
+        on_point: called with each point when it is measured.
+
+    Returns:
+        ``target, data`` and ``points``, dense first, then by sparsity.
+
+    Raises:
+        GispError: a target of one size, or a sparsity beyond the run.
+    """
+    chosen = _options(options, window)
+    _check_asked(data, lm_eval)
+    if not sparsities:
+        raise GispError("--sparsities is empty: give numbers with commas between them")
+    if not is_run(target) and not is_nested(target):
+        check_model_path(target)
+        raise GispError(f"--sparsities needs a run folder or a nested checkpoint, {target} is a model: leave it out")
+    _check_compensation(compensation, target)
+    opened = open_target(target, sparsity=0.0, device=device, dtype=dtype)
+    wanted = {0: opened.points[0]} | {p.step or 0: p for p in map(opened.nearest, sparsities)}
+    measure = _measure(opened, data, chosen, lm_eval)
+    points = []
+    for _, point in sorted(wanted.items()):
+        opened.move(point)
+        if compensation is not None:
+            opened.compensate(compensation)
+        points.append({**opened.describe(), **measure(opened.model)})
+        if on_point is not None:
+            on_point(points[-1])
+    return {"target": target, "data": data, "points": points}
+
+
+def _options(options: EvalOptions | None, window: int | None) -> EvalOptions:
+    if options is not None and window is not None:
+        raise GispError("window and options are both given: set options.window")
+    return options or EvalOptions(window=window)
+
+
+def _check_compensation(compensation: CompensationRequest | None, target: str) -> None:
+    if compensation is not None and not is_run(target):
+        raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
+
+
+def _check_asked(data: str | None, lm_eval: LmEvalTasks | None) -> None:
+    if data is None and lm_eval is None:
+        raise GispError("nothing to measure: give --data SPEC or --lm-eval TASKS")
+
+
+def _measure(opened: Target, data: str | None, options: EvalOptions, lm_eval: LmEvalTasks | None) -> Measure:
+    measures: list[Measure] = []
+    # The harness checks its names first: reading data may take long.
+    harness = None if lm_eval is None else Harness(lm_eval, opened.source)
+    if data is not None:
+        measures.append(prepare(data, options, opened.model, opened.source))
+    if harness is not None:
+        measures.append(harness)
+
+    def measure(model: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for each in measures:
+            found |= each(model)
+        return found
+
+    return measure

@@ -1,0 +1,166 @@
+"""Whatever a path names, in memory: a dense or exported model, a nested checkpoint or a run, at any of its points."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gisp.compensation import CompensationRequest, compensate
+from gisp.errors import GispError
+from gisp.export.load import load
+from gisp.export.nested import is_nested
+from gisp.export.nested.files import NestedFiles
+from gisp.model.attention import KV_INDEX, NoHeads
+from gisp.model.load import check_model_path, resolve_device, resolve_dtype
+from gisp.run.record import RECORD
+from gisp.run.trajectory import Trajectory, move_to
+
+
+@dataclass(frozen=True)
+class Point:
+    """A size of a model.
+
+    Attributes:
+        sparsity: removed / all parameters of the decoder layers.
+        model_sparsity: removed / all parameters of the model.
+        step: of the run; ``None`` for a model that is not part of one.
+    """
+
+    sparsity: float
+    model_sparsity: float
+    step: int | None
+
+
+class Target:
+    """One model in memory that is moved from point to point.
+
+    Attributes:
+        model: the causal language model; the same object at every point.
+        source: folder or name its tokenizer is read from.
+        points: dense first, then every step; empty for a model of one size.
+        point: where the model is.
+    """
+
+    def __init__(
+        self, model: Any, source: str, points: Sequence[Point], point: Point, move: Callable[[Point], None] | None
+    ) -> None:
+        self.model, self.source, self.points, self.point = model, source, points, point
+        self._move = move
+        self._compensation: str | None = None
+
+    def compensate(self, request: CompensationRequest) -> None:
+        """Compensate a run's model where it is; moving takes that back."""
+        if self.point.step:
+            done = compensate(self.model, request.calibration, **asdict(request.options))
+            self._compensation = request.describe(done)
+
+    def move(self, point: Point) -> None:
+        """Prune or restore the model in place."""
+        if self._move is not None:
+            self._move(point)
+            self.point = point
+            self._compensation = None
+
+    def nearest(self, sparsity: float) -> Point:
+        """The point nearest to a sparsity, the smaller of two equally near.
+
+        Raises:
+            GispError: outside [0, 1), or beyond the end of the run by more than its steps (and 0.01).
+        """
+        reached = [point.sparsity for point in self.points]
+        if not 0 <= sparsity < 1:
+            raise GispError(f"--sparsities holds {sparsity}: give values in [0, 1)")
+        widest = max((b - a for a, b in itertools.pairwise(reached)), default=0.0)
+        if sparsity > max(reached) + max(widest, 0.01):
+            raise GispError(f"--sparsities holds {sparsity}, the run ends at {max(reached):.4f}: give less")
+        return min(self.points, key=lambda point: (abs(point.sparsity - sparsity), point.sparsity))
+
+    def describe(self) -> dict[str, Any]:
+        """``sparsity, model_sparsity, step, parameters, kv_bytes_per_token`` of the model as it is.
+
+        After a compensation also ``compensation``: what was done.
+        """
+        done = {} if self._compensation is None else {"compensation": self._compensation}
+        return {
+            "sparsity": self.point.sparsity,
+            "model_sparsity": self.point.model_sparsity,
+            "step": self.point.step,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "kv_bytes_per_token": kv_bytes_per_token(self.model),
+            **done,
+        }
+
+
+def is_run(target: str) -> bool:
+    """Whether a path is a run folder (or a folder that is no model either, so the error speaks of runs)."""
+    path = Path(target)
+    return path.is_dir() and ((path / RECORD).exists() or not (path / "config.json").exists())
+
+
+def open_target(
+    target: str, *, sparsity: float | None = None, device: str = "auto", dtype: str | None = None
+) -> Target:
+    """The model a path names, at one sparsity.
+
+    Args:
+        target: dense model or exported folder, hub name, nested checkpoint or run folder.
+        sparsity: point of a run or nested checkpoint (``None`` = its end); only for these.
+
+    Raises:
+        GispError: nothing usable there.
+    """
+    place = resolve_device(device)
+    if is_run(target):
+        return _open_run(Trajectory.load(target), sparsity, device, dtype)
+    if sparsity is not None and not is_nested(target):
+        raise GispError(
+            f"--sparsity {sparsity} needs a run folder or a nested checkpoint, {target} is a model: leave it out"
+        )
+    check_model_path(target)
+    model = load(target, sparsity=sparsity, device=str(place), dtype=resolve_dtype(dtype, place))
+    record = getattr(model.config, "gisp", None) or {}
+    step = int(record["step"]) if is_nested(target) else None
+    here = Point(float(record.get("sparsity", 0.0)), float(record.get("model_sparsity", 0.0)), step)
+    if step is None:
+        return Target(model, target, (), here, None)
+    steps = NestedFiles.open(target).record["steps"]
+    points = [Point(float(s["sparsity"]), float(s["model_sparsity"]), number) for number, s in enumerate(steps)]
+    return Target(model, target, points, here, lambda point: model.resize(point.sparsity))
+
+
+def _open_run(trajectory: Trajectory, sparsity: float | None, device: str, dtype: str | None) -> Target:
+    step = trajectory.step_for(sparsity)
+    model = trajectory.load_base(device=device, dtype=dtype)
+    shrinkable = trajectory.shrinkable(model)
+    points = [
+        Point(trajectory.sparsity_at(t), trajectory.model_sparsity_at(t), t) for t in range(len(trajectory.steps) + 1)
+    ]
+    move_to(shrinkable, trajectory, step)
+    return Target(
+        model,
+        str(trajectory.base_model["path"]),
+        points,
+        points[step],
+        lambda point: move_to(shrinkable, trajectory, int(point.step or 0)),
+    )
+
+
+def kv_bytes_per_token(model: Any) -> int | None:
+    """Bytes of keys and values a token needs, all layers, in the model's dtype; ``None`` for an unknown layout.
+
+    Key/value heads that no query head is left to read are not counted.
+    """
+    total = 0
+    for layer in getattr(getattr(model, "model", None), "layers", ()):
+        attention: Any = getattr(layer, "self_attn", None)
+        if isinstance(attention, NoHeads):
+            continue
+        if not hasattr(attention, "k_proj") or not hasattr(attention, "head_dim"):
+            return None
+        index = getattr(attention, KV_INDEX, None)
+        width = attention.k_proj.out_features if index is None else len(index.unique()) * attention.head_dim
+        total += 2 * int(width) * next(model.parameters()).element_size()
+    return total or None

@@ -1,0 +1,84 @@
+"""The benchmarks of 8-bit products where no GPU is needed: checks that can fail, and agreement counted right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_tokens
+
+from benchmarks.common.task import AUTO, EAGER, Prepared, checked
+from benchmarks.kernels import float8_tasks
+from benchmarks.prune.timed_run import Setting
+from benchmarks.studies.float8_agreement import main, shared
+from gisp.errors import GispError
+
+SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 48}
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float8_tasks, "random_matrix", lambda *shape: torch.randn(shape))
+
+
+def wrong_ones(prepared: Prepared) -> dict[str, str]:
+    return checked(prepared)[1]
+
+
+def test_products_are_checked_against_what_rounding_costs() -> None:
+    prepared = float8_tasks._prepare_product(24, 48, 64)
+    assert list(prepared.implementations) == [AUTO, float8_tasks.CUBLAS] and not wrong_ones(prepared)
+    assert list(prepared.parts) == ["8-bit product alone"]
+    prepared.implementations = {"half": lambda x, w: x @ w.t() / 2, "shifted": lambda x, w: x @ w.t() + 0.5}
+    assert wrong_ones(prepared).keys() == {"half", "shifted"}
+
+
+@pytest.mark.parametrize("prepare", [float8_tasks._prepare_rows, float8_tasks._prepare_turned])
+def test_rounding_is_checked_bit_for_bit(prepare) -> None:
+    prepared = prepare(5, 32)
+    assert list(prepared.implementations) == [AUTO, EAGER] and not wrong_ones(prepared)
+    right = prepared.implementations[AUTO]
+    prepared.implementations = {"negated": lambda x: right(-x)}
+    assert "differ" in wrong_ones(prepared)["negated"]
+
+
+def test_agreement_counts_what_both_chose() -> None:
+    one, other = torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 0, 1, 1]).bool()
+    assert shared(one, one) == 1
+    assert shared(one, ~one) == 0
+    assert shared(one, other) == pytest.approx(1 / 2.5)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> list[str]:
+    tiny_model("llama-mha", layers=6, **SHAPE).save_pretrained(tmp_path / "model")
+    save_file({"input_ids": tiny_tokens(32)}, tmp_path / "c.safetensors")
+    save_file({"input_ids": tiny_tokens(seed=5)}, tmp_path / "e.safetensors")
+    files = ["--calibration", str(tmp_path / "c.safetensors"), "--evaluation", str(tmp_path / "e.safetensors")]
+    return [str(tmp_path / "model"), *files, "--steps", "3", "--batch-tokens", "64", "--device", "cpu"]
+
+
+def test_a_study_compares_steps_and_runs(study: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*study, "--sparsities", "0.2,0.4", "--out", str(tmp_path / "r.json")]) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["benchmark"] == "float8" and result["steps"] == 3
+    found = {(row["reading"], row["pair"], row["sparsity"]): row for row in result["rows"]}
+    assert len(found) == 6
+    for row in found.values():
+        assert 0 < row["chance"] < 0.6 and row["chance"] < row["agreement"] <= 1
+        assert (row["perplexities"] is None) == (row["reading"] == "one step")
+    assert "another data order" in capsys.readouterr().out
+
+
+def test_a_study_refuses_sparsities_that_are_no_numbers(study: list[str]) -> None:
+    with pytest.raises(GispError, match="--sparsities is 'a,b'"):
+        main([*study, "--sparsities", "a,b"])
+
+
+def test_a_run_in_8_bits_is_not_the_run_of_the_goals() -> None:
+    on_gpu = torch.device("cuda")
+    assert Setting.make(on_gpu, 0.5, None, None).full
+    assert not Setting.make(on_gpu, 0.5, None, None, fp8=True).full

@@ -1,0 +1,175 @@
+"""The written-out pass against plain autograd: every family, uneven widths, empty blocks, padding, signs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from score_cases import REMOVALS, autograd_scores, live, pruned, ragged
+from tiny import FAMILIES, tiny_model, tiny_tokens
+
+from gisp.data import Sequences
+from gisp.model.structures import channels_name, heads_name, map_model
+from gisp.score.fused import ImportancePass, differs, importance_pass, why_not
+from gisp.score.fused.memory import recomputed_within
+from gisp.score.gradient import Engine
+from gisp.score.objectives import row_weights, sequence_nll
+
+
+def expected_scores(model, model_map, data: Sequences, signs: list[int]) -> dict[str, torch.Tensor]:
+    weights = row_weights(signs)
+    model.zero_grad()
+    for (ids, labels), weight in zip(data.rows, weights, strict=True):
+        (sequence_nll(model, ids[None], labels[None]).sum() * weight).backward()
+    result = {}
+    for group in model_map.groups:
+        total = torch.zeros(group.count)
+        for part in group.projections if group.count else ():
+            product = (part.linear.weight * part.linear.weight.grad).detach().abs()
+            total += product.sum(1 if part.axis == "row" else 0).view(group.count, -1).sum(1)
+        result[group.name] = total
+    model.zero_grad()
+    return result
+
+
+@pytest.mark.parametrize("removal", REMOVALS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_and_loss_equal_autograd(family, removal):
+    model, model_map = pruned(family, removal)
+    data, signs = ragged(), [1, -1, 1, 1, -1]
+    expected = expected_scores(model, model_map, data, signs)
+    ids, labels = data.batch(list(range(len(data))))
+    scores, loss = ImportancePass(model_map).score(ids, labels, row_weights(signs), live(model_map))
+    assert scores.keys() == {name for name, _ in live(model_map)}
+    for name, values in scores.items():
+        torch.testing.assert_close(values, expected[name], rtol=5e-5, atol=1e-6)
+    with torch.no_grad():
+        nll = sequence_nll(model, ids, labels).double()
+    torch.testing.assert_close(loss, (nll * torch.tensor(row_weights(signs)).double()).sum(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [[heads_name(2)], [channels_name(1), channels_name(3)], [channels_name(0)]])
+def test_scoring_some_groups_gives_what_scoring_all_gives(names):
+    _, model_map = pruned("llama-gqa", "uneven")
+    ids = tiny_tokens()
+    weights = [1 / len(ids)] * len(ids)
+    run = ImportancePass(model_map)
+    everything, loss = run.score(ids, ids, weights, live(model_map))
+    some, same_loss = run.score(ids, ids, weights, [(n, c) for n, c in live(model_map) if n in names])
+    assert list(some) == [n for n, _ in live(model_map) if n in names]
+    for name, values in some.items():
+        torch.testing.assert_close(values, everything[name], rtol=0, atol=0)
+    assert torch.equal(loss, same_loss)
+
+
+def test_nothing_to_score_still_gives_the_loss():
+    _, model_map = pruned("llama-mha", "dense")
+    ids = tiny_tokens()
+    weights = [1 / len(ids)] * len(ids)
+    run = ImportancePass(model_map)
+    scores, loss = run.score(ids, ids, weights, [])
+    assert scores == {}
+    assert torch.equal(loss, run.score(ids, ids, weights, live(model_map))[1])
+
+
+@pytest.mark.parametrize("layers", [1, 3, 4])
+@pytest.mark.parametrize("removal", REMOVALS)
+def test_recomputing_layers_changes_no_bit(monkeypatch, layers, removal):
+    _, model_map = pruned("qwen3", removal)
+    ids = tiny_tokens()
+    weights = [1 / len(ids)] * len(ids)
+    run = ImportancePass(model_map)
+    kept, loss = run.score(ids, ids, weights, live(model_map))
+    monkeypatch.setattr(importance_pass, "layers_to_recompute", lambda items, batch: layers)
+    recomputed, same_loss = run.score(ids, ids, weights, live(model_map))
+    assert torch.equal(loss, same_loss)
+    for name, values in kept.items():
+        assert torch.equal(values, recomputed[name]), name
+
+
+def test_a_gradient_in_chunks_of_tokens_is_the_gradient(monkeypatch):
+    _, model_map = pruned("llama-gqa", "dense")
+    ids = torch.cat([tiny_tokens()] * 3)
+    weights = [1 / len(ids)] * len(ids)
+    run = ImportancePass(model_map)
+    whole, loss = run.score(ids, ids, weights, live(model_map))
+    monkeypatch.setattr("gisp.score.fused.lm_head.CHUNK_ELEMENTS", 1)
+    chunked, same_loss = run.score(ids, ids, weights, live(model_map))
+    torch.testing.assert_close(loss, same_loss)
+    for name, values in whole.items():
+        torch.testing.assert_close(values, chunked[name])
+
+
+def test_weights_and_gradients_of_the_model_stay_as_they_were():
+    model, model_map = pruned("qwen2", "uneven")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = tiny_tokens()
+    ImportancePass(model_map).score(ids, ids, [1 / len(ids)] * len(ids), live(model_map))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None
+
+
+def test_fewest_layers_are_recomputed():
+    kept = [10, 20, 30]
+    assert recomputed_within(60, kept, [2]) == 0
+    assert recomputed_within(59, kept, [2]) == 1
+    assert recomputed_within(52, kept, [2]) == 1
+    assert recomputed_within(51, kept, [2]) == 2
+    assert recomputed_within(0, kept, [2]) == 3
+
+
+def stream_engine(model_map, data: Sequences) -> Engine:
+    return Engine(model_map, data, kind="stream", batch_size=None, batch_tokens=8192, seed=0)
+
+
+def test_the_engine_takes_the_pass_and_gets_what_autograd_gives():
+    model, data = tiny_model("llama-gqa"), ragged()
+    model_map = map_model(model)
+    engine = stream_engine(model_map, data)
+    scored = engine.score(1, model_map.groups)
+    assert engine.refused is None
+    expected = autograd_scores(model, data, [1] * len(data))
+    for name, values in expected.items():
+        torch.testing.assert_close(scored.scores[name], values, rtol=5e-5, atol=1e-6)
+
+
+def refused(model, length: int = 16) -> str | None:
+    engine = stream_engine(map_model(model), Sequences.plain([(row, row) for row in tiny_tokens(length=length)]))
+    scores = engine.score(1, engine._map.groups).scores
+    rows = tiny_tokens(length=length)
+    expected = autograd_scores(model, Sequences.plain([(row, row) for row in rows]), [1] * len(rows))
+    for name, values in expected.items():
+        torch.testing.assert_close(scores[name], values, rtol=5e-5, atol=1e-6)
+    return engine.refused
+
+
+def test_a_model_that_computes_something_else_is_scored_by_autograd():
+    model = tiny_model("llama-mha")
+    attention = type(model.model.layers[1].self_attn)
+
+    class Scaled(attention):
+        def forward(self, *args, **kwargs):
+            output, weights = super().forward(*args, **kwargs)
+            return 1.5 * output, weights
+
+    model.model.layers[1].self_attn.__class__ = Scaled
+    assert "last hidden state" in str(refused(model))
+
+
+def test_hooks_windows_and_other_activations_are_seen():
+    model = tiny_model("llama-mha")
+    model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: 0.5 * output)
+    assert "hooks" in str(refused(model))
+    assert "window of 8" in str(refused(tiny_model("mistral", sliding_window=8)))
+    assert refused(tiny_model("mistral", sliding_window=16)) is None
+    assert "not SiLU" in str(refused(tiny_model("llama-mha", hidden_act="gelu")))
+
+
+def test_agreement_is_measured_against_the_models_own_hidden_state():
+    model = tiny_model("qwen3")
+    model_map = map_model(model)
+    ids = tiny_tokens(rows=2)
+    hidden = ImportancePass(model_map).hidden_states(ids)
+    assert why_not(model_map, 16) is None
+    assert differs(model, hidden, ids) is None
+    hidden[0] += 1
+    assert differs(model, hidden, ids) > 1e-3

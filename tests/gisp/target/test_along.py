@@ -1,0 +1,158 @@
+"""``gisp eval --sparsities``: one model moved along a run gives what models made for each sparsity give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from eval_cases import GQA, byte_tokenizer, write_rows
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_tokens
+
+import gisp
+from gisp.cli import main
+from gisp.config.options import GQA_MODES
+from gisp.export.nested import export_nested
+from gisp.report.points import draw_points
+from gisp.target import evaluate_along, evaluate_target
+
+ROWS = [
+    {"context": f"a {word}", "choices": [" cab", " big bag", " no"], "answer": number % 3}
+    for number, word in enumerate(("cab", "bag", "tab", "12", "x"))
+]
+HIDDEN = 32
+# Four layers of two key/value heads of eight numbers, float32.
+KV_BYTES = 4 * 2 * 2 * 8 * 4
+CPU = ("--device", "cpu", "--dtype", "float32")
+OPTIONS = {"preset": "paper", "steps": 6, "sparsity": 0.6, "device": "cpu", "dtype": "float32", "protect_last": 0}
+
+
+@pytest.fixture(scope="module", params=GQA_MODES)
+def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its run, a nested checkpoint of it, and data."""
+    root = tmp_path_factory.mktemp("along")
+    tiny_model("llama-gqa", **GQA).save_pretrained(root / "model")
+    byte_tokenizer().save_pretrained(root / "model")
+    save_file({"input_ids": tiny_tokens(8, 16)}, root / "tokens.safetensors")
+    write_rows(root / "rows.jsonl", ROWS)
+    gisp.prune(root / "model", root / "tokens.safetensors", out=root / "run", gqa=request.param, **OPTIONS)
+    trajectory = gisp.Trajectory.load(root / "run")
+    base = trajectory.load_base(device="cpu")
+    export_nested(base, trajectory, root / "nested", tokenizer_from=root / "model")
+    return root
+
+
+@pytest.mark.parametrize("data", ["tokens.safetensors", "rows.jsonl"])
+def test_every_point_is_that_of_a_model_made_for_it(places: Path, data: str) -> None:
+    spec = str(places / data)
+    trajectory = gisp.Trajectory.load(places / "run")
+    asked = [0.5, 0.21, 0.6, 0.2]
+    for target in ("run", "nested"):
+        along = evaluate_along(str(places / target), spec, sparsities=asked, device="cpu", dtype="float32")
+        points = along["points"]
+        steps = sorted({0, *map(trajectory.step_for, asked)})
+        assert [point["step"] for point in points] == steps
+        for point, step in zip(points, steps, strict=True):
+            one = evaluate_target(
+                str(places / target), spec, sparsity=trajectory.sparsity_at(step), device="cpu", dtype="float32"
+            )
+            del one["data"]
+            assert one == pytest.approx(point, rel=1e-6)
+            assert point["sparsity"] == trajectory.sparsity_at(step)
+            assert point["model_sparsity"] == trajectory.model_sparsity_at(step)
+            removed = trajectory.steps[step - 1].removed_parameters if step else 0
+            kv_bytes = trajectory.steps[step - 1].kv_bytes_per_token if step else KV_BYTES
+            assert point["kv_bytes_per_token"] == kv_bytes
+            if target == "nested" and trajectory.config["gqa"] != "group":
+                # Keys and values that no query head is left to read are not in the checkpoint's prefixes.
+                removed += (KV_BYTES - kv_bytes) // 4 * HIDDEN
+            assert point["parameters"] == trajectory.base_model["parameters"] - removed
+
+
+def test_json_file_table_and_picture(places: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out, plot = tmp_path / "points.json", tmp_path / "points.png"
+    common = ["eval", str(places / "run"), "--data", str(places / "rows.jsonl"), "--sparsities", "0.2,0.5", *CPU]
+    capfd.readouterr()
+    assert main([*common, "--out", str(out), "--plot", str(plot), "--json"]) == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(common) == 0
+    table = capfd.readouterr().out
+    for point in printed["points"]:
+        (row,) = [line for line in table.splitlines() if line.startswith(f"│ {point['sparsity']:.4f} ")]
+        for shown in (f"{point['parameters']:,}", f"{point['kv_bytes_per_token']:,}", f"{point['acc']:.4f}"):
+            assert shown in row
+        assert f"{point['perplexity']:.4f}" in row
+
+
+def test_a_picture_shows_the_figures_it_is_given() -> None:
+    points: list[dict[str, Any]] = [{"sparsity": s, "perplexity": 4 + 30 * s, "acc": 0.5} for s in (0.0, 0.2, 0.4)]
+    assert draw_points(points) == draw_points(points)
+    points[1]["perplexity"] = float("inf")
+    without = draw_points(points)
+    points[1]["perplexity"] = 9.0
+    assert draw_points(points) != without
+    assert draw_points([{"sparsity": 0.0, "lm_eval": {"a": {"acc": 0.1, "acc_stderr": None}, "b": {"bleu": 3.0}}}])
+
+
+def test_one_point_keeps_its_old_form(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    common = ["eval", str(places / "run"), "--data", str(places / "tokens.safetensors"), "--sparsity", "0.3", *CPU]
+    capfd.readouterr()
+    assert main([*common, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert {"perplexity", "tokens", "window", "sparsity"} <= found.keys()
+    assert main(common) == 0
+    assert capfd.readouterr().out.strip() == (
+        f"perplexity {found['perplexity']:.4f} at decoder sparsity {found['sparsity']:.4f} (120 tokens, window 128)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsities", "0.2,0.8"], "--sparsities holds 0.8, the run ends at 0.5"),
+        (["--sparsities", "0.2,1.5"], "--sparsities holds 1.5: give values in [0, 1)"),
+        (["--sparsities", "0.2;0.3"], "'0.2;0.3': give numbers"),
+        (["--sparsities", "0.2", "--sparsity", "0.2"], "leave one out"),
+        (["--sparsities", "0.2", "--plot", "nowhere/a.png"], "cannot write nowhere/a.png"),
+        (["--sparsities", "0.2", "--plot", "a.pdf"], "--plot a.pdf is a .png file"),
+        (["--plot", "a.png"], "needs --sparsities"),
+        (["--out", "nowhere/a.json"], "cannot write nowhere/a.json"),
+        (["--out", "a.txt"], "--out is a.txt"),
+        (["--stride", "0"], "--stride is 0"),
+        (["--window", "8", "--stride", "9"], "--stride is 9: give 1 to the window of 8"),
+        (["--extract", "("], "--extract belongs to --generate"),
+        (["--generate", "--extract", "("], "--extract '(' is no regular expression"),
+        (["--generate"], "--generate needs rows of prompt and completion"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--lm-eval-include", "x"], "--lm-eval-include x belongs to --lm-eval"),
+    ],
+)
+def test_one_line_each(
+    arguments: list[str], message: str, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    assert main(["eval", str(places / "run"), "--data", str(places / "tokens.safetensors"), *arguments, *CPU]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and message in printed.err and len(printed.err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_are_checked_before_anything_is_computed(
+    places: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        pytest.fail("a model was opened")
+
+    monkeypatch.setattr("gisp.target.evaluate.open_target", never)
+    common = ["eval", str(places / "run"), "--data", "x.jsonl", "--sparsities", "0.2"]
+    assert main([*common, "--plot", "nowhere/a.png"]) == 2
+    assert main([*common, "--out", str(places)]) == 2
+    model = ["eval", str(places / "model"), "--data", "x.jsonl", "--sparsities", "0.2"]
+    assert main(model) == 2
+    assert "needs a run folder or a nested checkpoint" in capfd.readouterr().err

@@ -1,0 +1,78 @@
+"""The TMA kernel in the interpreter, and the rule that chooses between fused kernels and cuBLAS."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from wgrad_cases import (
+    SHAPES,
+    check_infinities_stay_where_they_are,
+    check_layers_side_by_side,
+    check_one_layer,
+    inside,
+)
+
+from gisp_kernels import wgrad_importance
+from gisp_kernels.ops.fusion import FUSED_MAX_TOKENS, fused_kernel, prefer_fused
+from gisp_kernels.ops.stacked import Part, stacked_wgrad_importance
+from gisp_kernels.triton import wgrad_tma
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_layer(shape, axis, block):
+    check_one_layer(shape, axis, block, torch.float16, "cpu")
+
+
+def test_layers_side_by_side():
+    check_layers_side_by_side(torch.float16, "cpu")
+
+
+def test_infinities_stay_where_they_are():
+    check_infinities_stay_where_they_are(torch.float16, "cpu")
+
+
+def test_nothing_to_sum_adds_nothing():
+    dy, x = inside(16, 8, torch.float16, "cpu"), inside(16, 0, torch.float16, "cpu")
+    out = torch.ones(8)
+    wgrad_tma.launch(dy, x, [wgrad_tma.Layer(torch.zeros(8, 0).half(), 0, 1, out)], "row", 4)
+    assert torch.equal(out, torch.ones(8))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_stacked_layers_score_what_each_scores_alone(parts, backend):
+    x, dy = torch.randn(20, 24), torch.randn(20, 3 * 16 + 5)
+    weights = [torch.randn(16, 24) for _ in range(parts)]
+    outs = [torch.ones(4) for _ in range(parts)]
+    stack = [Part(5 + 16 * i, weight, 4, out) for i, (weight, out) in enumerate(zip(weights, outs, strict=True))]
+    stacked_wgrad_importance(dy, x, stack, backend=backend)
+    for part in stack:
+        alone = wgrad_importance(dy[:, part.start : part.stop], x, part.weight, block=4, backend=backend)
+        torch.testing.assert_close(part.out, 1 + alone)
+
+
+def test_a_stack_of_nothing_does_nothing():
+    stacked_wgrad_importance(torch.randn(4, 8), torch.randn(4, 8), [])
+
+
+def test_operands_without_a_gpu_take_no_tma():
+    x = torch.randn(64, 4096).half()
+    assert fused_kernel(x, x, [torch.randn(4096, 4096).half()], "row") == ("triton", 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tiles", "fused"),
+    [
+        (FUSED_MAX_TOKENS + 1, 0, False),
+        (8192, 132, True),
+        (8192, 133, False),
+        (8192, 800, False),
+        (8192, 2160, True),
+        (32768, 2160, False),
+    ],
+)
+def test_many_tokens_fuse_when_the_last_wave_is_full(tokens, tiles, fused):
+    assert prefer_fused(tokens, torch.bfloat16, tiles=tiles, multiprocessors=132) == fused
+    assert not prefer_fused(tokens, torch.float32, tiles=tiles, multiprocessors=132)
