@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 
 from gisp.data import Sequences
+from gisp.data.sequences import IGNORED
 from gisp.evaluate.choices import Choice
 from gisp.evaluate.pairs import Request
-from gisp.score.objectives import IGNORED
 
 # Which of the four tokens that most often follow the last one comes next; which of the four commonest tokens; which of
 # four continuations; which token fits in a continuation.

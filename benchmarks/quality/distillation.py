@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from gisp.score.objectives import IGNORED, sequence_nll
+from gisp.data.sequences import IGNORED
+from gisp.score.objectives import sequence_nll
 
 
 class Distillation:

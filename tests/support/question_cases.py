@@ -6,7 +6,7 @@ import torch
 from tiny import VOCAB, tiny_tokens
 
 from gisp.data import Part, Sequences
-from gisp.score.objectives import IGNORED
+from gisp.data.sequences import IGNORED
 
 SIGNS = (1, -1, -1, -1, 1, -1, 1, 1, -1)
 EXAMPLES = ((0, 1, 2), (3, 4), (6, 5), (8, 7))

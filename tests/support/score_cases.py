@@ -6,9 +6,10 @@ import torch
 from tiny import VOCAB, tiny_model
 
 from gisp.data import Sequences
+from gisp.data.sequences import IGNORED, row_weights
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import channels_name, heads_name, map_model
-from gisp.score.objectives import IGNORED, row_weights, sequence_nll
+from gisp.score.objectives import sequence_nll
 
 # Heads and channels lost per layer: none, few, uneven, and whole blocks.
 REMOVALS = {

@@ -11,12 +11,11 @@ import torch
 from gisp.config.options import CHOOSING
 from gisp.data.cache import cache_entry, read_entry, write_entry
 from gisp.data.rows import kind_of_rows
-from gisp.data.sequences import Sequences
+from gisp.data.sequences import IGNORED, Sequences
 from gisp.data.sources import MIXTURE_FILES, read_rows
 from gisp.data.token_files import from_token_file, from_tokens
 from gisp.data.tokenise import load_tokenizer, tokenise
 from gisp.errors import GispError
-from gisp.score.objectives import IGNORED
 
 DEFAULT_SEQ_LEN = 256
 

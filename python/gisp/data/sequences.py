@@ -13,9 +13,10 @@ from itertools import accumulate, islice
 import torch
 
 from gisp.errors import GispError
-from gisp.score.objectives import IGNORED, row_weights
 
 Row = tuple[torch.Tensor, torch.Tensor]
+# Label of a token that is not scored.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class Sequences:
     def weights(self, examples: Sequence[int]) -> list[float]:
         """Weight in the loss of every sequence of ``examples``, in their order.
 
-        One task: :func:`gisp.score.objectives.row_weights` of the batch. A mixture: the weights of the whole set,
+        One task: :func:`row_weights` of the batch. A mixture: the weights of the whole set,
         scaled by
         how many of its task's examples are in the batch (Horvitz and Thompson 1952), so that the expected loss of a
         random batch of every task is the loss of the whole mixture, also where examples hold different numbers of
@@ -219,3 +220,15 @@ def _sharing(rows: Sequence[Row]) -> tuple[int, ...]:
         else:
             leaders.append(found.setdefault(ids[:-1].numpy().tobytes(), number))
     return tuple(leaders)
+
+
+def row_weights(signs: Sequence[int]) -> list[float]:
+    """Weight of each sequence in the loss of a set.
+
+    Positive sequences share weight +1, negative ones -1. Without negative ones this is the mean (objective ``lm``);
+    with both it is the mean over gold answers minus the mean over wrong ones (``margin``, paper Eq. 6), which is
+    linear in the gradient and so needs one backward pass and one buffer.
+    """
+    positive = sum(1 for sign in signs if sign > 0)
+    negative = len(signs) - positive
+    return [1.0 / positive if sign > 0 else -1.0 / negative for sign in signs]

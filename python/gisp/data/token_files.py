@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from gisp.data.sequences import Row, Sequences
+from gisp.data.sequences import IGNORED, Row, Sequences
 from gisp.errors import GispError
-from gisp.score.objectives import IGNORED
 
 
 def from_token_file(path: Path, vocab_size: int, seq_len: int | None) -> Sequences:

@@ -9,10 +9,9 @@ import torch
 from gisp.config.options import CHOOSING
 from gisp.data.chat import conversation, last_turn
 from gisp.data.rows import Kind
-from gisp.data.sequences import Row, Sequences
+from gisp.data.sequences import IGNORED, Row, Sequences
 from gisp.data.token_files import cut
 from gisp.errors import GispError
-from gisp.score.objectives import IGNORED
 
 # Changes whenever the same rows give other tokens, labels or examples.
 FORMAT_VERSION = 1

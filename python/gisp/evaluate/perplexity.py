@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from gisp.data import Sequences
+from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate.batches import length_batches
 from gisp.model.modes import evaluation_mode
-from gisp.score.objectives import IGNORED, sequence_nll
+from gisp.score.objectives import sequence_nll
 
 
 @dataclass(frozen=True)

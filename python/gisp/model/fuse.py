@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from gisp.errors import GispError
-from gisp.score.fused import is_rms_norm, is_silu
 from gisp_kernels.ops.decoder import add_rms_norm, swiglu
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,3 +108,19 @@ def _agree(plain: nn.Module, fused: nn.Module, like: torch.Tensor, width: int) -
 def _fusable(*tensors: torch.Tensor) -> bool:
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return not needs_gradient and len({t.dtype for t in tensors}) == 1 and tensors[0].dtype in _DTYPES
+
+
+def is_rms_norm(module: Any) -> bool:
+    """Whether a module has the parts of transformers' ``LlamaRMSNorm``; what it computes is not looked at."""
+    return (
+        isinstance(module, nn.Module)
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
+        and isinstance(getattr(module, "variance_epsilon", None), float)
+        and getattr(module, "bias", None) is None
+    )
+
+
+def is_silu(activation: Any) -> bool:
+    """Whether an elementwise function is SiLU, by its values."""
+    probe = torch.linspace(-4, 4, 9)
+    return torch.allclose(activation(probe), nn.functional.silu(probe))

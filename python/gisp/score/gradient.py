@@ -9,20 +9,13 @@ import torch
 from gisp.config.criteria import ScoreKind
 from gisp.data import Sequences
 from gisp.data.batches import StepBatches
+from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.model.modes import deterministic, evaluation_mode, frozen
 from gisp.model.structures import ModelMap
 from gisp.score.first_order import averaged_batches, first_order_weights
 from gisp.score.fused import Float8Products, FurtherAnswers, ImportancePass, differs, why_not
-from gisp.score.objectives import (
-    IGNORED,
-    SequenceLoss,
-    answer_nll,
-    objective_name,
-    own_losses,
-    sequence_curvature,
-    sequence_nll,
-)
+from gisp.score.objectives import SequenceLoss, answer_nll, objective_name, own_losses, sequence_curvature, sequence_nll
 from gisp.score.step_rows import Portion, StepRows
 from gisp_kernels import loss_change, record_importance
 from gisp_kernels.groups import StructureGroup

@@ -7,7 +7,7 @@ in which tokens of which rows are scored (:mod:`gisp.data`) and in the sequences
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from gisp.config.options import OBJECTIVES
+from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 
-IGNORED = -100
 # A user's own loss: (model, input_ids int64 [B, S], labels int64 [B, S]) -> loss per sequence, floating point [B].
 # Rows are padded on the right with token 0 and label -100; a row's loss must not depend on its padding or on the
 # other rows of the batch. It must not touch gradients itself.
@@ -115,15 +115,3 @@ def sequence_curvature(labels: torch.Tensor, weights: torch.Tensor) -> torch.Ten
     scored = (labels[:, 1:] != IGNORED).sum(1)
     size = weights.abs()
     return torch.where(size > 0, scored / torch.where(size > 0, size, 1), 0).float()
-
-
-def row_weights(signs: Sequence[int]) -> list[float]:
-    """Weight of each sequence in the loss of a set.
-
-    Positive sequences share weight +1, negative ones -1. Without negative ones this is the mean (objective ``lm``);
-    with both it is the mean over gold answers minus the mean over wrong ones (``margin``, paper Eq. 6), which is
-    linear in the gradient and so needs one backward pass and one buffer.
-    """
-    positive = sum(1 for sign in signs if sign > 0)
-    negative = len(signs) - positive
-    return [1.0 / positive if sign > 0 else -1.0 / negative for sign in signs]

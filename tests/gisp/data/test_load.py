@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gisp.data import Sequences, load_sequences, read_rows
+from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
-from gisp.score.objectives import IGNORED
 
 WORDS = ["<end>", "the", "cat", "sat", "on", "mat", "a", "dog", "ran"]
 

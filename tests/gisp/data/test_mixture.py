@@ -14,12 +14,12 @@ from word_tokenizer import save_tokenizer
 
 from gisp.data import Part, Sequences, load_sequences
 from gisp.data.sampler import StratifiedSampler
+from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate import perplexity
 from gisp.model.structures import map_model
 from gisp.run.loop import prune
 from gisp.score.gradient import Engine
-from gisp.score.objectives import IGNORED
 
 
 @pytest.fixture

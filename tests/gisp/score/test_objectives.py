@@ -12,11 +12,12 @@ from tiny import VOCAB, tiny_model, tiny_tokens
 from torch.nn import functional
 
 from gisp.data import Sequences, load_sequences
+from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.model.structures import map_model
 from gisp.run.loop import prune
 from gisp.score.gradient import Engine
-from gisp.score.objectives import IGNORED, objective_name, own_losses, sequence_nll
+from gisp.score.objectives import objective_name, own_losses, sequence_nll
 
 OPTIONS = {"steps": 3, "sparsity": 0.3, "align": 1, "device": "cpu", "dtype": "float32"}
 

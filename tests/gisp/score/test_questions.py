@@ -18,11 +18,11 @@ import gisp
 from gisp.cli import main
 from gisp.data import Part, Sequences, load_sequences
 from gisp.data.batches import StepBatches
+from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.model.structures import map_model
 from gisp.score import gradient as engine_module
 from gisp.score.gradient import Engine
-from gisp.score.objectives import IGNORED
 from gisp.score.questions import Questions
 from gisp_kernels.record.gates import gate_projection
 

@@ -12,13 +12,14 @@ from tiny import FAMILIES, tiny_model, tiny_tokens
 
 import gisp
 from gisp.data import Sequences
+from gisp.data.sequences import row_weights
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap, map_model
 from gisp.score import gradient as module
 from gisp.score.first_order import averaged_batches, first_order_weights, shrinkage
 from gisp.score.fused import ImportancePass
 from gisp.score.gradient import Engine
-from gisp.score.objectives import row_weights, sequence_curvature
+from gisp.score.objectives import sequence_curvature
 from gisp_kernels import gate_sums, loss_change
 from gisp_kernels.record.gates import gate_projection
 

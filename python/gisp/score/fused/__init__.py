@@ -3,7 +3,7 @@
 from gisp.score.fused.batch import FurtherAnswers, Units
 from gisp.score.fused.importance_pass import ImportancePass
 from gisp.score.fused.products import Float8Products
-from gisp.score.fused.support import differs, is_rms_norm, is_silu, why_not
+from gisp.score.fused.support import differs, why_not
 
 __all__ = [
     "Float8Products",
@@ -11,7 +11,5 @@ __all__ = [
     "ImportancePass",
     "Units",
     "differs",
-    "is_rms_norm",
-    "is_silu",
     "why_not",
 ]

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gisp.score.objectives import IGNORED, last_predicting, sequence_curvature
+from gisp.data.sequences import IGNORED
+from gisp.score.objectives import last_predicting, sequence_curvature
 
 
 @dataclass(frozen=True)

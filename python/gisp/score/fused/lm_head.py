@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from gisp.data.sequences import IGNORED
 from gisp.score.fused.batch import PassBatch
 from gisp.score.fused.products import Products
-from gisp.score.objectives import IGNORED
 from gisp_kernels.ops import decoder
 
 # Elements of logits alive at a time: 256 MB in 16-bit precision, enough tokens for a fast product.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gisp.model.fuse import is_rms_norm, is_silu
 from gisp.model.structures import ModelMap
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -76,22 +77,6 @@ def _layer_reason(item: Any, length: int) -> str | None:
     if not is_silu(mlp.act_fn):
         return f"its activation is {type(mlp.act_fn).__name__}, not SiLU"
     return None
-
-
-def is_rms_norm(module: Any) -> bool:
-    """Whether a module has the parts of transformers' ``LlamaRMSNorm``; what it computes is not looked at."""
-    return (
-        isinstance(module, nn.Module)
-        and isinstance(getattr(module, "weight", None), nn.Parameter)
-        and isinstance(getattr(module, "variance_epsilon", None), float)
-        and getattr(module, "bias", None) is None
-    )
-
-
-def is_silu(activation: Any) -> bool:
-    """Whether an elementwise function is SiLU, by its values."""
-    probe = torch.linspace(-4, 4, 9)
-    return torch.allclose(activation(probe), nn.functional.silu(probe))
 
 
 def _hooked(module: nn.Module) -> bool:

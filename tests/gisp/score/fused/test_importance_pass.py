@@ -8,11 +8,12 @@ from score_cases import REMOVALS, autograd_scores, live, pruned, ragged
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
 from gisp.data import Sequences
+from gisp.data.sequences import row_weights
 from gisp.model.structures import channels_name, heads_name, map_model
 from gisp.score.fused import ImportancePass, differs, importance_pass, why_not
 from gisp.score.fused.memory import recomputed_within
 from gisp.score.gradient import Engine
-from gisp.score.objectives import row_weights, sequence_nll
+from gisp.score.objectives import sequence_nll
 
 
 def expected_scores(model, model_map, data: Sequences, signs: list[int]) -> dict[str, torch.Tensor]:
