@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import tiny_model, tiny_tokens
 
 from gisp_kernels.backend import has_triton
 from gisp_kernels.testing import repair_interpreter
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
-    # Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
+    # Triton reads this when a function is defined, its own too: it is set before Triton is imported, which transformers
+    # does. That is why fixtures import models themselves.
     os.environ["TRITON_INTERPRET"] = "1"
 
 # No test reads or fills the user's own cache of tokenised data.
@@ -65,6 +65,8 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model on disk; its tokens are :func:`token_file`."""
+    from tiny import tiny_model
+
     folder = tmp_path_factory.mktemp("models") / "gqa"
     tiny_model("llama-gqa").save_pretrained(folder)
     return folder
@@ -72,6 +74,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny import tiny_tokens
+
     path = tmp_path_factory.mktemp("tokens") / "t.safetensors"
     save_file({"input_ids": tiny_tokens(16, 16)}, path)
     return path
