@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 
 import torch
 
+from benchmarks.common.registry import MODELS, REAL
 from gisp.errors import GispError
 from gisp.files import write_atomic
+from gisp.model.load import resolve_device
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,6 +93,64 @@ def check_writable(out: Path | None) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GispError(f"cannot write {out}: {error.strerror or error}") from None
+
+
+def models_and_device(args: argparse.Namespace, command: str) -> tuple[list[str], torch.device]:
+    """Names of ``--model``, the real ones by default, and the device of ``--device``.
+
+    Raises:
+        GispError: an unknown name, or a model that needs a GPU without one; a CPU takes the tiny model alone.
+    """
+    names = list(dict.fromkeys(args.model or REAL))
+    for name in names:
+        if name not in MODELS:
+            raise GispError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    if args.device != "cpu" or names != ["tiny"]:
+        require_gpu(f"{command} --model {names[0]}")
+    device = resolve_device(args.device)
+    if device.type == "cpu" and names != ["tiny"]:
+        raise GispError(f"--device cpu takes --model tiny alone, not {', '.join(names)}")
+    return names, device
+
+
+def add_result_options(options: argparse.ArgumentParser, *, plots: bool) -> None:
+    """Where a result goes, and what else is shown of it."""
+    options.add_argument("--out", type=Path, help="JSON file to write")
+    options.add_argument("--goals", action="store_true", help="also print which goals are met")
+    options.add_argument("--from", dest="source", type=Path, metavar="FILE", help="show an earlier result")
+    if plots:
+        options.add_argument("--plot", action="store_true", help="also draw PNGs beside --out")
+
+
+def check_plot(args: argparse.Namespace) -> None:
+    """Refuse ``--plot`` without a file to draw beside.
+
+    Raises:
+        GispError: there is neither ``--out`` nor ``--from``.
+    """
+    if args.plot and not (args.out or args.source):
+        raise GispError("--plot writes beside a result: give --out or --from")
+
+
+def result_of(args: argparse.Namespace, benchmark: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of ``--from``, or a new one, written to ``--out``.
+
+    Raises:
+        GispError: the earlier result cannot be read, or the new one not be written.
+    """
+    if args.source:
+        return read_json(args.source, benchmark)
+    check_writable(args.out)
+    result = measure()
+    report(args.out, result)
+    return result
+
+
+def report(out: Path | None, result: dict[str, Any]) -> None:
+    """Write a result where a file was asked for, and say so."""
+    if out is not None:
+        write_json(out, result)
+        print(f"wrote {out}")
 
 
 def write_json(out: Path, result: dict[str, Any]) -> None:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.common.registry import Model
+
+
+def llama_settings(model: Model) -> dict[str, Any]:
+    """A Llama config's values for a shape."""
+    return {
+        "vocab_size": model.vocabulary,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.channels,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+        "attn_implementation": "sdpa",
+    }
 
 
 def build_model(model: Model, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
@@ -18,38 +35,23 @@ def build_model(model: Model, device: torch.device, dtype: torch.dtype, seed: in
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=model.vocabulary,
-        hidden_size=model.hidden,
-        intermediate_size=model.channels,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        initializer_range=0.02,
-        tie_word_embeddings=False,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
+    return built(LlamaForCausalLM, LlamaConfig(**llama_settings(model), use_cache=False), device, dtype, seed)
+
+
+def built(
+    kind: Callable[[Any], torch.nn.Module], config: Any, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Any:
+    """A model of a config with random weights made on ``device``, in evaluation mode."""
+    before = torch.get_default_dtype()
     torch.manual_seed(seed)
-    with default_dtype(dtype), torch.device(device):
-        built = LlamaForCausalLM(config)
-    return built.eval()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return kind(config).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def random_tokens(model: Model, rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """int64 [rows, length] on the CPU."""
     return torch.randint(0, model.vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Floating-point tensors made meanwhile have ``dtype``; as before afterwards."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -1,5 +1,6 @@
 import sys
 
+from benchmarks.common.command import exit_code
 from benchmarks.infer.run import main
 
-sys.exit(main())
+sys.exit(exit_code(main))

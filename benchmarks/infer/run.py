@@ -17,22 +17,22 @@ import torch
 
 from benchmarks.common.command import (
     Parser,
-    check_writable,
+    add_result_options,
     count,
-    exit_code,
+    models_and_device,
     numbers,
-    read_json,
-    require_gpu,
+    result_of,
     table,
-    write_json,
 )
-from benchmarks.common.goals import goal_table, infer_goals
+from benchmarks.common.goals import goal_table
 from benchmarks.common.identity import identity
 from benchmarks.common.measure import ceilings
-from benchmarks.common.registry import MODELS, REAL, Model
-from benchmarks.infer.measure_inference import Setting, measure_inference
-from benchmarks.infer.pruned_shapes import LayerShape, build_pruned, decoder_parameters, pruned_layers
+from benchmarks.common.registry import MODELS, Model
+from benchmarks.infer.goals import infer_goals
+from benchmarks.infer.measure import Setting, measure_inference
+from benchmarks.infer.shapes import LayerShape, build_pruned, decoder_parameters, pruned_layers
 from gisp.errors import GispError
+from gisp.model.load import resolve_device
 
 NAME = "gisp bench infer"
 SPARSITIES = "0.2,0.3,0.4,0.5"
@@ -83,13 +83,13 @@ def show(models: list[dict[str, Any]]) -> str:
                     f"{row['kv_bytes_per_token'] / 1024:.0f}",
                 ]
             )
-    batches = ", ".join(next(iter(models))["rows"][0]["decode_ms"]) if models else ""
+    sizes = ", ".join(models[0]["rows"][0]["decode_ms"]) if models else ""
     header = (
         "model",
         "sparsity %",
         "prefill ms",
         "first token ms",
-        f"decode ms, batch {batches}",
+        f"decode ms, batch {sizes}",
         "weights GB",
         "KV KiB/token",
     )
@@ -151,9 +151,7 @@ def parser() -> argparse.ArgumentParser:
         "--plain", dest="fused", action="store_false", help="norms and activations as plain transformers runs them"
     )
     options.add_argument("--device", default="auto", help="auto, cpu or cuda; a CPU takes tiny or a small run alone")
-    options.add_argument("--out", type=Path, help="JSON file to write")
-    options.add_argument("--goals", action="store_true", help="also print which goals are met")
-    options.add_argument("--from", dest="source", type=Path, metavar="FILE", help="show an earlier result")
+    add_result_options(options, plots=False)
     return options
 
 
@@ -164,13 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         GispError: bad options, or no GPU for a real model.
     """
     args = parser().parse_args(argv)
-    if args.source:
-        result = read_json(args.source, "infer")
-    else:
-        result = _measure(args)
-        if args.out:
-            write_json(args.out, result)
-            print(f"wrote {args.out}")
+    result = result_of(args, "infer", lambda: _measure(args))
     print(show(result["models"]))
     if args.goals:
         print(goal_table(infer_goals(result["models"])))
@@ -178,8 +170,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    from gisp.model.load import resolve_device
-
     sparsities = numbers("--sparsities", args.sparsities, float)
     if not all(0 < sparsity < 1 for sparsity in sparsities):
         raise GispError(f"--sparsities is {args.sparsities!r}: give numbers between 0 and 1")
@@ -187,21 +177,14 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     if not all(batch > 0 for batch in batches):
         raise GispError(f"--batches is {args.batches!r}: give numbers above 0")
     setting = Setting(args.prompt, args.context, batches, args.repetitions, args.graph, args.fused)
-    check_writable(args.out)
-    names = list(dict.fromkeys(args.model or REAL))
-    for name in names:
-        if name not in MODELS:
-            raise GispError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     if args.run:
-        todo = [run_sizes(args.run, sparsities)]
+        device, todo = resolve_device(args.device), [run_sizes(args.run, sparsities)]
     else:
-        if args.device != "cpu" or names != ["tiny"]:
-            require_gpu(f"{NAME} --model {names[0]}")
+        names, device = models_and_device(args, NAME)
         todo = [
             (name, MODELS[name], {value: pruned_layers(MODELS[name], value) for value in (0.0, *sparsities)})
             for name in names
         ]
-    device = resolve_device(args.device)
     peak = ceilings() if device.type == "cuda" else None
     found = [measure_model(name, model, sizes, setting, device) for name, model, sizes in todo]
     return {
@@ -210,7 +193,3 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "ceilings": asdict(peak) if peak else None,
         "models": found,
     }
-
-
-if __name__ == "__main__":
-    raise SystemExit(exit_code(main))

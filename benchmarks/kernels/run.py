@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,26 +17,18 @@ import torch
 from benchmarks.common.command import (
     Budget,
     Parser,
-    check_writable,
-    exit_code,
+    add_result_options,
+    check_plot,
     positive,
-    read_json,
     require_gpu,
-    write_json,
+    result_of,
 )
-from benchmarks.common.goals import goal_table, kernel_goals
+from benchmarks.common.goals import goal_table
 from benchmarks.common.identity import identity
 from benchmarks.common.measure import ceilings
 from benchmarks.common.task import Row, Task, describe, first_line, run_task
-from benchmarks.kernels import (
-    compaction_tasks,
-    decoder_tasks,
-    float8_tasks,
-    gate_tasks,
-    importance_tasks,
-    product_tasks,
-    sweep_tasks,
-)
+from benchmarks.kernels import compaction, decoder, float8, gates, importance, products, sweep
+from benchmarks.kernels.goals import kernel_goals
 from gisp.errors import GispError
 
 NAME = "gisp bench kernels"
@@ -45,7 +36,7 @@ NAME = "gisp bench kernels"
 
 def all_tasks(quick: bool = False) -> list[Task]:
     """Every task; those a goal is about come first."""
-    modules = (compaction_tasks, importance_tasks, gate_tasks, decoder_tasks, float8_tasks, product_tasks)
+    modules = (compaction, importance, gates, decoder, float8, products)
     return [task for module in modules for task in module.tasks(quick)]
 
 
@@ -63,7 +54,12 @@ def chosen(tasks: list[Task], only: list[str]) -> list[Task]:
 
 
 def run(tasks: list[Task], budget: Budget) -> dict[str, Any]:
-    """Rows of all tasks, or of those that began within the budget."""
+    """Rows of all tasks, or of those that began within the budget.
+
+    Raises:
+        GispError: no GPU.
+    """
+    require_gpu(NAME)
     torch.manual_seed(0)
     peak = ceilings()
     print(f"ceilings: {peak.matmul_tflops:.0f} TFLOP/s bfloat16 8192^3, {peak.copy_gbs:.0f} GB/s copy")
@@ -98,19 +94,14 @@ def run(tasks: list[Task], budget: Budget) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     options = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--out", type=Path, help="JSON file to write")
+    add_result_options(options, plots=True)
     options.add_argument("--quick", action="store_true", help="a few shapes, under a minute")
     options.add_argument("--only", action="append", default=[], metavar="NAME", help="part of a name; may be repeated")
     options.add_argument(
         "--budget", type=positive, metavar="SECONDS", help="begin nothing after that; keep what is done"
     )
     options.add_argument("--sweep", action="store_true", help="instead, other tile configurations of the Triton kernel")
-    options.add_argument("--goals", action="store_true", help="also print which goals are met")
-    options.add_argument("--plot", action="store_true", help="also draw PNGs beside --out")
     options.add_argument("--list", action="store_true", help="print the names and stop")
-    options.add_argument(
-        "--from", dest="source", type=Path, metavar="FILE", help="goals and plots of an earlier result"
-    )
     return options
 
 
@@ -121,31 +112,18 @@ def main(argv: list[str] | None = None) -> int:
         GispError: bad options, or no GPU.
     """
     args = parser().parse_args(argv)
-    tasks = chosen(sweep_tasks.tasks() if args.sweep else all_tasks(args.quick), args.only)
+    tasks = chosen(sweep.tasks() if args.sweep else all_tasks(args.quick), args.only)
     if args.list:
         print("\n".join(task.name for task in tasks))
         return 0
-    if args.plot and not (args.out or args.source):
-        raise GispError("--plot writes beside a result: give --out or --from")
-    if args.source:
-        result = read_json(args.source, "kernels")
-    else:
-        budget = Budget(args.budget)
-        require_gpu(NAME)
-        check_writable(args.out)
-        result = run(tasks, budget)
-        if args.out:
-            write_json(args.out, result)
-            print(f"wrote {args.out}")
+    check_plot(args)
+    budget = Budget(args.budget)
+    result = result_of(args, "kernels", lambda: run(tasks, budget))
     if args.goals:
         print(goal_table(kernel_goals(result.get("rows", []))))
     if args.plot:
-        from benchmarks.common.plots import write_kernel_plots
+        from benchmarks.kernels.plots import write_plots
 
-        for path in write_kernel_plots(result, args.out or args.source):
+        for path in write_plots(result, args.out or args.source):
             print(f"wrote {path}")
     return 1 if any("red" in row for row in result.get("rows", [])) else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(exit_code(main))

@@ -20,27 +20,27 @@ import torch
 from benchmarks.common.command import (
     Budget,
     Parser,
-    check_writable,
+    add_result_options,
+    check_plot,
     count,
-    exit_code,
+    models_and_device,
     positive,
     read_json,
-    require_gpu,
+    result_of,
     table,
-    write_json,
 )
-from benchmarks.common.goals import GIGABYTE, goal_table, prune_goals
+from benchmarks.common.goals import goal_table
 from benchmarks.common.identity import ROOT, identity
 from benchmarks.common.measure import ceilings
-from benchmarks.common.registry import MODELS, REAL
+from benchmarks.common.registry import MODELS
 from benchmarks.common.synthetic import build_model, random_tokens
-from benchmarks.prune.compensate_run import timed_compensation
-from benchmarks.prune.paper_step import time_paper_step
-from benchmarks.prune.timed_run import Setting, timed_run
+from benchmarks.prune.compensation import timed_compensation
+from benchmarks.prune.goals import GIGABYTE, prune_goals
+from benchmarks.prune.measure import Setting, timed_run
+from benchmarks.prune.paper import time_paper_step
 from gisp.compensation import CompensationOptions
 from gisp.compensation.options import METHODS
 from gisp.compensation.request import make_request
-from gisp.errors import GispError
 
 NAME = "gisp bench prune"
 _SEQUENCES = 2000
@@ -95,16 +95,7 @@ def measure_apart(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             out = Path(folder) / f"{name}.json"
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.prune.run",
-                "--model",
-                name,
-                "--out",
-                str(out),
-                *_forward(args),
-            ]
+            command = [sys.executable, "-m", "benchmarks.prune", "--model", name, "--out", str(out), *_forward(args)]
             code = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode
             if code or not out.exists():
                 runs.append({"model": name, "error": f"its process ended with exit code {code}"})
@@ -204,10 +195,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--compensate", choices=METHODS, help="also compensate what the run left")
     options.add_argument("--compensation-steps", type=count, help="of kfac (4)")
     options.add_argument("--calibration-tokens", type=count, help="of the compensation, and of each step (131072)")
-    options.add_argument("--out", type=Path, help="JSON file to write")
-    options.add_argument("--goals", action="store_true", help="also print which goals are met")
-    options.add_argument("--plot", action="store_true", help="also draw PNGs beside --out")
-    options.add_argument("--from", dest="source", type=Path, metavar="FILE", help="show an earlier result")
+    add_result_options(options, plots=True)
     options.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     return options
 
@@ -219,15 +207,8 @@ def main(argv: list[str] | None = None) -> int:
         GispError: bad options, or no GPU for a real model.
     """
     args = parser().parse_args(argv)
-    if args.plot and not (args.out or args.source):
-        raise GispError("--plot writes beside a result: give --out or --from")
-    if args.source:
-        result = read_json(args.source, "prune")
-    else:
-        result = _measure(args)
-        if args.out:
-            write_json(args.out, result)
-            print(f"wrote {args.out}")
+    check_plot(args)
+    result = result_of(args, "prune", lambda: _measure(args))
     runs = result.get("runs", [])
     if not args.quiet:
         print(show(runs))
@@ -237,28 +218,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.goals:
         print(goal_table(prune_goals(runs)))
     if args.plot:
-        from benchmarks.common.plots import write_prune_plots
+        from benchmarks.prune.plots import write_plots
 
-        for path in write_prune_plots(result, args.out or args.source):
+        for path in write_plots(result, args.out or args.source):
             print(f"wrote {path}")
     return 1 if any("error" in run for run in runs) else 0
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
-    from gisp.model.load import resolve_device
-
-    names = list(dict.fromkeys(args.model or REAL))
-    for name in names:
-        if name not in MODELS:
-            raise GispError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    if args.device != "cpu" or names != ["tiny"]:
-        require_gpu(f"{NAME} --model {names[0]}")
-    device = resolve_device(args.device)
-    if device.type == "cpu" and names != ["tiny"]:
-        raise GispError(f"--device cpu takes --model tiny alone, not {', '.join(names)}")
+    names, device = models_and_device(args, NAME)
     setting = Setting.make(device, args.sparsity, args.steps, args.batch_tokens, args.fp8, args.criterion)
     compensation = _compensation(args)
-    check_writable(args.out)
     if len(names) > 1:
         return measure_apart(names, args)
     run = measure_model(names[0], device, setting, Budget(args.budget), paper=args.paper, compensation=compensation)
@@ -270,7 +240,3 @@ def _compensation(args: argparse.Namespace) -> CompensationOptions | None:
     data = args.compensate and "random tokens"
     request = make_request(args.compensate, data, tokens=args.calibration_tokens, steps=args.compensation_steps)
     return request.options if request else None
-
-
-if __name__ == "__main__":
-    raise SystemExit(exit_code(main))

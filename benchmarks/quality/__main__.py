@@ -25,15 +25,15 @@ from benchmarks.common.command import (
     write_json,
 )
 from benchmarks.common.identity import identity
-from benchmarks.quality import bench_data, cells, summary
-from benchmarks.quality.choices import TASKS
+from benchmarks.quality import summary
+from benchmarks.quality.cells import STUDIES, Cell, Sizes
+from benchmarks.quality.decoder import Decoder, described, train_decoder
 from benchmarks.quality.pool import run_cells
-from benchmarks.quality.run_cell import Bench, Runner
+from benchmarks.quality.runner import Bench, Runner
 from gisp.errors import GispError
 from gisp.model.load import resolve_device, resolve_dtype
 
 NAME = "python -m benchmarks.quality"
-STUDIES = ("criteria", "fast", "compensation", "task")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,11 +51,13 @@ def parser() -> argparse.ArgumentParser:
         "--only", action="append", default=[], metavar="NAME", help="part of study/way/seed; repeatable"
     )
     options.add_argument("--seeds", type=count, default=3, help="0 to N-1 (3)")
-    options.add_argument("--steps", type=count, default=cells.STEPS, help="of fast (200)")
-    options.add_argument("--batch-tokens", type=count, default=cells.BATCH_TOKENS, help="of a step of fast (8192)")
-    options.add_argument("--exact-tokens", type=count, default=cells.EXACT_TOKENS, help="of exact schedules (163840)")
-    options.add_argument("--exact-steps", type=count, default=cells.EXACT_STEPS, help="of exact schedules (112)")
-    options.add_argument("--exact-seeds", type=count, default=3, help="of them, the costliest by far (3)")
+    options.add_argument("--steps", type=count, default=Sizes.steps, help="of fast (200)")
+    options.add_argument("--batch-tokens", type=count, default=Sizes.batch_tokens, help="of a step of fast (8192)")
+    options.add_argument("--exact-tokens", type=count, default=Sizes.exact_tokens, help="of exact schedules (163840)")
+    options.add_argument("--exact-steps", type=count, default=Sizes.exact_steps, help="of exact schedules (112)")
+    options.add_argument(
+        "--exact-seeds", type=count, default=Sizes.exact_seeds, help="of them, the costliest by far (3)"
+    )
     options.add_argument("--sparsities", default="0.2,0.3,0.4,0.5")
     options.add_argument("--window", type=count, default=256)
     options.add_argument("--evaluation-rows", type=count, help="rows evaluated (all)")
@@ -70,19 +72,12 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def chosen(args: argparse.Namespace, gqa: bool) -> list[cells.Cell]:
+def chosen(args: argparse.Namespace, gqa: bool) -> list[Cell]:
     """The cells asked for: study by study, and in each those of one seed before those of the next."""
-    seeds = range(args.seeds)
-    made = {
-        "criteria": lambda: cells.criteria_cells(
-            seeds, args.steps, args.exact_tokens, gqa, args.exact_steps, args.exact_seeds, args.batch_tokens
-        ),
-        "fast": lambda: cells.fast_cells(seeds, args.steps, args.exact_tokens, args.batch_tokens),
-        "compensation": lambda: cells.compensation_cells(seeds, args.steps, args.batch_tokens),
-        "task": lambda: cells.task_cells(seeds, args.steps, args.batch_tokens),
-    }
+    sizes = Sizes(args.steps, args.batch_tokens, args.exact_tokens, args.exact_steps, args.exact_seeds, gqa)
     studies = dict.fromkeys(args.study or ["criteria"])
-    found = [cell for study in studies for cell in sorted(made[study](), key=lambda cell: cell.seed)]
+    made = (STUDIES[study](range(args.seeds), sizes) for study in studies)
+    found = [cell for each in made for cell in sorted(each, key=lambda cell: cell.seed)]
     found = [cell for cell in found if not args.only or any(word in cell.key for word in args.only)]
     if not found:
         raise GispError(f"--only {', '.join(args.only)} matches no way of pruning: see --list")
@@ -106,24 +101,13 @@ def main(argv: list[str] | None = None) -> int:
         raise GispError("--plot writes beside a result: give --out")
     check_writable(args.out)
     bench = _bench(args)
-    result = read_json(args.out, "quality") if args.out and args.out.exists() else {"benchmark": "quality", "cells": []}
-    runner = Runner(bench)
-    dense = {**result.get("dense", {}), **runner.dense(choices="task" in (args.study or ()))}
-    result |= {
-        "identity": identity(runner.device),
-        "model": bench.decoder.path.name,
-        "training": bench_data.described(bench.decoder.path),
-        "dtype": str(resolve_dtype(bench.dtype, runner.device)).removeprefix("torch."),
-        "window": bench.window,
-        "dense": dense,
-    }
-    print(
-        f"{result['model']}: {dense['parameters']:,} parameters, dense perplexity {dense['perplexity']:.3f}", flush=True
-    )
+    result: dict[str, Any] = {"benchmark": "quality", "cells": []}
+    if args.out and args.out.exists():
+        result = read_json(args.out, "quality")
+    dense = _describe(result, bench, choices="task" in (args.study or ()))
     done = {_key(cell) for cell in result["cells"] if "error" not in cell}
     gqa = dense["num_key_value_heads"] < dense["num_attention_heads"]
     todo = [cell for cell in chosen(args, gqa) if cell.key not in done]
-    del runner
 
     def keep(cell: dict[str, Any]) -> None:
         result["cells"] = [c for c in result["cells"] if _key(c) != _key(cell)] + [cell]
@@ -135,19 +119,31 @@ def main(argv: list[str] | None = None) -> int:
     left = run_cells(bench, todo, args.jobs, Budget(args.budget), keep)
     if left:
         print(f"{len(left)} of {len(todo)} cells left out, the budget is spent")
-    for study in STUDIES:
-        text = summary.show(result, study)
-        print(text + "\n" if text else "", end="")
-    for task in TASKS:
-        text = summary.show(result, "task", f"acc {task}")
-        print(text + "\n" if text else "", end="")
-    print("\n".join(summary.verdicts(result)))
+    print(summary.report(result))
     if args.plot:
-        from benchmarks.quality.plot import write_plots
+        from benchmarks.quality.plots import write_plots
 
         for path in write_plots(result, args.out):
             print(f"wrote {path}")
     return 1 if any("error" in cell for cell in result["cells"]) else 0
+
+
+def _describe(result: dict[str, Any], bench: Bench, *, choices: bool) -> dict[str, Any]:
+    """Write into a result what it is of; the dense decoder's figures."""
+    runner = Runner(bench)
+    dense = {**result.get("dense", {}), **runner.dense(choices=choices)}
+    result |= {
+        "identity": identity(runner.device),
+        "model": bench.decoder.path.name,
+        "training": described(bench.decoder.path),
+        "dtype": str(resolve_dtype(bench.dtype, runner.device)).removeprefix("torch."),
+        "window": bench.window,
+        "dense": dense,
+    }
+    print(
+        f"{result['model']}: {dense['parameters']:,} parameters, dense perplexity {dense['perplexity']:.3f}", flush=True
+    )
+    return dense
 
 
 def _key(cell: dict[str, Any]) -> str:
@@ -157,18 +153,15 @@ def _key(cell: dict[str, Any]) -> str:
 def _bench(args: argparse.Namespace) -> Bench:
     sparsities = tuple(sorted(numbers("--sparsities", args.sparsities, float)))
     if args.train is not None:
-        if (args.train / "config.json").exists():
-            decoder = bench_data.Decoder(
-                args.train, args.train / "calibration.safetensors", args.train / "evaluation.safetensors"
-            )
-        elif args.corpus is None:
-            raise GispError("--train needs text: give --corpus")
-        else:
-            decoder = bench_data.train_decoder(args.train, args.corpus, args.train_seconds)
+        if not (args.train / "config.json").exists():
+            if args.corpus is None:
+                raise GispError("--train needs text: give --corpus")
+            train_decoder(args.train, args.corpus, args.train_seconds)
+        decoder = Decoder.trained(args.train)
     elif args.model is None or args.calibration is None or args.evaluation is None:
         raise GispError("give MODEL, --calibration and --evaluation, or --train DIR with --corpus")
     else:
-        decoder = bench_data.Decoder(args.model, args.calibration, args.evaluation)
+        decoder = Decoder(args.model, args.calibration, args.evaluation)
     device = resolve_device(args.device)
     return Bench(decoder, sparsities, args.window, args.evaluation_rows, str(device), args.dtype)
 

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.quality.choices import TASKS
 
-# Calibration tokens of the exact schedules: a step of ``paper`` or ``official`` sees all of them.
-EXACT_TOKENS = 163840
-EXACT_STEPS = 112
-BATCH_TOKENS = 8192
 # Sequences a pass of whole-set scores; never changes a result beyond rounding, and lets many runs share a GPU.
 BATCH_SIZE = 64
-STEPS = 200
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How long the runs of a study are, and what the decoder allows.
+
+    Attributes:
+        steps, batch_tokens: of preset fast.
+        exact_tokens, exact_steps: of the exact schedules; a step of ``paper`` or ``official`` sees all of the tokens.
+        exact_seeds: seeds of those, the costliest by far.
+        gqa: whether the decoder shares key/value heads.
+    """
+
+    steps: int = 200
+    batch_tokens: int = 8192
+    exact_tokens: int = 163840
+    exact_steps: int = 112
+    exact_seeds: int = 3
+    gqa: bool = False
+
+    @property
+    def fast(self) -> dict[str, Any]:
+        """Options of a run of preset fast."""
+        return {"steps": self.steps, "batch_tokens": self.batch_tokens}
 
 
 @dataclass(frozen=True)
@@ -21,13 +41,13 @@ class Cell:
     """One way of pruning with one seed.
 
     Attributes:
-        study: the question: ``criteria``, ``fast`` (its parts one by one), ``compensation`` or ``task``.
+        study: the question, one of :data:`STUDIES`.
         name: the way; cells of one name differ in their seed alone.
         options: of :func:`gisp.prune`, and ``data``, what the calibration rows are made into, and ``distil``, the share
             of the divergence from the dense model in the loss.
         one_shot: one scoring pass of the dense model for all sparsities.
         tokens: calibration tokens to choose from, drawn by the seed; ``None`` = all there are.
-        compensate: options of :func:`gisp.compensate.compensate`, each measured at every sparsity.
+        compensate: options of :func:`gisp.compensate`, each measured at every sparsity.
     """
 
     study: str
@@ -51,37 +71,31 @@ BIAS, AFFINE, RESCALE, LSQ, KFAC = ({"method": name} for name in ("bias", "affin
 FREE: dict[str, Any] = {"protect_first": 0.0, "protect_last": 0}
 
 
-def criteria_cells(
-    seeds: range,
-    steps: int,
-    exact_tokens: int,
-    gqa: bool,
-    exact_steps: int = EXACT_STEPS,
-    exact_seeds: int = 3,
-    batch_tokens: int = BATCH_TOKENS,
-) -> list[Cell]:
+def criteria_cells(seeds: range, sizes: Sizes) -> list[Cell]:
     """Every criterion as it was published, ``fast`` and the exact schedules of the paper and its code."""
-    tokens = steps * batch_tokens
-    shared = {"gqa": "group"} if gqa else {}
+    doubled = 2 * sizes.batch_tokens
+    changes: list[tuple[str, dict[str, Any], tuple[dict[str, Any], ...]]] = [
+        ("fast", {}, (BIAS, RESCALE, AFFINE, LSQ, KFAC)),
+        ("fast, last layer open", {"protect_last": 0}, (LSQ, KFAC)),
+        # What the study of its parts found better, all at once, for twice the tokens.
+        (
+            f"fast, last layer open, average 0.98, {doubled:,} tokens a step",
+            {"protect_last": 0, "ema": 0.98, "batch_tokens": doubled},
+            (LSQ, KFAC),
+        ),
+        ("fast, plain", {"first_order": "plain"}, (LSQ, KFAC)),
+        ("fast, gisp scores", {"criterion": "gisp"}, (LSQ, KFAC)),
+    ]
+    if sizes.gqa:
+        changes.append(("fast, gqa group", {"gqa": "group"}, (LSQ,)))
     cells = []
     for seed in seeds:
-        fast = {"steps": steps, "batch_tokens": batch_tokens, "seed": seed}
-        cells.append(Cell("criteria", "fast", fast, seed, compensate=(BIAS, RESCALE, AFFINE, LSQ, KFAC)))
-        cells.append(
-            Cell("criteria", "fast, last layer open", {**fast, "protect_last": 0}, seed, compensate=(LSQ, KFAC))
-        )
-        # What the study of its parts found better, all at once, for twice the tokens.
-        tuned = {**fast, "protect_last": 0, "ema": 0.98, "batch_tokens": 2 * batch_tokens}
-        name = f"fast, last layer open, average 0.98, {2 * batch_tokens:,} tokens a step"
-        cells.append(Cell("criteria", name, tuned, seed, compensate=(LSQ, KFAC)))
-        cells.append(Cell("criteria", "fast, plain", {**fast, "first_order": "plain"}, seed, compensate=(LSQ, KFAC)))
-        cells.append(Cell("criteria", "fast, gisp scores", {**fast, "criterion": "gisp"}, seed, compensate=(LSQ, KFAC)))
-        if shared:
-            cells.append(Cell("criteria", "fast, gqa group", {**fast, **shared}, seed, compensate=(LSQ,)))
-        exact = {"steps": exact_steps, "seed": seed, "batch_size": BATCH_SIZE}
-        for preset in ("paper", "official") if seed < exact_seeds else ():
-            options = {"preset": preset, **exact}
-            cells.append(Cell("criteria", f"{preset}, {exact_steps} steps", options, seed, tokens=exact_tokens))
+        for name, options, compensate in changes:
+            cells.append(Cell("criteria", name, {**sizes.fast, "seed": seed, **options}, seed, compensate=compensate))
+        for preset in ("paper", "official") if seed < sizes.exact_seeds else ():
+            exact = {"preset": preset, "steps": sizes.exact_steps, "seed": seed, "batch_size": BATCH_SIZE}
+            name = f"{preset}, {sizes.exact_steps} steps"
+            cells.append(Cell("criteria", name, exact, seed, tokens=sizes.exact_tokens))
         for name, options, compensate in (
             ("gisp, one shot", {"criterion": "gisp"}, (LSQ,)),
             ("second-order, one shot", {"criterion": "second-order"}, ()),
@@ -97,19 +111,20 @@ def criteria_cells(
             if name == "magnitude" and seed != seeds[0]:
                 continue  # sees neither data nor seed
             one_shot = {**options, "seed": seed, "batch_size": BATCH_SIZE}
-            cells.append(Cell("criteria", name, one_shot, seed, True, tokens, compensate))
+            cells.append(Cell("criteria", name, one_shot, seed, True, sizes.steps * sizes.batch_tokens, compensate))
     return cells
 
 
-def fast_cells(seeds: range, steps: int, exact_tokens: int, batch_tokens: int = BATCH_TOKENS) -> list[Cell]:
+def fast_cells(seeds: range, sizes: Sizes) -> list[Cell]:
     """The parts of ``fast``, one changed at a time."""
-    sizes = (batch_tokens // 4, batch_tokens // 2, 2 * batch_tokens)
+    steps, batch_tokens, exact_tokens = sizes.steps, sizes.batch_tokens, sizes.exact_tokens
+    batches = (batch_tokens // 4, batch_tokens // 2, 2 * batch_tokens)
     changes: dict[str, dict[str, Any]] = {
         "as it is": {},
         f"{steps // 4} steps": {"steps": steps // 4},
         f"{steps // 2} steps": {"steps": steps // 2},
         f"{2 * steps} steps": {"steps": 2 * steps},
-        **{f"{tokens:,} tokens a step": {"batch_tokens": tokens} for tokens in sizes},
+        **{f"{tokens:,} tokens a step": {"batch_tokens": tokens} for tokens in batches},
         "no moving average": {"ema": 0.0},
         "moving average 0.5": {"ema": 0.5},
         "moving average 0.8": {"ema": 0.8},
@@ -139,7 +154,7 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int, batch_tokens: int = 
         "flap scores": {"criterion": "flap"},
     }
     cells = [
-        Cell("fast", name, {"steps": steps, "batch_tokens": batch_tokens, "seed": seed, **options}, seed)
+        Cell("fast", name, {**sizes.fast, "seed": seed, **options}, seed)
         for name, options in changes.items()
         for seed in seeds
     ]
@@ -147,12 +162,12 @@ def fast_cells(seeds: range, steps: int, exact_tokens: int, batch_tokens: int = 
     for seed in seeds:
         cells.append(Cell("fast", f"exact, {steps // 4} steps", {**exact, "seed": seed}, seed, tokens=exact_tokens))
         for tokens in (exact_tokens // 8, exact_tokens // 2, 2 * exact_tokens):
-            few = {"steps": steps, "batch_tokens": batch_tokens, "seed": seed}
+            few = {**sizes.fast, "seed": seed}
             cells.append(Cell("fast", f"of {tokens:,} calibration tokens", few, seed, tokens=tokens))
     return cells
 
 
-def compensation_cells(seeds: range, steps: int, batch_tokens: int = BATCH_TOKENS) -> list[Cell]:
+def compensation_cells(seeds: range, sizes: Sizes) -> list[Cell]:
     """Methods, targets, damping and calibration size of compensation, all on one run of ``fast``."""
     variants: list[dict[str, Any]] = [BIAS, AFFINE, RESCALE, LSQ, KFAC]
     variants += [{"method": method, "target": "dense"} for method in ("bias", "affine")]
@@ -163,13 +178,11 @@ def compensation_cells(seeds: range, steps: int, batch_tokens: int = BATCH_TOKEN
     variants += [{"method": "kfac", "steps": steps} for steps in (1, 2, 8)]
     variants += [{"method": "kfac", "tokens": tokens} for tokens in (8192, 32768)]
     variants += [{"method": "kfac", "damping": damping} for damping in (0.1, 2.0)]
-    fast = {"steps": steps, "batch_tokens": batch_tokens}
-    return [Cell("compensation", "fast", {**fast, "seed": s}, s, compensate=tuple(variants)) for s in seeds]
+    return [Cell("compensation", "fast", {**sizes.fast, "seed": s}, s, compensate=tuple(variants)) for s in seeds]
 
 
-def task_cells(seeds: range, steps: int, batch_tokens: int = BATCH_TOKENS) -> list[Cell]:
+def task_cells(seeds: range, sizes: Sizes) -> list[Cell]:
     """Calibration on choice tasks: right against wrong choices, the right ones alone, and the plain text."""
-    fast = {"steps": steps, "batch_tokens": batch_tokens}
     kinds = [("lm on text", "lm", "text")]
     for task in TASKS:
         kinds += [(f"{objective}, {task}", objective, task) for objective in ("margin", "choice")]
@@ -178,10 +191,19 @@ def task_cells(seeds: range, steps: int, batch_tokens: int = BATCH_TOKENS) -> li
         Cell(
             "task",
             f"{name}, {scores}",
-            {**fast, "seed": seed, "objective": objective, "data": data, "criterion": scores},
+            {**sizes.fast, "seed": seed, "objective": objective, "data": data, "criterion": scores},
             seed,
         )
         for seed in seeds
         for name, objective, data in kinds
         for scores in ("second-order", "gisp")
     ]
+
+
+STUDIES: dict[str, Callable[[range, Sizes], list[Cell]]] = {
+    "criteria": criteria_cells,
+    "fast": fast_cells,
+    "compensation": compensation_cells,
+    "task": task_cells,
+}
+"""The studies by name, in the order they run and are shown."""

@@ -71,7 +71,9 @@ class ChoiceTask:
 
     def examples(self, data: Sequences) -> Sequences:
         """Calibration examples: the right choice with sign +1, the others -1."""
-        rows, signs, examples = [], [], []
+        rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        signs: list[int] = []
+        examples: list[tuple[int, ...]] = []
         for context, pieces in self.pieces(data):
             numbers = []
             for i, piece in enumerate(pieces):

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common.command import Budget
 from benchmarks.quality.cells import Cell
-from benchmarks.quality.run_cell import Bench, Runner
+from benchmarks.quality.runner import Bench, Runner
 
 Result = dict[str, Any]
 _runner: Runner | None = None

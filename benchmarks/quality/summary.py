@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.common.command import table
+from benchmarks.quality.cells import STUDIES
 from benchmarks.quality.choices import TASKS
 
 Result = dict[str, Any]
@@ -83,6 +84,13 @@ def show(result: Result, study: str, metric: str = "perplexity") -> str:
         )
     header = (f"{study}: {metric}", *(f"{100 * s:g} %" for s in sparsities), "tokens", "seconds", "seeds")
     return table(header, lines)
+
+
+def report(result: Result) -> str:
+    """The tables of all studies, accuracy on every task, and the verdicts."""
+    shown = [show(result, study) for study in STUDIES]
+    shown += [show(result, "task", f"acc {task}") for task in TASKS]
+    return "\n".join([*filter(None, shown), *verdicts(result)])
 
 
 def verdicts(result: Result) -> list[str]:

@@ -9,6 +9,7 @@ dampings. Results are written after every measurement.
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ import torch
 
 from benchmarks.common.command import Parser, check_writable, count, exit_code, numbers, write_json
 from benchmarks.common.identity import identity
-from gisp.compensation import compensate
-from gisp.config.options import recorded
+from gisp.compensation import Compensation, compensate
 from gisp.data import Sequences, load_sequences
 from gisp.evaluate import perplexity
 from gisp.run.trajectory import Trajectory, move_to
@@ -47,22 +47,9 @@ def configurations(sparsities: list[float], tokens: int) -> list[tuple[float, di
     return found
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Measure and write; 0."""
-    parser = Parser(prog=NAME, description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True, help="held-out tokens")
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sparsities", default="0.2,0.3,0.4,0.5")
-    parser.add_argument("--tokens", type=count, default=32768, help="calibration tokens of least squares")
-    parser.add_argument("--skip", type=int, default=0, help="first held-out rows to leave out")
-    parser.add_argument("--rows", type=count, help="held-out rows used, all by default")
-    parser.add_argument("--window", type=count, default=256)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    args = parser.parse_args()
+    args = _parser().parse_args(argv)
     check_writable(args.out)
     trajectory = Trajectory.load(args.run)
     model = trajectory.load_base(device=args.device, dtype=args.dtype)
@@ -71,15 +58,12 @@ def main() -> int:
     held_out = Sequences.plain(list(rows[args.skip :][: args.rows]))
     dense = perplexity(model, held_out, args.window)
     points: list[dict[str, Any]] = []
+    config = trajectory.config
     result = {
         "benchmark": "compensation",
         "identity": identity(torch.device(args.device)),
         "model": args.name,
-        "run": {
-            "preset": trajectory.config["preset"],
-            "criterion": recorded(trajectory.config, "criterion"),
-            "steps": len(trajectory.steps),
-        },
+        "run": {key: config[key] for key in ("preset", "criterion")} | {"steps": len(trajectory.steps)},
         "dtype": args.dtype,
         "window": args.window,
         "evaluation": {"rows": [args.skip, args.skip + len(held_out)], "tokens": dense.tokens},
@@ -97,23 +81,42 @@ def main() -> int:
         done = compensate(model, args.calibration, **chosen)
         seconds = time.perf_counter() - start
         after = perplexity(model, held_out, args.window).perplexity
-        points.append(
-            {
-                "sparsity": trajectory.sparsity_at(step),
-                "method": done.options.method,
-                "target": done.options.target,
-                "intercept": done.options.intercept,
-                "damping": done.options.damping if done.options.method == "lsq" else None,
-                "calibration_tokens": done.tokens,
-                "pruned": pruned[step],
-                "compensated": after,
-                "excess_removed": (pruned[step] - after) / (pruned[step] - dense.perplexity),
-                "fit_seconds": round(seconds, 1),
-            }
-        )
+        excess = (pruned[step] - after) / (pruned[step] - dense.perplexity)
+        found = {"pruned": pruned[step], "compensated": after, "excess_removed": excess}
+        point = {"sparsity": trajectory.sparsity_at(step), **_described(done), **found}
+        points.append({**point, "fit_seconds": round(seconds, 1)})
         print(points[-1], flush=True)
         write_json(args.out, result)
     return 0
+
+
+def _described(done: Compensation) -> dict[str, Any]:
+    """Method and setting of a compensation, JSON-ready."""
+    options = done.options
+    return {
+        "method": options.method,
+        "target": options.target,
+        "intercept": options.intercept,
+        "damping": options.damping if options.method == "lsq" else None,
+        "calibration_tokens": done.tokens,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True, help="held-out tokens")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sparsities", default="0.2,0.3,0.4,0.5")
+    parser.add_argument("--tokens", type=count, default=32768, help="calibration tokens of least squares")
+    parser.add_argument("--skip", type=int, default=0, help="first held-out rows to leave out")
+    parser.add_argument("--rows", type=count, help="held-out rows used, all by default")
+    parser.add_argument("--window", type=count, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    return parser
 
 
 if __name__ == "__main__":

@@ -8,22 +8,16 @@ attention has equally many query heads per key/value head, so heads removed unev
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks.common.command import Parser, check_writable, count, exit_code, table, write_json
-from benchmarks.common.identity import identity
+from benchmarks.common.command import exit_code, table
+from benchmarks.studies.study import Study, parser
 from gisp.config.options import GQA_MODES
-from gisp.data import load_sequences
 from gisp.errors import GispError
-from gisp.evaluate import perplexity
 from gisp.export.point import pruned_spec
 from gisp.export.relayout import plan_attention
-from gisp.model.load import check_model_path, load_dense, resolve_device, resolve_dtype
 from gisp.model.structures import ModelMap, map_model
-from gisp.run.loop import prune
 from gisp.run.trajectory import Trajectory
 
 NAME = "python -m benchmarks.studies.gqa_modes"
@@ -52,7 +46,7 @@ class Row:
     heads: int
 
 
-def stored(trajectory: Trajectory, model_map: ModelMap, step: int) -> dict[str, float]:
+def stored(trajectory: Trajectory, model_map: ModelMap, step: int) -> dict[str, Any]:
     """What an hf export of a step holds, as shares of the dense model."""
     width, heads, kv_heads = model_map.hidden_size * model_map.head_dim, model_map.num_heads, model_map.num_kv_heads
     layers = len(model_map.layers)
@@ -99,47 +93,19 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         GispError: bad options, or a model without shared key/value heads.
     """
-    options = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("model")
-    options.add_argument("--calibration", required=True)
-    options.add_argument("--evaluation", required=True)
-    options.add_argument("--out", type=Path)
-    options.add_argument("--sparsities", default="0.2,0.3,0.4,0.5")
-    options.add_argument("--steps", type=count, default=200)
-    options.add_argument("--batch-tokens", type=count, default=8192)
-    options.add_argument("--window", type=count, default=256)
-    options.add_argument("--device", default="auto")
-    options.add_argument("--dtype")
-    args = options.parse_args(argv)
-    check_writable(args.out)
-    check_model_path(args.model)
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
-    sparsities = [float(value) for value in args.sparsities.split(",")]
-    vocab_size = map_model(load_dense(args.model, device, dtype)).vocab_size
-    calibration, evaluation = (
-        load_sequences(spec, vocab_size=vocab_size, seq_len=None, tokenizer_from=args.model)
-        for spec in (args.calibration, args.evaluation)
-    )
+    study = Study(parser(NAME, __doc__).parse_args(argv))
+    model_map = map_model(study.load())
+    if not model_map.shares_kv:
+        raise GispError(f"{study.path} has a key/value head per query head: the modes are all the same")
     rows: list[Row] = []
     for mode in GQA_MODES:
-        model = load_dense(args.model, device, dtype)
-        model_map = map_model(model)
-        if not model_map.shares_kv:
-            raise GispError(f"{args.model} has a key/value head per query head: the modes are all the same")
-        run = {"steps": args.steps, "batch_tokens": args.batch_tokens, "gqa": mode, "criterion": "gisp"}
-        trajectory = prune(model, calibration, sparsity=max(sparsities), **run)
-        for sparsity in sparsities:
+        trajectory = study.run(gqa=mode)
+        for sparsity in study.sparsities:
             step = trajectory.step_for(sparsity)
-            found = perplexity(trajectory.at(sparsity), evaluation, args.window).perplexity
+            found = study.perplexity(trajectory, sparsity)
             rows.append(Row(mode, trajectory.sparsity_at(step), found, **stored(trajectory, model_map, step)))
-        print(show([asdict(row) for row in rows[-len(sparsities) :]]), flush=True)
-    if args.out:
-        setting = {"model": Path(args.model).name, "dtype": str(dtype), "steps": args.steps}
-        setting |= {"batch_tokens": args.batch_tokens, "window": args.window}
-        result = {"benchmark": "gqa", "identity": identity(device), **setting, "rows": [asdict(row) for row in rows]}
-        write_json(args.out, result)
-        print(f"wrote {args.out}")
+        print(show([asdict(row) for row in rows[-len(study.sparsities) :]]), flush=True)
+    study.report("gqa", rows)
     return 0
 
 

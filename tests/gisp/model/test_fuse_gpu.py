@@ -9,7 +9,7 @@ import torch
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
 import gisp
-from benchmarks.infer.measure_inference import Setting, measure_inference
+from benchmarks.infer.measure import Setting, measure_inference
 from gisp.model.fuse import FusedRMSNorm
 
 pytestmark = pytest.mark.gpu

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.common.command import Budget
-from benchmarks.common.flops import Widths, pass_flops
 from benchmarks.common.measure import Ceilings
 from benchmarks.common.registry import Model
+from benchmarks.prune.flops import Widths, pass_flops
 from gisp import prune
 from gisp.config.criteria import GRADIENT
 from gisp.config.options import PRESETS, make_config
@@ -96,7 +96,7 @@ def timed_run(
         if budget.over and record.step < steps:
             raise _BudgetSpentError
 
-    options = {
+    options: dict[str, Any] = {
         "sparsity": setting.sparsity,
         "steps": setting.steps,
         "batch_tokens": setting.batch_tokens,

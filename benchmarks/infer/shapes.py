@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.registry import WIDTH_MULTIPLE, Model
-from benchmarks.common.synthetic import default_dtype
+from benchmarks.common.synthetic import built, llama_settings
 from gisp.model.structures import protected_layers
 
 # How far a layer's share of what is removed is from the mean: runs take more from some layers than from others.
@@ -62,28 +62,13 @@ def build_pruned(model: Model, layers: list[LayerShape], device: torch.device, d
     """A language model of these sizes, of the classes that exports bring along."""
     from gisp.export.modeling_gisp import GispLlamaConfig, GispLlamaForCausalLM
 
-    config = GispLlamaConfig(
-        vocab_size=model.vocabulary,
-        hidden_size=model.hidden,
-        intermediate_size=model.channels,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        per_layer_config={
-            number: {
-                "num_attention_heads": item.heads,
-                "num_key_value_heads": item.kv_heads,
-                "intermediate_size": item.channels,
-            }
-            for number, item in enumerate(layers)
-        },
-    )
-    torch.manual_seed(0)
-    with default_dtype(dtype), torch.device(device):
-        built = GispLlamaForCausalLM(config)
-    return built.eval()
+    widths = {
+        number: {
+            "num_attention_heads": item.heads,
+            "num_key_value_heads": item.kv_heads,
+            "intermediate_size": item.channels,
+        }
+        for number, item in enumerate(layers)
+    }
+    settings = {**llama_settings(model), "per_layer_config": widths}
+    return built(GispLlamaForCausalLM, GispLlamaConfig(**settings), device, dtype)

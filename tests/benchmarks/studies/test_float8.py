@@ -1,4 +1,4 @@
-"""The benchmarks of 8-bit products where no GPU is needed: checks that can fail, and agreement counted right."""
+"""Agreement of choices counted right, and a study of a tiny decoder."""
 
 from __future__ import annotations
 
@@ -10,39 +10,10 @@ import torch
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokens
 
-from benchmarks.common.task import AUTO, EAGER, Prepared, checked
-from benchmarks.kernels import float8_tasks
-from benchmarks.prune.timed_run import Setting
-from benchmarks.studies.float8_agreement import main, shared
+from benchmarks.studies.float8 import main, shared
 from gisp.errors import GispError
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "intermediate_size": 48}
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(float8_tasks, "random_matrix", lambda *shape: torch.randn(shape))
-
-
-def wrong_ones(prepared: Prepared) -> dict[str, str]:
-    return checked(prepared)[1]
-
-
-def test_products_are_checked_against_what_rounding_costs() -> None:
-    prepared = float8_tasks._prepare_product(24, 48, 64)
-    assert list(prepared.implementations) == [AUTO, float8_tasks.CUBLAS] and not wrong_ones(prepared)
-    assert list(prepared.parts) == ["8-bit product alone"]
-    prepared.implementations = {"half": lambda x, w: x @ w.t() / 2, "shifted": lambda x, w: x @ w.t() + 0.5}
-    assert wrong_ones(prepared).keys() == {"half", "shifted"}
-
-
-@pytest.mark.parametrize("prepare", [float8_tasks._prepare_rows, float8_tasks._prepare_turned])
-def test_rounding_is_checked_bit_for_bit(prepare) -> None:
-    prepared = prepare(5, 32)
-    assert list(prepared.implementations) == [AUTO, EAGER] and not wrong_ones(prepared)
-    right = prepared.implementations[AUTO]
-    prepared.implementations = {"negated": lambda x: right(-x)}
-    assert "differ" in wrong_ones(prepared)["negated"]
 
 
 def test_agreement_counts_what_both_chose() -> None:
@@ -76,9 +47,3 @@ def test_a_study_compares_steps_and_runs(study: list[str], tmp_path: Path, capsy
 def test_a_study_refuses_sparsities_that_are_no_numbers(study: list[str]) -> None:
     with pytest.raises(GispError, match="--sparsities is 'a,b'"):
         main([*study, "--sparsities", "a,b"])
-
-
-def test_a_run_in_8_bits_is_not_the_run_of_the_goals() -> None:
-    on_gpu = torch.device("cuda")
-    assert Setting.make(on_gpu, 0.5, None, None).full
-    assert not Setting.make(on_gpu, 0.5, None, None, fp8=True).full

@@ -15,7 +15,7 @@ import torch
 from benchmarks.common.measure import Inputs
 from benchmarks.common.registry import DENSE, HALF, MODELS, REAL, kept_channels, kept_heads
 from benchmarks.common.task import AUTO, COMPILED, EAGER, Implementation, Prepared, Task, random_matrix
-from benchmarks.kernels import eager_ops
+from benchmarks.kernels import eager
 from gisp_kernels.ops import decoder
 
 TOKENS = 8192
@@ -48,7 +48,11 @@ def tasks(quick: bool) -> list[Task]:
                 _task("swiglu", name, TOKENS, channels, kept, _swiglu),
                 _task("swiglu_backward_", name, TOKENS, channels, kept, _swiglu_backward),
             ]
-    return [replace(task, prepare=partial(_uncompiled, task.prepare)) for task in found] if quick else found
+    return (
+        [replace(task, prepare=partial(_uncompiled, task.prepare)) for task in found if task.prepare]
+        if quick
+        else found
+    )
 
 
 def _task(op: str, model: str, tokens: int, width: int, kept: float, prepare: Callable[[int, int], Prepared]) -> Task:
@@ -70,7 +74,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _prepared(
     inputs: Inputs,
     ours: Callable[..., Sequence[torch.Tensor]],
-    eager: Callable[..., Sequence[torch.Tensor]],
+    formula: Callable[..., Sequence[torch.Tensor]],
     moved: int,
     *arguments: float,
 ) -> Prepared:
@@ -78,7 +82,7 @@ def _prepared(
 
     Args:
         ours: (*inputs, backend) to results, which may be inputs that were overwritten.
-        eager: (*inputs, *arguments) to the same results in new memory.
+        formula: (*inputs, *arguments) to the same results in new memory.
         moved: fewest bytes read and written.
     """
 
@@ -89,8 +93,8 @@ def _prepared(
         return lambda *tensors: function(*tensors, *arguments)
 
     exact = tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs)
-    truth = eager(*exact, *arguments)
-    plainest = [_errors(r, truth) for r in (ours(*fresh(), backend="reference"), eager(*fresh(), *arguments))]
+    truth = formula(*exact, *arguments)
+    plainest = [_errors(r, truth) for r in (ours(*fresh(), backend="reference"), formula(*fresh(), *arguments))]
     allowed = [SLACK * max(errors) + STEP for errors in zip(*plainest, strict=True)]
     most = torch.finfo(inputs[0].dtype).eps + STEP
 
@@ -100,7 +104,11 @@ def _prepared(
         for number, (error, limit) in enumerate(zip(_errors(implementation(*fresh()), truth), allowed, strict=True)):
             assert error <= limit, f"result {number} is off by {error:.3g} relative, allowed {limit:.3g}"
 
-    implementations = {AUTO: partial(ours, backend=None), COMPILED: plain(_compiled(eager)), EAGER: plain(eager)}
+    implementations: dict[str, Implementation] = {
+        AUTO: partial(ours, backend=None),
+        COMPILED: plain(_compiled(formula)),
+        EAGER: plain(formula),
+    }
     return Prepared(inputs, implementations, check, baseline=EAGER, bytes=moved, in_place=True)
 
 
@@ -123,7 +131,7 @@ def _add_rms_norm(tokens: int, hidden: int) -> Prepared:
     def ours(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, backend: str | None) -> Sequence[torch.Tensor]:
         return decoder.add_rms_norm(x, delta, weight, EPS, total=delta, backend=backend)[:2]
 
-    return _prepared((x, delta, weight), ours, eager_ops.add_rms_norm, 2 * _bytes(x, delta), EPS)
+    return _prepared((x, delta, weight), ours, eager.add_rms_norm, 2 * _bytes(x, delta), EPS)
 
 
 def _rms_norm_backward(tokens: int, hidden: int) -> Prepared:
@@ -134,7 +142,7 @@ def _rms_norm_backward(tokens: int, hidden: int) -> Prepared:
         return (decoder.rms_norm_backward_(*tensors, backend=backend),)
 
     inputs = (grad, normed_grad, x, rstd, weight)
-    return _prepared(inputs, ours, eager_ops.rms_norm_backward, _bytes(grad, normed_grad, x, grad))
+    return _prepared(inputs, ours, eager.rms_norm_backward, _bytes(grad, normed_grad, x, grad))
 
 
 def _rotary(tokens: int, width: int, *, head_dim: int) -> Prepared:
@@ -147,7 +155,7 @@ def _rotary(tokens: int, width: int, *, head_dim: int) -> Prepared:
     def ours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: str | None) -> Sequence[torch.Tensor]:
         return (decoder.rotary(x, cos[:LENGTH], sin[:LENGTH], out=x, backend=backend),)
 
-    return _prepared((x, cos, sin), ours, eager_ops.rotary, _bytes(x, x))
+    return _prepared((x, cos, sin), ours, eager.rotary, _bytes(x, x))
 
 
 def _swiglu(tokens: int, channels: int) -> Prepared:
@@ -156,7 +164,7 @@ def _swiglu(tokens: int, channels: int) -> Prepared:
     def ours(gate: torch.Tensor, up: torch.Tensor, backend: str | None) -> Sequence[torch.Tensor]:
         return (decoder.swiglu(gate, up, backend=backend),)
 
-    return _prepared((gate, up), ours, eager_ops.swiglu, _bytes(gate, up, gate))
+    return _prepared((gate, up), ours, eager.swiglu, _bytes(gate, up, gate))
 
 
 def _swiglu_backward(tokens: int, channels: int) -> Prepared:
@@ -166,7 +174,7 @@ def _swiglu_backward(tokens: int, channels: int) -> Prepared:
         decoder.swiglu_backward_(gate, up, grad, backend=backend)
         return gate, up, grad
 
-    return _prepared((gate, up, grad), ours, eager_ops.swiglu_backward, 2 * _bytes(gate, up, grad))
+    return _prepared((gate, up, grad), ours, eager.swiglu_backward, 2 * _bytes(gate, up, grad))
 
 
 def _token_nll_grad(tokens: int, vocabulary: int) -> Prepared:
@@ -180,4 +188,4 @@ def _token_nll_grad(tokens: int, vocabulary: int) -> Prepared:
         nll = decoder.token_nll_grad_(logits, targets, weights, backend=backend)
         return logits, nll
 
-    return _prepared((logits, targets, weights), ours, eager_ops.token_nll_grad, 2 * _bytes(logits))
+    return _prepared((logits, targets, weights), ours, eager.token_nll_grad, 2 * _bytes(logits))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.common.plots import THEME, series, write_figures
 from benchmarks.quality.summary import collect
-from gisp.files import write_atomic
-from gisp.report.style import LIGHT, MARKERS, new_figure, themed, to_png
+from gisp.report.style import MARKERS, new_figure
 
 Result = dict[str, Any]
 
@@ -18,24 +19,18 @@ Result = dict[str, Any]
 def write_plots(result: Result, beside: Path) -> list[Path]:
     """PNGs beside a result; those it has figures for."""
     found = collect(result["cells"])
-    paths = []
-    with themed(LIGHT):
-        criteria = {n: v for (study, n, extra), v in found.items() if study == "criteria" and not extra}
-        criteria |= {
-            f"{n} + {extra}": v
-            for (study, n, extra), v in found.items()
-            if study == "criteria" and extra in ("lsq", "kfac") and n == "fast"
-        }
-        parts = {name: values for (study, name, _), values in found.items() if study == "fast"}
-        for name, figure in (
-            ("criteria", draw_criteria(criteria, result["dense"]["perplexity"]) if criteria else None),
-            ("parts", draw_parts(parts) if parts else None),
-        ):
-            if figure is not None:
-                path = beside.with_name(f"{beside.stem}-{name}.png")
-                write_atomic(path, to_png(figure))
-                paths.append(path)
-    return paths
+    criteria = {
+        f"{name} + {extra}" if extra else name: values
+        for (study, name, extra), values in found.items()
+        if study == "criteria" and (not extra or (name == "fast" and extra in ("lsq", "kfac")))
+    }
+    parts = {name: values for (study, name, _), values in found.items() if study == "fast"}
+    drawn: dict[str, Callable[[], Figure]] = {}
+    if criteria:
+        drawn["criteria"] = lambda: draw_criteria(criteria, result["dense"]["perplexity"])
+    if parts:
+        drawn["parts"] = lambda: draw_parts(parts)
+    return write_figures(drawn, beside)
 
 
 def draw_criteria(ways: dict[str, dict[float, list[float]]], dense: float) -> Figure:
@@ -57,11 +52,11 @@ def draw_criteria(ways: dict[str, dict[float, list[float]]], dense: float) -> Fi
             yerr=spread,
             label=name,
             marker=MARKERS[number % len(MARKERS)],
-            color=LIGHT.series[number % len(LIGHT.series)],
-            linestyle="-" if number < len(LIGHT.series) else "--",
+            color=series(number),
+            linestyle="-" if number < len(THEME.series) else "--",
             capsize=2,
         )
-    ax.axhline(dense, color=LIGHT.muted, linewidth=0.8, linestyle=":")
+    ax.axhline(dense, color=THEME.muted, linewidth=0.8, linestyle=":")
     ax.set_yscale("log")
     ax.set_xlabel("decoder sparsity, %")
     ax.set_ylabel("perplexity (dotted: dense)")
@@ -77,9 +72,9 @@ def draw_parts(parts: dict[str, dict[float, list[float]]]) -> Figure:
     figure = new_figure(1.2 + 0.24 * len(ordered))
     ax = figure.subplots()
     for row, (name, values) in enumerate(ordered):
-        colour = LIGHT.series[1] if name == "as it is" else LIGHT.series[0]
+        colour = series(name == "as it is")
         ax.plot(values, [row] * len(values), "o", color=colour, alpha=0.7)
-        ax.plot([statistics.mean(values)], [row], "|", color=LIGHT.ink, markersize=12)
+        ax.plot([statistics.mean(values)], [row], "|", color=THEME.ink, markersize=12)
     ax.set_yticks(range(len(ordered)), [name for name, _ in ordered])
     ax.set_xlabel(f"perplexity at {100 * last:g} %")
     ax.set_title("Preset fast with one part changed")

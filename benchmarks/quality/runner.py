@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality import bench_data
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.choices import TASKS, ChoiceTask
+from benchmarks.quality.decoder import Decoder, drawn, read_tokens
 from benchmarks.quality.distillation import Distillation
 from gisp.compensation import compensate
 from gisp.config.options import CHOOSING, make_config
@@ -36,7 +36,7 @@ class Bench:
         evaluation_rows: rows evaluated, ``None`` = all.
     """
 
-    decoder: bench_data.Decoder
+    decoder: Decoder
     sparsities: tuple[float, ...]
     window: int
     evaluation_rows: int | None
@@ -52,8 +52,8 @@ class Runner:
         self.device = torch.device(bench.device)
         model = self._load(None)
         vocab_size = map_model(model).vocab_size
-        self.calibration = bench_data.read_tokens(bench.decoder.calibration, vocab_size)
-        self.evaluation = bench_data.read_tokens(bench.decoder.evaluation, vocab_size, bench.evaluation_rows)
+        self.calibration = read_tokens(bench.decoder.calibration, vocab_size)
+        self.evaluation = read_tokens(bench.decoder.evaluation, vocab_size, bench.evaluation_rows)
 
     @cached_property
     def tasks(self) -> dict[str, ChoiceTask]:
@@ -120,7 +120,7 @@ class Runner:
         yield {**point, "compensation": None, **self._measure(model, cell)}
         for options in cell.compensate:
             began = time.perf_counter()
-            done = compensate(model, bench_data.drawn(self.calibration, None, cell.seed), **options)
+            done = compensate(model, drawn(self.calibration, None, cell.seed), **options)
             cost = {
                 "compensation_tokens": done.tokens + sum(step.tokens for step in done.steps),
                 "compensation_seconds": time.perf_counter() - began,
@@ -149,7 +149,7 @@ class Runner:
                 return self.calibration
             # Half of the set at most: seeds that draw all of it would be one seed.
             most = sum(len(ids) for ids, _ in self.calibration.rows) // 2
-            return bench_data.drawn(self.calibration, min(cell.tokens, most), cell.seed)
+            return drawn(self.calibration, min(cell.tokens, most), cell.seed)
         task = self.tasks[kind]
         return (task.examples if cell.options.get("objective") in CHOOSING else task.right_ones)(self.calibration)
 

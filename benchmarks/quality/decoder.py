@@ -35,8 +35,13 @@ class Decoder:
     calibration: Path
     evaluation: Path
 
+    @classmethod
+    def trained(cls, path: Path) -> Decoder:
+        """The decoder that :func:`train_decoder` left in a folder."""
+        return cls(path, path / "calibration.safetensors", path / "evaluation.safetensors")
 
-def train_decoder(out: Path, corpus: Path, seconds: float | None, config: TrainConfig = LARGE) -> Decoder:
+
+def train_decoder(out: Path, corpus: Path, seconds: float | None, config: TrainConfig = LARGE) -> None:
     """Train a decoder on the text of ``corpus`` (a folder of Python source or ``.jsonl.gz``), with its token files.
 
     Calibration rows are drawn from the training text, evaluation rows from held-out files.
@@ -49,10 +54,10 @@ def train_decoder(out: Path, corpus: Path, seconds: float | None, config: TrainC
         train(text, out, config, max_seconds=seconds, compiled=torch.cuda.is_available())
     except ValueError as error:
         raise GispError(f"corpus {corpus}: {error}") from None
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    decoder = Decoder(out, out / "calibration.safetensors", out / "evaluation.safetensors")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    decoder = Decoder.trained(out)
     kept, heldout = text.split()
     for path, files, rows in (
         (decoder.calibration, kept, CALIBRATION_ROWS),
@@ -61,7 +66,6 @@ def train_decoder(out: Path, corpus: Path, seconds: float | None, config: TrainC
         found = windows(encode(tokenizer, [file.text for file in files]), config.seq_len)
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(1))
         save_file({"input_ids": found[order[:rows]].int().contiguous()}, path)
-    return decoder
 
 
 def described(path: Path) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""Goals of the kernels."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+from benchmarks.common.goals import Goal
+from benchmarks.common.registry import DENSE, HALF, MIDWAY, REAL
+from benchmarks.common.task import AUTO, Row
+from benchmarks.kernels.importance import CUBLAS, CUBLAS_EAGER, CUBLAS_OURS
+
+MEBIBYTE = 2**20
+
+
+def kernel_goals(rows: list[Row]) -> list[Goal]:
+    """Goals of the kernels, on the shapes of the 13B and 8B with even widths."""
+    wgrad = [row for row in rows if row["op"] in ("wgrad_importance", "stacked_wgrad") and _regular(row)]
+    goals = []
+    for tokens, over_eager in ((512, 2.2), (2048, 1.4), (8192, 1.2), (32768, 1.05)):
+        here = [row for row in wgrad if row["tokens"] == tokens]
+        goals.append(_ratio(f"scores, {tokens} tokens, over {CUBLAS_EAGER}", over_eager, here, CUBLAS_EAGER))
+        if tokens == 512:
+            goals.append(_ratio(f"scores, {tokens} tokens, over {CUBLAS_OURS}", 1.3, here, CUBLAS_OURS))
+        if tokens >= 8192:
+            goals.append(_ratio(f"scores, {tokens} tokens, speed of {CUBLAS}", 0.93, here, CUBLAS))
+    reductions = [row for row in rows if row["op"] == "abs_weighted_reduce" and _regular(row)]
+    steps = [row for row in rows if row["op"] == "partition_step" and row["model"] == "llama-2-13b"]
+    packs = [row for row in rows if row["op"] == "pack"]
+    return [
+        *goals,
+        _worst("abs_weighted_reduce, of copy", 85, "%", reductions, "percent_of_copy"),
+        _worst("partition of the 13B, wall", 2, "ms", steps, "median_ms", at_least=False),
+        _worst("partition of the 13B, extra memory", 1, "MiB", steps, _extra_mebibytes, at_least=False),
+        _worst("pack(), of copy", 70, "%", packs, "percent_of_copy"),
+    ]
+
+
+def _regular(row: Row) -> bool:
+    """Whether a row counts: a real model at an aligned width."""
+    widths = (row["rows"], row["width"])
+    return row["model"] in REAL and row["kept"] in (DENSE, MIDWAY, HALF) and all(width % 16 == 0 for width in widths)
+
+
+def _shape(row: Row) -> str:
+    parts = [str(row["model"]), str(row.get("projection", ""))]
+    if "rows" in row:
+        parts.append(f"{row['rows']}x{row['width']}")
+    return " ".join(part for part in parts if part)
+
+
+def _ratio(what: str, target: float, rows: list[Row], baseline: str) -> Goal:
+    """Time of ``baseline`` over that of the library's choice, shape by shape."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if "median_ms" in row:
+            times.setdefault((row["op"], _shape(row)), {})[row["implementation"]] = row["median_ms"]
+    found = [(t[baseline] / t[AUTO], where) for (_, where), t in times.items() if baseline in t and AUTO in t]
+    return _summary(what, target, "x", found, True)
+
+
+def _worst(
+    what: str, target: float, unit: str, rows: list[Row], key: str | Callable[[Row], float], at_least: bool = True
+) -> Goal:
+    ours = [row for row in rows if row["implementation"] == AUTO and "median_ms" in row]
+    return _summary(what, target, unit, [(_value(row, key), _shape(row)) for row in ours], at_least)
+
+
+def _value(row: Row, key: str | Callable[[Row], float]) -> float:
+    return float(row[key]) if isinstance(key, str) else key(row)
+
+
+def _extra_mebibytes(row: Row) -> float:
+    return float(row["extra_bytes"]) / MEBIBYTE
+
+
+def _summary(what: str, target: float, unit: str, found: list[tuple[float, str]], at_least: bool) -> Goal:
+    if not found:
+        return Goal(what, target, unit, None, at_least)
+    worst, where = min(found) if at_least else max(found)
+    return Goal(what, target, unit, worst, at_least, where, statistics.median(value for value, _ in found))
