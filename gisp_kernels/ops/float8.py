@@ -73,7 +73,7 @@ def quantize_rows(
     if backends.resolve(backend, x, SUPPORTED) == "triton":
         from gisp_kernels.triton import float8 as kernel
 
-        kernel.quantize_rows(x, column_scale, out, scale)
+        kernel.quantize_rows(x, column_scale, out, scale, LARGEST, SMALLEST_SCALE)
     else:
         value = x.float() if column_scale is None else x.float() * column_scale
         largest = value.abs().amax(1) if columns else value.new_zeros(rows)

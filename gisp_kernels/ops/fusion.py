@@ -24,9 +24,6 @@ FUSED_MAX_TOKENS = 4096
 EVEN_MAX_TOKENS = 16384
 # Share of the multiprocessors that work, averaged over the waves of a product.
 FULL_WAVES = 0.9
-# Below this many large tiles most multiprocessors of a big GPU would stay idle. A constant, not the size of the GPU
-# at hand: the choice of tile shapes the rounding.
-MIN_LARGE_TILES = 96
 
 
 def prefer_fused(tokens: int, dtype: torch.dtype, *, tiles: int = 0, multiprocessors: int = 1) -> bool:
@@ -62,6 +59,7 @@ def fused_kernel(
         axis: ``"row"`` or ``"column"``.
     """
     from gisp_kernels.triton import wgrad_tma
+    from gisp_kernels.triton.wgrad_importance import MIN_LARGE_TILES
 
     if not input.is_cuda or not wgrad_tma.usable(grad_output, input, weights):
         return "triton", 0

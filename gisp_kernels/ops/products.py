@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from gisp_kernels.ops.padding import pad_tokens, round_up
+from gisp_kernels.alignment import pad_tokens, round_up
 
 
 def product_total(rows: int, columns: int, device: torch.device) -> torch.Tensor:

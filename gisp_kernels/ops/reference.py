@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gisp_kernels.ops.padding import pad_tokens
+from gisp_kernels.alignment import pad_tokens
 
 
 def abs_weighted_reduce_(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from gisp_kernels import _ext
 from gisp_kernels import backend as backends
-from gisp_kernels.ops.padding import descriptor_aligned
+from gisp_kernels.alignment import descriptor_aligned
 
 if TYPE_CHECKING:
     from gisp_kernels.triton.wgrad_tma import Layer

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.ops.padding import aligned
+from gisp_kernels.alignment import aligned
 
 # Partials summed per program and iteration: lanes along the matrix, and strips loaded side by side because a loop
 # over them one by one would wait for memory each time.

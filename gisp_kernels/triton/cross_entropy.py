@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.triton.rows import check_writable, readable
+from gisp_kernels.alignment import check_writable, readable
 
 BLOCK = 4096
 
@@ -66,10 +66,8 @@ def _nll_kernel(  # type: ignore[no-untyped-def]
                 tl.store(base + offs, gradient * weight, mask=offs < width)
 
 
-def launch(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+def launch(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, ignored: int) -> torch.Tensor:
     """See :func:`gisp_kernels.ops.decoder.token_nll` (no ``weights``) and ``token_nll_grad_``; returns the NLL."""
-    from gisp_kernels.ops.decoder.cross_entropy import IGNORED
-
     tokens, vocabulary = logits.shape
     if weights is None:
         logits = readable(logits)
@@ -85,7 +83,7 @@ def launch(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | 
                 nll,
                 vocabulary,
                 logits.stride(0),
-                IGNORED=IGNORED,
+                IGNORED=ignored,
                 GRAD=weights is not None,
                 ALIGNED=vocabulary % 16 == 0 and logits.stride(0) % 16 == 0,
                 BLOCK=BLOCK,

@@ -9,9 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.ops.float8 import LARGEST, SMALLEST_SCALE
-from gisp_kernels.ops.padding import aligned
-from gisp_kernels.triton.rows import check_writable, readable
+from gisp_kernels.alignment import aligned, check_writable, readable
 
 BLOCK_K = 2048
 ROW_WARPS = 4
@@ -94,7 +92,14 @@ def _quantize_transposed_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, tl.trans(q), mask=mask_i[:, None] & mask_o[None, :])
 
 
-def quantize_rows(x: torch.Tensor, column: torch.Tensor | None, out: torch.Tensor, scale: torch.Tensor) -> None:
+def quantize_rows(
+    x: torch.Tensor,
+    column: torch.Tensor | None,
+    out: torch.Tensor,
+    scale: torch.Tensor,
+    largest: float,
+    smallest_scale: float,
+) -> None:
     """See :func:`gisp_kernels.ops.float8.quantize_rows`; fills ``out`` and ``scale``."""
     check_writable("out", out)
     check_writable("scale", scale)
@@ -112,8 +117,8 @@ def quantize_rows(x: torch.Tensor, column: torch.Tensor | None, out: torch.Tenso
             stride_x=x.stride(0),
             stride_q=out.stride(0),
             SCALED=column is not None,
-            LARGEST=LARGEST,
-            SMALLEST=SMALLEST_SCALE,
+            LARGEST=largest,
+            SMALLEST=smallest_scale,
             BLOCK_K=BLOCK_K,
             ALIGNED=aligned(width, x.stride(0), out.stride(0)),
             num_warps=ROW_WARPS,

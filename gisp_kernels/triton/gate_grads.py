@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.ops.padding import aligned
-from gisp_kernels.triton.rows import readable
+from gisp_kernels.alignment import aligned, readable
 
 # Memory-bound; tokens of a step and columns of a tile.
 BLOCK_T = 32

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.triton.rows import check_writable, readable
+from gisp_kernels.alignment import check_writable, readable
 
 # A row of up to 8192 elements takes 8 warps; hidden size never changes in a run, so it may shape the kernel.
 WIDE = 2048

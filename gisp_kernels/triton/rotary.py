@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.triton.rows import check_writable, readable
+from gisp_kernels.alignment import check_writable, readable
 
 LINES = 16
 

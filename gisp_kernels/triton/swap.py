@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
-
-if TYPE_CHECKING:
-    from gisp_kernels.ops.swap import Layout
 
 # Elements of one program. Only these tile shapes exist, so nothing recompiles while a model shrinks.
 TILE = 1024
@@ -53,41 +50,35 @@ def _swap_blocks_kernel(  # type: ignore[no-untyped-def]
     tl.store(b_ptrs, x, mask=mask)
 
 
-def launch(tensors: list[torch.Tensor], pairs: list[torch.Tensor], layouts: list[Layout]) -> None:
-    """Swap ``pairs[i]`` (int64 CPU [n, 2], n > 0) in every integer tensor, all on one device."""
-    device = tensors[0].device
+def launch(tensors: list[torch.Tensor], pairs: list[torch.Tensor], layouts: Sequence[tuple[int, ...]]) -> None:
+    """Swap ``pairs[i]`` (int64 CPU [n, 2], n > 0) in every integer tensor, all on one device.
+
+    Args:
+        layouts: for each tensor the fields of :class:`gisp_kernels.ops.swap.Layout`.
+    """
     flat = torch.cat(pairs)
-    if device.type != "cuda":
-        _launch_all(tensors, flat, pairs, layouts)
-        return
-    with torch.cuda.device(device):
-        _launch_all(tensors, flat.pin_memory().to(device, non_blocking=True), pairs, layouts)
+    with torch.cuda.device_of(tensors[0]):
+        if tensors[0].is_cuda:
+            flat = flat.pin_memory().to(tensors[0].device, non_blocking=True)
+        for tensor, own, layout in zip(tensors, flat.split([len(pair) for pair in pairs]), layouts, strict=True):
+            _launch_one(tensor, own, layout)
 
 
-def _launch_all(
-    tensors: list[torch.Tensor], resident: torch.Tensor, pairs: list[torch.Tensor], layouts: list[Layout]
-) -> None:
-    start = 0
-    for tensor, pair, layout in zip(tensors, pairs, layouts, strict=True):
-        stop = start + pair.shape[0]
-        _launch_one(tensor, resident[start:stop], layout)
-        start = stop
-
-
-def _launch_one(tensor: torch.Tensor, pairs: torch.Tensor, layout: Layout) -> None:
-    block_r = min(triton.next_power_of_2(layout.run), MAX_COLUMNS)
+def _launch_one(tensor: torch.Tensor, pairs: torch.Tensor, layout: tuple[int, ...]) -> None:
+    _, rows, run, pitch, step = layout
+    block_r = min(triton.next_power_of_2(run), MAX_COLUMNS)
     block_l = TILE // block_r
     n_pairs = pairs.shape[0]
-    n_lines = n_pairs * layout.rows
-    tiles_per_run = triton.cdiv(layout.run, block_r)
+    n_lines = n_pairs * rows
+    tiles_per_run = triton.cdiv(run, block_r)
     _swap_blocks_kernel[(triton.cdiv(n_lines, block_l) * tiles_per_run,)](
         t_ptr=tensor,
         pairs_ptr=pairs,
         n_lines=n_lines,
         n_pairs=n_pairs,
-        run=layout.run,
-        pitch=layout.pitch,
-        step=layout.step,
+        run=run,
+        pitch=pitch,
+        step=step,
         tiles_per_run=tiles_per_run,
         BLOCK_L=block_l,
         BLOCK_R=block_r,

@@ -13,9 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.ops.fusion import MIN_LARGE_TILES
-from gisp_kernels.ops.padding import aligned, pad_columns
+from gisp_kernels.alignment import aligned, pad_columns
 from gisp_kernels.triton.abs_weighted_reduce import finish
+
+# Below this many large tiles most multiprocessors of a big GPU would stay idle. A constant, not the size of the GPU
+# at hand: the choice of tile shapes the rounding.
+MIN_LARGE_TILES = 96
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gisp_kernels.ops.padding import descriptor_aligned
+from gisp_kernels.alignment import descriptor_aligned
 from gisp_kernels.triton.abs_weighted_reduce import finish
 
 # One tile of the gradient per program and step: rows that belong to structures, the extent summed, tokens.

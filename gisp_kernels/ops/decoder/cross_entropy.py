@@ -26,7 +26,7 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor, *, backend: str | Non
     if backends.resolve(backend, logits, SUPPORTED) == "triton":
         from gisp_kernels.triton import cross_entropy as kernel
 
-        return kernel.launch(logits, targets, None)
+        return kernel.launch(logits, targets, None, IGNORED)
     value = logits.float()
     return _nll(value, targets, _log_sum(value, targets))
 
@@ -52,7 +52,7 @@ def token_nll_grad_(
     if backends.resolve(backend, logits, SUPPORTED) == "triton":
         from gisp_kernels.triton import cross_entropy as kernel
 
-        return kernel.launch(logits, targets, weights)
+        return kernel.launch(logits, targets, weights, IGNORED)
     value = logits.float()
     log_sum = _log_sum(value, targets)
     nll = _nll(value, targets, log_sum)

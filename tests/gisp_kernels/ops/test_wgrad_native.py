@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gisp_kernels import _ext, wgrad_importance
+from gisp_kernels.alignment import descriptor_aligned
 from gisp_kernels.ops import fusion, wgrad_native
-from gisp_kernels.ops.padding import descriptor_aligned
 from gisp_kernels.ops.stacked import Part, stacked_wgrad_importance
 
 

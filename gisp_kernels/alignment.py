@@ -1,4 +1,4 @@
-"""Extents that are no multiple of 16 elements, made so by zeros where a matrix product reads them."""
+"""What kernels ask of an operand's memory, and the copies that give it: contiguous rows, extents of 16 elements."""
 
 from __future__ import annotations
 
@@ -46,3 +46,18 @@ def pad_columns(tokens: torch.Tensor) -> torch.Tensor:
     if aligned(tokens.stride(0), tokens.shape[1]) and tokens.stride(1) == 1:
         return tokens
     return torch.nn.functional.pad(tokens, (0, -tokens.shape[1] % ALIGNMENT)).contiguous()
+
+
+def readable(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, copied if its last dimension is not contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def check_writable(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a result that a kernel cannot write in place.
+
+    Raises:
+        ValueError: the last dimension is not contiguous.
+    """
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} is written in place and must have contiguous rows, got strides {tensor.stride()}")
