@@ -32,12 +32,7 @@ def requested(backend: str | None) -> str:
     return backend or os.environ.get("GISP_BACKEND", "auto")
 
 
-def is_auto(backend: str | None) -> bool:
-    """Whether the choice is left to the op."""
-    return requested(backend) == "auto"
-
-
-def resolve(backend: str | None, tensor: torch.Tensor, supported: Sequence[str]) -> str:
+def resolve(backend: str | None, tensor: torch.Tensor, supported: Sequence[str] = ("triton",)) -> str:
     """Name of the implementation for ``tensor``.
 
     Args:

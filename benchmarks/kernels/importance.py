@@ -25,8 +25,9 @@ from benchmarks.common.registry import (
 )
 from benchmarks.common.task import AUTO, COMPILED, EAGER, Implementation, Prepared, Task, random_matrix
 from gisp_kernels import abs_weighted_reduce, wgrad_importance
-from gisp_kernels.ops import reference, wgrad_native
-from gisp_kernels.ops.stacked import Part, stacked_wgrad_importance
+from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance
+from gisp_kernels.ops.products import weight_grad
+from gisp_kernels.ops.wgrad import native_why_not
 from gisp_kernels.testing import Truth, assert_error_budget, reduce_truth, wgrad_truth
 
 QUICK_TOKENS = (512, 2048, 8192)
@@ -83,7 +84,7 @@ def wgrad_implementations(case: Case) -> dict[str, Implementation]:
         AUTO: ours,
         "native": partial(ours, backend="native"),
         "triton": partial(ours, backend="triton"),
-        CUBLAS_OURS: lambda dy, x, w: reduction(w, reference.weight_grad(dy, x)),
+        CUBLAS_OURS: lambda dy, x, w: reduction(w, weight_grad(dy, x)),
         CUBLAS_COMPILED: lambda dy, x, w: reduce_compiled(w, dy.t() @ x, axis, block),
         CUBLAS_EAGER: lambda dy, x, w: reduce_eager(w, dy.t() @ x, axis, block),
     }
@@ -101,7 +102,7 @@ def _wgrad(case: Case, tokens: int) -> Task:
 def _prepare_wgrad(case: Case, tokens: int) -> Prepared:
     dy, x, weight = random_matrix(tokens, case.rows), random_matrix(tokens, case.width), random_matrix(*_shape(case))
     implementations = wgrad_implementations(case)
-    if wgrad_native.why_not(dy, x, [weight]) is not None:
+    if native_why_not(dy, x, [weight]) is not None:
         del implementations["native"]
     expected = wgrad_importance(dy, x, weight, axis=case.axis, block=case.block, backend="reference")
     truth = wgrad_truth(dy, x, weight, case.axis, case.block)
@@ -148,7 +149,8 @@ def _prepare_stacked(case: Case, layers: int, tokens: int) -> Prepared:
 
     def ours(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         out = torch.zeros(rows // block, device=w.device)
-        stacked_wgrad_importance(dy, x, [Part(i * rows, part, block, out) for i, part in enumerate(w.split(rows))])
+        layers = [StackedLinear(i * rows, own, block, out) for i, own in enumerate(w.split(rows))]
+        stacked_wgrad_importance(dy, x, layers)
         return out
 
     def apart(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

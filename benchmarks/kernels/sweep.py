@@ -30,7 +30,8 @@ def tasks() -> list[Task]:
 
 
 def _prepare(case: Case, tokens: int) -> Prepared:
-    from gisp_kernels.triton.wgrad_importance import choose_config, launch, sweep_configs
+    from gisp_kernels.triton.abs_weighted_reduce import finish
+    from gisp_kernels.triton.wgrad_importance import choose_config, partial_sums
 
     dy, x = random_matrix(tokens, case.rows), random_matrix(tokens, case.width)
     weight = random_matrix(case.rows, case.width)
@@ -38,12 +39,12 @@ def _prepare(case: Case, tokens: int) -> Prepared:
 
     def run(config: TileConfig, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(expected)
-        launch(out, dy, x, weight, case.axis, case.block, config)
+        finish(out, partial_sums(dy, x, weight, case.axis, config), case.block)
         return out
 
     usual = choose_config(case.rows, case.width, weight.dtype)
     found: dict[str, Implementation] = {}
-    for config in dict.fromkeys([usual, *sweep_configs()]):
+    for config in dict.fromkeys([usual, *_configs()]):
         if _fits(partial(run, config), dy, x, weight):
             found[_name(config)] = partial(run, config)
     return Prepared(
@@ -53,6 +54,20 @@ def _prepare(case: Case, tokens: int) -> Prepared:
         baseline=_name(usual),
         flops=2 * tokens * case.rows * case.width,
     )
+
+
+def _configs() -> list[TileConfig]:
+    """Configurations worth comparing for 16-bit operands."""
+    from gisp_kernels.triton.wgrad_importance import SMALL_16BIT, TileConfig
+
+    large = [
+        TileConfig(bo, bi, bt, group, 8, stages)
+        for bo, bi in ((128, 256), (256, 128), (128, 128))
+        for bt in (32, 64)
+        for group in (4, 8, 16)
+        for stages in (3, 4)
+    ]
+    return [*large, SMALL_16BIT, TileConfig(128, 128, 64, 8, 4, 3), TileConfig(128, 64, 64, 8, 4, 4)]
 
 
 def _name(config: TileConfig) -> str:

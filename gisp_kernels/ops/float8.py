@@ -13,7 +13,6 @@ import torch
 from gisp_kernels import backend as backends
 from gisp_kernels import checks
 
-SUPPORTED = ("triton",)
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 # Smallest scale: its reciprocal is still finite in float32.
@@ -70,7 +69,7 @@ def quantize_rows(
     scale = torch.empty(rows, dtype=torch.float32, device=x.device) if scale is None else scale
     checks.check_same_shape("out", out, (rows, columns))
     checks.check_same_shape("scale", scale, (rows,))
-    if backends.resolve(backend, x, SUPPORTED) == "triton":
+    if backends.resolve(backend, x) == "triton":
         from gisp_kernels.triton import float8 as kernel
 
         kernel.quantize_rows(x, column_scale, out, scale, LARGEST, SMALLEST_SCALE)
@@ -102,7 +101,7 @@ def quantize_transposed(
     checks.check_same_shape("scale", scale, (rows,))
     out = torch.empty(columns, rows, dtype=FLOAT8, device=weight.device) if out is None else out
     checks.check_same_shape("out", out, (columns, rows))
-    if backends.resolve(backend, weight, SUPPORTED) == "triton":
+    if backends.resolve(backend, weight) == "triton":
         from gisp_kernels.triton import float8 as kernel
 
         kernel.quantize_transposed(weight, scale, out)

@@ -6,13 +6,37 @@ scores the sum over its elements. Everything is summed in float32 in a fixed ord
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from gisp_kernels import backend as backends
 from gisp_kernels import checks
-from gisp_kernels.ops import fusion, reference, wgrad_native
+from gisp_kernels.ops import wgrad
+from gisp_kernels.ops.products import weight_grad
 
-SUPPORTED = ("triton",)
+
+@dataclass(frozen=True)
+class StackedLinear:
+    """One of several Linear layers that read one input, their output gradients side by side.
+
+    Attributes:
+        start: first column of the gradients that belongs to the layer.
+        weight: [O, I]; the layer owns columns ``start : start + O``.
+        block: rows per structure; must divide O.
+        out: float32 [O / block] the scores are added to.
+    """
+
+    start: int
+    weight: torch.Tensor
+    block: int
+    out: torch.Tensor
+
+    @property
+    def stop(self) -> int:
+        """The column after the layer's last one."""
+        return self.start + self.weight.shape[0]
 
 
 def abs_weighted_reduce(
@@ -47,7 +71,7 @@ def abs_weighted_reduce(
     checks.check_same_shape("grad", grad, weight.shape)
     checks.check_same_device(weight=weight, grad=grad)
     out = checks.score_buffer(out, checks.structure_count(weight, axis, block), weight)
-    choice = backends.resolve(backend, weight, SUPPORTED)
+    choice = backends.resolve(backend, weight)
     run = abs_weighted_reduce_op if torch.compiler.is_compiling() else _abs_weighted_reduce
     run(out, weight.detach(), grad.detach(), axis, block, choice)
     return out
@@ -65,7 +89,7 @@ def wgrad_importance(
 ) -> torch.Tensor:
     """Sum of ``|weight * G|`` over every block of rows or columns, ``G = grad_output.T @ input`` over all tokens.
 
-    ``G`` is the weight gradient of a Linear layer. The Triton kernel consumes it tile by tile and never stores it.
+    ``G`` is the weight gradient of a Linear layer. The fused kernels consume it tile by tile and never store it.
 
     Args:
         grad_output: [..., O], gradient of the layer's output, any strides.
@@ -73,7 +97,7 @@ def wgrad_importance(
         weight: [O, I]; its dtype may differ.
         axis, block, out: as in :func:`abs_weighted_reduce`.
         backend: ``None`` or ``"auto"`` to choose (on a GPU a fused kernel or a cuBLAS product and a reduction, by
-            :func:`gisp_kernels.ops.fusion.plan`), ``"triton"`` for a fused kernel, ``"native"`` for the compiled one
+            :func:`gisp_kernels.ops.wgrad.plan`), ``"triton"`` for a fused kernel, ``"native"`` for the compiled one
             (16-bit, aligned rows, a Hopper GPU), ``"reference"`` for plain torch.
 
     Returns:
@@ -82,6 +106,55 @@ def wgrad_importance(
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`abs_weighted_reduce`.
     """
+    out = _checked_out(grad_output, input, weight, axis, block, out)
+    dy, x = as_tokens(grad_output.detach()), as_tokens(input.detach())
+    _score([out], dy, x, [weight.detach()], [0], [block], axis, backend)
+    return out
+
+
+def stacked_wgrad_importance(
+    grad_output: torch.Tensor, input: torch.Tensor, layers: Sequence[StackedLinear], *, backend: str | None = None
+) -> None:
+    """:func:`wgrad_importance` by rows of several layers that read one input, added to the ``out`` of each.
+
+    Query, key and value projections, or gate and up, share their input. Side by side their weight gradients are one
+    larger matrix product, which fills a GPU better than two or three small ones.
+
+    Args:
+        grad_output: [T, columns], the layers' output gradients side by side.
+        input: [T, I], what all the layers read, same dtype.
+        layers: by ascending start; columns that belong to none are not scored.
+        backend: as in :func:`wgrad_importance`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`wgrad_importance`.
+    """
+    for layer in layers:
+        _checked_out(grad_output[:, layer.start : layer.stop], input, layer.weight, "row", layer.block, layer.out)
+    layers = [layer for layer in layers if layer.weight.numel()]
+    if layers:
+        first = layers[0].start
+        _score(
+            [layer.out for layer in layers],
+            grad_output[:, first : layers[-1].stop].detach(),
+            input.detach(),
+            [layer.weight.detach() for layer in layers],
+            [layer.start - first for layer in layers],
+            [layer.block for layer in layers],
+            "row",
+            backend,
+        )
+
+
+def _checked_out(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    axis: str,
+    block: int,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Validate the operands of a layer; ``out`` or fresh zeros."""
     checks.check_float("grad_output", grad_output)
     checks.check_float("input", input)
     checks.check_matrix("weight", weight)
@@ -94,28 +167,29 @@ def wgrad_importance(
         )
     checks.check_same_shape("weight", weight, (grad_output.shape[-1], input.shape[-1]))
     checks.check_same_device(weight=weight, grad_output=grad_output, input=input)
-    out = checks.score_buffer(out, checks.structure_count(weight, axis, block), weight)
-    dy, x = as_tokens(grad_output.detach()), as_tokens(input.detach())
-    choice = _choose(backend, dy, x, weight.detach(), axis)
+    return checks.score_buffer(out, checks.structure_count(weight, axis, block), weight)
+
+
+def _score(
+    outs: list[torch.Tensor],
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    weights: list[torch.Tensor],
+    starts: list[int],
+    blocks: list[int],
+    axis: str,
+    backend: str | None,
+) -> None:
+    """Add the scores of checked layers, all at once or, where :func:`gisp_kernels.ops.wgrad.choose` says so, one by
+    one."""
+    choice = wgrad.choose(grad_output, input, weights, axis, backend)
+    if choice == "apart":
+        for out, weight, start, block in zip(outs, weights, starts, blocks, strict=True):
+            own = grad_output[:, start : start + weight.shape[0]]
+            _score([out], own, input, [weight], [0], [block], axis, backend)
+        return
     run = wgrad_importance_op if torch.compiler.is_compiling() else _wgrad_importance
-    run(out, dy, x, weight.detach(), axis, block, choice)
-    return out
-
-
-def _choose(
-    backend: str | None, grad_output: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, axis: str
-) -> str:
-    if backends.requested(backend) == "native":
-        reason = wgrad_native.why_not(grad_output, input, [weight])
-        if reason is not None:
-            raise RuntimeError(f"backend 'native' cannot run here: {reason}")
-        return "native"
-    choice = backends.resolve(backend, weight, SUPPORTED)
-    if choice != "triton":
-        return choice
-    if backends.is_auto(backend):
-        return fusion.plan(grad_output, input, [weight], axis)
-    return fusion.fused_kernel(grad_output, input, [weight], axis)[0]
+    run(outs, grad_output, input, weights, starts, blocks, axis, choice)
 
 
 def as_tokens(tensor: torch.Tensor) -> torch.Tensor:
@@ -133,39 +207,32 @@ def _abs_weighted_reduce(
 
         kernel.launch(out, weight, grad, axis, block)
     else:
-        reference.abs_weighted_reduce_(out, weight, grad, axis, block)
+        lines = (weight.float() * grad.float()).abs_().sum(dim=1 if axis == "row" else 0)
+        out.add_(lines.view(out.shape[0], block).sum(dim=1))
 
 
 def _wgrad_importance(
-    out: torch.Tensor,
+    outs: list[torch.Tensor],
     grad_output: torch.Tensor,
     input: torch.Tensor,
-    weight: torch.Tensor,
+    weights: list[torch.Tensor],
+    starts: list[int],
+    blocks: list[int],
     axis: str,
-    block: int,
     choice: str,
 ) -> None:
-    if choice == "triton":
-        from gisp_kernels.triton import wgrad_importance as kernel
-
-        kernel.launch(out, grad_output, input, weight, axis, block)
-    elif choice in ("tma", "native"):
-        from gisp_kernels.triton import wgrad_tma
-
-        layer = wgrad_tma.Layer(weight, 0, block, out)
-        launch = wgrad_tma.launch if choice == "tma" else wgrad_native.launch
-        launch(grad_output, input, [layer], axis, fusion.multiprocessors(input.device))
-    elif choice == "matmul":
-        from gisp_kernels.triton import abs_weighted_reduce as reduction
-
-        reduction.launch(out, weight, reference.weight_grad(grad_output, input), axis, block)
-    else:
-        reference.wgrad_importance_(out, grad_output, input, weight, axis, block)
+    if choice not in ("reference", "matmul"):
+        wgrad.add_fused(outs, grad_output, input, weights, starts, blocks, axis, choice)
+        return
+    gradient = weight_grad(grad_output, input)
+    reduction = "reference" if choice == "reference" else "triton"
+    for out, weight, start, block in zip(outs, weights, starts, blocks, strict=True):
+        _abs_weighted_reduce(out, weight, gradient[start : start + weight.shape[0]], axis, block, reduction)
 
 
 # Registered forms for tracing; arguments already validated, ``choice`` resolved as by
-# :func:`gisp_kernels.ops.fusion.plan`.
+# :func:`gisp_kernels.ops.wgrad.choose`.
 abs_weighted_reduce_op = torch.library.custom_op(
     "gisp::abs_weighted_reduce_", _abs_weighted_reduce, mutates_args=("out",)
 )
-wgrad_importance_op = torch.library.custom_op("gisp::wgrad_importance_", _wgrad_importance, mutates_args=("out",))
+wgrad_importance_op = torch.library.custom_op("gisp::wgrad_importance_", _wgrad_importance, mutates_args=("outs",))

@@ -1,4 +1,4 @@
-"""Matrix products over tokens, factors as they are and sums in float32.
+"""Matrix products over tokens, rounded once or, of any factors, summed in float32.
 
 A product of two 16-bit numbers is exact in float32, so tensor cores need no wider factors. Their sums drop low bits
 where they align terms: on an H200 the largest entries over 16,384 tokens, sums of squares, are off by 6e-5 of
@@ -10,6 +10,19 @@ from __future__ import annotations
 import torch
 
 from gisp_kernels.alignment import pad_tokens, round_up
+
+
+def weight_grad(grad_output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    """Weight gradient of a Linear, ``grad_output.T @ input``, [O, I], rounded to their dtype.
+
+    Args:
+        grad_output: [T, O].
+        input: [T, I], same dtype.
+    """
+    left, right = grad_output.detach(), input.detach()
+    if left.is_cuda:
+        left, right = pad_tokens(left, right)
+    return torch.mm(left.t(), right)[: grad_output.shape[1], : input.shape[1]]
 
 
 def product_total(rows: int, columns: int, device: torch.device) -> torch.Tensor:

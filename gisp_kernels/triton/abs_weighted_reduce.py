@@ -168,19 +168,20 @@ def finish(out: torch.Tensor, partials: torch.Tensor, block: int) -> None:
     strips = partials.shape[0]
     lines = min(FINISH_LANES, triton.next_power_of_2(block))
     structures = FINISH_LANES // lines
-    _finish_kernel[(triton.cdiv(out.shape[0], structures),)](
-        partials_ptr=partials,
-        out_ptr=out,
-        count=out.shape[0],
-        block=block,
-        strips=strips,
-        pitch=partials.stride(0),
-        stride_out=out.stride(0),
-        BLOCK_S=structures,
-        BLOCK_L=lines,
-        BLOCK_K=FINISH_STRIPS,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(out):
+        _finish_kernel[(triton.cdiv(out.shape[0], structures),)](
+            partials_ptr=partials,
+            out_ptr=out,
+            count=out.shape[0],
+            block=block,
+            strips=strips,
+            pitch=partials.stride(0),
+            stride_out=out.stride(0),
+            BLOCK_S=structures,
+            BLOCK_L=lines,
+            BLOCK_K=FINISH_STRIPS,
+            num_warps=4,
+        )
 
 
 def launch(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int) -> None:

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from gisp_kernels.alignment import aligned, pad_columns
-from gisp_kernels.triton.abs_weighted_reduce import finish
 
 # Below this many large tiles most multiprocessors of a big GPU would stay idle. A constant, not the size of the GPU
 # at hand: the choice of tile shapes the rounding.
@@ -51,18 +50,6 @@ def choose_config(rows: int, width: int, dtype: torch.dtype) -> TileConfig:
         return FLOAT32
     tiles = triton.cdiv(rows, LARGE_16BIT.block_o) * triton.cdiv(width, LARGE_16BIT.block_i)
     return LARGE_16BIT if tiles >= MIN_LARGE_TILES else SMALL_16BIT
-
-
-def sweep_configs() -> list[TileConfig]:
-    """Configurations worth comparing in a benchmark for 16-bit operands; never used by the op."""
-    large = [
-        TileConfig(bo, bi, bt, group, 8, stages)
-        for bo, bi in ((128, 256), (256, 128), (128, 128))
-        for bt in (32, 64)
-        for group in (4, 8, 16)
-        for stages in (3, 4)
-    ]
-    return [*large, SMALL_16BIT, TileConfig(128, 128, 64, 8, 4, 3), TileConfig(128, 64, 64, 8, 4, 4)]
 
 
 @triton.jit(do_not_specialize=["T", "O", "I", "stride_yt", "stride_xt", "stride_wo"])
@@ -143,23 +130,19 @@ def _wgrad_importance_kernel(  # type: ignore[no-untyped-def]
         tl.store(partials_ptr + tile_o.to(tl.int64) * I + offs_i, tl.sum(score, axis=0), mask=mask_i)
 
 
-def launch(
-    out: torch.Tensor,
-    grad_output: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    axis: str,
-    block: int,
-    config: TileConfig | None = None,
-) -> None:
-    """Add ``sum |weight * (grad_output.T @ input)|`` of every structure to ``out``; arguments as validated by the op.
+def partial_sums(
+    grad_output: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, axis: str, config: TileConfig | None = None
+) -> torch.Tensor:
+    """Sums of ``|weight * (grad_output.T @ input)|`` over the tiles of every row or column.
 
     Args:
+        grad_output, input, weight, axis: as validated by the op; without an empty extent.
         config: overrides :func:`choose_config`, for benchmarks.
+
+    Returns:
+        float32 [tiles, rows] or [tiles, columns].
     """
     rows, width = weight.shape
-    if rows == 0 or width == 0:
-        return
     config = config or choose_config(rows, width, input.dtype)
     tiles_o, tiles_i = triton.cdiv(rows, config.block_o), triton.cdiv(width, config.block_i)
     by_row = axis == "row"
@@ -192,4 +175,4 @@ def launch(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-        finish(out, partials, block)
+    return partials

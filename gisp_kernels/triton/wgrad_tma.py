@@ -9,21 +9,17 @@ operands change places and W is turned round on its way into registers, because 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gisp_kernels.alignment import descriptor_aligned
-from gisp_kernels.triton.abs_weighted_reduce import finish
-
 # One tile of the gradient per program and step: rows that belong to structures, the extent summed, tokens.
 BLOCK_M, BLOCK_N, BLOCK_T = 128, 256, 64
 GROUP_M = 8
 NUM_WARPS, NUM_STAGES = 8, 3
-MAX_PARTS = 3
+MAX_LAYERS = 3
 
 
 @triton.jit
@@ -53,7 +49,7 @@ def _wgrad_tma_kernel(  # type: ignore[no-untyped-def]
     start2,
     programs,
     BY_ROW: tl.constexpr,
-    PARTS: tl.constexpr,
+    LAYERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -64,11 +60,11 @@ def _wgrad_tma_kernel(  # type: ignore[no-untyped-def]
     tiles_01 = tiles_0
     tiles_m = tiles_0
     width = M0
-    if PARTS > 1:
+    if LAYERS > 1:
         tiles_01 = tiles_0 + tl.cdiv(M1, BLOCK_M)
         tiles_m = tiles_01
         width = M0 + M1
-    if PARTS > 2:
+    if LAYERS > 2:
         tiles_m = tiles_01 + tl.cdiv(M2, BLOCK_M)
         width = M0 + M1 + M2
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -85,13 +81,13 @@ def _wgrad_tma_kernel(  # type: ignore[no-untyped-def]
         rows = M0
         start = 0
         first_sum = 0
-        if PARTS > 1:
+        if LAYERS > 1:
             if tile_m >= tiles_0:
                 m = (tile_m - tiles_0) * BLOCK_M
                 rows = M1
                 start = start1
                 first_sum = M0
-        if PARTS > 2:
+        if LAYERS > 2:
             if tile_m >= tiles_01:
                 m = (tile_m - tiles_01) * BLOCK_M
                 rows = M2
@@ -102,9 +98,9 @@ def _wgrad_tma_kernel(  # type: ignore[no-untyped-def]
             left = m_desc.load([step * BLOCK_T, start + m])
             right = n_desc.load([step * BLOCK_T, n])
             acc = tl.dot(left.T, right, acc)
-        if PARTS == 1:
+        if LAYERS == 1:
             w = _load_weight(w0_desc, m, n, BY_ROW)
-        elif PARTS == 2:
+        elif LAYERS == 2:
             if tile_m < tiles_0:
                 w = _load_weight(w0_desc, m, n, BY_ROW)
             else:
@@ -125,73 +121,60 @@ def _wgrad_tma_kernel(  # type: ignore[no-untyped-def]
         tl.store(sums, tl.sum(score, axis=1), mask=offs_m < rows)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One Linear layer to score: its weight [O, I], where its columns start in dY, structure size and scores."""
-
-    weight: torch.Tensor
-    start: int
-    block: int
-    out: torch.Tensor
-
-
-def usable(grad_output: torch.Tensor, input: torch.Tensor, weights: Sequence[torch.Tensor]) -> bool:
-    """Whether the operands suit this kernel: one 16-bit dtype, rows a descriptor can address, a GPU that has TMA."""
-    operands = (grad_output, input, *weights)
-    if input.dtype not in (torch.bfloat16, torch.float16) or any(t.dtype != input.dtype for t in operands):
-        return False
-    if not all(descriptor_aligned(t) for t in operands):
-        return False
-    return torch.cuda.get_device_capability(input.device)[0] >= 9
-
-
 def tiles(rows: Sequence[int], width: int) -> int:
     """Tiles of the gradient of layers with ``rows`` structures' rows each and ``width`` summed elements."""
     return sum(triton.cdiv(extent, BLOCK_M) for extent in rows) * triton.cdiv(width, BLOCK_N)
 
 
-def launch(grad_output: torch.Tensor, input: torch.Tensor, layers: Sequence[Layer], axis: str, programs: int) -> None:
-    """Add the scores of up to :data:`MAX_PARTS` layers that read one input; by columns of one layer.
+def partial_sums(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    starts: Sequence[int],
+    axis: str,
+    programs: int,
+) -> torch.Tensor:
+    """Sums of ``|W * (dY^T X)|`` over the tiles of every row of up to :data:`MAX_LAYERS` layers that read one input.
 
     Args:
         grad_output: [T, columns].
         input: [T, I].
-        layers: scored layers.
-        axis: ``"row"`` or (one layer) ``"column"``.
+        weights: of the layers, [O, I] each; no extent is 0.
+        starts: first column of each layer in ``grad_output``, the first of them 0.
+        axis: ``"row"``, or for one layer ``"column"``.
         programs: at most that many programs run; it shapes no result.
+
+    Returns:
+        float32 [tiles, rows of all layers], or [tiles, columns].
     """
     by_row = axis == "row"
     left, right = (grad_output, input) if by_row else (input, grad_output)
-    extents = [layer.weight.shape[0 if by_row else 1] for layer in layers]
-    width = right.shape[1]
-    if not all(extents) or width == 0 or input.shape[0] == 0:
-        return
-    tiles_n = triton.cdiv(width, BLOCK_N)
-    partials = torch.empty((tiles_n, sum(extents)), dtype=torch.float32, device=input.device)
+    extents = [weight.shape[0 if by_row else 1] for weight in weights]
+    width, spare = right.shape[1], MAX_LAYERS - len(weights)
+    partials = torch.empty((triton.cdiv(width, BLOCK_N), sum(extents)), dtype=torch.float32, device=input.device)
     box = [BLOCK_M, BLOCK_N] if by_row else [BLOCK_N, BLOCK_M]
-    weights = [_descriptor(layer.weight, box) for layer in layers]
-    weights += weights[-1:] * (MAX_PARTS - len(weights))
-    rows = extents + [0] * (MAX_PARTS - len(extents))
-    starts = [layer.start for layer in layers] + [0] * (MAX_PARTS - len(layers))
+    descriptors = [_descriptor(weight, box) for weight in [*weights, *[weights[-1]] * spare]]
+    rows = extents + [0] * spare
+    starts = [*starts, *[0] * spare]
     programs = min(programs, tiles(extents, width))
     with torch.cuda.device_of(input):
         _wgrad_tma_kernel[(programs,)](
             m_desc=_descriptor(left, [BLOCK_T, BLOCK_M]),
             n_desc=_descriptor(right, [BLOCK_T, BLOCK_N]),
-            w0_desc=weights[0],
-            w1_desc=weights[1],
-            w2_desc=weights[2],
+            w0_desc=descriptors[0],
+            w1_desc=descriptors[1],
+            w2_desc=descriptors[2],
             partials_ptr=partials,
             T=input.shape[0],
             M0=rows[0],
             M1=rows[1],
             M2=rows[2],
             N=width,
-            start1=starts[1] - starts[0],
-            start2=starts[2] - starts[0],
+            start1=starts[1],
+            start2=starts[2],
             programs=programs,
             BY_ROW=by_row,
-            PARTS=len(layers),
+            LAYERS=len(weights),
             BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N,
             BLOCK_T=BLOCK_T,
@@ -199,10 +182,7 @@ def launch(grad_output: torch.Tensor, input: torch.Tensor, layers: Sequence[Laye
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
         )
-        first = 0
-        for layer, extent in zip(layers, extents, strict=True):
-            finish(layer.out, partials[:, first : first + extent], layer.block)
-            first += extent
+    return partials
 
 
 def _descriptor(tensor: torch.Tensor, box: list[int]) -> TensorDescriptor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from gisp_kernels.testing import assert_error_budget, assert_same_selection, wgrad_truth
 from gisp_kernels.triton import wgrad_tma
-from gisp_kernels.triton.wgrad_tma import Layer
+from gisp_kernels.triton.abs_weighted_reduce import finish
 
-# A launcher with the interface of the TMA kernel's.
-Launch = Callable[..., None]
+# Tile sums of a fused kernel, with the interface of the TMA kernel's.
+PartialSums = Callable[..., torch.Tensor]
 # Rows, columns, tokens: whole tiles; ragged on all axes; less than a tile; one token; several tiles each way.
 SHAPES = ((256, 512, 64), (136, 264, 70), (8, 16, 3), (40, 24, 1), (392, 776, 129))
 
@@ -29,12 +29,27 @@ def score(
     weight: torch.Tensor,
     axis: str,
     block: int = 1,
-    launch: Launch = wgrad_tma.launch,
+    partial_sums: PartialSums = wgrad_tma.partial_sums,
 ) -> torch.Tensor:
     count = weight.shape[0 if axis == "row" else 1] // block
     out = torch.zeros(count, device=dy.device)
-    launch(dy, x, [Layer(weight, 0, block, out)], axis, 5)
+    finish(out, partial_sums(dy, x, [weight], [0], axis, 5), block)
     return out
+
+
+def add_scores(
+    outs: Sequence[torch.Tensor],
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    starts: Sequence[int],
+    block: int,
+    partial_sums: PartialSums,
+) -> None:
+    """Scores by rows of several layers in one launch."""
+    partials = partial_sums(dy, x, weights, starts, "row", 7)
+    for out, own in zip(outs, partials.split([len(weight) for weight in weights], dim=1), strict=True):
+        finish(out, own, block)
 
 
 def check_one_layer(
@@ -43,19 +58,21 @@ def check_one_layer(
     block: int,
     dtype: torch.dtype,
     device: str,
-    launch: Launch = wgrad_tma.launch,
+    partial_sums: PartialSums = wgrad_tma.partial_sums,
 ) -> None:
     rows, width, tokens = shape
     dy, x = inside(tokens, rows, dtype, device), inside(tokens, width, dtype, device)
     weight = inside(rows, width, dtype, device)
     truth = wgrad_truth(dy, x, weight, axis, block)
-    scores = score(dy, x, weight, axis, block, launch)
+    scores = score(dy, x, weight, axis, block, partial_sums)
     assert_error_budget(scores, truth.scores.float(), truth)
     if scores.numel() > 3:
         assert_same_selection(scores, truth, scores.numel() // 2)
 
 
-def check_layers_side_by_side(dtype: torch.dtype, device: str, launch: Launch = wgrad_tma.launch) -> None:
+def check_layers_side_by_side(
+    dtype: torch.dtype, device: str, partial_sums: PartialSums = wgrad_tma.partial_sums
+) -> None:
     """Every layer of a stack scores what it scores alone, bit for bit, whatever lies in the columns between."""
     tokens, width, extents, gap = 70, 264, (136, 8, 264), 8
     columns = sum(extents) + 2 * gap
@@ -64,21 +81,22 @@ def check_layers_side_by_side(dtype: torch.dtype, device: str, launch: Launch = 
     weights = [inside(rows, width, dtype, device) for rows in extents]
     for count in (2, 3):
         outs = [torch.zeros(rows // 8, device=device) for rows in extents[:count]]
-        layers = [Layer(w, s, 8, o) for w, s, o in zip(weights, starts, outs, strict=False)]
-        launch(dy, x, layers, "row", 7)
-        for layer, rows in zip(layers, extents, strict=False):
-            alone = score(dy[:, layer.start : layer.start + rows], x, layer.weight, "row", 8, launch)
-            assert torch.equal(layer.out, alone)
+        add_scores(outs, dy, x, weights[:count], starts[:count], 8, partial_sums)
+        for out, weight, start in zip(outs, weights, starts, strict=False):
+            alone = score(dy[:, start : start + len(weight)], x, weight, "row", 8, partial_sums)
+            assert torch.equal(out, alone)
 
 
-def check_infinities_stay_where_they_are(dtype: torch.dtype, device: str, launch: Launch = wgrad_tma.launch) -> None:
+def check_infinities_stay_where_they_are(
+    dtype: torch.dtype, device: str, partial_sums: PartialSums = wgrad_tma.partial_sums
+) -> None:
     """An infinite input column makes every row infinite, and no NaN where the matrix has ended."""
     dy, x, weight = (inside(*size, dtype, device) for size in ((64, 136), (64, 264), (136, 264)))
     x[:, 7] = float("inf")
     weight[5, 7] = 0.0
     dy[:, 5] = 1.0
-    scores = score(dy, x, weight, "row", launch=launch)
+    scores = score(dy, x, weight, "row", partial_sums=partial_sums)
     assert scores[5].isnan()
-    by_column = score(dy, x, weight, "column", launch=launch)
+    by_column = score(dy, x, weight, "column", partial_sums=partial_sums)
     assert by_column[:7].isfinite().all() and by_column[8:].isfinite().all()
     assert not by_column[7].isfinite()

@@ -6,7 +6,6 @@ import torch
 
 from gisp_kernels import backend as backends
 
-SUPPORTED = ("triton",)
 IGNORED = -100
 
 
@@ -23,7 +22,7 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor, *, backend: str | Non
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits [T, V] and targets [T] do not fit: {logits.shape}, {targets.shape}")
-    if backends.resolve(backend, logits, SUPPORTED) == "triton":
+    if backends.resolve(backend, logits) == "triton":
         from gisp_kernels.triton import cross_entropy as kernel
 
         return kernel.launch(logits, targets, None, IGNORED)
@@ -49,7 +48,7 @@ def token_nll_grad_(
         raise ValueError(
             f"logits [T, V], targets [T], weights [T] do not fit: {logits.shape}, {targets.shape}, {weights.shape}"
         )
-    if backends.resolve(backend, logits, SUPPORTED) == "triton":
+    if backends.resolve(backend, logits) == "triton":
         from gisp_kernels.triton import cross_entropy as kernel
 
         return kernel.launch(logits, targets, weights, IGNORED)

@@ -7,8 +7,6 @@ import torch
 from gisp_kernels import backend as backends
 from gisp_kernels.ops.decoder.results import result
 
-SUPPORTED = ("triton",)
-
 
 def expand_kv(
     kv: torch.Tensor, index: torch.Tensor, *, out: torch.Tensor | None = None, backend: str | None = None
@@ -27,7 +25,7 @@ def expand_kv(
     if kv.dim() != 3 or index.dim() != 1:
         raise ValueError(f"kv must be [T, KV, hd] and index [H], got {kv.shape}, {index.shape}")
     out = result("out", out, (kv.shape[0], index.shape[0], kv.shape[2]), kv)
-    if backends.resolve(backend, kv, SUPPORTED) == "triton":
+    if backends.resolve(backend, kv) == "triton":
         from gisp_kernels.triton import kv_heads as kernel
 
         kernel.expand(kv, index, out)
@@ -58,7 +56,7 @@ def sum_kv(
     if grad.dim() != 3 or index.shape != grad.shape[1:2]:
         raise ValueError(f"grad [T, H, hd] and index [H] do not fit: {grad.shape}, {index.shape}")
     out = result("out", out, (grad.shape[0], kv_heads, grad.shape[2]), grad)
-    if backends.resolve(backend, grad, SUPPORTED) == "triton":
+    if backends.resolve(backend, grad) == "triton":
         from gisp_kernels.triton import kv_heads as kernel
 
         kernel.sum_heads(grad, index, out)

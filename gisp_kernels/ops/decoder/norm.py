@@ -11,8 +11,6 @@ import torch
 from gisp_kernels import backend as backends
 from gisp_kernels.ops.decoder.results import result
 
-SUPPORTED = ("triton",)
-
 
 def add_rms_norm(
     x: torch.Tensor,
@@ -42,7 +40,7 @@ def add_rms_norm(
     _check(x, weight, delta)
     summed = x if delta is None else result("total", total, x.shape, x)
     out = result("out", out, x.shape, x)
-    if backends.resolve(backend, x, SUPPORTED) == "triton":
+    if backends.resolve(backend, x) == "triton":
         from gisp_kernels.triton import rms_norm as kernel
 
         return summed, out, kernel.add_norm(x, delta, weight, eps, summed, out)
@@ -67,7 +65,7 @@ def rms_norm_apply(
     _check(x, weight)
     _check_rstd(rstd, x)
     out = result("out", out, x.shape, x)
-    if backends.resolve(backend, x, SUPPORTED) == "triton":
+    if backends.resolve(backend, x) == "triton":
         from gisp_kernels.triton import rms_norm as kernel
 
         kernel.apply_norm(x, rstd, weight, out)
@@ -96,7 +94,7 @@ def rms_norm_backward_(
     """
     _check(x, weight, normed_grad, grad)
     _check_rstd(rstd, x)
-    if backends.resolve(backend, x, SUPPORTED) == "triton":
+    if backends.resolve(backend, x) == "triton":
         from gisp_kernels.triton import rms_norm as kernel
 
         return kernel.backward(grad, normed_grad, x, rstd, weight)

@@ -7,8 +7,6 @@ import torch
 from gisp_kernels import backend as backends
 from gisp_kernels.ops.decoder.results import result
 
-SUPPORTED = ("triton",)
-
 
 def rotary(
     x: torch.Tensor,
@@ -39,7 +37,7 @@ def rotary(
     if x.shape[2] % 2:
         raise ValueError(f"the head size of x must be even, got {x.shape[2]}")
     out = result("out", out, x.shape, x)
-    if backends.resolve(backend, x, SUPPORTED) == "triton":
+    if backends.resolve(backend, x) == "triton":
         from gisp_kernels.triton import rotary as kernel
 
         kernel.launch(x, cos, sin, inverse, out)

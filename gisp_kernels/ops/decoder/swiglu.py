@@ -7,8 +7,6 @@ import torch
 from gisp_kernels import backend as backends
 from gisp_kernels.ops.decoder.results import result
 
-SUPPORTED = ("triton",)
-
 
 def swiglu(
     gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = None, backend: str | None = None
@@ -19,7 +17,7 @@ def swiglu(
     """
     _check(gate, up)
     out = result("out", out, gate.shape, gate)
-    if backends.resolve(backend, gate, SUPPORTED) == "triton":
+    if backends.resolve(backend, gate) == "triton":
         from gisp_kernels.triton import swiglu as kernel
 
         kernel.forward(gate, up, out)
@@ -39,7 +37,7 @@ def swiglu_backward_(
     """
     _check(gate, up)
     _check(gate, grad_act)
-    if backends.resolve(backend, gate, SUPPORTED) == "triton":
+    if backends.resolve(backend, gate) == "triton":
         from gisp_kernels.triton import swiglu as kernel
 
         kernel.backward(gate, up, grad_act)

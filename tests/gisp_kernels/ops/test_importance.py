@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gisp_kernels import abs_weighted_reduce, wgrad_importance
-from gisp_kernels.ops.fusion import FUSED_MAX_TOKENS, prefer_fused
+from gisp_kernels.ops.wgrad import FUSED_MAX_TOKENS, prefer_fused
 from gisp_kernels.testing import (
     Truth,
     assert_error_budget,
@@ -129,7 +129,7 @@ def test_cublas_route_pads_and_crops(axis: str) -> None:
         truth = wgrad_truth(dy, x, weight, axis, block)
         reference = wgrad_importance(dy, x, weight, axis=axis, block=block, backend="reference")
         scores = torch.zeros_like(reference)
-        wgrad_importance_op(scores, dy, x, weight, axis, block, "matmul")
+        wgrad_importance_op([scores], dy, x, [weight], [0], [block], axis, "matmul")
         assert_error_budget(scores, reference, truth)
 
 
@@ -225,7 +225,7 @@ def test_registration(choice: str) -> None:
         torch.ops.gisp.abs_weighted_reduce_.default, (torch.zeros(3), weight, dy.T @ x, "row", 2, choice)
     )
     torch.library.opcheck(
-        torch.ops.gisp.wgrad_importance_.default, (torch.zeros(10), dy, x, weight, "column", 1, choice)
+        torch.ops.gisp.wgrad_importance_.default, ([torch.zeros(10)], dy, x, [weight], [0], [1], "column", choice)
     )
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gisp_kernels import abs_weighted_reduce, wgrad_importance
-from gisp_kernels.ops.fusion import FUSED_MAX_TOKENS
 from gisp_kernels.ops.importance import wgrad_importance_op
-from gisp_kernels.ops.reference import weight_grad
+from gisp_kernels.ops.products import weight_grad
+from gisp_kernels.ops.wgrad import FUSED_MAX_TOKENS
 from gisp_kernels.testing import assert_error_budget, assert_same_selection, reduce_truth, wgrad_truth
 
 pytestmark = pytest.mark.gpu
@@ -199,7 +199,7 @@ def test_shrinking_widths_compile_nothing_new() -> None:
         for backend in ("triton", None):
             wgrad_importance(dy, x, weight, backend=backend)
             wgrad_importance(x, dy, down, axis="column", backend=backend)
-        wgrad_importance_op(torch.zeros(width, device="cuda"), dy, x, weight, "row", 1, "matmul")
+        wgrad_importance_op([torch.zeros(width, device="cuda")], dy, x, [weight], [0], [1], "row", "matmul")
         abs_weighted_reduce(weight, weight)
         abs_weighted_reduce(down, down.contiguous(), axis="column")
 

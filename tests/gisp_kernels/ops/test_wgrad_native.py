@@ -7,8 +7,8 @@ import torch
 
 from gisp_kernels import _ext, wgrad_importance
 from gisp_kernels.alignment import descriptor_aligned
-from gisp_kernels.ops import fusion, wgrad_native
-from gisp_kernels.ops.stacked import Part, stacked_wgrad_importance
+from gisp_kernels.ops import wgrad
+from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance
 
 
 def operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -19,10 +19,10 @@ def test_explicit_choice_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatc
     dy, x, weight = operands()
     with pytest.raises(RuntimeError, match="backend 'native' cannot run here: the operands are on cpu"):
         wgrad_importance(dy, x, weight, backend="native")
-    parts = [Part(0, weight[:8], 1, torch.zeros(8)), Part(8, weight[8:], 1, torch.zeros(8))]
+    layers = [StackedLinear(start, weight[start : start + 8], 1, torch.zeros(8)) for start in (0, 8)]
     monkeypatch.setenv("GISP_BACKEND", "native")
     with pytest.raises(RuntimeError, match="backend 'native' cannot run here: the operands are on cpu"):
-        stacked_wgrad_importance(dy, x, parts)
+        stacked_wgrad_importance(dy, x, layers)
     assert wgrad_importance(dy, x, weight, backend="reference").shape == (16,)
 
 
@@ -41,9 +41,20 @@ def test_automatic_choice_prefers_it_where_the_tma_kernel_would_run(
     monkeypatch: pytest.MonkeyPatch, kernel: str, reason: str | None, chosen: str
 ) -> None:
     dy, x, weight = operands()
-    monkeypatch.setattr(fusion, "fused_kernel", lambda *args: (kernel, 0))
-    monkeypatch.setattr(wgrad_native, "why_not", lambda *args: reason)
-    assert fusion.plan(dy, x, [weight], "row") == chosen
+    monkeypatch.setattr(wgrad, "fused_kernel", lambda *args: (kernel, 0))
+    monkeypatch.setattr(wgrad, "native_why_not", lambda *args: reason)
+    assert wgrad.plan(dy, x, [weight], "row") == chosen
+
+
+@pytest.mark.parametrize(("kernel", "layers", "chosen"), [
+    ("tma", 3, "tma"), ("tma", 4, "apart"), ("triton", 2, "apart")
+])  # fmt: skip
+def test_layers_that_no_kernel_takes_together_are_planned_apart(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, layers: int, chosen: str
+) -> None:
+    dy, x, weight = operands()
+    monkeypatch.setattr(wgrad, "fused_kernel", lambda *args: (kernel, 0))
+    assert wgrad.plan(dy, x, [weight] * layers, "row") == chosen
 
 
 @pytest.mark.skipif(not _ext.has_sm90(), reason="the core has no Hopper kernel")

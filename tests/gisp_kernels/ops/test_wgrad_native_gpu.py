@@ -15,10 +15,9 @@ from wgrad_cases import (
 )
 
 from gisp_kernels import _ext, wgrad_importance
-from gisp_kernels.ops import wgrad_native
-from gisp_kernels.ops.fusion import plan
-from gisp_kernels.ops.stacked import Part, stacked_wgrad_importance
-from gisp_kernels.triton.wgrad_tma import Layer
+from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance
+from gisp_kernels.ops.wgrad import native_partial_sums, native_why_not, plan
+from gisp_kernels.triton.abs_weighted_reduce import finish
 
 
 def usable() -> bool:
@@ -32,16 +31,21 @@ LARGE = ((2560, 2560, 512), (1504, 3008, 17), (1536, 5200, 4097), (13824, 5120, 
 ODD = ((100, 72, 65), (101, 777, 33), (129, 257, 64), (127, 255, 63))
 
 
-def poisoned_launch(
-    grad_output: torch.Tensor, input: torch.Tensor, layers: Sequence[Layer], axis: str, programs: int
-) -> None:
-    """Launch with a workspace that holds NaN: the allocator hands out again what was freed last."""
+def poisoned_sums(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    starts: Sequence[int],
+    axis: str,
+    programs: int,
+) -> torch.Tensor:
+    """Sums in a workspace that held NaN: the allocator hands out again what was freed last."""
     kept = 0 if axis == "row" else 1
     width = (input if axis == "row" else grad_output).shape[1]
-    rows = sum(layer.weight.shape[kept] for layer in layers)
+    rows = sum(weight.shape[kept] for weight in weights)
     torch.full((-(-width // 256), rows), float("nan"), device=input.device)
-    assert wgrad_native.why_not(grad_output, input, [layer.weight for layer in layers]) is None
-    wgrad_native.launch(grad_output, input, layers, axis, programs)
+    assert native_why_not(grad_output, input, weights) is None
+    return native_partial_sums(grad_output, input, weights, starts, axis, programs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,7 +53,7 @@ def poisoned_launch(
 @pytest.mark.parametrize("block", [1, 8])
 @pytest.mark.parametrize("shape", (*SHAPES, *LARGE), ids=str)
 def test_one_layer(shape: tuple[int, int, int], axis: str, block: int, dtype: torch.dtype) -> None:
-    check_one_layer(shape, axis, block, dtype, "cuda", poisoned_launch)
+    check_one_layer(shape, axis, block, dtype, "cuda", poisoned_sums)
 
 
 @pytest.mark.parametrize("axis", ["row", "column"])
@@ -70,23 +74,23 @@ def test_odd_extents(shape: tuple[int, int, int], axis: str) -> None:
 
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_block_128(axis: str) -> None:
-    check_one_layer((1280, 1280, 200), axis, 128, torch.bfloat16, "cuda", poisoned_launch)
+    check_one_layer((1280, 1280, 200), axis, 128, torch.bfloat16, "cuda", poisoned_sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layers_side_by_side(dtype: torch.dtype) -> None:
-    check_layers_side_by_side(dtype, "cuda", poisoned_launch)
+    check_layers_side_by_side(dtype, "cuda", poisoned_sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinities_stay_where_they_are(dtype: torch.dtype) -> None:
-    check_infinities_stay_where_they_are(dtype, "cuda", poisoned_launch)
+    check_infinities_stay_where_they_are(dtype, "cuda", poisoned_sums)
 
 
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_sanitizer(axis: str) -> None:
-    check_one_layer((136, 264, 70), axis, 8, torch.bfloat16, "cuda", poisoned_launch)
-    check_one_layer((392, 776, 129), axis, 8, torch.float16, "cuda", poisoned_launch)
+    check_one_layer((136, 264, 70), axis, 8, torch.bfloat16, "cuda", poisoned_sums)
+    check_one_layer((392, 776, 129), axis, 8, torch.float16, "cuda", poisoned_sums)
 
 
 @pytest.mark.parametrize("axis", ["row", "column"])
@@ -95,7 +99,7 @@ def test_no_bit_depends_on_the_run_or_the_number_of_programs(axis: str) -> None:
     found = []
     for programs in (1, 37, 132, 132, 132):
         out = torch.zeros(weight.shape[0 if axis == "row" else 1], device="cuda")
-        poisoned_launch(dy, x, [Layer(weight, 0, 1, out)], axis, programs)
+        finish(out, poisoned_sums(dy, x, [weight], [0], axis, programs), 1)
         found.append(out)
     assert all(torch.equal(found[0], other) for other in found[1:])
 
@@ -132,12 +136,12 @@ def test_stacked_layers_score_what_each_scores_alone() -> None:
     dy, x = (torch.randn(512, n, device="cuda").bfloat16() for n in (sum(extents), width))
     weights = [torch.randn(rows, width, device="cuda").bfloat16() for rows in extents]
     starts = [sum(extents[:i]) for i in range(4)]
-    parts = [
-        Part(start, weight, 128, torch.zeros(weight.shape[0] // 128, device="cuda"))
+    layers = [
+        StackedLinear(start, weight, 128, torch.zeros(weight.shape[0] // 128, device="cuda"))
         for start, weight in zip(starts, weights, strict=True)
     ]
     assert plan(dy, x, weights, "row") == "native"
-    stacked_wgrad_importance(dy, x, parts)
-    for part in parts:
-        own = dy[:, part.start : part.stop]
-        assert torch.equal(part.out, wgrad_importance(own, x, part.weight, block=128, backend="native"))
+    stacked_wgrad_importance(dy, x, layers)
+    for layer in layers:
+        own = dy[:, layer.start : layer.stop]
+        assert torch.equal(layer.out, wgrad_importance(own, x, layer.weight, block=128, backend="native"))

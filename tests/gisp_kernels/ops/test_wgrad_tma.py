@@ -13,9 +13,8 @@ from wgrad_cases import (
 )
 
 from gisp_kernels import wgrad_importance
-from gisp_kernels.ops.fusion import FUSED_MAX_TOKENS, fused_kernel, prefer_fused
-from gisp_kernels.ops.stacked import Part, stacked_wgrad_importance
-from gisp_kernels.triton import wgrad_tma
+from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance, wgrad_importance_op
+from gisp_kernels.ops.wgrad import FUSED_MAX_TOKENS, fused_kernel, prefer_fused
 
 
 @pytest.mark.parametrize("axis", ["row", "column"])
@@ -36,25 +35,45 @@ def test_infinities_stay_where_they_are():
 def test_nothing_to_sum_adds_nothing():
     dy, x = inside(16, 8, torch.float16, "cpu"), inside(16, 0, torch.float16, "cpu")
     out = torch.ones(8)
-    wgrad_tma.launch(dy, x, [wgrad_tma.Layer(torch.zeros(8, 0).half(), 0, 1, out)], "row", 4)
+    wgrad_importance_op([out], dy, x, [torch.zeros(8, 0).half()], [0], [1], "row", "tma")
     assert torch.equal(out, torch.ones(8))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-@pytest.mark.parametrize("parts", [1, 2, 3])
-def test_stacked_layers_score_what_each_scores_alone(parts, backend):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_stacked_layers_score_what_each_scores_alone(count, backend):
     x, dy = torch.randn(20, 24), torch.randn(20, 3 * 16 + 5)
-    weights = [torch.randn(16, 24) for _ in range(parts)]
-    outs = [torch.ones(4) for _ in range(parts)]
-    stack = [Part(5 + 16 * i, weight, 4, out) for i, (weight, out) in enumerate(zip(weights, outs, strict=True))]
+    weights = [torch.randn(16, 24) for _ in range(count)]
+    outs = [torch.ones(4) for _ in range(count)]
+    stack = [
+        StackedLinear(5 + 16 * i, weight, 4, out) for i, (weight, out) in enumerate(zip(weights, outs, strict=True))
+    ]
     stacked_wgrad_importance(dy, x, stack, backend=backend)
-    for part in stack:
-        alone = wgrad_importance(dy[:, part.start : part.stop], x, part.weight, block=4, backend=backend)
-        torch.testing.assert_close(part.out, 1 + alone)
+    for layer in stack:
+        alone = wgrad_importance(dy[:, layer.start : layer.stop], x, layer.weight, block=4, backend=backend)
+        torch.testing.assert_close(layer.out, 1 + alone)
 
 
 def test_a_stack_of_nothing_does_nothing():
     stacked_wgrad_importance(torch.randn(4, 8), torch.randn(4, 8), [])
+
+
+def test_a_layer_without_rows_leaves_the_others_their_scores():
+    dy, x, weight, out = torch.randn(4, 8), torch.randn(4, 6), torch.randn(8, 6), torch.zeros(8)
+    stack = [StackedLinear(0, weight[:0], 1, torch.zeros(0)), StackedLinear(0, weight, 1, out)]
+    stacked_wgrad_importance(dy, x, stack)
+    torch.testing.assert_close(out, wgrad_importance(dy, x, weight))
+
+
+def test_layers_that_do_not_fit_are_refused():
+    dy, x, weight, out = torch.randn(4, 8), torch.randn(4, 6), torch.randn(8, 6), torch.zeros(8)
+    for wrong, message in (
+        (StackedLinear(1, weight, 1, out), r"weight must have shape \(7, 6\)"),
+        (StackedLinear(0, weight[:, :5], 1, out), r"weight must have shape \(8, 6\)"),
+        (StackedLinear(0, weight, 2, out), r"out must have shape \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stacked_wgrad_importance(dy, x, [wrong])
 
 
 def test_operands_without_a_gpu_take_no_tma():

@@ -13,9 +13,10 @@ from wgrad_cases import (
 )
 
 from gisp_kernels import wgrad_importance
-from gisp_kernels.ops.fusion import fused_kernel, multiprocessors, plan
-from gisp_kernels.ops.stacked import Part, stacked_wgrad_importance
-from gisp_kernels.triton import wgrad_tma
+from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance
+from gisp_kernels.ops.wgrad import fused_kernel, multiprocessors, plan
+from gisp_kernels.triton.abs_weighted_reduce import finish
+from gisp_kernels.triton.wgrad_tma import partial_sums
 
 
 def has_tma() -> bool:
@@ -56,7 +57,7 @@ def test_no_bit_depends_on_the_run_or_the_number_of_programs(axis):
     found = []
     for programs in (1, 37, 132, 132):
         out = torch.zeros(weight.shape[0 if axis == "row" else 1], device="cuda")
-        wgrad_tma.launch(dy, x, [wgrad_tma.Layer(weight, 0, 1, out)], axis, programs)
+        finish(out, partial_sums(dy, x, [weight], [0], axis, programs), 1)
         found.append(out)
     assert all(torch.equal(found[0], other) for other in found[1:])
 
@@ -80,8 +81,10 @@ def test_stacked_layers_score_what_each_scores_alone(tokens):
     dy, x = (torch.randn(tokens, n, device="cuda").bfloat16() for n in (sum(extents), width))
     weights = [torch.randn(rows, width, device="cuda").bfloat16() for rows in extents]
     outs = [torch.zeros(16, device="cuda") for _ in extents]
-    parts = [Part(2048 * i, weight, 128, out) for i, (weight, out) in enumerate(zip(weights, outs, strict=True))]
-    stacked_wgrad_importance(dy, x, parts)
-    for part in parts:
-        alone = wgrad_importance(dy[:, part.start : part.stop], x, part.weight, block=128, backend="triton")
-        torch.testing.assert_close(part.out, alone, rtol=2e-3, atol=0)
+    layers = [
+        StackedLinear(2048 * i, weight, 128, out) for i, (weight, out) in enumerate(zip(weights, outs, strict=True))
+    ]
+    stacked_wgrad_importance(dy, x, layers)
+    for layer in layers:
+        alone = wgrad_importance(dy[:, layer.start : layer.stop], x, layer.weight, block=128, backend="triton")
+        torch.testing.assert_close(layer.out, alone, rtol=2e-3, atol=0)

@@ -10,7 +10,7 @@ from recording import Block, score, true_scores, weight_grads
 from torch.utils.checkpoint import checkpoint
 
 from gisp_kernels import iter_groups, record_importance
-from gisp_kernels.ops.fusion import FUSED_MAX_TOKENS
+from gisp_kernels.ops.wgrad import FUSED_MAX_TOKENS
 from gisp_kernels.record.recorder import Mode
 
 pytestmark = pytest.mark.gpu

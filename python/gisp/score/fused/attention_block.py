@@ -19,7 +19,7 @@ from gisp.score.fused.products import Products
 from gisp.score.fused.wanted import Wanted
 from gisp_kernels import wgrad_importance
 from gisp_kernels.ops import decoder
-from gisp_kernels.ops.stacked import Part, stacked_wgrad_importance
+from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance
 
 
 @dataclass
@@ -115,12 +115,12 @@ class AttentionBlock:
         norm = self._norm
         if scores is not None:
             normed = decoder.rms_norm_apply(state.x, state.rstd, norm.weight.detach())
-            parts, start = [], 0
+            layers, start = [], 0
             for linear in self._readers:
                 if linear in blocks:
-                    parts.append(Part(start, linear.weight, blocks[linear], scores))
+                    layers.append(StackedLinear(start, linear.weight, blocks[linear], scores))
                 start += linear.weight.shape[0]
-            stacked_wgrad_importance(grad_qkv, normed, parts)
+            stacked_wgrad_importance(grad_qkv, normed, layers)
             del normed
         if not input_grad:
             return

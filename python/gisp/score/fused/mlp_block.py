@@ -17,7 +17,7 @@ from gisp.score.fused.products import Products
 from gisp.score.fused.wanted import Wanted
 from gisp_kernels import wgrad_importance
 from gisp_kernels.ops import decoder
-from gisp_kernels.ops.stacked import Part, stacked_wgrad_importance
+from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance
 
 
 @dataclass
@@ -94,8 +94,8 @@ class MLPBlock:
         del activation
         if scores is not None:
             normed = decoder.rms_norm_apply(state.x, state.rstd, norm.weight.detach())
-            parts = [Part(i * width, linear.weight, 1, scores) for i, linear in enumerate(layers)]
-            stacked_wgrad_importance(state.gate_up, normed, parts)
+            stack = [StackedLinear(i * width, linear.weight, 1, scores) for i, linear in enumerate(layers)]
+            stacked_wgrad_importance(state.gate_up, normed, stack)
             del normed
         if not input_grad:
             return
