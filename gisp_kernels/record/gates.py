@@ -7,29 +7,33 @@ See :mod:`gisp_kernels.ops.gate_grads`. For a projection by columns a gate's gra
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from gisp_kernels.groups import Projection, StructureGroup
 from gisp_kernels.ops.gate_grads import gate_grads, gate_sums, loss_change
-from gisp_kernels.record.tap import LinearTap, Needs, current_backward
+from gisp_kernels.record.tap import Needs, Tap, Use, current_backward
 
 
-class GateTap(LinearTap):
+class GateTap(Tap[tuple[torch.Tensor, int]]):
     """Predicts from one Linear layer how the loss changes when a structure goes.
 
+    Args:
+        factors: gives of the running pass ``c_b`` [B], or ``None`` for the number of its tokens, and what sequences are
+            squared together [B], or ``None`` where each is by itself (:func:`gisp_kernels.gate_sums`).
+
     Attributes:
-        curvature: gives the factors ``c_b`` of the running pass, [B], or ``None`` for the number of its tokens.
-        units: gives what sequences of the running pass are squared together, [B], or ``None`` where each is by itself.
+        sums: float64 [3, count], what :func:`gisp_kernels.gate_sums` gives, over all passes.
     """
 
-    curvature: Callable[[], torch.Tensor | None]
-    units: Callable[[], torch.Tensor | None]
+    def __init__(self, *args: Any, factors: Callable[[], tuple[torch.Tensor | None, torch.Tensor | None]]) -> None:
+        super().__init__(*args)
+        self._factors = factors
 
     @property
     def needs(self) -> Needs:
-        columns = self._projection.axis == "column"
-        return Needs(input=columns, output=not columns, grad_input=columns)
+        return Needs.of_gates(self._projections)
 
     def add(self, projection: Projection) -> None:
         """Score the layer for a projection.
@@ -44,65 +48,32 @@ class GateTap(LinearTap):
                 "recorder for each"
             )
 
-    def reset(self) -> None:
-        """Zero the sums, at the present width."""
-        weight = self.linear.weight
-        self._shape = tuple(weight.shape)
-        count = self._projection.width // self._projection.block
-        # What :func:`gisp_kernels.ops.gate_grads.gate_sums` gives, over all passes.
-        self.sums = torch.zeros(3, count, dtype=torch.float64, device=weight.device)
-        # By backward pass: gate gradients [B, count] of its uses of the layer, summed, and its tokens.
-        self._gates: dict[int | None, tuple[torch.Tensor, int]] = {}
+    def _zero(self) -> None:
+        (projection,) = self._projections
+        count = projection.width // projection.block
+        self.sums = torch.zeros(3, count, dtype=torch.float64, device=self.linear.weight.device)
 
-    def close(self) -> None:
-        """Drop what an interrupted backward pass left behind."""
-        super().close()
-        self._gates.clear()
-
-    def score(self, projection: Projection, active: bool) -> torch.Tensor:
-        """Predicted changes so far, float32 [count]."""
-        if active:
-            self.check_width()
+    def _scores_of(self, projection: Projection) -> torch.Tensor:
         return loss_change(self.sums)
 
-    def collect(
-        self,
-        grad_output: torch.Tensor,
-        input: torch.Tensor | None,
-        output: torch.Tensor | None,
-        grad_input: torch.Tensor | None,
-    ) -> None:
-        """Take one use of the layer in the running backward pass."""
-        self.check_width()
-        self._seen()
-        if self._projection.axis == "column":
-            assert input is not None and grad_input is not None
-            value, grad = input, grad_input
-        else:
-            assert output is not None
-            value, grad = output, grad_output
-            if self.linear.bias is not None:
-                value = value.float() - self.linear.bias.detach().float()
-        value, grad = _sequences(value), _sequences(grad)
-        found = gate_grads(value, grad, block=self._projection.block, backend=self._backend)
-        tokens = value.shape[0] * value.shape[1]
-        earlier = self._gates.get(current_backward())
+    def _take_use(self, use: Use) -> None:
+        (projection,) = self._projections
+        value, grad = map(_sequences, use.at_gates(projection.axis, self.linear.bias))
+        found = gate_grads(value, grad, block=projection.block, backend=self._backend)
+        # Uses of one pass are summed as they come.
+        earlier = self._pending.get(current_backward())
         if earlier is not None:
-            if earlier[0].shape != found.shape:
+            if earlier[0][0].shape != found.shape:
                 raise RuntimeError(
-                    f"group {self.name!r}: one pass uses a layer with {earlier[0].shape[0]} and {found.shape[0]} "
+                    f"group {self.name!r}: one pass uses a layer with {len(earlier[0][0])} and {len(found)} "
                     "sequences: second-order scores need the same ones"
                 )
-            found = found + earlier[0]
-        self._gates[current_backward()] = found, tokens
+            found = found + earlier[0][0]
+        self._pending[current_backward()] = [(found, value.shape[0] * value.shape[1])]
 
-    def _flush(self, _: torch.Tensor) -> None:
-        """Score one backward pass, once the last use of the layer in it has been seen."""
-        pending = self._gates.pop(current_backward(), None)
-        if pending is None:
-            return
-        grads, tokens = pending
-        curvature, units = self.curvature(), self.units()
+    def _end_pass(self, pending: list[tuple[torch.Tensor, int]]) -> None:
+        ((grads, tokens),) = pending
+        curvature, units = self._factors()
         if units is not None and (curvature is None or units.shape != grads.shape[:1]):
             raise RuntimeError(f"units need curvature and one number for each of {len(grads)} sequences")
         if curvature is None:
@@ -113,19 +84,11 @@ class GateTap(LinearTap):
             )
         self.sums += gate_sums(grads, curvature.to(grads.device), units)
 
-    def take_weight_grad(self, grad: torch.Tensor) -> None:
-        """Hook of the weight: its gradient does not tell sequences apart.
-
-        Raises:
-            RuntimeError: always.
-        """
+    def _take_weight_grad(self, grad: torch.Tensor) -> None:
+        """Refuse a weight gradient, which does not tell sequences apart."""
         raise RuntimeError(
             f"group {self.name!r}: second-order scores need the forward inside the recorder, this one ran before it"
         )
-
-    @property
-    def _projection(self) -> Projection:
-        return self._projections[0]
 
 
 def gate_projection(group: StructureGroup) -> Projection:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,16 +18,11 @@ from torch import nn
 from gisp_kernels import checks
 from gisp_kernels.groups import Projection, StructureGroup, iter_groups
 from gisp_kernels.record.gates import GateTap, gate_projection
+from gisp_kernels.record.scored import ScoredTap
 from gisp_kernels.record.signed import SignedTap
-from gisp_kernels.record.tap import LinearTap, current_backward
+from gisp_kernels.record.tap import Tap, current_backward
 
 Mode = Literal["stream", "exact", "signed", "second-order"]
-_TAPS: dict[Mode, type[LinearTap]] = {
-    "stream": LinearTap,
-    "exact": LinearTap,
-    "signed": SignedTap,
-    "second-order": GateTap,
-}
 Target = nn.Module | Iterable[StructureGroup] | Iterable[nn.Linear] | Mapping[str, nn.Linear]
 
 _taken: weakref.WeakSet[nn.Linear] = weakref.WeakSet()
@@ -49,31 +44,26 @@ class ImportanceRecorder:
     def __init__(
         self, groups: tuple[StructureGroup, ...], *, mode: Mode = "stream", backend: str | None = None
     ) -> None:
-        if mode not in _TAPS:
-            raise ValueError(f"mode must be one of {', '.join(_TAPS)}, got {mode!r}")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
         names = [group.name for group in groups]
         if len(set(names)) != len(names):
             raise ValueError(f"group names must be unique, got {names}")
         self.mode = mode
         self.curvature: torch.Tensor | None = None
         self.units: torch.Tensor | None = None
+        self._backend = backend
         self._groups = groups
         self._scored = {
             group.name: (gate_projection(group),) if mode == "second-order" else group.projections for group in groups
         }
-        self._taps: dict[nn.Linear, LinearTap] = {}
+        self._taps: dict[nn.Linear, Tap[Any]] = {}
         for group in groups:
             for projection in self._scored[group.name]:
                 linear = projection.linear
                 if linear not in self._taps:
                     _check_linear(group.name, linear)
-                    tap = _TAPS[mode](
-                        group.name, linear, exact=mode == "exact", backend=backend, seen=self._saw_backward
-                    )
-                    if isinstance(tap, GateTap):
-                        tap.curvature = self._current_curvature
-                        tap.units = self._current_units
-                    self._taps[linear] = tap
+                    self._taps[linear] = self._tap(group.name, linear)
                 self._taps[linear].add(projection)
         self._check_sharing()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -161,7 +151,15 @@ class ImportanceRecorder:
             _taken.discard(linear)
         self._active = False
 
-    def _forward_of(self, tap: LinearTap) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _tap(self, name: str, linear: nn.Linear) -> Tap[Any]:
+        shared = name, linear, self._backend, self._saw_backward
+        if self.mode == "second-order":
+            return GateTap(*shared, factors=lambda: (self.curvature, self.units))
+        if self.mode == "signed":
+            return SignedTap(*shared)
+        return ScoredTap(*shared, exact=self.mode == "exact")
+
+    def _forward_of(self, tap: Tap[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(input: torch.Tensor) -> torch.Tensor:
             backward = current_backward()
             if backward is None:
@@ -174,12 +172,6 @@ class ImportanceRecorder:
             return tap.forward(input)
 
         return forward
-
-    def _current_curvature(self) -> torch.Tensor | None:
-        return self.curvature
-
-    def _current_units(self) -> torch.Tensor | None:
-        return self.units
 
     def _leave_backward(self) -> None:
         self._outermost = None

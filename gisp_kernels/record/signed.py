@@ -11,62 +11,32 @@ import torch
 
 from gisp_kernels.groups import Projection
 from gisp_kernels.ops.importance import as_tokens
-from gisp_kernels.record.tap import LinearTap, Needs
+from gisp_kernels.record.tap import Needs, Tap, Use
 
 
-class SignedTap(LinearTap):
-    """Collects signed sums of one Linear layer; the absolute value is the reader's."""
+class SignedTap(Tap[None]):
+    """Collects signed sums of one Linear layer, float64; the absolute value is the reader's."""
 
     @property
     def needs(self) -> Needs:
-        axes = {projection.axis for projection in self._projections}
-        return Needs(input="column" in axes, output="row" in axes, grad_input="column" in axes)
+        return Needs.of_gates(self._projections)
 
-    def reset(self) -> None:
-        """Zero the sums, at the present width."""
-        weight = self.linear.weight
-        self._shape = tuple(weight.shape)
+    def _zero(self) -> None:
         counts = [p.width // p.block for p in self._projections]
-        self._sums = [torch.zeros(n, dtype=torch.float64, device=weight.device) for n in counts]
+        self._sums = [torch.zeros(n, dtype=torch.float64, device=self.linear.weight.device) for n in counts]
 
-    def score(self, projection: Projection, active: bool) -> torch.Tensor:
-        """Signed sums for one projection, float64 [count]."""
-        if active:
-            self.check_width()
+    def _scores_of(self, projection: Projection) -> torch.Tensor:
         return self._sums[self._projections.index(projection)]
 
-    def collect(
-        self,
-        grad_output: torch.Tensor,
-        input: torch.Tensor | None,
-        output: torch.Tensor | None,
-        grad_input: torch.Tensor | None,
-    ) -> None:
-        """Take one use of the layer in the running backward pass."""
-        self.check_width()
-        self._seen()
+    def _take_use(self, use: Use) -> None:
         for projection, total in zip(self._projections, self._sums, strict=True):
-            if projection.axis == "row":
-                assert output is not None
-                products = output.float()
-                if self.linear.bias is not None:
-                    products = products - self.linear.bias.detach().float()
-                products = products * grad_output
-            else:
-                assert input is not None and grad_input is not None
-                products = input.float() * grad_input
-            _add_blocks(total, as_tokens(products).sum(0, dtype=torch.float64))
+            value, grad = use.at_gates(projection.axis, self.linear.bias)
+            _add_blocks(total, as_tokens(value.float() * grad).sum(0, dtype=torch.float64))
 
-    def take_weight_grad(self, grad: torch.Tensor) -> None:
-        """Hook of the weight: score its gradient, and put its ``.grad`` aside from the accumulation that follows."""
-        self.check_width()
-        self._seen()
-        weight = self.linear.weight
-        products = weight.detach().float() * grad
+    def _take_weight_grad(self, grad: torch.Tensor) -> None:
+        products = self.linear.weight.detach().float() * grad
         for projection, total in zip(self._projections, self._sums, strict=True):
             _add_blocks(total, products.sum(1 if projection.axis == "row" else 0, dtype=torch.float64))
-        self._kept_grad.append(weight.grad)
-        weight.grad = None
 
 
 def _add_blocks(total: torch.Tensor, lines: torch.Tensor) -> None:

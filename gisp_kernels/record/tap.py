@@ -1,9 +1,10 @@
-"""One recorded Linear: the autograd function that scores its weight gradient, and where the scores go."""
+"""What every recorded Linear shares: the autograd function in its forward, the hooks of its weight, its width."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from gisp_kernels.groups import Projection
-from gisp_kernels.ops.importance import abs_weighted_reduce, as_tokens, wgrad_importance
-from gisp_kernels.ops.products import add_product, product_total
+from gisp_kernels.ops.importance import as_tokens
+
+Pending = TypeVar("Pending")
 
 
 def current_backward() -> int | None:
@@ -22,41 +24,96 @@ def current_backward() -> int | None:
 
 
 class Needs(NamedTuple):
-    """Which tensors of a use of the layer its backward pass reads beside the gradient of the output."""
+    """Which tensors of a use of the layer its tap reads beside the gradient of the output."""
 
     input: bool
     output: bool
     grad_input: bool
 
+    @classmethod
+    def of_gates(cls, projections: Iterable[Projection]) -> Needs:
+        """What :meth:`Use.at_gates` reads."""
+        axes = {projection.axis for projection in projections}
+        return cls(input="column" in axes, output="row" in axes, grad_input="column" in axes)
 
-class LinearTap:
-    """Collects scores (or, when ``exact``, the summed weight gradient) of one Linear layer.
+
+class Use(NamedTuple):
+    """One use of the layer in a backward pass; ``None`` for what its tap does not need.
+
+    Attributes:
+        grad_output, output: [..., O].
+        input, grad_input: [..., I].
+    """
+
+    grad_output: torch.Tensor
+    input: torch.Tensor | None
+    output: torch.Tensor | None
+    grad_input: torch.Tensor | None
+
+    def at_gates(self, axis: str, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values that gates on columns or rows multiply, and their gradients.
+
+        The sum over tokens of their product is the gradient of gates that stand at 1.
+        """
+        if axis == "column":
+            assert self.input is not None and self.grad_input is not None
+            return self.input, self.grad_input
+        assert self.output is not None
+        return self.output if bias is None else self.output.float() - bias.detach().float(), self.grad_output
+
+
+class Tap(ABC, Generic[Pending]):
+    """Collects the scores of one Linear layer, for every projection it is scored by.
+
+    A subclass says what it reads of a use of the layer (:attr:`needs`) and what it makes of it (:meth:`_take_use`).
+    What has to wait for the end of a backward pass goes to ``_pending``, by the number of the pass, and comes back
+    through :meth:`_end_pass`.
 
     Args:
         name: group name, for messages.
         linear: the layer.
-        exact: keep the float32 sum of weight gradients and score it on demand.
         backend: implementation of the ops.
         seen: called inside each backward pass that reaches the layer.
+
+    Attributes:
+        called: whether the layer ran since recording began.
     """
 
-    def __init__(
-        self, name: str, linear: nn.Linear, *, exact: bool, backend: str | None, seen: Callable[[], None]
-    ) -> None:
+    def __init__(self, name: str, linear: nn.Linear, backend: str | None, seen: Callable[[], None]) -> None:
         self.name = name
         self.linear = linear
         self.called = False
-        self._exact = exact
         self._backend = backend
         self._seen = seen
         self._projections: list[Projection] = []
-        self._scores: list[torch.Tensor] = []
-        self._grad: torch.Tensor | None = None
-        self._padded_grad: torch.Tensor | None = None
         self._shape: tuple[int, ...] = tuple(linear.weight.shape)
-        self._pending: dict[int | None, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._pending: dict[int | None, list[Pending]] = {}
         self._kept_grad: list[torch.Tensor | None] = []
         self._anchor: torch.Tensor | None = None
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What a :class:`Use` is to hold."""
+
+    @abstractmethod
+    def _zero(self) -> None:
+        """Make the buffers anew, at the present width."""
+
+    @abstractmethod
+    def _scores_of(self, projection: Projection) -> torch.Tensor:
+        """Scores so far, [count]."""
+
+    @abstractmethod
+    def _take_use(self, use: Use) -> None:
+        """Score one use of the layer in the running backward pass, or keep it until the pass ends."""
+
+    @abstractmethod
+    def _take_weight_grad(self, grad: torch.Tensor) -> None:
+        """Score a weight gradient, of a graph built before recording began."""
+
+    def _end_pass(self, pending: list[Pending]) -> None:
+        """Score what uses of the layer left in one backward pass, once the last of them has been seen."""
 
     def add(self, projection: Projection) -> None:
         """Score the layer for one more projection."""
@@ -64,17 +121,10 @@ class LinearTap:
             self._projections.append(projection)
 
     def reset(self) -> None:
-        """Zero the buffers, at the present width."""
-        weight = self.linear.weight
-        self._shape = tuple(weight.shape)
+        """Zero the scores, at the present width."""
+        self._shape = tuple(self.linear.weight.shape)
         self._pending.clear()
-        if self._exact:
-            rows, width = self._shape
-            self._padded_grad = product_total(rows, width, weight.device)
-            self._grad = self._padded_grad[:rows, :width]
-        else:
-            counts = [p.width // p.block for p in self._projections]
-            self._scores = [torch.zeros(n, dtype=torch.float32, device=weight.device) for n in counts]
+        self._zero()
 
     def close(self) -> None:
         """Drop what an interrupted backward pass left behind."""
@@ -94,18 +144,10 @@ class LinearTap:
             )
 
     def score(self, projection: Projection, active: bool) -> torch.Tensor:
-        """Scores for one projection, float32 [count]."""
-        if active or self._exact:
+        """Scores for one projection, [count]; while recording is ``active`` the width must be as it was."""
+        if active:
             self.check_width()
-        if self._grad is None:
-            return self._scores[self._projections.index(projection)]
-        return abs_weighted_reduce(
-            self.linear.weight,
-            self._grad,
-            axis=projection.axis,
-            block=projection.block,
-            backend=self._backend,
-        )
+        return self._scores_of(projection)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The layer, recorded if a graph is being built."""
@@ -124,70 +166,26 @@ class LinearTap:
             # An empty tensor costs no kernel to accumulate, yet its hook runs once per backward pass, after the
             # last use of the layer in it.
             self._anchor = torch.zeros(0, device=linear.weight.device, requires_grad=True)
-            self._anchor.register_hook(self._flush)
+            self._anchor.register_hook(self._leave_pass)
         return _RecordedLinear.apply(input, linear.bias, self._anchor, linear.weight.detach(), self)
 
-    @property
-    def needs(self) -> Needs:
-        """What :meth:`collect` is to be given."""
-        return Needs(input=True, output=False, grad_input=False)
-
-    def collect(
-        self,
-        grad_output: torch.Tensor,
-        input: torch.Tensor | None,
-        output: torch.Tensor | None,
-        grad_input: torch.Tensor | None,
-    ) -> None:
-        """Take one use of the layer in the running backward pass: [..., O], [..., I], [..., O] and [..., I]."""
+    def collect(self, use: Use) -> None:
+        """Take one use of the layer in the running backward pass."""
         self.check_width()
         self._seen()
-        assert input is not None
-        grad_output, input = as_tokens(grad_output), as_tokens(input)
-        if self._padded_grad is not None:
-            add_product(self._padded_grad, grad_output, input)
-        else:
-            self._pending.setdefault(current_backward(), []).append((grad_output, input))
+        self._take_use(use)
 
-    def _flush(self, _: torch.Tensor) -> None:
-        """Score all uses of one backward pass: their tokens side by side give the summed gradient."""
-        uses = self._pending.pop(current_backward(), [])
-        if not uses:
-            return
-        grad_output, input = uses[0]
-        if len(uses) > 1:
-            grad_output = torch.cat([use[0] for use in uses])
-            input = torch.cat([use[1] for use in uses])
-        weight = self.linear.weight
-        with torch.autocast(weight.device.type, enabled=False):
-            for projection, out in zip(self._projections, self._scores, strict=True):
-                wgrad_importance(
-                    grad_output,
-                    input,
-                    weight,
-                    axis=projection.axis,
-                    block=projection.block,
-                    out=out,
-                    backend=self._backend,
-                )
+    def _leave_pass(self, _: torch.Tensor) -> None:
+        pending = self._pending.pop(current_backward(), None)
+        if pending is not None:
+            self._end_pass(pending)
 
     def take_weight_grad(self, grad: torch.Tensor) -> None:
         """Hook of the weight: score its gradient, and put its ``.grad`` aside from the accumulation that follows."""
         self.check_width()
         self._seen()
+        self._take_weight_grad(grad)
         weight = self.linear.weight
-        if self._grad is not None:
-            self._grad.add_(grad)
-        else:
-            for projection, out in zip(self._projections, self._scores, strict=True):
-                abs_weighted_reduce(
-                    weight,
-                    grad,
-                    axis=projection.axis,
-                    block=projection.block,
-                    out=out,
-                    backend=self._backend,
-                )
         self._kept_grad.append(weight.grad)
         weight.grad = None
 
@@ -204,7 +202,7 @@ class _RecordedLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
         anchor: torch.Tensor,
         weight: torch.Tensor,
-        tap: LinearTap,
+        tap: Tap[Any],
     ) -> torch.Tensor:
         ctx.tap = tap
         ctx.input_dtype = input.dtype
@@ -230,6 +228,6 @@ class _RecordedLinear(torch.autograd.Function):
                 grad_input = grad_output.matmul(weight.to(grad_output.dtype))
             if ctx.needs_input_grad[1]:
                 grad_bias = as_tokens(grad_output).sum(0)
-            ctx.tap.collect(grad_output, input, output, grad_input)
+            ctx.tap.collect(Use(grad_output, input, output, grad_input))
         grad_input = None if grad_input is None else grad_input.to(ctx.input_dtype)
         return grad_input, grad_bias, weight.new_zeros(0, dtype=torch.float32), None, None
