@@ -10,16 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import HAS_CUDA, repair_interpreter
 from safetensors.torch import save_file
 
 from gisp_kernels.backend import has_triton
-from gisp_kernels.testing import repair_interpreter
-
-HAS_CUDA = torch.cuda.is_available()
-if not HAS_CUDA:
-    # Triton reads this when a function is defined, its own too: it is set before Triton is imported, which transformers
-    # does. That is why fixtures import models themselves.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # No test reads or fills the user's own cache of tokenised data.
 os.environ["GISP_CACHE"] = "off"

@@ -34,8 +34,7 @@ def test_bfloat16_dot_is_wrong() -> None:
 def test_programs_can_be_shuffled() -> None:
     import triton
     import triton.language as tl
-
-    from gisp_kernels.testing import shuffled_grid
+    from interpreter import shuffled_grid
 
     @triton.jit
     def visit(order_ptr, counter_ptr):  # type: ignore[no-untyped-def]

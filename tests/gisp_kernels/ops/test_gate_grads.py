@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpreter import shuffled_grid
 
 from gisp_kernels import gate_grads, gate_sums, predicted_loss_change
-from gisp_kernels.testing import assert_error_budget, gate_truth, shuffled_grid
+from gisp_kernels.testing import assert_error_budget, gate_truth
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sequences, tokens, columns, block.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from interpreter import shuffled_grid
 
 from gisp_kernels import abs_weighted_reduce, wgrad_importance
 from gisp_kernels.ops.wgrad import FUSED_MAX_TOKENS, prefer_fused
@@ -14,7 +15,6 @@ from gisp_kernels.testing import (
     assert_error_budget,
     assert_same_selection,
     reduce_truth,
-    shuffled_grid,
     wgrad_truth,
 )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpreter import shuffled_grid
 from partition_cases import bits, random_bits, random_pairs, swapped
 
 from gisp_kernels import _ext
 from gisp_kernels.backend import has_triton, interpreting
 from gisp_kernels.ops.swap import swap_blocks_, swap_blocks_op
-from gisp_kernels.testing import shuffled_grid
 
 NO_CORE = _ext.why_not("cpu")
 NEEDS_INTERPRETER = pytest.mark.skipif(
