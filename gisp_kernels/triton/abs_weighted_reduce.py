@@ -6,8 +6,6 @@ a second kernel adds in a fixed order. No atomics, and nothing depends on the nu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -20,31 +18,11 @@ FINISH_LANES = 128
 FINISH_STRIPS = 16
 
 
-@dataclass(frozen=True)
-class RowConfig:
-    """Rows of one program, summed in steps of ``block_i`` columns with ``stages`` steps in flight."""
-
-    block_o: int
-    block_i: int
-    stages: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class ColumnConfig:
-    """Strip of ``repeats * block_o`` rows and ``block_i`` columns for each program, ``stages`` steps in flight."""
-
-    block_o: int
-    block_i: int
-    repeats: int
-    stages: int
-    num_warps: int
-
-
 # Memory-bound: what counts is how many bytes are under way at a time. The fastest of those compared on an H200 at 13B
-# and 8B shapes.
-ROWS = RowConfig(block_o=2, block_i=1024, stages=4, num_warps=4)
-COLUMNS = ColumnConfig(block_o=8, block_i=128, repeats=16, stages=4, num_warps=2)
+# and 8B shapes. By rows a program sums BLOCK_O rows in steps of BLOCK_I columns, by columns a strip of
+# REPEATS * BLOCK_O rows and BLOCK_I columns; STAGES steps are in flight.
+ROWS = {"BLOCK_O": 2, "BLOCK_I": 1024, "STAGES": 4, "num_warps": 4}
+COLUMNS = {"BLOCK_O": 8, "BLOCK_I": 128, "REPEATS": 16, "STAGES": 4, "num_warps": 2}
 
 
 @triton.jit(do_not_specialize=["O", "I", "stride_wo", "stride_go", "stride_sum"])
@@ -191,61 +169,30 @@ def launch(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: st
     rows, width = weight.shape
     if rows == 0 or width == 0:
         return
-    strides = {
-        "stride_wo": weight.stride(0),
-        "stride_wi": weight.stride(1),
-        "stride_go": grad.stride(0),
-        "stride_gi": grad.stride(1),
-        "ALIGNED": aligned(width, weight.stride(0), grad.stride(0)),
-    }
+    aligned_rows = aligned(width, weight.stride(0), grad.stride(0))
     with torch.cuda.device_of(weight):
         if axis == "row":
-            _launch_rows(out, weight, grad, block, strides)
+            # A row that is a structure adds its sum to the score at once.
+            sums = out if block == 1 else torch.empty(rows, dtype=torch.float32, device=weight.device)
+            _sum_rows_kernel[(triton.cdiv(rows, ROWS["BLOCK_O"]),)](
+                weight,
+                grad,
+                sums,
+                rows,
+                width,
+                *weight.stride(),
+                *grad.stride(),
+                sums.stride(0),
+                ADD=block == 1,
+                ALIGNED=aligned_rows,
+                **ROWS,
+            )
+            partials = sums.unsqueeze(0)
         else:
-            _launch_columns(out, weight, grad, block, strides)
-
-
-def _launch_rows(
-    out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, block: int, strides: dict[str, int | bool]
-) -> None:
-    rows, width = weight.shape
-    # A row that is a structure adds its sum to the score at once.
-    sums = out if block == 1 else torch.empty(rows, dtype=torch.float32, device=weight.device)
-    _sum_rows_kernel[(triton.cdiv(rows, ROWS.block_o),)](
-        w_ptr=weight,
-        g_ptr=grad,
-        sums_ptr=sums,
-        O=rows,
-        I=width,
-        stride_sum=sums.stride(0),
-        BLOCK_O=ROWS.block_o,
-        BLOCK_I=ROWS.block_i,
-        STAGES=ROWS.stages,
-        ADD=block == 1,
-        num_warps=ROWS.num_warps,
-        **strides,
-    )
-    if block > 1:
-        finish(out, sums.unsqueeze(0), block)
-
-
-def _launch_columns(
-    out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, block: int, strides: dict[str, int | bool]
-) -> None:
-    rows, width = weight.shape
-    strips = triton.cdiv(rows, COLUMNS.block_o * COLUMNS.repeats)
-    partials = torch.empty((strips, width), dtype=torch.float32, device=weight.device)
-    _sum_columns_kernel[(triton.cdiv(width, COLUMNS.block_i), strips)](
-        w_ptr=weight,
-        g_ptr=grad,
-        partials_ptr=partials,
-        O=rows,
-        I=width,
-        BLOCK_O=COLUMNS.block_o,
-        BLOCK_I=COLUMNS.block_i,
-        REPEATS=COLUMNS.repeats,
-        STAGES=COLUMNS.stages,
-        num_warps=COLUMNS.num_warps,
-        **strides,
-    )
-    finish(out, partials, block)
+            strips = triton.cdiv(rows, COLUMNS["BLOCK_O"] * COLUMNS["REPEATS"])
+            partials = torch.empty((strips, width), dtype=torch.float32, device=weight.device)
+            _sum_columns_kernel[(triton.cdiv(width, COLUMNS["BLOCK_I"]), strips)](
+                weight, grad, partials, rows, width, *weight.stride(), *grad.stride(), ALIGNED=aligned_rows, **COLUMNS
+            )
+    if axis == "column" or block > 1:
+        finish(out, partials, block)

@@ -16,9 +16,11 @@ BLOCK_T = 32
 BLOCK_C = 64
 STAGES = 3
 WARPS = 4
+# Neither strides nor extents are part of a compiled kernel.
+STRIDES = ["stride_xb", "stride_xt", "stride_gb", "stride_gt", "stride_ob", "stride_os"]
 
 
-@triton.jit(do_not_specialize=["S", "I", "stride_xb", "stride_xt", "stride_gb", "stride_gt", "stride_ob", "stride_os"])
+@triton.jit(do_not_specialize=["S", "I", *STRIDES])
 def _channels_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, S, I]
     g_ptr,  # [B, S, I]
@@ -63,19 +65,7 @@ def _channels_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row * stride_ob + cols.to(tl.int64) * stride_os, sums, mask=cols < width)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "S",
-        "count",
-        "block",
-        "stride_xb",
-        "stride_xt",
-        "stride_gb",
-        "stride_gt",
-        "stride_ob",
-        "stride_os",
-    ]
-)
+@triton.jit(do_not_specialize=["S", "count", "block", *STRIDES])
 def _heads_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [B, S, count * block]
     g_ptr,  # [B, S, count * block]
@@ -126,34 +116,14 @@ def launch(out: torch.Tensor, input: torch.Tensor, grad_input: torch.Tensor, blo
     sequences, length, width = x.shape
     strides = (*x.stride()[:2], *grad.stride()[:2])
     fits = aligned(width, *strides)
+    shape = {"BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": WARPS}
     with torch.cuda.device_of(x):
         if block == 1:
             _channels_kernel[(triton.cdiv(width, BLOCK_C) * sequences,)](
-                x,
-                grad,
-                out,
-                length,
-                width,
-                *strides,
-                *out.stride(),
-                BLOCK_T=BLOCK_T,
-                BLOCK_C=BLOCK_C,
-                STAGES=STAGES,
-                ALIGNED=fits,
-                num_warps=WARPS,
+                x, grad, out, length, width, *strides, *out.stride(), STAGES=STAGES, ALIGNED=fits, **shape
             )
-            return
-        _heads_kernel[(out.shape[1] * sequences,)](
-            x,
-            grad,
-            out,
-            length,
-            out.shape[1],
-            block,
-            *strides,
-            *out.stride(),
-            BLOCK_T=BLOCK_T,
-            BLOCK_C=BLOCK_C,
-            ALIGNED=fits and aligned(block),
-            num_warps=WARPS,
-        )
+        else:
+            count, fits = out.shape[1], fits and aligned(block)
+            _heads_kernel[(count * sequences,)](
+                x, grad, out, length, count, block, *strides, *out.stride(), ALIGNED=fits, **shape
+            )
