@@ -71,3 +71,16 @@ def score_buffer(out: torch.Tensor | None, count: int, weight: torch.Tensor) -> 
     if out.requires_grad:
         raise ValueError("out must not require grad: it is accumulated in place")
     return out
+
+
+def result(name: str, out: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """``out`` if it fits, otherwise uninitialised memory of ``shape`` in the dtype and on the device of ``like``.
+
+    Raises:
+        ValueError: shape or dtype of ``out`` does not fit.
+    """
+    if out is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    if out.shape != tuple(shape) or out.dtype != like.dtype:
+        raise ValueError(f"{name} must be {like.dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
+    return out

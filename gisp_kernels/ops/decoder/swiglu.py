@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gisp_kernels import backend as backends
-from gisp_kernels.ops.decoder.results import result
+from gisp_kernels.checks import result
 
 
 def swiglu(
