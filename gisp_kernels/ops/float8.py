@@ -12,13 +12,12 @@ import torch
 
 from gisp_kernels import backend as backends
 from gisp_kernels import checks
+from gisp_kernels.alignment import aligned
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
 # Smallest scale: its reciprocal is still finite in float32.
 SMALLEST_SCALE = 1e-37
-# Extents a tensor core product of 8-bit operands asks for.
-MULTIPLE = 16
 CAPABILITY = (8, 9)
 
 
@@ -33,8 +32,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def fits(*extents: int) -> bool:
-    """Whether a product of these extents can run in 8 bits."""
-    return all(extent > 0 and extent % MULTIPLE == 0 for extent in extents)
+    """Whether tensor cores take an 8-bit product of these extents: multiples of 16, none of them 0."""
+    return min(extents) > 0 and aligned(*extents)
 
 
 def quantize_rows(

@@ -118,7 +118,7 @@ def gate_sums(grads: torch.Tensor, curvature: torch.Tensor, units: torch.Tensor 
         checks.check_same_shape("curvature", curvature, grads.shape[:1])
     else:
         checks.check_same_shape("units", units, grads.shape[:1])
-        # Looked at where that costs no wait.
+        # On a GPU the check would have to wait for the values.
         if (
             units.device.type == "cpu"
             and units.numel()
@@ -131,13 +131,13 @@ def gate_sums(grads: torch.Tensor, curvature: torch.Tensor, units: torch.Tensor 
     factors = curvature.double()[:, None]
     columns = max(1, _CHUNK_ELEMENTS // max(1, grads.shape[0]))
     for start in range(0, grads.shape[1], columns):
-        part = slice(start, start + columns)
+        chunk = slice(start, start + columns)
         # In float64 before squaring: squares of small gradients would leave float32.
-        wide = grads[:, part].double()
+        wide = grads[:, chunk].double()
         if members is not None:
             wide = members @ wide
-        sums[0, part] = wide.sum(0)
+        sums[0, chunk] = wide.sum(0)
         squares = wide.square_()
-        sums[2, part] = squares.sum(0)
-        sums[1, part] = squares.mul_(factors).sum(0)
+        sums[2, chunk] = squares.sum(0)
+        sums[1, chunk] = squares.mul_(factors).sum(0)
     return sums

@@ -77,8 +77,8 @@ def statistics_of(tokens: torch.Tensor, mask: torch.Tensor | None = None) -> Act
     )
     rows = max(1, _CHUNK_ELEMENTS // max(1, tokens.shape[1]))
     for start in range(0, tokens.shape[0], rows):
-        part = None if mask is None else mask[start : start + rows]
-        total = total.merged(_of_chunk(tokens[start : start + rows], part))
+        counted = None if mask is None else mask[start : start + rows]
+        total = total.merged(_of_chunk(tokens[start : start + rows], counted))
     return total
 
 
@@ -133,7 +133,7 @@ class ActivationRecorder:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:

@@ -207,10 +207,10 @@ class _RecordedLinear(torch.autograd.Function):
         ctx.tap = tap
         ctx.input_dtype = input.dtype
         ctx.set_materialize_grads(False)
-        kind = input.device.type
-        if torch.is_autocast_enabled(kind) and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        device = input.device.type
+        if torch.is_autocast_enabled(device) and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
             # Autocast would make this copy for the product; the backward pass needs the same one.
-            input = input.to(torch.get_autocast_dtype(kind))
+            input = input.to(torch.get_autocast_dtype(device))
         output = F.linear(input, weight, bias)
         needs = tap.needs
         ctx.save_for_backward(input if needs.input else None, weight, output if needs.output else None)

@@ -116,14 +116,14 @@ def launch(out: torch.Tensor, input: torch.Tensor, grad_input: torch.Tensor, blo
     sequences, length, width = x.shape
     strides = (*x.stride()[:2], *grad.stride()[:2])
     fits = aligned(width, *strides)
-    shape = {"BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": WARPS}
+    settings = {"BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": WARPS}
     with torch.cuda.device_of(x):
         if block == 1:
             _channels_kernel[(triton.cdiv(width, BLOCK_C) * sequences,)](
-                x, grad, out, length, width, *strides, *out.stride(), STAGES=STAGES, ALIGNED=fits, **shape
+                x, grad, out, length, width, *strides, *out.stride(), STAGES=STAGES, ALIGNED=fits, **settings
             )
         else:
             count, fits = out.shape[1], fits and aligned(block)
             _heads_kernel[(count * sequences,)](
-                x, grad, out, length, count, block, *strides, *out.stride(), ALIGNED=fits, **shape
+                x, grad, out, length, count, block, *strides, *out.stride(), ALIGNED=fits, **settings
             )

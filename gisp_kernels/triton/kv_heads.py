@@ -78,7 +78,7 @@ def _sum_kv_kernel(  # type: ignore[no-untyped-def]
     tl.store(out, total, mask=mask)
 
 
-def _shape(size: int, *strides: int) -> dict[str, int | bool]:
+def _settings(size: int, *strides: int) -> dict[str, int | bool]:
     aligned = all(extent % 8 == 0 for extent in (size, *strides))
     return {
         "HD": size,
@@ -98,7 +98,7 @@ def expand(kv: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
         strides = (kv.stride(0), kv.stride(1), out.stride(0), out.stride(1))
         with torch.cuda.device_of(kv):
             _expand_kernel[(triton.cdiv(tokens, TOKENS), heads)](
-                kv, readable(index), out, tokens, *strides, **_shape(size, *strides)
+                kv, readable(index), out, tokens, *strides, **_settings(size, *strides)
             )
 
 
@@ -111,5 +111,5 @@ def sum_heads(grad: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> Non
         strides = (grad.stride(0), grad.stride(1), out.stride(0), out.stride(1))
         with torch.cuda.device_of(grad):
             _sum_kv_kernel[(triton.cdiv(tokens, TOKENS), kv_heads)](
-                grad, readable(index), out, tokens, grad.shape[1], *strides, **_shape(size, *strides)
+                grad, readable(index), out, tokens, grad.shape[1], *strides, **_settings(size, *strides)
             )

@@ -40,16 +40,16 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
     offs = tl.arange(0, BLOCK)
     mask = offs < D
     x = tl.load(x_ptr + row * stride_x + offs, mask=mask, other=0.0)
-    kind = x.dtype
+    dtype = x.dtype
     if ADD:
         delta = tl.load(delta_ptr + row * stride_d + offs, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + delta.to(tl.float32)).to(kind)
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(dtype)
         tl.store(total_ptr + row * stride_t + offs, x, mask=mask)
     value = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(value * value, axis=0) / D + eps)
     tl.store(rstd_ptr + row, rstd)
     weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
-    unit = (value * rstd).to(kind)
+    unit = (value * rstd).to(dtype)
     tl.store(normed_ptr + row * stride_n + offs, weight.to(tl.float32) * unit.to(tl.float32), mask=mask)
 
 
@@ -111,7 +111,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row * stride_o + offs, result, mask=mask)
 
 
-def _shape(width: int, *strides: int) -> dict[str, int | bool]:
+def _settings(width: int, *strides: int) -> dict[str, int | bool]:
     block = triton.next_power_of_2(width)
     return {
         "D": width,
@@ -143,7 +143,7 @@ def add_norm(
         strides = (x.stride(0), delta.stride(0), total.stride(0), normed.stride(0))
         with torch.cuda.device_of(x):
             _add_norm_kernel[(tokens,)](
-                x, delta, readable(weight), total, normed, rstd, *strides, eps, ADD=add, **_shape(width, *strides)
+                x, delta, readable(weight), total, normed, rstd, *strides, eps, ADD=add, **_settings(width, *strides)
             )
     return rstd
 
@@ -156,7 +156,9 @@ def apply_norm(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, normed
     if tokens and width:
         strides = (x.stride(0), normed.stride(0))
         with torch.cuda.device_of(x):
-            _apply_kernel[(tokens,)](x, readable(rstd), readable(weight), normed, *strides, **_shape(width, *strides))
+            _apply_kernel[(tokens,)](
+                x, readable(rstd), readable(weight), normed, *strides, **_settings(width, *strides)
+            )
 
 
 def backward(
@@ -178,6 +180,6 @@ def backward(
                 readable(weight),
                 *strides,
                 ADD=grad is not None,
-                **_shape(width, *strides),
+                **_settings(width, *strides),
             )
     return out

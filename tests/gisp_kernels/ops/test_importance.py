@@ -9,7 +9,7 @@ import torch
 from interpreter import shuffled_grid
 
 from gisp_kernels import abs_weighted_reduce, wgrad_importance
-from gisp_kernels.ops.wgrad import FUSED_MAX_TOKENS, prefer_fused
+from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance, wgrad_importance_op
 from gisp_kernels.testing import (
     Truth,
     assert_error_budget,
@@ -121,8 +121,6 @@ def test_wgrad_triton_adds_only_float32_rounding(axis: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_cublas_route_pads_and_crops(axis: str) -> None:
-    from gisp_kernels.ops.importance import wgrad_importance_op
-
     for shape in SHAPES:
         dy, x, weight = operands(*shape[:3], torch.float16)
         block = block_for(shape, axis)
@@ -279,11 +277,41 @@ def test_environment_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> Non
     assert abs_weighted_reduce(W, G, backend="reference").shape == (4,)
 
 
-def test_fusion_rule() -> None:
-    assert prefer_fused(512, torch.bfloat16)
-    assert prefer_fused(FUSED_MAX_TOKENS, torch.float16)
-    assert not prefer_fused(FUSED_MAX_TOKENS + 1, torch.bfloat16)
-    assert not prefer_fused(512, torch.float32)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_stacked_layers_score_what_each_scores_alone(count: int, backend: str) -> None:
+    x, dy = torch.randn(20, 24), torch.randn(20, 3 * 16 + 5)
+    weights = [torch.randn(16, 24) for _ in range(count)]
+    outs = [torch.ones(4) for _ in range(count)]
+    stack = [
+        StackedLinear(5 + 16 * i, weight, 4, out) for i, (weight, out) in enumerate(zip(weights, outs, strict=True))
+    ]
+    stacked_wgrad_importance(dy, x, stack, backend=backend)
+    for layer in stack:
+        alone = wgrad_importance(dy[:, layer.start : layer.stop], x, layer.weight, block=4, backend=backend)
+        torch.testing.assert_close(layer.out, 1 + alone)
+
+
+def test_a_stack_of_nothing_does_nothing() -> None:
+    stacked_wgrad_importance(torch.randn(4, 8), torch.randn(4, 8), [])
+
+
+def test_a_layer_without_rows_leaves_the_others_their_scores() -> None:
+    dy, x, weight, out = torch.randn(4, 8), torch.randn(4, 6), torch.randn(8, 6), torch.zeros(8)
+    stack = [StackedLinear(0, weight[:0], 1, torch.zeros(0)), StackedLinear(0, weight, 1, out)]
+    stacked_wgrad_importance(dy, x, stack)
+    torch.testing.assert_close(out, wgrad_importance(dy, x, weight))
+
+
+def test_layers_that_do_not_fit_are_refused() -> None:
+    dy, x, weight, out = torch.randn(4, 8), torch.randn(4, 6), torch.randn(8, 6), torch.zeros(8)
+    for wrong, message in (
+        (StackedLinear(1, weight, 1, out), r"weight must have shape \(7, 6\)"),
+        (StackedLinear(0, weight[:, :5], 1, out), r"weight must have shape \(8, 6\)"),
+        (StackedLinear(0, weight, 2, out), r"out must have shape \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stacked_wgrad_importance(dy, x, [wrong])
 
 
 def test_judges_reject_wrong_scores() -> None:

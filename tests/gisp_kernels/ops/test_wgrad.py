@@ -1,4 +1,4 @@
-"""What can be said of the compiled Hopper kernel without a Hopper GPU: refusals, and who is asked."""
+"""The choice of a kernel for a weight gradient, and what can be said of the compiled one without a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gisp_kernels import _ext, wgrad_importance
-from gisp_kernels.alignment import descriptor_aligned
 from gisp_kernels.ops import wgrad
 from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance
+from gisp_kernels.ops.wgrad import FUSED_MAX_TOKENS, fused_kernel, prefer_fused
 
 
 def operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -24,14 +24,6 @@ def test_explicit_choice_is_refused_with_a_reason(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(RuntimeError, match="backend 'native' cannot run here: the operands are on cpu"):
         stacked_wgrad_importance(dy, x, layers)
     assert wgrad_importance(dy, x, weight, backend="reference").shape == (16,)
-
-
-def test_operands_a_descriptor_cannot_address() -> None:
-    matrix = torch.zeros(8, 64, dtype=torch.bfloat16)
-    assert descriptor_aligned(matrix) and descriptor_aligned(matrix[:, :13]) and descriptor_aligned(matrix[:, 8:])
-    assert not descriptor_aligned(matrix[:, 1:])
-    assert not descriptor_aligned(matrix.t())
-    assert not descriptor_aligned(torch.zeros(8, 60, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(("kernel", "reason", "chosen"), [
@@ -68,3 +60,31 @@ def test_core_refuses(layers: list[tuple[int, ...]], programs: int, message: str
 
 def test_build_info_tells() -> None:
     assert _ext.build_info()["sm90"] == _ext.has_sm90()
+
+
+def test_operands_without_a_gpu_take_no_tma() -> None:
+    x = torch.randn(64, 4096).half()
+    assert fused_kernel(x, x, [torch.randn(4096, 4096).half()], "row") == ("triton", 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tiles", "fused"),
+    [
+        (FUSED_MAX_TOKENS + 1, 0, False),
+        (8192, 132, True),
+        (8192, 133, False),
+        (8192, 800, False),
+        (8192, 2160, True),
+        (32768, 2160, False),
+    ],
+)
+def test_many_tokens_fuse_when_the_last_wave_is_full(tokens: int, tiles: int, fused: bool) -> None:
+    assert prefer_fused(tokens, torch.bfloat16, tiles=tiles, multiprocessors=132) == fused
+    assert not prefer_fused(tokens, torch.float32, tiles=tiles, multiprocessors=132)
+
+
+def test_fusion_rule() -> None:
+    assert prefer_fused(512, torch.bfloat16)
+    assert prefer_fused(FUSED_MAX_TOKENS, torch.float16)
+    assert not prefer_fused(FUSED_MAX_TOKENS + 1, torch.bfloat16)
+    assert not prefer_fused(512, torch.float32)
