@@ -14,9 +14,9 @@ import torch
 
 from gisp_kernels._version import __version__
 
-# Oldest GPU the binary holds code for.
+# The binary holds no code for older GPUs.
 MIN_CAPABILITY = (8, 0)
-# Written by the build when it leaves the core out.
+# The build writes this file when it leaves the core out.
 BUILD_NOTE = Path(__file__).with_name("_build.json")
 
 

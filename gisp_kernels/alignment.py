@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 ALIGNMENT = 16
-# What a tensor memory accelerator asks of an address and of row strides.
+# A tensor memory accelerator asks for addresses and row strides in multiples of this.
 DESCRIPTOR_BYTES = 16
 
 

@@ -110,7 +110,7 @@ class Compactor:
                 raise ValueError(f"two groups are named {group.name!r}")
             counts[group.name] = group.count
         self._ordering = Ordering(counts)
-        # By group and projection: the weight and, for rows, its bias.
+        # Each group lists for each projection the weight and, for rows, its bias.
         self._stores = [[_Store.of(p) for p in group.projections] for group in groups]
         self._check_stores()
         self._flat_stores = [[s for stores in projections for s in stores] for projections in self._stores]
@@ -206,7 +206,7 @@ class Compactor:
             ValueError: a layer's weight was replaced from outside; nothing has changed then.
         """
         self._check_shown(range(len(self._flat_stores)))
-        # It holds on to the storage that is given up.
+        # The prepared swaps hold on to the storage that is given up.
         self._prepared = None
         for stores in self._flat_stores:
             for store in stores:

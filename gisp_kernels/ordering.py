@@ -90,7 +90,7 @@ class Ordering:
         start = self.start[groups]
         positions = self._checked_positions(groups, np.concatenate(indices), taken, before)
         self._marked[positions] = True
-        # Ascending on both sides: the result depends on the set of indices only, not on how it was listed.
+        # Both sides ascend, so that the result depends on the set of indices only, not on how it was listed.
         leaving = np.sort(positions[positions < np.repeat(start + after, taken)])
         behind = np.repeat(start + after - (np.cumsum(taken) - taken), taken) + np.arange(len(positions))
         moving_in = behind[~self._marked[behind]]

@@ -16,7 +16,7 @@ from gisp_kernels.alignment import aligned
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0
-# Smallest scale: its reciprocal is still finite in float32.
+# The reciprocal of the smallest scale is still finite in float32.
 SMALLEST_SCALE = 1e-37
 CAPABILITY = (8, 9)
 
@@ -75,7 +75,7 @@ def quantize_rows(
     else:
         value = x.float() if column_scale is None else x.float() * column_scale
         largest = value.abs().amax(1) if columns else value.new_zeros(rows)
-        # Divided by a tensor: torch multiplies by the reciprocal of a number, which rounds differently on a GPU.
+        # The divisor is a tensor: torch multiplies by the reciprocal of a number, which rounds differently on a GPU.
         scale.copy_((largest / torch.full_like(largest, LARGEST)).clamp_min(SMALLEST_SCALE))
         out.copy_((value * (1 / scale)[:, None]).to(FLOAT8))
     return out, scale

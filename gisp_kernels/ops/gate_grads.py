@@ -19,7 +19,7 @@ import torch
 from gisp_kernels import backend as backends
 from gisp_kernels import checks
 
-# Elements squared at a time: bounds the float64 copies.
+# So many elements are squared at a time, which bounds the float64 copies.
 _CHUNK_ELEMENTS = 2**22
 
 
@@ -132,7 +132,7 @@ def gate_sums(grads: torch.Tensor, curvature: torch.Tensor, units: torch.Tensor 
     columns = max(1, _CHUNK_ELEMENTS // max(1, grads.shape[0]))
     for start in range(0, grads.shape[1], columns):
         chunk = slice(start, start + columns)
-        # In float64 before squaring: squares of small gradients would leave float32.
+        # Squares of small gradients would leave the range of float32.
         wide = grads[:, chunk].double()
         if members is not None:
             wide = members @ wide

@@ -230,7 +230,7 @@ def _wgrad_importance(
         _abs_weighted_reduce(out, weight, gradient[start : start + weight.shape[0]], axis, block, reduction)
 
 
-# Registered forms for tracing; arguments already validated, ``choice`` resolved as by
+# Tracing needs registered forms. They get validated arguments and a ``choice`` as of
 # :func:`gisp_kernels.ops.wgrad.choose`.
 abs_weighted_reduce_op = torch.library.custom_op(
     "gisp::abs_weighted_reduce_", _abs_weighted_reduce, mutates_args=("out",)

@@ -119,7 +119,7 @@ class PreparedSwaps:
         self._axes = [_AXES.index(axis) for axis in axes]
         self._blocks = [int(block) for block in blocks]
         layouts = [block_layout(t, a, b) for t, a, b in zip(tensors, axes, blocks, strict=True)]
-        # What the compiled core is told of each tensor, less the number of pairs.
+        # The compiled core gets these of each tensor, and the number of pairs.
         self._entries = [(t.data_ptr(), t.element_size(), *y) for t, y in zip(tensors, layouts, strict=True)]
         self._devices = sorted({t.device for t in tensors}, key=str)
         self._members = {d: {i for i, t in enumerate(tensors) if t.device == d and t.numel()} for d in self._devices}
@@ -243,7 +243,7 @@ def _check_tensor(name: str, tensor: torch.Tensor, axis: str, block: int) -> Non
 def _check_pairs(pairs: Sequence[torch.Tensor], counts: Sequence[int]) -> None:
     checked: set[tuple[int, int]] = set()
     for i, (pair, count) in enumerate(zip(pairs, counts, strict=True)):
-        # The projections of a group share one tensor of pairs; it is read once.
+        # The projections of a group share one tensor of pairs; this reads it once.
         if (id(pair), count) in checked:
             continue
         if pair.dtype != torch.int64 or pair.device.type != "cpu":

@@ -26,7 +26,7 @@ from gisp_kernels.alignment import descriptor_aligned
 
 # Above this many tokens fusing pays only for products whose tiles fill the GPU evenly.
 FUSED_MAX_TOKENS = 4096
-# Above this many it never does: between the two counts that were measured, 8192 and 32768.
+# Above this many it never pays. The limit lies between the two counts that were measured, 8192 and 32768.
 EVEN_MAX_TOKENS = 16384
 # Share of the multiprocessors that work, averaged over the waves of a product.
 FULL_WAVES = 0.9

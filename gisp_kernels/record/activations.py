@@ -19,7 +19,7 @@ from torch import nn
 
 from gisp_kernels.ops.importance import as_tokens
 
-# Elements taken at a time: bounds the float32 copies of 16-bit inputs.
+# So many elements are taken at a time, which bounds the float32 copies of 16-bit inputs.
 _CHUNK_ELEMENTS = 2**25
 
 
@@ -89,7 +89,7 @@ def _of_chunk(tokens: torch.Tensor, mask: torch.Tensor | None) -> ActivationStat
         count = mask.sum(dtype=torch.float64)
         tokens = torch.where(mask[:, None], tokens, 0)
     mean = tokens.sum(0, dtype=torch.float64) / count.clamp_min(1)
-    # Deviations from a rounded mean are exact in float32 near it; what the rounding moved is taken back below.
+    # Deviations from a rounded mean are exact in float32 near it. The last line takes back what the rounding moved.
     wide = tokens if tokens.dtype == torch.float64 else tokens.float()
     centre = mean.to(wide.dtype)
     deviations = wide - centre

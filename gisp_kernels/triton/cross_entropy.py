@@ -39,7 +39,7 @@ def _nll_kernel(  # type: ignore[no-untyped-def]
                 tl.store(base + offs, tl.zeros((BLOCK,), tl.float32), mask=offs < width)
         tl.store(nll_ptr + row, 0.0)
     else:
-        # Per lane first: one reduction over lanes at the end, not one per block.
+        # Lanes keep their own maximum and sum: one reduction at the end is cheaper than one per block.
         top = tl.full((BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, width, BLOCK):

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from gisp_kernels.alignment import aligned, readable
 
-# Memory-bound; tokens of a step and columns of a tile.
+# The kernels are bound by memory. A step takes BLOCK_T tokens of a tile of BLOCK_C columns.
 BLOCK_T = 32
 BLOCK_C = 64
 STAGES = 3

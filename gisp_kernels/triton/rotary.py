@@ -37,7 +37,7 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
         stride_xh = (stride_xh // 8) * 8
         stride_ot = (stride_ot // 8) * 8
         stride_oh = (stride_oh // 8) * 8
-    # Divided in 32 bits, which is several times cheaper; only offsets need 64.
+    # Division in 32 bits is several times cheaper; only offsets need 64.
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     position = (line // heads) % positions
     token = (line // heads).to(tl.int64)

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from gisp_kernels.alignment import aligned, pad_columns
 
-# Below this many large tiles most multiprocessors of a big GPU would stay idle. A constant, not the size of the GPU
-# at hand: the choice of tile shapes the rounding.
+# Below this many large tiles most multiprocessors of a big GPU would stay idle. It does not depend on the GPU at hand,
+# because the choice of tile shapes the rounding.
 MIN_LARGE_TILES = 96
 
 

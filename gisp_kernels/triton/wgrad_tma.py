@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# One tile of the gradient per program and step: rows that belong to structures, the extent summed, tokens.
+# A program forms one tile of the gradient at a time: rows that belong to structures, the extent summed, tokens.
 BLOCK_M, BLOCK_N, BLOCK_T = 128, 256, 64
 GROUP_M = 8
 NUM_WARPS, NUM_STAGES = 8, 3
@@ -76,7 +76,7 @@ def _wgrad_tma_kernel(  # type: ignore[no-untyped-def]
         tile_m = first_m + (tile % per_group) % group
         tile_n = (tile % per_group) // group
         n = tile_n * BLOCK_N
-        # Row within the layer, where the layer's columns start in dY and its sums in the workspace.
+        # m is the row within the layer; its columns start at start in dY, its sums at first_sum in the workspace.
         m = tile_m * BLOCK_M
         rows = M0
         start = 0

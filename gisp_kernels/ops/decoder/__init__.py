@@ -1,4 +1,4 @@
-"""Elementwise parts of a decoder layer, forward and backward, for a pass written out without autograd.
+"""Elementwise operations of a decoder layer, forward and backward, for a fused pass without autograd.
 
 Tensors are [tokens, features] with contiguous rows and any row stride, bfloat16, float16 or float32; arithmetic is
 float32 and rounds where the transformers modules round. A kernel copies an operand whose rows are not contiguous and

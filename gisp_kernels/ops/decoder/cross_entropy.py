@@ -57,7 +57,7 @@ def token_nll_grad_(
     nll = _nll(value, targets, log_sum)
     gradient = (value - log_sum[:, None]).exp()
     gradient.scatter_add_(1, _index(targets, logits), torch.full_like(gradient[:, :1], -1.0))
-    # Not a product with 0: a row that is not scored may hold infinities.
+    # A row that is not scored may hold infinities, so a product with 0 would not do.
     logits.copy_(torch.where((targets != IGNORED)[:, None], gradient * weights[:, None], 0.0))
     return nll
 
