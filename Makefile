@@ -6,11 +6,11 @@ JOBS ?= 2
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt tests/constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup demo test lint types format bench bench-quick bench-pytest clean
+.PHONY: help setup demo test lint types format docs bench bench-quick bench-pytest clean
 help:
 	@echo "make demo    prune the shipped decoder to 50 %, export, reload, evaluate"
 	@echo "make test    all tests that run on this machine"
-	@echo "make lint    ruff, read-only          make types   mypy"
+	@echo "make lint    ruff, read-only          make types   mypy             make docs   the site, into site/"
 	@echo "make format  ruff, rewriting files    make bench   kernels and whole runs, with goals and plots (GPU)"
 	@echo "make bench-quick   a few kernels      make bench-pytest   the same under pytest-benchmark"
 
@@ -27,6 +27,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .
