@@ -27,19 +27,30 @@ def threshold_rank(structures: int, ratio: float) -> int:
     return min(structures - int(structures * (1 - ratio)) + 1, structures)
 
 
-def nearest_step(points: Sequence[float], sparsity: Any) -> int:
+def nearest_step(points: Sequence[float], sparsity: Any, given: str = "sparsity is") -> int:
     """Number of the step whose sparsity is nearest to a given one, the smaller of two equally near.
 
+    Whatever picks a point of a run by its sparsity picks it here.
+
     Args:
-        points: sparsity after every step; the first is the dense model's 0.
+        points: sparsity after every step, ascending; the first is the dense model's 0.
+        given: begins the error, which goes on with the sparsity.
 
     Raises:
-        GispError: no number in [0, 1).
+        GispError: no number in [0, 1), or one beyond the end by more than half the last step that removed anything.
     """
     try:
         inside = bool(0 <= sparsity < 1)
     except TypeError:
         inside = False
     if not inside:
-        raise GispError(f"sparsity is {sparsity!r}: give a value in [0, 1)")
-    return min(range(len(points)), key=lambda t: (abs(points[t] - sparsity), points[t]))
+        raise GispError(f"{given} {sparsity!r}: give a value in [0, 1)")
+    end = points[-1]
+    last = end - max((point for point in points if point < end), default=end)
+    # Sparsities are quotients: a sum of two of them may be off in its last bits.
+    if sparsity > end + last / 2 + 1e-9:
+        raise GispError(
+            f"{given} {sparsity}, the run ends at {end:.4f}: "
+            f"give at most that, or prune again with --sparsity {sparsity}"
+        )
+    return min(range(len(points)), key=lambda step: (abs(points[step] - sparsity), points[step]))

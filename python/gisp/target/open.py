@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from gisp.model.attention import KV_INDEX, NoHeads
 from gisp.model.load import check_model_path, resolve_device, resolve_dtype
 from gisp.run.record import RECORD
 from gisp.run.trajectory import Trajectory, move_to
+from gisp.select.schedule import nearest_step
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,10 @@ class Target:
         """The point nearest to a sparsity, the smaller of two equally near.
 
         Raises:
-            GispError: outside [0, 1), or beyond the end of the run by more than its steps (and 0.01).
+            GispError: see :func:`gisp.select.schedule.nearest_step`.
         """
         reached = [point.sparsity for point in self.points]
-        if not 0 <= sparsity < 1:
-            raise GispError(f"--sparsities holds {sparsity}: give values in [0, 1)")
-        widest = max((b - a for a, b in itertools.pairwise(reached)), default=0.0)
-        if sparsity > max(reached) + max(widest, 0.01):
-            raise GispError(f"--sparsities holds {sparsity}, the run ends at {max(reached):.4f}: give less")
-        return min(self.points, key=lambda point: (abs(point.sparsity - sparsity), point.sparsity))
+        return self.points[nearest_step(reached, sparsity, "--sparsities holds")]
 
     def describe(self) -> dict[str, Any]:
         """``sparsity, model_sparsity, step, parameters, kv_bytes_per_token`` of the model as it is.

@@ -14,6 +14,7 @@ from tiny import tiny_model, tiny_tokens
 import gisp
 from gisp.cli import main
 from gisp.config.options import GQA_MODES
+from gisp.errors import GispError
 from gisp.export.nested import export_nested
 from gisp.report.points import draw_points
 from gisp.target import evaluate_along, evaluate_target
@@ -48,7 +49,8 @@ def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_every_point_is_that_of_a_model_made_for_it(places: Path, data: str) -> None:
     spec = str(places / data)
     trajectory = gisp.Trajectory.load(places / "run")
-    asked = [0.5, 0.21, 0.6, 0.2]
+    # Whole groups of so small a model end well below what was aimed at.
+    asked = [0.5, 0.21, min(0.6, trajectory.steps[-1].sparsity), 0.2]
     for target in ("run", "nested"):
         along = evaluate_along(str(places / target), spec, sparsities=asked, device="cpu", dtype="float32")
         points = along["points"]
@@ -69,6 +71,37 @@ def test_every_point_is_that_of_a_model_made_for_it(places: Path, data: str) -> 
                 # Keys and values that no query head is left to read are not in the checkpoint's prefixes.
                 removed += (KV_BYTES - kv_bytes) // 4 * HIDDEN
             assert point["parameters"] == trajectory.base_model["parameters"] - removed
+
+
+def test_every_way_to_a_point_refuses_what_lies_beyond_the_end(
+    places: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, nested, spec = str(places / "run"), str(places / "nested"), str(places / "tokens.safetensors")
+    trajectory = gisp.Trajectory.load(run)
+    before, end = (trajectory.sparsity_at(step) for step in (len(trajectory.steps) - 1, len(trajectory.steps)))
+    near, beyond = end + 0.45 * (end - before), end + 0.55 * (end - before)
+    model = gisp.load(nested, sparsity=near)
+    assert model.sparsity == model.resize(near).sparsity == end
+    ways = (
+        trajectory.step_for,
+        trajectory.at,
+        model.resize,
+        lambda sparsity: gisp.load(nested, sparsity=sparsity),
+        lambda sparsity: evaluate_target(run, spec, sparsity=sparsity, device="cpu"),
+        lambda sparsity: evaluate_target(nested, spec, sparsity=sparsity, device="cpu"),
+        lambda sparsity: evaluate_along(run, spec, sparsities=[sparsity], device="cpu"),
+        lambda sparsity: evaluate_along(nested, spec, sparsities=[sparsity], device="cpu"),
+    )
+    for way in ways:
+        with pytest.raises(GispError, match=f"the run ends at {end:.4f}: give at most that, or prune again with"):
+            way(beyond)
+    assert model.sparsity == end
+    assert evaluate_target(run, spec, sparsity=near, device="cpu")["step"] == len(trajectory.steps)
+    for command in (["eval", run, "--data", spec], ["export", run, "--out", str(tmp_path / "out")]):
+        capfd.readouterr()
+        assert main([*command, "--sparsity", str(beyond), "--device", "cpu"]) == 2
+        assert f"the run ends at {end:.4f}" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_json_file_table_and_picture(places: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +147,7 @@ def test_one_point_keeps_its_old_form(places: Path, capfd: pytest.CaptureFixture
     ("arguments", "message"),
     [
         (["--sparsities", "0.2,0.8"], "--sparsities holds 0.8, the run ends at 0.5"),
-        (["--sparsities", "0.2,1.5"], "--sparsities holds 1.5: give values in [0, 1)"),
+        (["--sparsities", "0.2,1.5"], "--sparsities holds 1.5: give a value in [0, 1)"),
         (["--sparsities", "0.2;0.3"], "'0.2;0.3': give numbers"),
         (["--sparsities", "0.2", "--sparsity", "0.2"], "leave one out"),
         (["--sparsities", "0.2", "--plot", "nowhere/a.png"], "cannot write nowhere/a.png"),

@@ -68,7 +68,7 @@ def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: 
         "| sparsity | of the whole model | query heads | key/value heads | MLP channels |",
         "|---|---|---|---|---|",
     ]
-    for step in sorted({trajectory.step_for(sparsity) for sparsity in _SHOWN} | {last}):
+    for step in sorted({trajectory.step_for(s) for s in _SHOWN if s <= trajectory.sparsity_at(last)} | {last}):
         totals = nesting.prefixes[step].sum(0).tolist()
         cells = " | ".join(f"{totals[i]:,}" for i in range(len(KINDS)))
         lines.append(f"| {trajectory.sparsity_at(step):.4f} | {trajectory.model_sparsity_at(step):.4f} | {cells} |")

@@ -131,7 +131,7 @@ class NestedFiles:
         """The step whose sparsity is nearest (the smaller of two equally near); ``None`` the last.
 
         Raises:
-            GispError: a sparsity outside [0, 1).
+            GispError: a sparsity outside [0, 1), or beyond the end of the run.
         """
         points = self.sparsities
         return len(points) - 1 if sparsity is None else nearest_step(points, sparsity)

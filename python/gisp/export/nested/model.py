@@ -54,7 +54,7 @@ class NestedModelMixin:
             The model. Its Parameters stay the same objects, their gradients are dropped where the shape changes.
 
         Raises:
-            GispError: a sparsity outside [0, 1), or files that have changed; the model is then as it was.
+            GispError: no sparsity of the run, or files that have changed; the model is then as it was.
         """
         self._nested.move(self._nested.files.step_for(sparsity), keep_memory)
         return self

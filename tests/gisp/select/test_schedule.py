@@ -1,0 +1,36 @@
+"""Which step a sparsity names, and which sparsities lie beyond a run."""
+
+from __future__ import annotations
+
+import pytest
+
+from gisp.errors import GispError
+from gisp.select.schedule import nearest_step
+
+POINTS = [0.0, 0.1, 0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "step"),
+    [(0, 0), (0.04, 0), (0.05, 0), (0.06, 1), (0.1, 1), (0.2, 2), (0.375, 2), (0.38, 3), (0.5, 3), (0.625, 3)],
+)
+def test_the_nearest_step_and_the_smaller_of_two(sparsity: float, step: int) -> None:
+    assert nearest_step(POINTS, sparsity) == step
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1, 1.5, float("nan"), "half", None])
+def test_no_sparsity_is_refused(sparsity: object) -> None:
+    with pytest.raises(GispError, match=r"give a value in \[0, 1\)"):
+        nearest_step(POINTS, sparsity)
+
+
+@pytest.mark.parametrize(
+    ("points", "sparsity"), [(POINTS, 0.626), (POINTS, 0.9), ([0.0, 0.2, 0.4, 0.4], 0.51), ([0.0], 0.1)]
+)
+def test_more_than_half_the_last_step_beyond_the_end_is_refused(points: list[float], sparsity: float) -> None:
+    with pytest.raises(GispError, match=rf"is {sparsity}, the run ends at {points[-1]:.4f}: .* prune again with"):
+        nearest_step(points, sparsity)
+
+
+def test_a_last_step_that_removes_nothing_is_not_the_last() -> None:
+    assert nearest_step([0.0, 0.2, 0.4, 0.4], 0.49) == 2
