@@ -10,7 +10,7 @@ import torch
 
 from gisp.data import Sequences
 from gisp.data.sequences import IGNORED
-from gisp.evaluate.choices import Choice
+from gisp.evaluate.choices import Question
 from gisp.evaluate.pairs import Request
 
 # Which of the four tokens that most often follow the last one comes next; which of the four commonest tokens; which of
@@ -91,7 +91,7 @@ class ChoiceTask:
         every = self.examples(data)
         return Sequences.plain([row for row, sign in zip(every.rows, every.signs, strict=True) if sign > 0])
 
-    def questions(self, data: Sequences) -> list[Choice]:
+    def questions(self, data: Sequences) -> list[Question]:
         """Evaluation questions; the place of the right choice does not matter, its score does."""
         found = []
         for context, pieces in self.pieces(data):
@@ -99,7 +99,7 @@ class ChoiceTask:
                 Request(tuple(torch.cat((context, piece))[:-1].tolist()), tuple(piece.tolist()), False)
                 for piece in pieces
             ]
-            found.append(Choice(tuple(requests), tuple("x" for _ in pieces), 0))
+            found.append(Question(tuple(requests), tuple("x" for _ in pieces), 0))
         return found
 
 

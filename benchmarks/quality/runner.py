@@ -18,7 +18,7 @@ from gisp.compensation import compensate
 from gisp.config.options import CHOOSING, make_config
 from gisp.data import Sequences
 from gisp.evaluate import perplexity
-from gisp.evaluate.choices import Choice, ChoiceAccuracy
+from gisp.evaluate.choices import ChoiceAccuracy, Question
 from gisp.model.load import load_dense, resolve_dtype
 from gisp.model.structures import map_model
 from gisp.run.loop import prune
@@ -61,7 +61,7 @@ class Runner:
         return {name: ChoiceTask(name, self.calibration) for name in TASKS}
 
     @cached_property
-    def questions(self) -> dict[str, list[Choice]]:
+    def questions(self) -> dict[str, list[Question]]:
         """Questions on the evaluation text by task, of the tasks it has any of."""
         questions = {name: task.questions(self.evaluation) for name, task in self.tasks.items()}
         return {name: found for name, found in questions.items() if found}

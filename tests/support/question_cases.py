@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny import VOCAB, tiny_tokens
 
-from gisp.data import Part, Sequences
+from gisp.data import Sequences, Task
 from gisp.data.sequences import IGNORED
 
 SIGNS = (1, -1, -1, -1, 1, -1, 1, 1, -1)
@@ -49,4 +49,4 @@ def letters(contexts: tuple[int, ...] = (6, 4, 9, 5)) -> Sequences:
 def mixed() -> Sequences:
     """Three rows of text, then the questions."""
     text = Sequences.plain([(ids, ids) for ids in tiny_tokens(3, 7)])
-    return Sequences.mixture([(Part("text", "lm", 0.6, 3), text), (Part("questions", "choice", 0.4, 4), answers())])
+    return Sequences.mixture([(Task("text", "lm", 0.6, 3), text), (Task("questions", "choice", 0.4, 4), answers())])

@@ -14,10 +14,10 @@ def interleaved(data: Sequences) -> Sequences:
 
     What comes out is one task: its loss has no shares, compensation has no use for them.
     """
-    if not data.parts:
+    if not data.tasks:
         return data
     places = [
-        ((number + 0.5) / part.examples, k) for k, part in enumerate(data.parts) for number in range(part.examples)
+        ((number + 0.5) / task.examples, k) for k, task in enumerate(data.tasks) for number in range(task.examples)
     ]
     return data.chosen(sorted(range(len(places)), key=places.__getitem__))
 

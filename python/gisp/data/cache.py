@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from gisp.data.rows import FIELDS
+from gisp.data.rows import FIELDS, Kind
 from gisp.data.sequences import Sequences
 from gisp.data.tokenise import FORMAT_VERSION
 from gisp.errors import GispError
@@ -39,16 +39,18 @@ def cache_folder() -> Path | None:
         return None
 
 
-def cache_entry(rows: Iterable[dict[str, Any]], tokenizer: Any, seq_len: int, objective: str) -> Path | None:
+def cache_entry(
+    rows: Iterable[dict[str, Any]], kind: Kind, tokenizer: Any, seq_len: int, objective: str
+) -> Path | None:
     """File of what these rows become; ``None`` = no cache.
 
-    The name is a SHA-256 over the rows' contents, the tokenizer's files, the versions of the libraries that read
-    them, the length, the objective and the version of this format.
+    The name is a SHA-256 over the rows' contents and kind, the tokenizer's files, the versions of the libraries that
+    read them, the length, the objective and the version of this format.
     """
     folder = cache_folder()
     if folder is None:
         return None
-    digest = hashlib.sha256(f"{FORMAT_VERSION},{seq_len},{objective};".encode())
+    digest = hashlib.sha256(f"{FORMAT_VERSION},{kind},{seq_len},{objective};".encode())
     digest.update(_tokenizer_digest(tokenizer))
     for row in rows:
         used = {name: row[name] for name in FIELDS if name in row}

@@ -12,9 +12,13 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from gisp.data.sources import LM_EVAL, NAMED_TASKS
 from gisp.errors import GispError
 
+LM_EVAL = "lm-eval:"
+# Short names for lm-eval tasks: those of the LLM-Pruner line of work, which the paper reports.
+NAMED_TASKS = {
+    "commonsense": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+}
 _LOG = logging.getLogger(__name__)
 
 

@@ -10,11 +10,13 @@ import torch
 
 from gisp.config.options import CHOOSING
 from gisp.data.cache import cache_entry, read_entry, write_entry
+from gisp.data.encode import PairEncoder, check_vocabulary, load_tokenizer
+from gisp.data.mixture import MIXTURE_FILES, read_mixture
 from gisp.data.rows import kind_of_rows
-from gisp.data.sequences import IGNORED, Sequences
-from gisp.data.sources import MIXTURE_FILES, read_rows
+from gisp.data.sequences import IGNORED, Sequences, Task
+from gisp.data.sources import is_document, read_rows
 from gisp.data.token_files import from_token_file, from_tokens
-from gisp.data.tokenise import load_tokenizer, tokenise
+from gisp.data.tokenise import tokenise
 from gisp.errors import GispError
 
 DEFAULT_SEQ_LEN = 256
@@ -50,17 +52,7 @@ def load_sequences(
     if not isinstance(spec, (torch.Tensor, str, Path)):
         raise GispError(f"data is a {type(spec).__name__}: give an int tensor [sequences, tokens], a path or a name")
     if not isinstance(spec, torch.Tensor) and Path(spec).suffix in MIXTURE_FILES:
-        from gisp.data.mixture import load_mixture
-
-        return load_mixture(
-            Path(spec),
-            vocab_size=vocab_size,
-            seq_len=seq_len,
-            tokenizer_from=tokenizer_from,
-            objective=objective,
-            held_out=held_out,
-            seed=seed,
-        )
+        return _mixture(Path(spec), vocab_size, seq_len, tokenizer_from, objective, held_out, seed)
     where = "the token tensor" if isinstance(spec, torch.Tensor) else str(spec)
     if isinstance(spec, torch.Tensor):
         sequences = from_tokens(spec, None, where, vocab_size, seq_len)
@@ -76,6 +68,32 @@ def load_sequences(
     return replace(sequences, compared=True) if objective == "choice" else sequences
 
 
+def _mixture(
+    path: Path,
+    vocab_size: int,
+    seq_len: int | None,
+    tokenizer_from: str | None,
+    objective: str,
+    held_out: bool,
+    seed: int,
+) -> Sequences:
+    entries = read_mixture(path, objective)
+    total = sum(entry.weight for entry in entries)
+    tasks = []
+    for number, entry in enumerate(entries):
+        sequences = load_sequences(
+            entry.data,
+            vocab_size=vocab_size,
+            seq_len=entry.seq_len or seq_len,
+            tokenizer_from=tokenizer_from,
+            objective=entry.objective,
+            held_out=held_out,
+        )
+        taken = entry.sample(sequences, number, seed)
+        tasks.append((Task(entry.data, entry.objective, entry.weight / total, len(taken.examples)), taken))
+    return Sequences.mixture(tasks)
+
+
 def _from_rows(
     spec: str, tokenizer_from: str | None, seq_len: int, objective: str, vocab_size: int, held_out: bool
 ) -> Sequences:
@@ -88,12 +106,12 @@ def _from_rows(
     if objective in CHOOSING and not any(len(row["choices"]) > 1 for row in rows):
         raise GispError(f"{spec}: --objective {objective} compares choices, and no row has two: give wrong ones too")
     tokenizer = load_tokenizer(tokenizer_from, spec)
-    entry = cache_entry(rows, tokenizer, seq_len, objective)
+    if kind == "text" and is_document(spec):
+        kind = "document"
+    entry = cache_entry(rows, kind, tokenizer, seq_len, objective)
     sequences = read_entry(entry)
     if sequences is None:
-        sequences = tokenise(rows, kind, tokenizer, seq_len, objective, spec)
+        sequences = tokenise(rows, kind, PairEncoder(tokenizer), seq_len, objective, spec)
         write_entry(entry, sequences)
-    highest = max(int(ids.max()) for ids, _ in sequences.rows)
-    if highest >= vocab_size:
-        raise GispError(f"{spec}: the tokenizer gives token {highest}, the model's vocabulary is {vocab_size}")
+    check_vocabulary(max(int(ids.max()) for ids, _ in sequences.rows), vocab_size, spec)
     return sequences

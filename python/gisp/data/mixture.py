@@ -2,7 +2,7 @@
 
 ::
 
-    tokens: 200000          # for all tasks together, split evenly; a task's own tokens or samples override its part
+    tokens: 200000          # for all tasks together, split evenly; a task's own tokens or samples override its share
     tasks:
       - {data: piqa.jsonl, objective: margin, weight: 1.0, tokens: 50000}
       - {data: wiki.txt, objective: lm, weight: 0.5, samples: 100, seq_len: 256}
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ import torch
 import yaml
 
 from gisp.config.options import OBJECTIVES
-from gisp.data.load import load_sequences
-from gisp.data.sequences import Part, Sequences
-from gisp.data.sources import LM_EVAL, MIXTURE_FILES
+from gisp.data.lm_eval_tasks import LM_EVAL
+from gisp.data.sequences import Sequences
 from gisp.errors import GispError
 
+MIXTURE_FILES = (".yaml", ".yml")
 _TASK_KEYS = ("data", "objective", "weight", "tokens", "samples", "seq_len")
 _KEYS = ("tasks", "tokens")
 # Seeds of the tasks' shuffles lie this far apart, so that no two tasks are shuffled alike.
@@ -33,7 +34,17 @@ _SEED_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True)
-class _Task:
+class Entry:
+    """A task as the file of a mixture lists it.
+
+    Attributes:
+        data: its SPEC; paths are relative to the working folder.
+        objective: its own, or the run's.
+        weight: its share of the loss, in whatever unit; above 0.
+        tokens, samples: how much of it is taken; ``None`` = all.
+        seq_len: its longest sequence; ``None`` = the run's.
+    """
+
     data: str
     objective: str
     weight: float
@@ -41,59 +52,34 @@ class _Task:
     samples: int | None
     seq_len: int | None
 
+    def sample(self, sequences: Sequences, number: int, seed: int) -> Sequences:
+        """What of its sequences the task takes: all, or a limited number of examples in a seeded random order.
 
-def load_mixture(
-    path: Path,
-    *,
-    vocab_size: int,
-    seq_len: int | None,
-    tokenizer_from: str | None,
-    objective: str,
-    held_out: bool,
-    seed: int,
-) -> Sequences:
-    """Sequences of all tasks of a mixture, see :func:`gisp.data.load_sequences`.
+        As many are taken as fit into its tokens (at least one), and no more than its samples.
 
-    A task that is limited takes its examples in a seeded random order: as many as fit into its tokens (at least one),
-    and no more than its samples.
+        Args:
+            number: place of the task in the mixture.
+        """
+        if self.tokens is None and self.samples is None:
+            return sequences
+        generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + number)
+        order = torch.randperm(len(sequences.examples), generator=generator).tolist()[: self.samples]
+        if self.tokens is not None:
+            lengths = (sum(len(sequences.rows[i][0]) for i in sequences.examples[example]) for example in order)
+            fitting = sum(spent <= self.tokens for spent in accumulate(lengths))
+            order = order[: max(1, fitting)]
+        return sequences.chosen(order)
+
+
+def read_mixture(path: Path, objective: str) -> list[Entry]:
+    """The tasks of a mixture's file.
+
+    Args:
+        objective: of tasks that name none.
 
     Raises:
         GispError: the file or one of its tasks is not sound.
     """
-    tasks = _read(path, objective)
-    total = sum(task.weight for task in tasks)
-    loaded = []
-    for number, task in enumerate(tasks):
-        sequences = load_sequences(
-            task.data,
-            vocab_size=vocab_size,
-            seq_len=task.seq_len or seq_len,
-            tokenizer_from=tokenizer_from,
-            objective=task.objective,
-            held_out=held_out,
-        )
-        if task.tokens is not None or task.samples is not None:
-            sequences = _sample(sequences, task, seed * _SEED_STRIDE + number)
-        part = Part(task.data, task.objective, task.weight / total, len(sequences.examples))
-        loaded.append((part, sequences))
-    return Sequences.mixture(loaded)
-
-
-def _sample(sequences: Sequences, task: _Task, seed: int) -> Sequences:
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(sequences.examples), generator=generator).tolist()[: task.samples]
-    if task.tokens is not None:
-        spent, fitting = 0, 0
-        for example in order:
-            spent += sum(len(sequences.rows[i][0]) for i in sequences.examples[example])
-            if spent > task.tokens:
-                break
-            fitting += 1
-        order = order[: max(1, fitting)]
-    return sequences.chosen(order)
-
-
-def _read(path: Path, objective: str) -> list[_Task]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -112,7 +98,7 @@ def _read(path: Path, objective: str) -> list[_Task]:
     return [_task(item, path, f"{path} task {number}", objective, share) for number, item in enumerate(listed, 1)]
 
 
-def _task(item: Any, path: Path, where: str, objective: str, share: int | None) -> _Task:
+def _task(item: Any, path: Path, where: str, objective: str, share: int | None) -> Entry:
     if not isinstance(item, dict) or not isinstance(item.get("data"), str) or not item["data"]:
         raise GispError(f"{where} is {str(item)[:60]!r}: give it data, a file or the name of a dataset")
     _check_keys(item, _TASK_KEYS, where)
@@ -125,7 +111,7 @@ def _task(item: Any, path: Path, where: str, objective: str, share: int | None) 
     tokens, samples = (_count(item, key, where, 1) for key in ("tokens", "samples"))
     if tokens is None and samples is None:
         tokens = share
-    return _Task(
+    return Entry(
         data=_located(item["data"], path, where),
         objective=own,
         weight=float(weight),

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from gisp.errors import GispError
 
-Kind = Literal["text", "completion", "choices", "messages"]
+Kind = Literal["text", "document", "completion", "choices", "messages"]
 FORMATS = "text, prompt and completion, context, choices and answer, or messages"
 # What a row may hold that matters here; the rest (ids, sources, paths) changes nothing.
-FIELDS = ("text", "prompt", "completion", "context", "contexts", "choices", "answer", "messages")
+FIELDS = ("text", "prompt", "completion", "context", "contexts", "continuation", "choices", "answer", "messages")
 
 
 def kind_of_rows(rows: Iterable[dict[str, Any]], spec: str) -> Kind:

@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Part:
+class Task:
     """The examples of one task of a mixture, consecutive ones.
 
     Attributes:
@@ -45,14 +45,14 @@ class Sequences:
         signs: per sequence +1, or -1 for a wrong answer of a choice example.
         examples: per example the sequence numbers it holds (the pieces of a row, or the gold and the wrong answers of
             a choice).
-        parts: tasks of a mixture, in the order of their examples; empty where there is one task.
+        tasks: those of a mixture, in the order of their examples; empty where there is one task.
         compared: objective ``choice``, of the only task: an example's answers are compared with one another.
     """
 
     rows: tuple[Row, ...]
     signs: tuple[int, ...]
     examples: tuple[tuple[int, ...], ...]
-    parts: tuple[Part, ...] = ()
+    tasks: tuple[Task, ...] = ()
     compared: bool = False
 
     @classmethod
@@ -61,16 +61,16 @@ class Sequences:
         return cls(tuple(rows), (1,) * len(rows), tuple((i,) for i in range(len(rows))))
 
     @classmethod
-    def mixture(cls, tasks: Sequence[tuple[Part, Sequences]]) -> Sequences:
-        """Tasks one after the other; each part's ``examples`` must be the number of its sequences' examples."""
+    def mixture(cls, tasks: Sequence[tuple[Task, Sequences]]) -> Sequences:
+        """Tasks one after the other; each task's ``examples`` must be the number of its sequences' examples."""
         rows: list[Row] = []
         signs: list[int] = []
         examples: list[tuple[int, ...]] = []
-        for _, task in tasks:
-            examples += [tuple(len(rows) + number for number in example) for example in task.examples]
-            rows += task.rows
-            signs += task.signs
-        return cls(tuple(rows), tuple(signs), tuple(examples), tuple(part for part, _ in tasks))
+        for _, own in tasks:
+            examples += [tuple(len(rows) + number for number in example) for example in own.examples]
+            rows += own.rows
+            signs += own.signs
+        return cls(tuple(rows), tuple(signs), tuple(examples), tuple(task for task, _ in tasks))
 
     def checked(self, vocab_size: int) -> Sequences:
         """Itself, where it holds what its attributes say.
@@ -105,7 +105,7 @@ class Sequences:
         """
         if examples is None:
             return self
-        if self.parts:
+        if self.tasks:
             raise GispError(f"--samples {examples} does not go with a mixture: give its tasks samples or tokens")
         if examples >= len(self.examples):
             return self
@@ -127,9 +127,9 @@ class Sequences:
 
     def compares(self, example: int) -> bool:
         """Whether the answers of an example are compared with one another."""
-        if not self.parts:
+        if not self.tasks:
             return self.compared
-        return self.parts[bisect_right(self._ends, example)].objective == "choice"
+        return self.tasks[bisect_right(self._ends, example)].objective == "choice"
 
     def leaders(self, example: int) -> tuple[int, ...]:
         """For every sequence of an example the one, by its place in the example, whose pass it shares.
@@ -153,8 +153,8 @@ class Sequences:
             digest.update(f"{len(ids)},{sign};".encode())
             digest.update(ids.numpy().tobytes())
             digest.update(labels.numpy().tobytes())
-        for part in self.parts:
-            digest.update(f"{part.weight!r},{part.examples};".encode())
+        for task in self.tasks:
+            digest.update(f"{task.weight!r},{task.examples};".encode())
         return digest.hexdigest()
 
     def batch(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -167,20 +167,18 @@ class Sequences:
     def weights(self, examples: Sequence[int]) -> list[float]:
         """Weight in the loss of every sequence of ``examples``, in their order.
 
-        One task: :func:`row_weights` of the batch. A mixture: the weights of the whole set,
-        scaled by
-        how many of its task's examples are in the batch (Horvitz and Thompson 1952), so that the expected loss of a
-        random batch of every task is the loss of the whole mixture, also where examples hold different numbers of
-        sequences.
+        One task: :func:`row_weights` of the batch. A mixture: the weights of the whole set, scaled by how many of its
+        task's examples are in the batch (Horvitz and Thompson 1952), so that the expected loss of a random batch of
+        every task is the loss of the whole mixture, also where examples hold different numbers of sequences.
         """
-        if not self.parts:
+        if not self.tasks:
             return row_weights([self.signs[i] for example in examples for i in self.examples[example]])
-        part_of = [bisect_right(self._ends, example) for example in examples]
-        drawn, totals = Counter(part_of), self._signs_of_parts
+        task_of = [bisect_right(self._ends, example) for example in examples]
+        drawn, totals = Counter(task_of), self._signs_of_tasks
         weights = []
-        for k, example in zip(part_of, examples, strict=True):
-            part = self.parts[k]
-            scale = part.weight * (part.examples / drawn[k])
+        for k, example in zip(task_of, examples, strict=True):
+            task = self.tasks[k]
+            scale = task.weight * (task.examples / drawn[k])
             weights += [scale * self.signs[i] / totals[k][self.signs[i]] for i in self.examples[example]]
         return weights
 
@@ -198,15 +196,15 @@ class Sequences:
     @cached_property
     def _ends(self) -> list[int]:
         """Number of the example behind each task."""
-        return list(accumulate(part.examples for part in self.parts))
+        return list(accumulate(task.examples for task in self.tasks))
 
     @cached_property
-    def _signs_of_parts(self) -> list[Counter[int]]:
+    def _signs_of_tasks(self) -> list[Counter[int]]:
         """How many sequences of either sign each task has."""
         examples = iter(self.examples)
         return [
-            Counter(self.signs[i] for example in islice(examples, part.examples) for i in example)
-            for part in self.parts
+            Counter(self.signs[i] for example in islice(examples, task.examples) for i in example)
+            for task in self.tasks
         ]
 
 

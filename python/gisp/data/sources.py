@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gisp.data.lm_eval_tasks import LM_EVAL, NAMED_TASKS, task_rows
+from gisp.data.mixture import MIXTURE_FILES
 from gisp.data.rows import FORMATS
 from gisp.errors import GispError
 
-# Short names for datasets on the hub: (path, configuration, split to evaluate on); calibration takes the train split.
-NAMED_DATASETS: dict[str, tuple[str, str | None, str]] = {
-    "c4": ("allenai/c4", "en", "validation"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
+
+@dataclass(frozen=True)
+class _HubDataset:
+    """Where a dataset lies, the split to evaluate on, and whether its rows are the paragraphs of one document."""
+
+    path: str
+    configuration: str
+    evaluation_split: str
+    one_document: bool = False
+
+
+# Datasets on the hub by a short name; calibration takes the train split.
+NAMED_DATASETS = {
+    "c4": _HubDataset("allenai/c4", "en", "validation"),
+    "wikitext2": _HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test", one_document=True),
+    "fineweb-edu": _HubDataset("HuggingFaceFW/fineweb-edu", "sample-10BT", "train"),
 }
-LM_EVAL = "lm-eval:"
-# Short names for lm-eval tasks: those of the LLM-Pruner line of work, which the paper reports.
-NAMED_TASKS = {
-    "commonsense": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
-}
-MIXTURE_FILES = (".yaml", ".yml")
+# Of a dataset of documents; one document is read whole.
 _STREAMED_ROWS = 20000
 _TEXT_FILES = (".jsonl", ".txt", ".parquet")
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
@@ -33,8 +42,8 @@ def read_rows(spec: str, held_out: bool = False) -> Iterator[dict[str, Any]]:
 
     A row is ``{"text"}``, ``{"prompt", "completion"}``, ``{"messages"}`` or ``{"context", "choices", "answer"}``
     (``answer`` is the index of the gold choice), with ``{"contexts", "choices", "answer"}`` where each choice has a
-    context of its own. Rows of lm-eval tasks also carry the name of their ``task``; what follows a prompt or a context
-    begins with the task's delimiter.
+    context of its own. A ``.txt`` and ``wikitext2`` are one row. Rows of lm-eval tasks also carry the name of their
+    ``task``; what follows a prompt or a context begins with the task's delimiter.
 
     Args:
         spec: a file, a folder that ``save_to_disk`` wrote, a named dataset, or ``lm-eval:NAME[,NAME…][@FOLDER]``.
@@ -45,8 +54,6 @@ def read_rows(spec: str, held_out: bool = False) -> Iterator[dict[str, Any]]:
     """
     path = Path(spec)
     if spec.startswith(LM_EVAL) or spec in NAMED_TASKS:
-        from gisp.data.lm_eval_tasks import task_rows
-
         yield from task_rows(spec, held_out)
     elif path.suffix in MIXTURE_FILES:
         raise GispError(f"{spec} is a mixture: it has no rows of its own, give the data of one of its tasks")
@@ -56,6 +63,11 @@ def read_rows(spec: str, held_out: bool = False) -> Iterator[dict[str, Any]]:
         yield from _file_rows(path)
     else:
         yield from _dataset_rows(spec, held_out)
+
+
+def is_document(spec: str) -> bool:
+    """Whether a SPEC's text is one document, not a row each."""
+    return Path(spec).suffix == ".txt" or (spec in NAMED_DATASETS and NAMED_DATASETS[spec].one_document)
 
 
 def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -128,11 +140,15 @@ def _dataset_rows(name: str, held_out: bool) -> Iterator[dict[str, Any]]:
             f"datasets, {LM_EVAL}TASK or a named dataset ({known})"
         )
     datasets = _datasets(f"dataset {name!r}")
-    path, configuration, evaluation_split = NAMED_DATASETS[name]
-    split = evaluation_split if held_out else "train"
+    dataset = NAMED_DATASETS[name]
+    split = dataset.evaluation_split if held_out else "train"
     try:
-        stream = datasets.load_dataset(path, configuration, split=split, streaming=True)
-        yield from (dict(row) for row in stream.take(_STREAMED_ROWS) if str(row.get("text", "")).strip())
+        stream = datasets.load_dataset(dataset.path, dataset.configuration, split=split, streaming=True)
+        if dataset.one_document:
+            # The papers' protocol: every row counts, empty ones too, with a blank line between two.
+            yield {"text": "\n\n".join(row["text"] for row in stream)}
+        else:
+            yield from (dict(row) for row in stream.take(_STREAMED_ROWS) if str(row.get("text", "")).strip())
     except Exception as error:  # network, hub and format failures have no common type
         raise _unreadable(f"dataset {name!r}", error) from None
 

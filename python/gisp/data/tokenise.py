@@ -7,66 +7,55 @@ from typing import Any
 import torch
 
 from gisp.config.options import CHOOSING
-from gisp.data.chat import conversation, last_turn
+from gisp.data.encode import Pair, PairEncoder
 from gisp.data.rows import Kind
 from gisp.data.sequences import IGNORED, Row, Sequences
 from gisp.data.token_files import cut
 from gisp.errors import GispError
 
 # Changes whenever the same rows give other tokens, labels or examples.
-FORMAT_VERSION = 1
-
-
-def load_tokenizer(tokenizer_from: str | None, spec: str) -> Any:
-    """The tokenizer beside a model; text cannot be read without one."""
-    from transformers import AutoTokenizer
-
-    if tokenizer_from is None:
-        raise GispError(f"{spec} is text and no tokenizer is known: give token ids or a model with a tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer_from)
-    except Exception as error:  # tokenizers raise many types for a missing or broken file
-        reason = " ".join(str(error).split())[:200]
-        raise GispError(f"{spec} is text and {tokenizer_from} has no usable tokenizer: {reason}") from None
+FORMAT_VERSION = 2
 
 
 def tokenise(
-    rows: list[dict[str, Any]], kind: Kind, tokenizer: Any, seq_len: int, objective: str, spec: str
+    rows: list[dict[str, Any]], kind: Kind, encoder: PairEncoder, seq_len: int, objective: str, spec: str
 ) -> Sequences:
     """Sequences of rows of one kind.
 
-    Rows of ``text`` are joined with the end-of-text token and cut into rows of ``seq_len`` tokens. A completion's or
-    an answer's tokens alone are scored; of a conversation all tokens (``lm``) or the last assistant turn. Longer
+    Rows of ``text`` are joined with the end-of-text token, without other special tokens; a ``document`` has those the
+    tokenizer gives a text, at its very beginning or end. Both are cut into rows of ``seq_len`` tokens. A completion's
+    or an answer's tokens alone are scored; of a conversation all tokens (``lm``) or the last assistant turn. Longer
     examples keep their last ``seq_len`` tokens, conversations scored as a whole are cut into pieces of one example.
 
     Raises:
         GispError: nothing to score, or a conversation the tokenizer cannot render.
     """
+    if kind == "document":
+        return _windows(encoder.text(rows[0]["text"]), seq_len, spec)
     if kind == "text":
-        return _pack(rows, tokenizer, seq_len, spec)
+        return _windows(_joined(rows, encoder), seq_len, spec)
+    places = [f"{spec}: row {number}" for number in range(len(rows))]
     if kind == "choices":
-        return _choices(rows, tokenizer, seq_len, objective, spec)
+        return _choices(rows, encoder, seq_len, objective, places)
     if kind == "messages" and objective == "lm":
-        return _conversations(rows, tokenizer, seq_len, spec)
-    if kind == "messages":
-        pairs = [last_turn(tokenizer, row["messages"], spec) for row in rows]
-    else:
-        pairs = [(row["prompt"], row["completion"]) for row in rows]
-    joined = kind == "messages"
-    return Sequences.plain([_scored_tail(tokenizer, *pair, joined, seq_len, spec) for pair in pairs])
+        return _conversations(rows, encoder, seq_len, places)
+    found = []
+    for row, where in zip(rows, places, strict=True):
+        if kind == "messages":
+            context, continuation = encoder.last_turn(row["messages"], where)
+        else:
+            context, continuation = row["prompt"], row["completion"]
+        found.append(_scored(encoder.pair(context, continuation, where), seq_len))
+    return Sequences.plain(found)
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _joined(rows: list[dict[str, Any]], encoder: PairEncoder) -> list[int]:
+    end = encoder.tokenizer.eos_token_id
+    ends = [] if end is None else [end]
+    return [token for row in rows for token in (*encoder.inside(row["text"]), *ends)]
 
 
-def _pack(rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, spec: str) -> Sequences:
-    end = tokenizer.eos_token_id
-    stream: list[int] = []
-    for row in rows:
-        stream += _encode(tokenizer, row["text"])
-        if end is not None:
-            stream.append(end)
+def _windows(stream: list[int], seq_len: int, spec: str) -> Sequences:
     usable = len(stream) // seq_len * seq_len or len(stream)
     if usable < 2:
         raise GispError(f"{spec} holds {len(stream)} tokens: give more text")
@@ -74,72 +63,39 @@ def _pack(rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, spec: str) -
     return Sequences.plain([(piece, piece) for piece in pieces])
 
 
-def _conversations(rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, spec: str) -> Sequences:
+def _conversations(rows: list[dict[str, Any]], encoder: PairEncoder, seq_len: int, places: list[str]) -> Sequences:
     sequences: list[Row] = []
     examples: list[tuple[int, ...]] = []
-    for row in rows:
-        text = conversation(tokenizer, row["messages"], spec)
-        ids = torch.tensor(_encode(tokenizer, text), dtype=torch.int64)
+    for row, where in zip(rows, places, strict=True):
+        text = encoder.conversation(row["messages"], where)
+        ids = torch.tensor(encoder.text(text), dtype=torch.int64)
         pieces = cut(ids, ids, seq_len)
         if not pieces:
-            raise GispError(f"{spec}: a conversation has {len(ids)} tokens: remove it ({text[:40]!r})")
+            raise GispError(f"{where}: a conversation has {len(ids)} tokens: remove it ({text[:40]!r})")
         examples.append(tuple(range(len(sequences), len(sequences) + len(pieces))))
         sequences += pieces
     return Sequences(tuple(sequences), (1,) * len(sequences), tuple(examples))
 
 
-def _choices(rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, objective: str, spec: str) -> Sequences:
+def _choices(
+    rows: list[dict[str, Any]], encoder: PairEncoder, seq_len: int, objective: str, places: list[str]
+) -> Sequences:
     sequences: list[Row] = []
     signs: list[int] = []
     examples: list[tuple[int, ...]] = []
-    for row in rows:
-        numbers = []
-        asked = row.get("contexts")
-        if asked is None and isinstance(row.get("context"), str):
-            asked = [row["context"]] * len(row["choices"])
-        for i, choice in enumerate(map(str, row["choices"])):
-            gold = i == row["answer"]
-            if not gold and objective not in CHOOSING:
-                continue
-            if asked is None:
-                pair = last_turn(tokenizer, [*row["messages"], {"role": "assistant", "content": choice}], spec)
-            else:
-                pair = (asked[i], choice)
-            numbers.append(len(sequences))
-            sequences.append(_scored_tail(tokenizer, *pair, asked is None, seq_len, spec))
-            signs.append(1 if gold else -1)
-        examples.append(tuple(numbers))
+    for row, where in zip(rows, places, strict=True):
+        taken = range(len(row["choices"])) if objective in CHOOSING else (row["answer"],)
+        pairs = encoder.choices(row, where)
+        examples.append(tuple(range(len(sequences), len(sequences) + len(taken))))
+        sequences += [_scored(encoder.pair(*pairs[number], where), seq_len) for number in taken]
+        signs += [1 if number == row["answer"] else -1 for number in taken]
     return Sequences(tuple(sequences), tuple(signs), tuple(examples))
 
 
-def _scored_tail(tokenizer: Any, prompt: str, completion: str, joined: bool, seq_len: int, spec: str) -> Row:
-    """One sequence whose completion tokens alone are scored."""
-    head, tail = _encode_pair(tokenizer, prompt, completion, joined or completion[:1].isspace())
-    start = tokenizer.bos_token_id
-    if start is None:
-        start = tokenizer.eos_token_id
-    if not head and start is not None:
-        head = [start]
-    if not tail or not head:
-        raise GispError(f"{spec}: a row has an empty prompt or completion: {prompt[:40]!r}, {completion[:40]!r}")
-    ids = torch.tensor(head + tail)
+def _scored(pair: Pair, seq_len: int) -> Row:
+    """One sequence whose continuation alone is scored, its last ``seq_len`` tokens."""
+    ids = torch.tensor([*pair.context, *pair.continuation])[-seq_len:]
     labels = ids.clone()
-    labels[: len(head)] = IGNORED
-    labels = labels[-seq_len:]
     # The first token of a sequence has nothing before it to be predicted from.
-    labels[0] = IGNORED
-    return ids[-seq_len:], labels
-
-
-def _encode_pair(tokenizer: Any, prompt: str, completion: str, joined: bool) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt and of what follows it.
-
-    ``joined``: as one text, where its tokens begin with the prompt's (as lm-eval does). A tokenizer that marks the
-    beginning of a text as that of a word would otherwise see two spaces in front of a completion that begins with one.
-    """
-    head = _encode(tokenizer, prompt)
-    if joined:
-        whole = _encode(tokenizer, prompt + completion)
-        if whole[: len(head)] == head:
-            return head, whole[len(head) :]
-    return head, _encode(tokenizer, completion)
+    labels[: max(1, len(ids) - len(pair.continuation))] = IGNORED
+    return ids, labels

@@ -12,15 +12,15 @@ from torch import nn
 
 from gisp.data.rows import check_messages
 from gisp.errors import GispError
-from gisp.evaluate.pairs import PairEncoder, Request, log_likelihoods
+from gisp.evaluate.pairs import Request, RequestEncoder, log_likelihoods
 from gisp.evaluate.perplexity import from_total
 
 FORMAT = "context or messages, choices and answer, or contexts, continuation and answer"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One question.
+class Question:
+    """One question with its choices.
 
     Attributes:
         requests: one per choice.
@@ -41,32 +41,32 @@ class ChoiceAccuracy:
     The perplexity is that of the right answers' tokens.
     """
 
-    def __init__(self, choices: Sequence[Choice], window: int, batch_size: int | None = None) -> None:
-        self._choices = choices
+    def __init__(self, questions: Sequence[Question], window: int, batch_size: int | None = None) -> None:
+        self._questions = questions
         self._window = window
         self._batch_size = batch_size
-        self._requests = [request for choice in choices for request in choice.requests]
+        self._requests = [request for question in questions for request in question.requests]
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         values = iter(log_likelihoods(model, self._requests, self._batch_size))
         hits: dict[str, list[bool]] = {"acc": [], "acc_norm": [], "acc_bytes": []}
         total, tokens = 0.0, 0
-        for choice in self._choices:
-            sums = np.array([next(values) for _ in choice.requests])
-            characters = np.array([len(text) for text in choice.texts])
-            of_bytes = np.array([len(text.encode()) for text in choice.texts])
+        for question in self._questions:
+            sums = np.array([next(values) for _ in question.requests])
+            characters = np.array([len(text) for text in question.texts])
+            of_bytes = np.array([len(text.encode()) for text in question.texts])
             for name, lengths in (("acc", 1), ("acc_norm", characters), ("acc_bytes", of_bytes)):
-                hits[name].append(bool(np.argmax(sums / lengths) == choice.answer))
-            total -= sums[choice.answer]
-            tokens += len(choice.requests[choice.answer].targets)
+                hits[name].append(bool(np.argmax(sums / lengths) == question.answer))
+            total -= sums[question.answer]
+            tokens += len(question.requests[question.answer].targets)
         gold = from_total(total, tokens, self._window)
         result: dict[str, Any] = {}
         for name, found in hits.items():
             result |= mean_with_error(name, found)
         return {
             **result,
-            "examples": len(self._choices),
-            "truncated": sum(any(r.truncated for r in choice.requests) for choice in self._choices),
+            "examples": len(self._questions),
+            "truncated": sum(any(r.truncated for r in question.requests) for question in self._questions),
             "perplexity": gold.perplexity,
             "tokens": gold.tokens,
             "window": gold.window,
@@ -80,7 +80,7 @@ def mean_with_error(name: str, hits: Sequence[bool]) -> dict[str, float | None]:
     return {name: mean, f"{name}_stderr": error}
 
 
-def read_choice(row: dict[str, Any], encoder: PairEncoder, where: str) -> Choice:
+def read_question(row: dict[str, Any], encoder: RequestEncoder, where: str) -> Question:
     """A row of ``context``, ``choices`` and ``answer``, or of ``contexts`` that share a ``continuation``.
 
     ``messages`` in place of ``context`` are a conversation that the choices answer, through the chat template.
@@ -92,27 +92,25 @@ def read_choice(row: dict[str, Any], encoder: PairEncoder, where: str) -> Choice
     Raises:
         GispError: a row of another form, fewer than two choices, an answer out of range.
     """
-    if "contexts" in row:
+    if row.get("contexts") is not None:
         texts = _texts(row, "contexts", where)
-        shared = "continuation" in row or "choices" not in row
-        tails = (_text(row, "continuation", where),) * len(texts) if shared else _texts(row, "choices", where)
-        if len(tails) != len(texts):
-            raise GispError(f"{where} has {len(texts)} contexts and {len(tails)} choices: give as many of both")
-        pairs = list(zip(texts, tails, strict=True))
+        if row.get("continuation") is not None or row.get("choices") is None:
+            _text(row, "continuation", where)
+        elif len(_texts(row, "choices", where)) != len(texts):
+            raise GispError(
+                f"{where} has {len(texts)} contexts and {len(row['choices'])} choices: give as many of both"
+            )
     else:
-        choices = _texts(row, "choices", where)
-        if row.get("messages") is not None and "context" not in row:
-            check_messages(row["messages"], where)
-            pairs = [encoder.turn(row["messages"], text, where) for text in choices]
-        else:
-            context = _text(row, "context", where)
-            pairs = [(context, text) for text in choices]
         delimiter = str(row.get("delimiter") or "")
-        texts = tuple(text.removeprefix(delimiter) or text for text in choices)
+        texts = tuple(text.removeprefix(delimiter) or text for text in _texts(row, "choices", where))
+        if row.get("messages") is not None and row.get("context") is None:
+            check_messages(row["messages"], where)
+        else:
+            _text(row, "context", where)
     answer = row.get("answer")
     if type(answer) is not int or not 0 <= answer < len(texts):
         raise GispError(f"{where} has answer {answer!r}: give the index of one of {len(texts)} choices")
-    return Choice(tuple(encoder.pair(*pair, where) for pair in pairs), texts, answer)
+    return Question(tuple(encoder.request(*pair, where) for pair in encoder.choices(row, where)), texts, answer)
 
 
 def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
@@ -124,9 +122,7 @@ def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     return tuple(str(value) for value in values)
 
 
-def _text(row: dict[str, Any], key: str, where: str) -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
+def _text(row: dict[str, Any], key: str, where: str) -> None:
+    if not isinstance(row.get(key), str):
         keys = ", ".join(map(str, row))
-        raise GispError(f"{where} has {key} {value!r} and the keys {keys}: give {FORMAT}")
-    return value
+        raise GispError(f"{where} has {key} {row.get(key)!r} and the keys {keys}: give {FORMAT}")

@@ -12,7 +12,7 @@ from torch import nn
 from gisp.errors import GispError
 from gisp.evaluate.choices import mean_with_error
 from gisp.evaluate.generation import generate_greedily
-from gisp.evaluate.pairs import PairEncoder, Request, log_likelihoods
+from gisp.evaluate.pairs import Request, RequestEncoder, log_likelihoods
 from gisp.evaluate.perplexity import from_total
 
 
@@ -106,7 +106,7 @@ def compared(text: str, extract: re.Pattern[str] | None) -> str | None:
 
 
 def read_completion(
-    row: dict[str, Any], encoder: PairEncoder, where: str, extract: re.Pattern[str] | None = None
+    row: dict[str, Any], encoder: RequestEncoder, where: str, extract: re.Pattern[str] | None = None
 ) -> Completion:
     """A row of ``prompt`` and ``completion``.
 
@@ -121,4 +121,4 @@ def read_completion(
     wanted = compared(completion, extract)
     if wanted is None:
         raise GispError(f"{where}: --extract finds nothing in the completion {completion[-40:]!r}: change the pattern")
-    return Completion(encoder.pair(prompt, completion, where), encoder.prompt(prompt, where), wanted)
+    return Completion(encoder.request(prompt, completion, where), tuple(encoder.prompt(prompt, where)), wanted)

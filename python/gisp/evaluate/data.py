@@ -9,11 +9,11 @@ from itertools import islice
 from typing import Any
 
 from gisp.data import Sequences, load_sequences, read_rows
-from gisp.data.tokenise import load_tokenizer
+from gisp.data.encode import load_tokenizer
 from gisp.errors import GispError
-from gisp.evaluate.choices import ChoiceAccuracy, read_choice
+from gisp.evaluate.choices import ChoiceAccuracy, read_question
 from gisp.evaluate.completions import CompletionPerplexity, ExactMatch, read_completion
-from gisp.evaluate.pairs import PairEncoder
+from gisp.evaluate.pairs import RequestEncoder
 from gisp.evaluate.perplexity import check_stride, perplexity
 
 DEFAULT_WINDOW = 128
@@ -92,12 +92,12 @@ def prepare(data: str, options: EvalOptions, model: Any, tokenizer_from: str | N
         raise GispError(f"--stride is for text and tokens, {data} holds rows of {kind}s: leave it out")
     tokenizer = load_tokenizer(tokenizer_from, data)
     limit = max_length(model)
-    encoder = PairEncoder(tokenizer, min(limit, options.window or limit), vocab_size)
+    encoder = RequestEncoder(tokenizer, min(limit, options.window or limit), vocab_size)
     numbered = enumerate(islice(read_rows(data, True), options.limit))
     window, batch_size = encoder.max_length, options.batch_size
     if kind == "choice":
-        choices = [read_choice(row, encoder, f"{data}: row {i}") for i, row in numbered]
-        return ChoiceAccuracy(choices, window, batch_size)
+        questions = [read_question(row, encoder, f"{data}: row {i}") for i, row in numbered]
+        return ChoiceAccuracy(questions, window, batch_size)
     pattern = options.pattern()
     completions = [read_completion(row, encoder, f"{data}: row {i}", pattern) for i, row in numbered]
     likelihood = CompletionPerplexity(completions, window, batch_size)

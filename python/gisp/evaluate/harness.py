@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gisp.data.tokenise import load_tokenizer
+from gisp.data.encode import load_tokenizer
 from gisp.errors import GispError
 
 _BATCH_SIZE = 16

@@ -1,4 +1,4 @@
-"""A context and its continuation as tokens, cut where lm-eval cuts them, and the continuation's log-probability."""
+"""Continuations as requests to a model, and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from gisp.data.chat import last_turn
+from gisp.data.encode import PairEncoder, check_vocabulary
 from gisp.errors import GispError
 from gisp.evaluate.batches import length_batches
 from gisp.model.modes import evaluation_mode
@@ -31,11 +31,8 @@ class Request:
     truncated: bool
 
 
-class PairEncoder:
-    """Tokenises as ``HFLM`` of lm-eval 0.4.13 does (``tok_encode``, ``_encode_pair``, ``_loglikelihood_tokens``).
-
-    Trailing spaces of the context move to the continuation; the continuation's tokens are those of the whole text
-    behind as many as the context alone has; an empty context is the tokenizer's first special token.
+class RequestEncoder(PairEncoder):
+    """Pairs and prompts that a model can read, cut where lm-eval cuts them.
 
     Args:
         max_length: longest input; a longer context loses its first tokens.
@@ -43,76 +40,34 @@ class PairEncoder:
     """
 
     def __init__(self, tokenizer: Any, max_length: int, vocab_size: int) -> None:
+        super().__init__(tokenizer)
         self.max_length = max_length
-        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        start = tokenizer.bos_token_id
-        self._prefix: int | None = tokenizer.eos_token_id if start is None else start
-        self._prefix_text = None if self._prefix is None else tokenizer.decode(self._prefix)
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text that begins a sequence."""
-        special = not (self._prefix_text and text.startswith(self._prefix_text))
-        return list(self._tokenizer.encode(text, add_special_tokens=special))
-
-    def pair(self, context: str, continuation: str, where: str) -> Request:
+    def request(self, context: str, continuation: str, where: str) -> Request:
         """A scored continuation.
 
         Args:
             where: names the example in errors.
 
         Raises:
-            GispError: a continuation without tokens, or longer than ``max_length``.
+            GispError: a continuation without tokens or longer than ``max_length``, or tokens of another vocabulary.
         """
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        if context:
-            head = self.encode(context)
-            tail = self.encode(context + continuation)[len(head) :]
-        else:
-            head, tail = [], list(self._tokenizer.encode(continuation, add_special_tokens=False))
-            if self._prefix is None or tail[:1] == [self._prefix]:
-                head, tail = tail[:1], tail[1:]
-            else:
-                head = [self._prefix]
-        if not head or not tail:
-            raise GispError(f"{where}: {continuation[:40]!r} adds no token to its context: give longer text")
-        if len(tail) > self.max_length:
+        pair = self.pair(context, continuation, where)
+        if len(pair.continuation) > self.max_length:
             raise GispError(
-                f"{where}: {len(tail)} tokens of a continuation exceed the longest input, {self.max_length}: "
-                "give shorter ones or a larger --window"
+                f"{where}: {len(pair.continuation)} tokens of a continuation exceed the longest input, "
+                f"{self.max_length}: give shorter ones or a larger --window"
             )
-        whole = self._checked(head + tail, where)
+        whole = pair.context + pair.continuation
+        check_vocabulary(max(whole), self._vocab_size, where)
         kept = whole[-(self.max_length + 1) :]
-        return Request(tuple(kept[:-1]), tuple(tail), len(kept) < len(whole))
+        return Request(kept[:-1], pair.continuation, len(kept) < len(whole))
 
-    def turn(self, messages: list[dict[str, str]], answer: str, where: str) -> tuple[str, str]:
-        """A conversation with an assistant's answer through the chat template: what stands before it, and the answer.
-
-        Raises:
-            GispError: a conversation the tokenizer cannot render.
-        """
-        return last_turn(self._tokenizer, [*messages, {"role": "assistant", "content": answer}], where)
-
-    def prompt(self, text: str, where: str) -> tuple[int, ...]:
-        """Tokens of a prompt that is to be continued, at least one.
-
-        Raises:
-            GispError: an empty prompt, and the tokenizer knows no special token to begin with.
-        """
-        ids = self.encode(text)
-        if not ids and self._prefix is not None:
-            ids = [self._prefix]
-        if not ids:
-            raise GispError(f"{where}: the prompt is empty: give text")
-        return tuple(self._checked(ids, where))
-
-    def _checked(self, ids: list[int], where: str) -> list[int]:
-        if max(ids) >= self._vocab_size:
-            raise GispError(
-                f"{where}: the tokenizer gives token {max(ids)}, the model's vocabulary is {self._vocab_size}"
-            )
+    def prompt(self, text: str, where: str) -> list[int]:
+        """As of the base class, in the model's vocabulary."""
+        ids = super().prompt(text, where)
+        check_vocabulary(max(ids), self._vocab_size, where)
         return ids
 
 
@@ -136,14 +91,14 @@ def log_likelihoods(model: nn.Module, requests: Sequence[Request], batch_size: i
             rows = [torch.tensor(inputs[i]) for i in batch]
             padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
             logits = model(input_ids=padded, use_cache=False).logits
-            asked = [(row, number) for row, i in enumerate(batch) for number in numbers[inputs[i]]]
+            scored = [(row, number) for row, i in enumerate(batch) for number in numbers[inputs[i]]]
             sums = []
-            for row, number in asked:
+            for row, number in scored:
                 targets = torch.tensor(requests[number].targets, device=device)
                 end = len(requests[number].inputs)
                 scores = functional.log_softmax(logits[row, end - len(targets) : end].float(), dim=-1)
                 sums.append(scores.gather(1, targets[:, None]).double().sum())
-            for (_, number), value in zip(asked, torch.stack(sums).tolist(), strict=True):
+            for (_, number), value in zip(scored, torch.stack(sums).tolist(), strict=True):
                 found[number] = value
     if any(value != value for value in found):
         raise GispError("a log-probability on the evaluation data is NaN: check the weights, or use --dtype float32")

@@ -41,8 +41,8 @@ def perplexity(
         GispError: ``window`` below 2, ``stride`` outside [1, ``window``], nothing to predict, a NaN loss, or a mixture,
             whose tasks are to be measured one by one.
     """
-    if data.parts:
-        raise GispError(f"a mixture of {len(data.parts)} tasks has no perplexity: give the data of one of them")
+    if data.tasks:
+        raise GispError(f"a mixture of {len(data.tasks)} tasks has no perplexity: give the data of one of them")
     stride = check_stride(window, stride)
     device = next(model.parameters()).device
     pieces = [

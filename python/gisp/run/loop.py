@@ -313,8 +313,8 @@ def _spec_name(data: Any) -> str:
 def _describe(data: Sequences, spec: str) -> dict[str, Any]:
     """What a run records of its data."""
     described: dict[str, Any] = {"spec": spec, "sequences": len(data), "sha256": data.digest()}
-    if data.parts:
-        described["tasks"] = [dataclasses.asdict(part) for part in data.parts]
+    if data.tasks:
+        described["tasks"] = [dataclasses.asdict(task) for task in data.tasks]
     return described
 
 

@@ -32,11 +32,11 @@ def asked(data: Sequences, config: PruneConfig) -> Sequences:
         GispError: questions that have not one right answer each or nothing to decide, a loss or a criterion that
             cannot take them.
     """
-    if not data.parts:
+    if not data.tasks:
         data = replace(data, compared=config.objective == "choice")
         if config.objective == "margin" and len(set(data.signs)) != 2:
             raise GispError("objective margin needs right and wrong answers, all here are of one kind")
-    choosing = next((part for part in data.parts if part.objective in CHOOSING), None)
+    choosing = next((task for task in data.tasks if task.objective in CHOOSING), None)
     if choosing and config.criterion not in GRADIENT:
         raise GispError(
             f"--criterion {config.criterion} sees no loss: objective {choosing.objective} of {choosing.name} needs one "

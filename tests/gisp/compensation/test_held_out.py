@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_tokens
 
 from gisp.compensation.held_out import hold_out, interleaved
-from gisp.data import Part, Sequences
+from gisp.data import Sequences, Task
 from gisp.errors import GispError
 
 
@@ -66,7 +66,7 @@ def test_the_pieces_of_a_long_text_are_parted() -> None:
 
 def test_tasks_of_a_mixture_are_taken_in_turn() -> None:
     few, many = rows((4,) * 2), rows((4,) * 8, offset=100)
-    mixed = Sequences.mixture([(Part("few", "lm", 0.5, 2), few), (Part("many", "lm", 0.5, 8), many)])
+    mixed = Sequences.mixture([(Task("few", "lm", 0.5, 2), few), (Task("many", "lm", 0.5, 8), many)])
     found = interleaved(mixed)
     assert numbers(found) == [100, 101, 0, 102, 103, 104, 105, 1, 106, 107]
-    assert not found.parts and interleaved(few) is few
+    assert not found.tasks and interleaved(few) is few

@@ -9,13 +9,14 @@ import pytest
 import torch
 from word_tokenizer import CHAT_TEMPLATE, WORDS, save_tokenizer
 
-from gisp.data import Sequences, load_sequences, tokenise
+from gisp.data import Sequences, load_sequences
 from gisp.data.cache import cache_folder
+from gisp.data.encode import PairEncoder
 
 ROWS = {
     "text": [{"text": "the cat sat on the mat"}, {"text": "a dog ran"}],
-    "completion": [{"prompt": "the cat", "completion": "sat"}, {"prompt": "a", "completion": "dog ran"}],
-    "choices": [{"context": "the cat", "choices": ["ran", "sat on", "mat"], "answer": i} for i in (0, 2)],
+    "completion": [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a", "completion": " dog ran"}],
+    "choices": [{"context": "the cat", "choices": [" ran", " sat on", " mat"], "answer": i} for i in (0, 2)],
     "messages": [{"messages": [{"role": r, "content": "a cat"} for r in ("user", "assistant")]}] * 2,
 }
 
@@ -41,17 +42,17 @@ def load(tmp_path):
 
 
 def assert_equal(found: Sequences, expected: Sequences) -> None:
-    assert (found.signs, found.examples, found.parts) == (expected.signs, expected.examples, expected.parts)
+    assert (found.signs, found.examples, found.tasks) == (expected.signs, expected.examples, expected.tasks)
     for one, other in zip(found.rows, expected.rows, strict=True):
         for a, b in zip(one, other, strict=True):
             assert a.dtype == b.dtype == torch.int64 and torch.equal(a, b)
 
 
 def forbid_tokenising(monkeypatch) -> None:
-    def refuse(tokenizer, text):
+    def refuse(encoder, text, special):
         raise AssertionError(f"tokenised again: {text!r}")
 
-    monkeypatch.setattr(tokenise, "_encode", refuse)
+    monkeypatch.setattr(PairEncoder, "_encode", refuse)
 
 
 @pytest.mark.parametrize(

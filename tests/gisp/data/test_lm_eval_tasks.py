@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gisp.data import load_sequences, read_rows
-from gisp.data.sources import NAMED_TASKS
+from gisp.data.lm_eval_tasks import NAMED_TASKS
 from gisp.errors import GispError
 
 datasets = pytest.importorskip("datasets")

@@ -90,13 +90,13 @@ def test_text_is_packed_with_end_tokens(tmp_path, tokenizer_folder):
 
 def test_completions_score_the_completion_alone(tmp_path, tokenizer_folder):
     path = tmp_path / "t.jsonl"
-    path.write_text(json.dumps({"prompt": "the cat", "completion": "sat on"}) + "\n")
+    path.write_text(json.dumps({"prompt": "the cat", "completion": " sat on"}) + "\n")
     assert lists(read(str(path), tokenizer_folder)) == [([1, 2, 3, 4], [IGNORED, IGNORED, 3, 4])]
 
 
 def test_choices_carry_signs_for_margin_and_the_gold_answer_for_lm(tmp_path, tokenizer_folder):
     path = tmp_path / "t.jsonl"
-    row = {"context": "the cat", "choices": ["ran", "sat", "mat"], "answer": 1}
+    row = {"context": "the cat", "choices": [" ran", " sat", " mat"], "answer": 1}
     path.write_text(json.dumps(row) + "\n")
     margin = read(str(path), tokenizer_folder, objective="margin")
     assert margin.signs == (-1, 1, -1)

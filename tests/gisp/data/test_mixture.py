@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from tiny import VOCAB, tiny_model
 from word_tokenizer import save_tokenizer
 
-from gisp.data import Part, Sequences, load_sequences
-from gisp.data.sampler import StratifiedSampler
+from gisp.data import Sequences, Task, load_sequences
+from gisp.data.batches import StratifiedSampler
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate import perplexity
@@ -25,9 +25,11 @@ from gisp.score.gradient import Engine
 @pytest.fixture
 def folder(tmp_path):
     """A choice task of ragged rows, a completion task and a file of tokens."""
-    rows = [{"context": "the cat", "choices": ["sat", "ran on", "a"][: 2 + i % 2], "answer": i % 2} for i in range(6)]
+    rows = [
+        {"context": "the cat", "choices": [" sat", " ran on", " a"][: 2 + i % 2], "answer": i % 2} for i in range(6)
+    ]
     (tmp_path / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [{"prompt": "a dog", "completion": "ran" + " on the mat" * (i % 3)} for i in range(5)]
+    rows = [{"prompt": "a dog", "completion": " ran" + " on the mat" * (i % 3)} for i in range(5)]
     (tmp_path / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     generator = torch.Generator().manual_seed(4)
     save_file({"input_ids": torch.randint(0, 12, (8, 10), generator=generator)}, tmp_path / "tokens.safetensors")
@@ -50,7 +52,7 @@ tasks:
 
 def test_tasks_follow_each_other_with_normalised_weights(folder):
     found = mixture(folder, BOTH)
-    assert [(p.objective, p.weight, p.examples) for p in found.parts] == [("margin", 0.25, 6), ("lm", 0.75, 8)]
+    assert [(p.objective, p.weight, p.examples) for p in found.tasks] == [("margin", 0.25, 6), ("lm", 0.75, 8)]
     assert found.signs[:2] == (1, -1) and found.signs[-8:] == (1,) * 8
     choices = load_sequences(
         folder / "choices.jsonl",
@@ -68,12 +70,12 @@ def test_budgets_and_seeds(folder):
     text = "tokens: 61\ntasks:\n" + "  - {data: tokens.safetensors}\n" * 2
     found = mixture(folder, text)
     # 30 tokens each are three rows of ten, of the eight there are.
-    assert [part.examples for part in found.parts] == [3, 3]
+    assert [part.examples for part in found.tasks] == [3, 3]
     halves = [[ids.tolist() for ids, _ in rows] for rows in (found.rows[:3], found.rows[3:])]
     assert halves[0] != halves[1]
     assert mixture(folder, text).digest() == found.digest() != mixture(folder, text, seed=1).digest()
     own = "tokens: 60\ntasks:\n  - {data: tokens.safetensors, samples: 5}\n  - {data: tokens.safetensors, tokens: 15}\n"
-    assert [part.examples for part in mixture(folder, own).parts] == [5, 1]
+    assert [part.examples for part in mixture(folder, own).tasks] == [5, 1]
     cut = mixture(folder, "tasks: [{data: tokens.safetensors, samples: 2, seq_len: 5}]")
     assert cut.examples == ((0, 1), (2, 3)) and all(len(ids) == 5 for ids, _ in cut.rows)
 
@@ -81,7 +83,7 @@ def test_budgets_and_seeds(folder):
 def test_objectives_of_tasks(folder):
     text = "tasks: [{data: completions.jsonl}, {data: choices.jsonl, objective: margin}]"
     found = mixture(folder, text, objective="completion")
-    assert [part.objective for part in found.parts] == ["completion", "margin"]
+    assert [part.objective for part in found.tasks] == ["completion", "margin"]
     with pytest.raises(GispError, match=r"completions.jsonl: --objective margin needs rows of context"):
         mixture(folder, text, objective="margin")
 
@@ -138,7 +140,7 @@ def ragged_mixture() -> Sequences:
     text = Sequences.plain([row(length, length) for length in (16, 11, 14, 9)])
     rows = [row(5 + i, 1 + i % 3) for i in range(10)]
     choices = Sequences(tuple(rows), (1, -1, -1, 1, 1, -1, -1, -1, 1, -1), ((0, 1, 2), (3, 5), (4, 6, 7), (8, 9)))
-    return Sequences.mixture([(Part("text", "lm", 0.75, 4), text), (Part("choices", "margin", 0.25, 4), choices)])
+    return Sequences.mixture([(Task("text", "lm", 0.75, 4), text), (Task("choices", "margin", 0.25, 4), choices)])
 
 
 def loss_by_hand(model, data: Sequences) -> torch.Tensor:
@@ -182,7 +184,7 @@ def test_a_stream_step_holds_every_task_and_its_expected_loss_is_the_mixtures():
 
 def test_batches_are_split_by_weight():
     rows = [(torch.ones(10, dtype=torch.int64),) * 2 for _ in range(40)]
-    parts = (Part("a", "lm", 0.8, 20), Part("b", "lm", 0.2, 20))
+    parts = (Task("a", "lm", 0.8, 20), Task("b", "lm", 0.2, 20))
     numbers = StratifiedSampler(
         Sequences(tuple(rows), (1,) * 40, tuple((i,) for i in range(40)), parts), 100, 0
     ).numbers(1)

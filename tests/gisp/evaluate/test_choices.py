@@ -18,7 +18,7 @@ from gisp.errors import GispError
 from gisp.evaluate import EvalOptions
 from gisp.evaluate.data import prepare
 from gisp.evaluate.generation import generate_greedily
-from gisp.evaluate.pairs import PairEncoder, Request, log_likelihoods
+from gisp.evaluate.pairs import Request, RequestEncoder, log_likelihoods
 
 ROWS = [
     {"context": "a cab ", "choices": ["cab", "bag", "a"], "answer": 0},
@@ -141,22 +141,22 @@ def test_batches_and_padding_change_nothing() -> None:
 
 
 def test_long_contexts_lose_their_beginning() -> None:
-    encoder = PairEncoder(byte_tokenizer(), 6, 96)
-    request = encoder.pair("abcdefghij", "xyz", "row 0")
+    encoder = RequestEncoder(byte_tokenizer(), 6, 96)
+    request = encoder.request("abcdefghij", "xyz", "row 0")
     encode = byte_tokenizer().encode
     assert request == Request(tuple(encode("fghijxyz")[-7:-1]), tuple(encode("xyz")), True)
-    assert not encoder.pair("abc", "xyz", "row 0").truncated
+    assert not encoder.request("abc", "xyz", "row 0").truncated
     with pytest.raises(GispError, match="row 7: 9 tokens of a continuation exceed the longest input, 6"):
-        encoder.pair("a", "123456789", "row 7")
+        encoder.request("a", "123456789", "row 7")
 
 
 def test_a_start_token_is_not_doubled() -> None:
-    encoder, plain = PairEncoder(byte_tokenizer(start=True), 32, 96), byte_tokenizer().encode
+    encoder, plain = RequestEncoder(byte_tokenizer(start=True), 32, 96), byte_tokenizer().encode
     for context in ("cab", "<end>cab"):
-        request = encoder.pair(context, " bag", "row 0")
+        request = encoder.request(context, " bag", "row 0")
         assert [*request.inputs, request.targets[-1]] == [0, *plain("cab bag")]
-    assert encoder.pair("", "bag", "row 0") == Request((0, *plain("ba")), tuple(plain("bag")), False)
-    assert encoder.pair("  ", "bag", "row 0").targets == tuple(plain("  bag"))
+    assert encoder.request("", "bag", "row 0") == Request((0, *plain("ba")), tuple(plain("bag")), False)
+    assert encoder.request("  ", "bag", "row 0").targets == tuple(plain("  bag"))
 
 
 def test_completions_and_exact_match(model_folder: Path) -> None:

@@ -8,7 +8,7 @@ from score_cases import autograd_scores, ragged
 from tiny import tiny_model, tiny_tokens
 
 from gisp.data import Sequences
-from gisp.data.sampler import Sampler
+from gisp.data.batches import Sampler
 from gisp.model.structures import map_model
 from gisp.score.gradient import Engine
 from gisp.score.objectives import sequence_nll

@@ -16,7 +16,7 @@ from word_tokenizer import save_tokenizer
 
 import gisp
 from gisp.cli import main
-from gisp.data import Part, Sequences, load_sequences
+from gisp.data import Sequences, Task, load_sequences
 from gisp.data.batches import StepBatches
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
@@ -47,7 +47,7 @@ def weighted_parts(data: Sequences) -> list[tuple[Any, float, float]]:
             n = len(data.rows[example[0]][0]) - 1
             parts.append((lambda m, e=example: mean_nll(m, *data.rows[e[0]]), 0.6 / 3, n / (0.6 / 3)))
         else:
-            weight = 0.4 / 4 if data.parts else 1 / 4
+            weight = 0.4 / 4 if data.tasks else 1 / 4
             parts.append((lambda m, e=example: question_loss(m, data, e), weight, 1 / weight))
     return parts
 
@@ -123,8 +123,8 @@ def test_noise_is_that_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert units == [len(EXAMPLES)]
     opposed = Sequences.mixture(
         [
-            (Part("questions", "choice", 0.5, 4), answers()),
-            (Part("margin", "margin", 0.5, 4), Sequences(answers().rows, answers().signs, EXAMPLES)),
+            (Task("questions", "choice", 0.5, 4), answers()),
+            (Task("margin", "margin", 0.5, 4), Sequences(answers().rows, answers().signs, EXAMPLES)),
         ]
     )
     plain, shrunk = (Engine(model_map, opposed, shrunk=s, **options).score(1, model_map.groups) for s in (False, True))
@@ -165,7 +165,7 @@ def test_data_and_runs(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> Non
     model.mkdir()
     save_tokenizer(model)
     tiny_model().save_pretrained(model)
-    rows = [{"context": "the cat", "choices": ["ran", "sat on", "mat"], "answer": n % 3} for n in range(8)]
+    rows = [{"context": "the cat", "choices": [" ran", " sat on", " mat"], "answer": n % 3} for n in range(8)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for _ in range(2):  # read, then from the cache
         found = load_sequences(str(data), vocab_size=VOCAB, seq_len=None, tokenizer_from=str(model), objective="choice")
@@ -238,7 +238,7 @@ def test_a_mixture_whose_tasks_have_other_objectives_is_another_run(tmp_path: An
         raise KeyboardInterrupt
 
     def mixture(objective: str) -> Sequences:
-        parts = (Part("text", "lm", 0.6, 3), Part("questions", objective, 0.4, 4))
+        parts = (Task("text", "lm", 0.6, 3), Task("questions", objective, 0.4, 4))
         return Sequences(mixed().rows, mixed().signs, mixed().examples, parts)
 
     with pytest.raises(KeyboardInterrupt):
