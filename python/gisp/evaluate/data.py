@@ -11,6 +11,7 @@ from typing import Any
 from gisp.data import Sequences, load_sequences, read_rows
 from gisp.data.encode import load_tokenizer
 from gisp.errors import GispError
+from gisp.evaluate.batches import vocabulary
 from gisp.evaluate.choices import ChoiceAccuracy, read_question
 from gisp.evaluate.completions import CompletionPerplexity, ExactMatch, read_completion
 from gisp.evaluate.pairs import RequestEncoder
@@ -34,7 +35,7 @@ class EvalOptions:
             completions.
         stride: see :func:`gisp.evaluate.perplexity.perplexity`; text and tokens only.
         limit: rows (sequences) used, the first ones; ``None`` = all.
-        batch_size: sequences per forward pass; ``None`` = by their tokens.
+        batch_size: sequences per forward pass, fewer where their logits are too many; ``None`` = by their tokens.
         generate: also measure exact match on completions.
         until, max_new_tokens, extract: see :class:`gisp.evaluate.completions.ExactMatch`.
     """
@@ -81,7 +82,7 @@ def prepare(data: str, options: EvalOptions, model: Any, tokenizer_from: str | N
     Raises:
         GispError: data that cannot be read, malformed rows, options for other data.
     """
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = vocabulary(model)
     first = None if data.endswith(".safetensors") else next(iter(read_rows(data, True)), None)
     kind = _kind(first or {})
     if options.generate and kind != "completion":

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gisp.data.encode import PairEncoder, check_vocabulary
 from gisp.errors import GispError
-from gisp.evaluate.batches import length_batches
+from gisp.evaluate.batches import length_batches, vocabulary
 from gisp.model.modes import evaluation_mode
 
 
@@ -74,8 +74,8 @@ class RequestEncoder(PairEncoder):
 def log_likelihoods(model: nn.Module, requests: Sequence[Request], batch_size: int | None = None) -> list[float]:
     """Summed log-probability in nats of every continuation, in the order of ``requests``.
 
-    Equal inputs run once. Padding stands on the right, where a causal model's earlier positions do not see it.
-    Log-softmax and sum are float32 and float64 whatever the model's dtype.
+    Equal inputs run once, and no more logits are held than a batch's. Padding stands on the right, where a causal
+    model's earlier positions do not see it. Log-softmax and sum are float32 and float64 whatever the model's dtype.
 
     Raises:
         GispError: a NaN.
@@ -87,7 +87,7 @@ def log_likelihoods(model: nn.Module, requests: Sequence[Request], batch_size: i
     inputs = list(numbers)
     found = [0.0] * len(requests)
     with evaluation_mode(model), torch.no_grad():
-        for batch in length_batches([len(ids) for ids in inputs], device, batch_size):
+        for batch in length_batches([len(ids) for ids in inputs], device, batch_size, vocabulary(model)):
             rows = [torch.tensor(inputs[i]) for i in batch]
             padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
             logits = model(input_ids=padded, use_cache=False).logits
@@ -100,6 +100,8 @@ def log_likelihoods(model: nn.Module, requests: Sequence[Request], batch_size: i
                 sums.append(scores.gather(1, targets[:, None]).double().sum())
             for (_, number), value in zip(scored, torch.stack(sums).tolist(), strict=True):
                 found[number] = value
+            # The next forward pass is not to find these beside its own.
+            del logits
     if any(value != value for value in found):
         raise GispError("a log-probability on the evaluation data is NaN: check the weights, or use --dtype float32")
     return found

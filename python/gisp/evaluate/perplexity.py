@@ -12,7 +12,7 @@ from torch import nn
 from gisp.data import Sequences
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
-from gisp.evaluate.batches import length_batches
+from gisp.evaluate.batches import length_batches, vocabulary
 from gisp.model.modes import evaluation_mode
 from gisp.score.objectives import sequence_nll
 
@@ -35,7 +35,7 @@ def perplexity(
         stride: tokens from one window's start to the next. ``None`` = ``window``: every window starts afresh and its
             first token is context only. Less than ``window``: every token of a row but its first is predicted once,
             from at least ``window - stride`` tokens where the row has them.
-        batch_size: windows per forward pass; ``None`` = by their tokens.
+        batch_size: windows per forward pass, fewer where their logits are too many; ``None`` = by their tokens.
 
     Raises:
         GispError: ``window`` below 2, ``stride`` outside [1, ``window``], nothing to predict, a NaN loss, or a mixture,
@@ -53,7 +53,8 @@ def perplexity(
     ]
     total, tokens = 0.0, 0
     with evaluation_mode(model), torch.no_grad():
-        for numbers in length_batches([end - begin for _, begin, _, end in pieces], device, batch_size):
+        lengths = [end - begin for _, begin, _, end in pieces]
+        for numbers in length_batches(lengths, device, batch_size, vocabulary(model)):
             ids = [data.rows[row][0][begin:end] for row, begin, _, end in (pieces[i] for i in numbers)]
             labels = [_scored_labels(data.rows[pieces[i][0]][1], *pieces[i][1:]) for i in numbers]
             padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
