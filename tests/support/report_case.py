@@ -125,6 +125,7 @@ def _metrics(step: int, planned: int, rng: np.random.Generator, peak_bytes: int 
             "log10_edges": edges.tolist(),
             "heads": np.histogram(heads, edges)[0].tolist(),
             "channels": np.histogram(channels, edges)[0].tolist(),
+            "not_positive": {"heads": 0, "channels": 0},
         },
         "peak_bytes": peak_bytes,
     }

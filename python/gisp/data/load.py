@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from gisp.config.options import CHOOSING
 from gisp.data.cache import cache_entry, read_entry, write_entry
 from gisp.data.encode import PairEncoder, check_vocabulary, load_tokenizer
-from gisp.data.mixture import MIXTURE_FILES, read_mixture
+from gisp.data.mixture import MIXTURE_FILES, Entry, read_mixture
 from gisp.data.rows import kind_of_rows
 from gisp.data.sequences import IGNORED, Sequences, Task
 from gisp.data.sources import is_document, read_rows
@@ -52,7 +54,8 @@ def load_sequences(
     if not isinstance(spec, (torch.Tensor, str, Path)):
         raise GispError(f"data is a {type(spec).__name__}: give an int tensor [sequences, tokens], a path or a name")
     if not isinstance(spec, torch.Tensor) and Path(spec).suffix in MIXTURE_FILES:
-        return _mixture(Path(spec), vocab_size, seq_len, tokenizer_from, objective, held_out, seed)
+        load = partial(load_sequences, vocab_size=vocab_size, tokenizer_from=tokenizer_from, held_out=held_out)
+        return _mixture(read_mixture(Path(spec), objective), load, seq_len, seed)
     where = "the token tensor" if isinstance(spec, torch.Tensor) else str(spec)
     if isinstance(spec, torch.Tensor):
         sequences = from_tokens(spec, None, where, vocab_size, seq_len)
@@ -68,27 +71,11 @@ def load_sequences(
     return replace(sequences, compared=True) if objective == "choice" else sequences
 
 
-def _mixture(
-    path: Path,
-    vocab_size: int,
-    seq_len: int | None,
-    tokenizer_from: str | None,
-    objective: str,
-    held_out: bool,
-    seed: int,
-) -> Sequences:
-    entries = read_mixture(path, objective)
+def _mixture(entries: list[Entry], load: Callable[..., Sequences], seq_len: int | None, seed: int) -> Sequences:
     total = sum(entry.weight for entry in entries)
     tasks = []
     for number, entry in enumerate(entries):
-        sequences = load_sequences(
-            entry.data,
-            vocab_size=vocab_size,
-            seq_len=entry.seq_len or seq_len,
-            tokenizer_from=tokenizer_from,
-            objective=entry.objective,
-            held_out=held_out,
-        )
+        sequences = load(entry.data, seq_len=entry.seq_len or seq_len, objective=entry.objective)
         taken = entry.sample(sequences, number, seed)
         tasks.append((Task(entry.data, entry.objective, entry.weight / total, len(taken.examples)), taken))
     return Sequences.mixture(tasks)

@@ -107,11 +107,7 @@ class Sequences:
             return self
         if self.tasks:
             raise GispError(f"--samples {examples} does not go with a mixture: give its tasks samples or tokens")
-        if examples >= len(self.examples):
-            return self
-        chosen = self.examples[:examples]
-        last = max(max(rows) for rows in chosen) + 1
-        return Sequences(self.rows[:last], self.signs[:last], chosen, compared=self.compared)
+        return self if examples >= len(self.examples) else self.chosen(range(examples))
 
     def chosen(self, examples: Sequence[int]) -> Sequences:
         """Examples by number, in the given order, without what is not chosen."""

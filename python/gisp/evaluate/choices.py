@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -67,9 +67,7 @@ class ChoiceAccuracy:
             **result,
             "examples": len(self._questions),
             "truncated": sum(any(r.truncated for r in question.requests) for question in self._questions),
-            "perplexity": gold.perplexity,
-            "tokens": gold.tokens,
-            "window": gold.window,
+            **asdict(gold),
         }
 
 

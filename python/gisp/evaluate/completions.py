@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -43,9 +43,7 @@ class CompletionPerplexity:
         total = -sum(log_likelihoods(model, self._requests, self._batch_size))
         found = from_total(total, sum(len(request.targets) for request in self._requests), self._window)
         return {
-            "perplexity": found.perplexity,
-            "tokens": found.tokens,
-            "window": found.window,
+            **asdict(found),
             "examples": len(self._requests),
             "truncated": sum(request.truncated for request in self._requests),
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -136,7 +136,7 @@ def _perplexity(data: str, options: EvalOptions, vocab_size: int, tokenizer_from
 
     def measure(model: Any) -> dict[str, Any]:
         found = perplexity(model, sequences, window, stride, batch_size=options.batch_size)
-        return {"perplexity": found.perplexity, "tokens": found.tokens, "window": window, "stride": stride}
+        return {**asdict(found), "stride": stride}
 
     return measure
 

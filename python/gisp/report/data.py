@@ -176,8 +176,7 @@ def _check_metrics(entry: Any) -> None:
     for kind in ("heads", "channels"):
         counts = histogram[kind]
         require(len(counts) == _BINS and _all_numbers(counts), f"{kind} are not {_BINS} counts")
-        # Runs of earlier versions did not count what is not on the axis.
-        off = histogram.get("not_positive", {kind: 0})
+        off = histogram["not_positive"]
         require(isinstance(off, dict) and is_finite(off.get(kind)) and off[kind] >= 0, f"not_positive is {off!r}")
 
 

@@ -9,15 +9,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from gisp.report.data import RunData
-from gisp.report.style import MARKERS, Theme, new_figure, themed, to_png
+from gisp.report.style import PERCENT, Theme, draw_lines, log_where_wide, new_figure, sparsity_axis, themed, to_png
 
 # Phases in order of time, each with its place in the theme's series.
 _PHASES = {"forward_backward": 0, "select": 2, "compact": 3, "write": 1}
 _OTHER_PHASE = 5
-_PERCENT = FuncFormatter(lambda fraction, _: f"{round(100 * fraction, 3):.3g} %")
 _TOP_MARGIN = 1.25
 _NONE_HEIGHT = 0.05
 # An axis cut above this multiple of the 98th percentile would otherwise show one slow step and a flat line.
@@ -62,30 +61,21 @@ def draw_quality(run: RunData, theme: Theme) -> Figure:
 
 def _draw_perplexity(ax: Axes, run: RunData, theme: Theme) -> None:
     conditions = list(dict.fromkeys((e.data, e.window) for e in run.evaluations))
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[float, float, float]]] = {}
     for e in run.evaluations:
         if np.isfinite(e.perplexity):
             # Perplexities on other text or windows are no points of the same line.
             label = e.label if len(conditions) == 1 else f"{e.label}: {_basename(e.data)}, window {e.window}"
-            lines.setdefault(label, []).append((e.sparsity, e.perplexity))
-    for number, (label, points) in enumerate(lines.items()):
-        xs, ys = zip(*sorted(points), strict=True)
-        colour, marker = theme.series[number % len(theme.series)], MARKERS[number % len(MARKERS)]
-        ax.plot(xs, ys, color=colour, marker=marker, markersize=5, label=label)
-    values = [y for points in lines.values() for _, y in points]
-    spread = np.log10(max(values) / min(values)) if min(values) > 0 else 0.0
-    if spread > np.log10(4):
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if spread > 3 else (1, 2, 5)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    ax.set_ylabel("perplexity (log scale)" if spread > np.log10(4) else "perplexity")
+            lines.setdefault(label, []).append((e.sparsity, e.perplexity, 0.0))
+    draw_lines(ax, lines, theme)
+    log = log_where_wide(ax, [y for points in lines.values() for _, y, _ in points])
+    ax.set_ylabel("perplexity (log scale)" if log else "perplexity")
     ax.set_title("Perplexity")
     if len(conditions) == 1:
         data, window = conditions[0]
         _aside(ax, f"{_basename(data)}, window {window} tokens", theme)
     ax.legend(loc="upper left")
-    _sparsity_axis(ax)
+    sparsity_axis(ax)
 
 
 def _draw_loss(ax: Axes, run: RunData, theme: Theme) -> None:
@@ -105,15 +95,7 @@ def _draw_loss(ax: Axes, run: RunData, theme: Theme) -> None:
     objective = "mixture" if run.data.get("tasks") else run.config.get("objective", "lm")
     ax.set_ylabel("loss (nats per token)" if objective in ("lm", "completion") else f"loss ({objective})")
     ax.set_title("Calibration loss")
-    _sparsity_axis(ax)
-
-
-def _sparsity_axis(ax: Axes) -> None:
-    ax.set_xlabel("decoder sparsity")
-    ax.xaxis.set_major_formatter(_PERCENT)
-    ax.xaxis.set_major_locator(MaxNLocator(6))
-    ax.margins(y=0.08)
-    ax.grid(axis="y")
+    sparsity_axis(ax)
 
 
 def draw_kept_over_steps(run: RunData, theme: Theme) -> Figure:
@@ -147,7 +129,7 @@ def draw_kept_over_steps(run: RunData, theme: Theme) -> Figure:
         image, ax=list(axes), pad=0.02, aspect=30, extend=extend, extendrect=True, extendfrac=_NONE_HEIGHT
     )
     bar.set_label("fraction kept")
-    bar.ax.yaxis.set_major_formatter(_PERCENT)
+    bar.ax.yaxis.set_major_formatter(PERCENT)
     bar.set_ticks([0.25, 0.5, 0.75, 1] if none_kept else [1e-9, 0.25, 0.5, 0.75, 1])
     if none_kept:
         bar.ax.text(1.55, -_NONE_HEIGHT / 2, "none", transform=bar.ax.transAxes, va="center", color=theme.muted)
@@ -177,7 +159,7 @@ def draw_scores(run: RunData, theme: Theme) -> Figure:
         for kind, colour in (("heads", theme.heads), ("channels", theme.channels)):
             counts = np.array(entry["score_histogram"][kind], dtype=np.float64)
             widths = np.diff(edges)
-            off = int(entry["score_histogram"].get("not_positive", {}).get(kind, 0))
+            off = int(entry["score_histogram"]["not_positive"][kind])
             label = f"{kind} ({int(counts.sum()) + off:,} scored" + (f", {off:,} at or below 0)" if off else ")")
             if not counts.sum() and off:
                 ax.plot([], [], color=colour, linewidth=1.5, label=label)
@@ -279,7 +261,7 @@ def draw_kept_per_layer(run: RunData, theme: Theme) -> Figure:
         _aside(ax, f"{left:,} of {whole:,} kept, {100 * left / whole:.1f} % (dashed)", theme)
         ax.set_ylim(0, 1.04)
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        ax.yaxis.set_major_formatter(_PERCENT)
+        ax.yaxis.set_major_formatter(PERCENT)
         ax.set_ylabel("fraction kept")
         ax.grid(axis="y")
     axes[-1].set_xlabel("layer (0 = input end)")

@@ -8,10 +8,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from gisp.report.figures import figures
-from gisp.report.style import LIGHT, MARKERS, Theme, new_figure, themed, to_png
+from gisp.report.style import LIGHT, Theme, draw_lines, log_where_wide, new_figure, sparsity_axis, themed, to_png
 
 # What is of one kind shares axes; figures of another kind (lm-eval has many) get axes of their own.
 _SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "f1")
@@ -49,21 +48,9 @@ def _kind(name: str) -> str:
 
 
 def _axes(ax: Axes, kind: str, series: dict[str, list[tuple[float, float, float]]], theme: Theme) -> None:
-    for number, (name, values) in enumerate(series.items()):
-        xs, ys, errors = zip(*values, strict=True)
-        colour, marker = theme.series[number % len(theme.series)], MARKERS[number % len(MARKERS)]
-        bars = errors if any(errors) else None
-        ax.errorbar(xs, ys, yerr=bars, color=colour, marker=marker, markersize=5, capsize=3, label=name)
-    heights = [y for values in series.values() for _, y, _ in values]
-    if kind == "perplexity" and max(heights) > 4 * min(heights):
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_locator(NullLocator())
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    draw_lines(ax, series, theme)
+    if kind == "perplexity":
+        log_where_wide(ax, [y for values in series.values() for _, y, _ in values])
     ax.set_ylabel(kind)
-    ax.set_xlabel("decoder sparsity")
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    ax.xaxis.set_major_locator(MaxNLocator(6))
-    ax.margins(y=0.08)
-    ax.grid(axis="y")
+    sparsity_axis(ax)
     ax.legend(loc="best")

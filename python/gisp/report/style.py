@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 WIDTH = 9.0
 """Inches of every picture, so that text has one size down the page."""
@@ -62,7 +64,8 @@ DARK = Theme(
     series=("#56b4e9", "#e69f00", "#2bc495", "#e39bc4", "#f0e442", "#4a8fd6"),
     none_kept="#ff7b39",
 )
-MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+PERCENT = FuncFormatter(lambda fraction, _: f"{round(100 * fraction, 3):.3g} %")
 
 
 @contextmanager
@@ -106,6 +109,35 @@ def new_figure(height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def draw_lines(ax: Axes, lines: Mapping[str, Sequence[tuple[float, float, float]]], theme: Theme) -> None:
+    """Labelled lines of (x, y, standard error), a bar where the error is not 0."""
+    for number, (label, points) in enumerate(lines.items()):
+        xs, ys, errors = zip(*sorted(points), strict=True)
+        colour, marker = theme.series[number % len(theme.series)], _MARKERS[number % len(_MARKERS)]
+        bars = errors if any(errors) else None
+        ax.errorbar(xs, ys, yerr=bars, color=colour, marker=marker, markersize=5, capsize=3, label=label)
+
+
+def log_where_wide(ax: Axes, values: Sequence[float]) -> bool:
+    """Give perplexities a logarithmic axis where the largest is more than 4 times the smallest; whether it did."""
+    spread = max(values) / min(values) if min(values) > 0 else 1.0
+    if spread > 4:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1,) if spread > 1000 else (1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    return spread > 4
+
+
+def sparsity_axis(ax: Axes) -> None:
+    """Decoder sparsity from left to right, in percent."""
+    ax.set_xlabel("decoder sparsity")
+    ax.xaxis.set_major_formatter(PERCENT)
+    ax.xaxis.set_major_locator(MaxNLocator(6))
+    ax.margins(y=0.08)
+    ax.grid(axis="y")
 
 
 def to_png(figure: Figure) -> bytes:

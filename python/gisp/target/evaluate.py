@@ -39,9 +39,7 @@ def evaluate_target(
     Returns:
         ``sparsity, model_sparsity, step, parameters, kv_bytes_per_token, data`` and what was measured.
     """
-    chosen = _options(options, window)
-    _check_asked(data, lm_eval)
-    _check_compensation(compensation, target)
+    chosen = _checked(target, data, options, window, lm_eval, compensation)
     opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype)
     measure = _measure(opened, data, chosen, lm_eval)
     if compensation is not None:
@@ -75,14 +73,12 @@ def evaluate_along(
     Raises:
         GispError: a target of one size, or a sparsity beyond the run.
     """
-    chosen = _options(options, window)
-    _check_asked(data, lm_eval)
+    chosen = _checked(target, data, options, window, lm_eval, compensation)
     if not sparsities:
         raise GispError("--sparsities is empty: give numbers with commas between them")
     if not is_run(target) and not is_nested(target):
         check_model_path(target)
         raise GispError(f"--sparsities needs a run folder or a nested checkpoint, {target} is a model: leave it out")
-    _check_compensation(compensation, target)
     opened = open_target(target, sparsity=0.0, device=device, dtype=dtype)
     wanted = {0: opened.points[0]} | {p.step or 0: p for p in map(opened.nearest, sparsities)}
     measure = _measure(opened, data, chosen, lm_eval)
@@ -97,35 +93,27 @@ def evaluate_along(
     return {"target": target, "data": data, "points": points}
 
 
-def _options(options: EvalOptions | None, window: int | None) -> EvalOptions:
+def _checked(
+    target: str,
+    data: str | None,
+    options: EvalOptions | None,
+    window: int | None,
+    lm_eval: LmEvalTasks | None,
+    compensation: CompensationRequest | None,
+) -> EvalOptions:
+    """How to evaluate, where what is given goes together."""
     if options is not None and window is not None:
         raise GispError("window and options are both given: set options.window")
+    if data is None and lm_eval is None:
+        raise GispError("nothing to measure: give --data SPEC or --lm-eval TASKS")
+    if compensation is not None and not is_run(target):
+        raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
     return options or EvalOptions(window=window)
 
 
-def _check_compensation(compensation: CompensationRequest | None, target: str) -> None:
-    if compensation is not None and not is_run(target):
-        raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
-
-
-def _check_asked(data: str | None, lm_eval: LmEvalTasks | None) -> None:
-    if data is None and lm_eval is None:
-        raise GispError("nothing to measure: give --data SPEC or --lm-eval TASKS")
-
-
 def _measure(opened: Target, data: str | None, options: EvalOptions, lm_eval: LmEvalTasks | None) -> Measure:
-    measures: list[Measure] = []
     # The harness checks its names first: reading data may take long.
     harness = None if lm_eval is None else Harness(lm_eval, opened.source)
-    if data is not None:
-        measures.append(prepare(data, options, opened.model, opened.source))
-    if harness is not None:
-        measures.append(harness)
-
-    def measure(model: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for each in measures:
-            found |= each(model)
-        return found
-
-    return measure
+    prepared = None if data is None else prepare(data, options, opened.model, opened.source)
+    measures = [measure for measure in (prepared, harness) if measure is not None]
+    return lambda model: {name: value for measure in measures for name, value in measure(model).items()}
