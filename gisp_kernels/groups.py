@@ -13,6 +13,56 @@ from typing import Any, Literal
 from torch import nn
 
 Axis = Literal["row", "column"]
+GroupKind = Literal["heads", "channels"]
+Kind = Literal["heads", "kv_heads", "channels"]
+KINDS: tuple[Kind, ...] = ("heads", "kv_heads", "channels")
+
+
+@dataclass(frozen=True)
+class LayerProjection:
+    """One Linear layer of a decoder layer that is made of structures.
+
+    Attributes:
+        module, name: where it is in the decoder layer: ``module.name``.
+        kind: what it holds a block of rows or columns of.
+        axis: as for :class:`Projection`.
+    """
+
+    module: Literal["self_attn", "mlp"]
+    name: str
+    kind: Kind
+    axis: Axis
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the weight along which the blocks lie."""
+        return 0 if self.axis == "row" else 1
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parameters that belong to structures: the bias only where rows do."""
+        return ("weight", "bias") if self.axis == "row" else ("weight",)
+
+    def block(self, head_dim: int) -> int:
+        """Rows or columns of one head or channel."""
+        return 1 if self.kind == "channels" else head_dim
+
+
+# Everything that groups, exporters and masks know of a decoder layer.
+PROJECTIONS = (
+    LayerProjection("self_attn", "q_proj", "heads", "row"),
+    LayerProjection("self_attn", "k_proj", "kv_heads", "row"),
+    LayerProjection("self_attn", "v_proj", "kv_heads", "row"),
+    LayerProjection("self_attn", "o_proj", "heads", "column"),
+    LayerProjection("mlp", "gate_proj", "channels", "row"),
+    LayerProjection("mlp", "up_proj", "channels", "row"),
+    LayerProjection("mlp", "down_proj", "channels", "column"),
+)
+
+
+def projections_of(module: str) -> tuple[LayerProjection, ...]:
+    """The projections of ``self_attn`` or ``mlp``."""
+    return tuple(item for item in PROJECTIONS if item.module == module)
 
 
 @dataclass(frozen=True)
@@ -45,10 +95,15 @@ class Projection:
 
 @dataclass(frozen=True)
 class StructureGroup:
-    """All structures of one block (the heads of one attention, the channels of one MLP)."""
+    """All structures of one block (the heads of one attention, the channels of one MLP).
+
+    Attributes:
+        kind: what its structures are; None for a group of your own.
+    """
 
     name: str
     projections: tuple[Projection, ...]
+    kind: GroupKind | None = None
 
     def __post_init__(self) -> None:
         if not self.projections:
@@ -83,33 +138,29 @@ def attention_group(name: str, attention: Any, *, whole_kv_groups: bool = False)
         query_rows = heads // kv_heads * head_dim
     elif whole_kv_groups:
         raise ValueError(f"group {name!r}: {heads} query heads do not share {kv_heads} key/value heads evenly")
-    parts = [Projection(attention.q_proj, "row", query_rows)]
-    if whole_kv_groups or not shared:
-        parts += [Projection(linear, "row", head_dim) for linear in (attention.k_proj, attention.v_proj)]
-    parts.append(Projection(attention.o_proj, "column", query_rows))
-    return StructureGroup(name, tuple(parts))
+    blocks = {"heads": query_rows, "kv_heads": head_dim}
+    parts = tuple(
+        Projection(getattr(attention, item.name), item.axis, blocks[item.kind])
+        for item in projections_of("self_attn")
+        if item.kind == "heads" or whole_kv_groups or not shared
+    )
+    return StructureGroup(name, parts, "heads")
 
 
 def mlp_group(name: str, mlp: Any) -> StructureGroup:
     """Channels of a gated MLP: one row of ``gate_proj`` and ``up_proj``, one column of ``down_proj``."""
-    return StructureGroup(
-        name,
-        (
-            Projection(mlp.gate_proj, "row"),
-            Projection(mlp.up_proj, "row"),
-            Projection(mlp.down_proj, "column"),
-        ),
-    )
+    parts = tuple(Projection(getattr(mlp, item.name), item.axis) for item in projections_of("mlp"))
+    return StructureGroup(name, parts, "channels")
 
 
-def _has_linears(module: nn.Module, *names: str) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Linear) for name in names)
+def _has_projections(module: nn.Module, of: str) -> bool:
+    return all(isinstance(getattr(module, item.name, None), nn.Linear) for item in projections_of(of))
 
 
 def iter_groups(model: nn.Module) -> Iterator[StructureGroup]:
     """Groups of every attention and gated MLP found in ``model``, in module order, by attribute names alone."""
     for name, module in model.named_modules():
-        if _has_linears(module, "q_proj", "k_proj", "v_proj", "o_proj") and hasattr(module, "head_dim"):
+        if _has_projections(module, "self_attn") and hasattr(module, "head_dim"):
             yield attention_group(name, module)
-        elif _has_linears(module, "gate_proj", "up_proj", "down_proj"):
+        elif _has_projections(module, "mlp"):
             yield mlp_group(name, module)

@@ -2,12 +2,13 @@
 
 It is found from the modules, not from the model's name: Llama, Mistral, Qwen2/2.5, Qwen3 and everything built like
 them (DeepSeek-R1-Distill) share one layout, with or without biases, query/key norms, grouped key/value heads and
-tied embeddings.
+tied embeddings. :data:`gisp_kernels.groups.PROJECTIONS` says which weights that layout consists of.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +16,15 @@ import torch
 from torch import nn
 
 from gisp.errors import GispError
-from gisp_kernels.groups import StructureGroup, attention_group, mlp_group
+from gisp_kernels.groups import (
+    PROJECTIONS,
+    LayerProjection,
+    StructureGroup,
+    attention_group,
+    mlp_group,
+    projections_of,
+)
 
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SUPPORTED = "Llama, Mistral, Qwen2 and Qwen3 layouts are supported"
 _FINGERPRINT_SAMPLES = 256
 
@@ -29,6 +35,14 @@ def heads_name(layer: int) -> str:
 
 def channels_name(layer: int) -> str:
     return f"layers.{layer}.channels"
+
+
+def structure_parameters(layers: int) -> Iterator[tuple[int, str, LayerProjection]]:
+    """Layer, name and projection of every weight, and of every bias there may be, that structures own a part of."""
+    for layer in range(layers):
+        for item in PROJECTIONS:
+            for part in item.parts:
+                yield layer, f"model.layers.{layer}.{item.module}.{item.name}.{part}", item
 
 
 @dataclass(frozen=True)
@@ -95,9 +109,22 @@ class ModelMap:
         """Query heads of one structure of a layer's ``heads`` group."""
         return self.heads_per_kv if self.gqa == "group" else 1
 
+    def members(self, group: StructureGroup) -> int:
+        """Query heads or channels of one structure of a group."""
+        return self.heads_per_structure if group.kind == "heads" else 1
+
     @property
     def channel_parameters(self) -> int:
         return 3 * self.hidden_size
+
+    @property
+    def outputs(self) -> dict[str, tuple[nn.Linear, int]]:
+        """By group: the output projection of its block, and the input columns of a query head or channel."""
+        found: dict[str, tuple[nn.Linear, int]] = {}
+        for item in self.layers:
+            found[item.heads.name] = (item.attention.o_proj, self.head_dim)
+            found[item.channels.name] = (item.layer.mlp.down_proj, 1)
+        return found
 
     @property
     def groups(self) -> list[StructureGroup]:
@@ -172,10 +199,11 @@ def _with_kv_groups(item: LayerMap) -> LayerMap:
 def _map_layer(index: int, layer: nn.Module, model_type: str) -> LayerMap:
     where = f"layer {index} of model type {model_type!r}"
     blocks = []
-    for attribute, names in (("self_attn", ATTENTION_PROJECTIONS), ("mlp", MLP_PROJECTIONS)):
+    for attribute in ("self_attn", "mlp"):
         block = getattr(layer, attribute, None)
         if not isinstance(block, nn.Module):
             raise GispError(f"{where} has no {attribute!r} module: {SUPPORTED}")
+        names = [item.name for item in projections_of(attribute)]
         linears = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
         if linears != set(names):
             found = ", ".join(sorted(linears)) or "none"
