@@ -1,0 +1,76 @@
+"""The structure map: what of a decoder layer must move with its structures, and which models are mapped at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from export_models import dense
+from tiny import tiny_model
+from torch import nn
+from transformers import BitNetConfig, BitNetForCausalLM
+
+from gisp.errors import GispError
+from gisp.model.structures import map_model, structure_parameters
+
+
+def bitnet() -> Any:
+    """Llama-like layers with a norm over all heads before o_proj and one over all channels before down_proj."""
+    config = BitNetConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return BitNetForCausalLM(config)
+
+
+def test_norms_over_heads_or_channels_are_refused() -> None:
+    model = bitnet()
+    with pytest.raises(GispError, match=r"layer 0 .*'bitnet'.*self_attn.attn_sub_norm.weight \[32\] spans heads or ch"):
+        map_model(model)
+    for layer in model.model.layers:
+        layer.self_attn.attn_sub_norm = nn.Identity()
+    with pytest.raises(GispError, match=r"mlp.ffn_sub_norm.weight \[24\] spans heads or channels: Llama, Mistral"):
+        map_model(model)
+    for layer in model.model.layers:
+        layer.mlp.ffn_sub_norm = nn.Identity()
+    assert len(map_model(model).layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "shape"),
+    [("self_attn", (4,)), ("self_attn", (8, 4)), ("mlp", (3, 24)), ("", (24,))],
+)
+def test_single_parameters_that_span_structures_are_refused(place: str, shape: tuple[int, ...]) -> None:
+    model = tiny_model("llama-mha")
+    model.model.layers[1].get_submodule(place).register_parameter("extra", nn.Parameter(torch.zeros(shape)))
+    with pytest.raises(GispError, match=r"layer 1 .*extra \["):
+        map_model(model)
+
+
+def test_norms_of_single_heads_and_of_the_layer_are_accepted() -> None:
+    model = tiny_model("qwen3")
+    assert model.model.layers[0].self_attn.q_norm.weight.shape == (model.config.head_dim,)
+    # As Gemma 2 has: more norms of the hidden size, outside the two blocks.
+    for layer in model.model.layers:
+        layer.pre_feedforward_layernorm = nn.RMSNorm(model.config.hidden_size)
+    assert map_model(model).head_dim == model.config.head_dim
+
+
+def test_the_table_names_every_parameter_that_pruning_moves() -> None:
+    model = dense("llama-bias")
+    named = dict(model.named_parameters())
+    found = {name for _, name, _ in structure_parameters(4)}
+    assert found <= set(named)
+    left = {name.split(".layers.")[1].split(".", 1)[1] for name in set(named) - found if ".layers." in name}
+    assert left == {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "self_attn.o_proj.bias",
+        "mlp.down_proj.bias",
+    }
