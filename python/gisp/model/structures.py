@@ -153,9 +153,13 @@ def map_model(model: Any, gqa: str = "query") -> ModelMap:
             all the same.
 
     Raises:
-        GispError: the layout is not one this project prunes; the message names the first thing that differs.
+        GispError: the layout is not one this project prunes; the message names the first thing that differs. Or the
+            model is a pruned export or of a nested checkpoint.
     """
     config = getattr(model, "config", None)
+    pruned = getattr(config, "gisp", None) or {}
+    if pruned and not (pruned.get("masked") or pruned.get("uniform")):
+        raise GispError("an exported model of pruned shapes is not pruned again: give its dense base model")
     model_type = str(getattr(config, "model_type", type(model).__name__))
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:

@@ -19,7 +19,6 @@ from torch import nn
 from gisp.config.options import OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig, make_config, recorded
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
-from gisp.export.nested.model import NestedModelMixin
 from gisp.model.load import check_model_path, load_dense, resolve_device, resolve_dtype
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap, fingerprint, first_bad_parameter, map_model, protected_layers
@@ -100,8 +99,6 @@ def prune(
 
 def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[Any, str]:
     """The model to prune and the path a later session finds it at (empty for a model in memory)."""
-    if isinstance(model, NestedModelMixin):
-        raise GispError("a model of a nested checkpoint is not pruned again: give its dense base model")
     if isinstance(model, nn.Module):
         if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
             warnings.warn(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from export_models import dense
+from export_models import dense, spec_of
 from tiny import tiny_model
 from torch import nn
 from transformers import BitNetConfig, BitNetForCausalLM
 
+import gisp
 from gisp.errors import GispError
+from gisp.export.hf import export_hf
+from gisp.export.masked import export_masked
 from gisp.model.structures import map_model, structure_parameters
 
 
@@ -74,3 +78,12 @@ def test_the_table_names_every_parameter_that_pruning_moves() -> None:
         "self_attn.o_proj.bias",
         "mlp.down_proj.bias",
     }
+
+
+def test_exports_of_pruned_shapes_are_not_mapped_and_dense_ones_are(tmp_path: Path) -> None:
+    base = dense("llama-gqa")
+    export_hf(base, spec_of(), tmp_path / "hf")
+    export_masked(base, spec_of(), tmp_path / "masked")
+    with pytest.raises(GispError, match="is not pruned again: give its dense base model"):
+        map_model(gisp.load(tmp_path / "hf"))
+    assert map_model(gisp.load(tmp_path / "masked")).num_heads == 8
