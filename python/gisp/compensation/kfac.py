@@ -26,7 +26,7 @@ from torch import nn
 
 from gisp.compensation.fits import ridge
 from gisp.compensation.options import CompensationOptions
-from gisp.compensation.streams import Batch, make_batches, projections
+from gisp.compensation.streams import Batch, make_batches
 from gisp.compensation.updates import BlockUpdate
 from gisp.data import Row, Sequences
 from gisp.errors import GispError
@@ -95,8 +95,8 @@ def kfac_updates(
     steps = []
     with deterministic(), frozen(model_map.model), exact_products():
         student = _Student(model_map, updates)
-        judge = student.beside_dense(_batches(model_map, held_out.rows))
-        before = student.divergence(judge, [], 0.0)
+        held_out_batches = student.beside_dense(_batches(model_map, held_out.rows))
+        before = student.divergence(held_out_batches, [], 0.0)
         if not math.isfinite(before):
             raise GispError("the model's predictions are not finite: check the weights and the data")
         # Least squares has had the first tokens.
@@ -107,7 +107,7 @@ def kfac_updates(
             tokens = sum(len(ids) for ids, _ in rows)
             directions, dampings = student.directions(_batches(model_map, rows), tokens, options.damping)
             first = size or _FIRST_SIZE / len(directions)
-            size, after = _search(partial(student.divergence, judge, directions), first, before)
+            size, after = _search(partial(student.divergence, held_out_batches, directions), first, before)
             student.move(size, directions)
             raised = sum(damping > options.damping for damping in dampings)
             steps.append(Step(size, tokens, before, after, max(dampings), raised))
@@ -160,7 +160,7 @@ def _search(value: Callable[[float], float], first: float, before: float) -> tup
 
 
 @dataclass
-class _Part:
+class _Projection:
     """An output projection of the pruned model.
 
     Attributes:
@@ -182,10 +182,10 @@ class _Moments:
     They make a direction whose size is searched, and tolerate the bits that products of 16-bit factors drop.
     """
 
-    def __init__(self, part: _Part) -> None:
-        self.rows, self.columns = part.weight.shape
+    def __init__(self, projection: _Projection) -> None:
+        self.rows, self.columns = projection.weight.shape
         self.inputs, self.outputs, self.cross = (
-            product_total(m, n, part.weight.device)
+            product_total(m, n, projection.weight.device)
             for m, n in ((self.columns, self.columns), (self.rows, self.rows), (self.rows, self.columns))
         )
 
@@ -209,27 +209,29 @@ class _Student:
 
     def __init__(self, model_map: ModelMap, updates: list[BlockUpdate]) -> None:
         self._model = model_map.model
-        self._parts = []
-        blocks = projections(model_map)
+        self._projections = []
+        outputs = model_map.outputs
         for update in updates:
-            linear, _ = blocks[update.name]
+            linear, _ = outputs[update.name]
             columns = update.columns.to(linear.weight.device)
             old = linear.weight.detach()[:, columns] if update.weight is None else update.weight
             weight = old.to(torch.float32, copy=True)
             dense = linear.weight.data
-            part = _Part(update, linear, columns, weight, dense, torch.zeros_like(dense))
-            part.pruned[:, columns] = old
-            self._parts.append(part)
+            projection = _Projection(update, linear, columns, weight, dense, torch.zeros_like(dense))
+            projection.pruned[:, columns] = old
+            self._projections.append(projection)
 
     @property
-    def _movable(self) -> list[_Part]:
-        return [part for part in self._parts if len(part.columns)]
+    def _movable(self) -> list[_Projection]:
+        return [projection for projection in self._projections if len(projection.columns)]
 
     def updates(self) -> list[BlockUpdate]:
         """What the blocks have now."""
         return [
-            replace(part.update, weight=part.weight.to(part.linear.weight.dtype)) if len(part.columns) else part.update
-            for part in self._parts
+            replace(projection.update, weight=projection.weight.to(projection.linear.weight.dtype))
+            if len(projection.columns)
+            else projection.update
+            for projection in self._projections
         ]
 
     def move(self, size: float, directions: list[torch.Tensor]) -> None:
@@ -238,13 +240,13 @@ class _Student:
         Raises:
             GispError: weights that are not finite.
         """
-        for part, direction in zip(self._movable, directions, strict=True):
+        for projection, direction in zip(self._movable, directions, strict=True):
             if size:
-                part.weight.add_(direction, alpha=size)
-            part.pruned[:, part.columns] = part.weight.to(part.pruned.dtype)
-            if not bool(torch.isfinite(part.weight).all()):
+                projection.weight.add_(direction, alpha=size)
+            projection.pruned[:, projection.columns] = projection.weight.to(projection.pruned.dtype)
+            if not bool(torch.isfinite(projection.weight).all()):
                 raise GispError(
-                    f"compensated weights of {part.update.name} are not finite: check the weights and the data"
+                    f"compensated weights of {projection.update.name} are not finite: check the weights and the data"
                 )
 
     @torch.no_grad()
@@ -260,55 +262,56 @@ class _Student:
 
     @torch.no_grad()
     def divergence(
-        self, judge: list[tuple[Batch, torch.Tensor | None]], directions: list[torch.Tensor], size: float
+        self, batches: list[tuple[Batch, torch.Tensor | None]], directions: list[torch.Tensor], size: float
     ) -> float:
         """KL(dense || pruned) in nats a token, after a step that is tried; no directions: as the model is.
 
         Args:
-            judge: of :meth:`beside_dense`.
+            batches: of :meth:`beside_dense`.
         """
-        for part, direction in zip(self._movable, directions, strict=bool(directions)):
-            part.pruned[:, part.columns] = torch.add(part.weight, direction, alpha=size).to(part.pruned.dtype)
+        for projection, direction in zip(self._movable, directions, strict=bool(directions)):
+            tried = torch.add(projection.weight, direction, alpha=size)
+            projection.pruned[:, projection.columns] = tried.to(projection.pruned.dtype)
         total, tokens = 0.0, 0
-        for batch, dense in judge:
+        for batch, dense in batches:
             wanted = _log_probabilities(self._logits(batch) if dense is None else dense)
             with self._in_place():
                 found = _log_probabilities(self._logits(batch))
-            total += float(_apart(found, wanted))
+            total += float(_kl_div(found, wanted))
             tokens += len(wanted)
         return total / tokens
 
     def directions(self, batches: list[Batch], tokens: int, damping: float) -> tuple[list[torch.Tensor], list[float]]:
         """Steps of size 1 of all movable blocks, each in place of the moments it is made of, and their dampings."""
-        found: list[Any] = [_Moments(part) for part in self._movable]
+        found: list[Any] = [_Moments(projection) for projection in self._movable]
         for batch in batches:
             with torch.no_grad():
                 wanted = _log_probabilities(self._logits(batch))
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self._in_place())
                 stack.enter_context(torch.enable_grad())
-                for part, moments in zip(self._movable, found, strict=True):
-                    handle = part.linear.register_forward_hook(_observer(part, moments, batch))
+                for projection, moments in zip(self._movable, found, strict=True):
+                    handle = projection.linear.register_forward_hook(_observer(projection, moments, batch))
                     stack.callback(handle.remove)
-                _apart(_log_probabilities(self._logits(batch)), wanted).backward()
+                _kl_div(_log_probabilities(self._logits(batch)), wanted).backward()
         dampings = []
-        for number, part in enumerate(self._movable):
+        for number, projection in enumerate(self._movable):
             try:
                 found[number], needed = found[number].direction(tokens, damping)
                 dampings.append(needed)
             except ArithmeticError as error:
-                raise GispError(f"{part.update.name} cannot be compensated: {error}") from None
+                raise GispError(f"{projection.update.name} cannot be compensated: {error}") from None
         return found, dampings
 
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
         try:
-            for part in self._parts:
-                part.linear.weight.data = part.pruned
+            for projection in self._projections:
+                projection.linear.weight.data = projection.pruned
             yield
         finally:
-            for part in self._parts:
-                part.linear.weight.data = part.dense
+            for projection in self._projections:
+                projection.linear.weight.data = projection.dense
 
     def _logits(self, batch: Batch) -> torch.Tensor:
         """Of the token after each real one, [T, V] in the model's dtype."""
@@ -320,16 +323,16 @@ def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits.float().log_softmax(-1).clamp_min(torch.finfo(torch.float32).min)
 
 
-def _apart(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def _kl_div(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Divergence of log probabilities [T, V] from wanted ones, summed over tokens."""
     return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
 
 
-def _observer(part: _Part, moments: _Moments, batch: Batch) -> Any:
+def _observer(projection: _Projection, moments: _Moments, batch: Batch) -> Any:
     """A forward hook that takes in a projection's inputs with the gradient of its output."""
 
     def forward(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        inputs = args[0].detach()[..., part.columns]
+        inputs = args[0].detach()[..., projection.columns]
         if not output.requires_grad:
             # The first block: nothing before it needs a gradient.
             output.requires_grad_(True)
