@@ -88,7 +88,7 @@ def read_vocabulary(folder: Path | None, vocab_size: int) -> Vocabulary | None:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         definition = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # tokenizers raise many types for a missing or broken file
         reason = " ".join(str(error).split())[:200]
