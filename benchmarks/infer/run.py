@@ -106,7 +106,6 @@ def run_sizes(run: Path, sparsities: list[float]) -> tuple[str, Model, dict[floa
     Raises:
         GispError: no run there.
     """
-    from gisp.export.point import pruned_spec
     from gisp.export.relayout import plan_attention
     from gisp.run.trajectory import Trajectory
 
@@ -127,11 +126,11 @@ def run_sizes(run: Path, sparsities: list[float]) -> tuple[str, Model, dict[floa
     )
     sizes = {}
     for sparsity in (0.0, *sparsities):
-        spec = pruned_spec(trajectory, trajectory.step_for(sparsity))
-        layouts = [plan_attention(keep.heads, heads, kv_heads) for keep in spec.layers]
+        keep = trajectory.keep(trajectory.step_for(sparsity))
+        layouts = [plan_attention(kept, heads, kv_heads) for kept in keep.heads]
         sizes[sparsity] = [
-            LayerShape(len(layout.query), len(layout.kv), max(1, len(keep.channels)))
-            for keep, layout in zip(spec.layers, layouts, strict=True)
+            LayerShape(len(layout.query), len(layout.kv), max(1, len(channels)))
+            for channels, layout in zip(keep.channels, layouts, strict=True)
         ]
     return run.name, model, sizes
 

@@ -20,7 +20,7 @@ from benchmarks.prune.flops import Widths, pass_flops
 from gisp import prune
 from gisp.config.criteria import GRADIENT
 from gisp.config.options import PRESETS, make_config
-from gisp.model.structures import channels_name, heads_name, protected_layers
+from gisp.model.structures import protected_layers
 from gisp.run.trajectory import StepRecord, Trajectory
 
 FULL_STEPS, FULL_TOKENS, FULL_SPARSITY = 200, 8192, 0.5
@@ -146,11 +146,11 @@ def widths_before(trajectory: Trajectory, step: int) -> list[Widths]:
     protected = protected_layers(trajectory.layers, config["protect_first"], config["protect_last"])
     return [
         Widths(
-            heads=len(trajectory.kept(heads_name(i), step - 1)),
-            channels=len(trajectory.kept(channels_name(i), step - 1)),
+            heads=len(heads),
+            channels=len(channels),
             scored=i not in protected,
         )
-        for i in range(trajectory.layers)
+        for i, (heads, channels) in enumerate(trajectory.keep(step - 1).layers)
     ]
 
 

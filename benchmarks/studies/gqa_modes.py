@@ -15,7 +15,6 @@ from benchmarks.common.command import exit_code, table
 from benchmarks.studies.study import Study, parser
 from gisp.config.options import GQA_MODES
 from gisp.errors import GispError
-from gisp.export.point import pruned_spec
 from gisp.export.relayout import plan_attention
 from gisp.model.structures import ModelMap, map_model
 from gisp.run.trajectory import Trajectory
@@ -51,13 +50,13 @@ def stored(trajectory: Trajectory, model_map: ModelMap, step: int) -> dict[str, 
     width, heads, kv_heads = model_map.hidden_size * model_map.head_dim, model_map.num_heads, model_map.num_kv_heads
     layers = len(model_map.layers)
     attention = kv = kept = channels = kept_heads = 0
-    for keep in pruned_spec(trajectory, step).layers:
-        layout = plan_attention(keep.heads, heads, kv_heads)
+    for query_heads, mlp_channels in trajectory.keep(step).layers:
+        layout = plan_attention(query_heads, heads, kv_heads)
         attention += 2 * width * (len(layout.query) + len(layout.kv))
         kv += len(layout.kv)
-        kept += len({head // model_map.heads_per_kv for head in keep.heads})
-        channels += max(1, len(keep.channels))
-        kept_heads += len(keep.heads)
+        kept += len({head // model_map.heads_per_kv for head in query_heads})
+        channels += max(1, len(mlp_channels))
+        kept_heads += len(query_heads)
     dense_attention = 2 * width * (heads + kv_heads) * layers
     dense_mlp = 3 * model_map.hidden_size * model_map.intermediate_size * layers
     norms = model_map.decoder_parameters - dense_attention - dense_mlp

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,8 +20,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gisp.export.spec import ExportReport, LayerKeep, LayerRanking, PrunedSpec
+from gisp.export.spec import ExportReport, LayerRanking, PrunedSpec
 from gisp.export.uniform import export_uniform, uniform_spec
+from gisp.model.keep import Keep
 
 HEADS, CHANNELS, VOCAB = 8, 48, 128
 LLAMA3_ROPE = {
@@ -45,11 +46,20 @@ _FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "tie_word_embeddings": True}),
 }
 FAMILIES = tuple(_FAMILIES)
+
+
+class Kept(NamedTuple):
+    """What one layer keeps."""
+
+    heads: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
 KEPT = (
-    LayerKeep(heads=(0, 1, 2, 5), channels=tuple(range(0, 48, 2))),
-    LayerKeep(heads=(), channels=(3, 4, 9, 40)),
-    LayerKeep(heads=(4, 6, 7), channels=()),
-    LayerKeep(heads=tuple(range(8)), channels=tuple(range(5, 48))),
+    Kept(heads=(0, 1, 2, 5), channels=tuple(range(0, 48, 2))),
+    Kept(heads=(), channels=(3, 4, 9, 40)),
+    Kept(heads=(4, 6, 7), channels=()),
+    Kept(heads=tuple(range(8)), channels=tuple(range(5, 48))),
 )
 RUN = {
     "base_model": {"path": "some-org/some-model", "fingerprint": "f" * 64},
@@ -91,8 +101,12 @@ def dense_rounded(family: str) -> Any:
     return model
 
 
-def spec_of(layers: tuple[LayerKeep, ...] = KEPT) -> PrunedSpec:
-    return PrunedSpec(layers=layers, sparsity=0.5, model_sparsity=0.4, step=17, run=RUN)
+def layers_of(spec: PrunedSpec) -> tuple[Kept, ...]:
+    return tuple(Kept(*layer) for layer in spec.keep.layers)
+
+
+def spec_of(layers: tuple[Kept, ...] = KEPT) -> PrunedSpec:
+    return PrunedSpec(keep=Keep(*zip(*layers, strict=True)), sparsity=0.5, model_sparsity=0.4, step=17, run=RUN)
 
 
 def ranked(spec: PrunedSpec, seed: int = 0, channels: int = CHANNELS) -> PrunedSpec:
@@ -103,7 +117,7 @@ def ranked(spec: PrunedSpec, seed: int = 0, channels: int = CHANNELS) -> PrunedS
         shuffled = torch.randperm(count, generator=generator).tolist()
         return tuple(sorted(shuffled, key=lambda index: index not in kept))
 
-    ranking = tuple(LayerRanking(order(keep.heads, HEADS), order(keep.channels, channels)) for keep in spec.layers)
+    ranking = tuple(LayerRanking(order(heads, HEADS), order(kept, channels)) for heads, kept in spec.keep.layers)
     return replace(spec, ranking=ranking)
 
 
@@ -112,16 +126,13 @@ def export_one_size(base: Any, spec: PrunedSpec, out: Path, **options: Any) -> E
     return export_uniform(base, uniform_spec(base, ranked(spec)), out, **options)
 
 
-def masked(model: Any, spec: PrunedSpec) -> Any:
+def masked(model: Any, keep: Keep) -> Any:
     """A copy of the model in which the activations of removed structures are multiplied by zero."""
     model = deepcopy(model)
     head_dim = model.model.layers[0].self_attn.head_dim
-    for layer, keep in zip(model.model.layers, spec.layers, strict=True):
-        for linear, kept, block in (
-            (layer.self_attn.o_proj, keep.heads, head_dim),
-            (layer.mlp.down_proj, keep.channels, 1),
-        ):
-            _mask_input(linear, kept, block)
+    for layer, (heads, channels) in zip(model.model.layers, keep.layers, strict=True):
+        _mask_input(layer.self_attn.o_proj, heads, head_dim)
+        _mask_input(layer.mlp.down_proj, channels, 1)
     return model
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from export_models import CHANNELS, HEADS, dense, tokens
 
-from gisp.export.nested import export_nested
+from gisp.export.nested.export import export_nested
 from gisp.model.structures import channels_name, fingerprint, heads_name, map_model
 from gisp.run.trajectory import StepRecord, Trajectory
 

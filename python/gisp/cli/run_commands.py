@@ -112,7 +112,7 @@ def inspect(
     target: Annotated[str, typer.Argument(help="Run folder, nested checkpoint or dense model.", metavar="RUN|MODEL")],
 ) -> None:
     """Show what a run removed, which sizes a nested checkpoint holds, or what could be removed from a model."""
-    from gisp.export.nested import is_nested
+    from gisp.export.nested.files import is_nested
     from gisp.model.load import load_dense, resolve_device
     from gisp.model.structures import map_model
     from gisp.run.trajectory import Trajectory
@@ -149,7 +149,7 @@ def _show_run(console: Console, trajectory: Any) -> None:
         names = (f"layers.{layer}.heads", f"layers.{layer}.channels")
         removed = [trajectory.removed_at[name] for name in names]
         steps = [int(at[at > 0].min()) for at in removed if bool((at > 0).any())]
-        cells = [f"{len(trajectory.kept(n, last))} / {len(at)}" for n, at in zip(names, removed, strict=True)]
+        cells = [f"{int((at == 0).sum())} / {len(at)}" for at in removed]
         table.add_row(str(layer), *cells, str(min(steps)) if steps else "-")
     console.print(table)
 

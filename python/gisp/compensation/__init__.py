@@ -5,14 +5,7 @@ It composes with any way of choosing structures and ends in plain weights (and b
 
 from __future__ import annotations
 
-from gisp.compensation.apply import (
-    Compensation,
-    compensate,
-    fit_compensation,
-    fold_into_dense,
-    fold_into_pruned,
-    kept_structures,
-)
+from gisp.compensation.apply import Compensation, compensate, fit_compensation, fold_into_dense, fold_into_pruned
 from gisp.compensation.options import METHODS, TARGETS, CompensationOptions
 from gisp.compensation.request import CompensationRequest, make_request
 from gisp.compensation.updates import BlockUpdate
@@ -28,6 +21,5 @@ __all__ = [
     "fit_compensation",
     "fold_into_dense",
     "fold_into_pruned",
-    "kept_structures",
     "make_request",
 ]

@@ -12,11 +12,11 @@ from torch import nn
 from gisp.compensation.held_out import hold_out, interleaved
 from gisp.compensation.kfac import Step, kfac_updates
 from gisp.compensation.options import DAMPED, CompensationOptions
-from gisp.compensation.streams import projections
 from gisp.compensation.sweep import fit_updates
-from gisp.compensation.updates import BlockUpdate, Kept, OnBlock
+from gisp.compensation.updates import BlockUpdate, OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
 from gisp.errors import GispError
+from gisp.model.keep import Keep, block_columns
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
 
@@ -61,7 +61,7 @@ class Compensation:
 
 def fit_compensation(
     model_map: ModelMap,
-    kept: Kept,
+    keep: Keep,
     data: Any,
     options: CompensationOptions,
     *,
@@ -71,7 +71,7 @@ def fit_compensation(
     """Fit a dense model's output projections to what stays of its blocks; the model is left as it was.
 
     Args:
-        kept: original indices of the query heads and channels that stay, for every group.
+        keep: what stays.
         data: ``Sequences``, or a SPEC as for ``gisp prune`` (see :func:`gisp.data.load_sequences`). Tasks of a mixture
             are taken in turn.
         tokenizer_from: model folder or name whose tokenizer reads text.
@@ -87,7 +87,7 @@ def fit_compensation(
     steps: list[Step] = []
     # Steps take gradients of what was fitted, whatever mode the caller is in.
     with torch.inference_mode(False):
-        updates, tokens = fit_updates(model_map, kept, sequences, options, on_block)
+        updates, tokens = fit_updates(model_map, keep, sequences, options, on_block)
         if held_out is not None:
             updates, steps = kfac_updates(model_map, updates, sequences, held_out, options)
     return Compensation(options, tuple(updates), tokens, tuple(steps))
@@ -124,11 +124,11 @@ def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, 
     model_map = shrinkable.map
     name = str(getattr(model, "name_or_path", "")) or None
     sequences = calibration_sequences(model_map, data, name)
-    kept = kept_structures(shrinkable)
+    keep = shrinkable.keep()
     history = list(shrinkable.history)
     shrinkable.rollback(len(history))
     try:
-        found = fit_compensation(model_map, kept, sequences, chosen, on_block=on_block)
+        found = fit_compensation(model_map, keep, sequences, chosen, on_block=on_block)
     finally:
         for removal in history:
             shrinkable.remove(removal)
@@ -149,25 +149,19 @@ def make_options(**options: Any) -> CompensationOptions:
     return CompensationOptions(**options)
 
 
-def kept_structures(shrinkable: ShrinkableModel) -> dict[str, torch.Tensor]:
-    """What a pruned model keeps: original query heads and channels of every group, ascending."""
-    return {group.name: _order(shrinkable, group.name).sort().values for group in shrinkable.map.groups}
-
-
 def fold_into_pruned(shrinkable: ShrinkableModel, compensation: Compensation) -> None:
     """Write a compensation into a model in the state it was fitted for, until the model is moved.
 
     Raises:
         GispError: the model keeps other structures.
     """
-    current = kept_structures(shrinkable)
-    blocks = projections(shrinkable.map)
+    outputs = shrinkable.map.outputs
     undo: list[Callable[[], None]] = []
     places = []
     for update in compensation.updates:
-        linear, width = blocks[update.name]
-        order = _columns(_order(shrinkable, update.name), width)
-        if not torch.equal(_columns(current[update.name], width), update.columns.cpu()):
+        linear, width = outputs[update.name]
+        order = block_columns(shrinkable.members(update.name), width)
+        if not torch.equal(order.sort().values, update.columns.cpu()):
             raise GispError(f"{update.name} keeps other structures than this compensation was fitted for: fit it anew")
         # Columns of the update stand in original order, those of the model in the order of its swaps.
         places.append((linear, update, torch.searchsorted(update.columns.cpu(), order).to(linear.weight.device)))
@@ -186,28 +180,17 @@ def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
 
     The model as a whole computes nothing useful then: only with the removed structures gone.
     """
-    blocks = projections(model_map)
+    outputs = model_map.outputs
     with torch.no_grad():
         for update in compensation.updates:
-            linear, _ = blocks[update.name]
+            linear, _ = outputs[update.name]
             if update.weight is not None:
                 linear.weight[:, update.columns] = update.weight.to(linear.weight.dtype)
             _set_bias(linear, update.bias)
         if any(update.bias is not None for update in compensation.updates):
             # A checkpoint has them in all layers or in none.
-            for linear, _ in blocks.values():
+            for linear, _ in outputs.values():
                 _set_bias(linear, linear.weight.new_zeros(linear.out_features) if linear.bias is None else None)
-
-
-def _order(shrinkable: ShrinkableModel, name: str) -> torch.Tensor:
-    """Original query heads or channels of a group by current position."""
-    structures = shrinkable.order(name)
-    share = shrinkable.map.heads_per_structure
-    return _columns(structures, share) if name.endswith("heads") else structures
-
-
-def _columns(structures: torch.Tensor, width: int) -> torch.Tensor:
-    return (structures[:, None] * width + torch.arange(width)).flatten()
 
 
 @torch.no_grad()

@@ -27,8 +27,7 @@ class CompensationRequest:
         Raises:
             GispError: ``bias``, where output biases have no place.
         """
-        item = model_map.layers[0]
-        has_biases = all(linear.bias is not None for linear in (item.attention.o_proj, item.layer.mlp.down_proj))
+        has_biases = all(linear.bias is not None for linear, _ in model_map.outputs.values())
         if format in ADDS_BIASES or has_biases or not self.options.intercept:
             return self.options
         if self.options.method == "bias":

@@ -37,7 +37,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Block:
+class ResidualBlock:
     """One half of a decoder layer: ``x + projection(inputs(norm(x)))``."""
 
     name: str
@@ -56,15 +56,6 @@ class Block:
         finally:
             hook.remove()
         return held[0], output[0] if isinstance(output, tuple) else output
-
-
-def projections(model_map: ModelMap) -> dict[str, tuple[nn.Linear, int]]:
-    """By group: the output projection of its block, and the input columns of a query head or channel."""
-    found: dict[str, tuple[nn.Linear, int]] = {}
-    for item in model_map.layers:
-        found[item.heads.name] = (item.attention.o_proj, model_map.head_dim)
-        found[item.channels.name] = (item.layer.mlp.down_proj, 1)
-    return found
 
 
 def make_batches(data: Sequences, tokens: int, device: torch.device, per_batch: int | None = None) -> list[Batch]:
@@ -106,18 +97,14 @@ class Decoder:
         self.embedded = [self._embed(model_map.model, batch.ids) for batch in batches]
         self._check()
 
-    def blocks(self, item: LayerMap) -> tuple[Block, Block]:
+    def blocks(self, item: LayerMap) -> tuple[ResidualBlock, ResidualBlock]:
         """Attention and MLP of a layer, named like their groups."""
         layer = item.layer
+        arguments = self._arguments[item.index]
+        norms = layer.input_layernorm, layer.post_attention_layernorm
         return (
-            Block(
-                item.heads.name,
-                layer.input_layernorm,
-                item.attention,
-                item.attention.o_proj,
-                self._arguments[item.index],
-            ),
-            Block(item.channels.name, layer.post_attention_layernorm, layer.mlp, layer.mlp.down_proj, {}),
+            ResidualBlock(item.heads.name, norms[0], item.attention, item.attention.o_proj, arguments),
+            ResidualBlock(item.channels.name, norms[1], layer.mlp, layer.mlp.down_proj, {}),
         )
 
     def _embed(self, model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -10,18 +10,19 @@ from torch.nn import functional
 
 from gisp.compensation.fits import Solution, make_fit
 from gisp.compensation.options import CompensationOptions
-from gisp.compensation.streams import Batch, Block, Decoder, make_batches
-from gisp.compensation.updates import BlockUpdate, Kept, OnBlock
+from gisp.compensation.streams import Batch, Decoder, ResidualBlock, make_batches
+from gisp.compensation.updates import BlockUpdate, OnBlock
 from gisp.data import Sequences
 from gisp.errors import GispError
+from gisp.model.keep import Keep
 from gisp.model.modes import evaluation_mode, exact_products
-from gisp.model.structures import LayerMap, ModelMap
+from gisp.model.structures import ModelMap
 
 
 @torch.no_grad()
 def fit_updates(
     model_map: ModelMap,
-    kept: Kept,
+    keep: Keep,
     data: Sequences,
     options: CompensationOptions,
     on_block: OnBlock | None = None,
@@ -35,7 +36,7 @@ def fit_updates(
 
     Args:
         model_map: map of the dense model, which is left as it was.
-        kept: what stays, for every group.
+        keep: what stays.
         data: calibration sequences; every token counts, scored or not.
 
     Raises:
@@ -47,16 +48,10 @@ def fit_updates(
     with exact_products(), evaluation_mode(model):
         sweep = _Sweep(model_map, batches, options)
         for item in model_map.layers:
-            for block, columns in zip(sweep.decoder.blocks(item), _columns(model_map, item, kept), strict=True):
+            kept = keep.columns(item.index, model_map.head_dim)
+            for block, columns in zip(sweep.decoder.blocks(item), kept, strict=True):
                 sweep.advance(block, columns, on_block)
     return sweep.updates, tokens
-
-
-def _columns(model_map: ModelMap, item: LayerMap, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kept input columns of a layer's two output projections."""
-    width = model_map.head_dim
-    heads = kept[item.heads.name]
-    return (heads[:, None] * width + torch.arange(width)).flatten(), kept[item.channels.name]
 
 
 class _Sweep:
@@ -70,7 +65,7 @@ class _Sweep:
         self.dense: list[torch.Tensor] | None = None
         self.updates: list[BlockUpdate] = []
 
-    def advance(self, block: Block, columns: torch.Tensor, on_block: OnBlock | None) -> None:
+    def advance(self, block: ResidualBlock, columns: torch.Tensor, on_block: OnBlock | None) -> None:
         """Fit one block and move both streams past it."""
         if len(columns) == block.projection.in_features:
             # Blocks that lost nothing stay as they are: corrected for errors of others they do worse on other text.
@@ -89,7 +84,7 @@ class _Sweep:
         if on_block:
             on_block(update)
 
-    def _fit(self, block: Block, columns: torch.Tensor) -> tuple[BlockUpdate, list[torch.Tensor]]:
+    def _fit(self, block: ResidualBlock, columns: torch.Tensor) -> tuple[BlockUpdate, list[torch.Tensor]]:
         """The block's update, and the kept inputs [B, S, K] of its projection by batch; the dense stream moves on."""
         projection, options = block.projection, self.options
         weight = projection.weight[:, columns].float()
@@ -116,7 +111,9 @@ class _Sweep:
         return _update(block, columns, weight, solution, wanted), held
 
 
-def _update(block: Block, columns: torch.Tensor, weight: torch.Tensor, found: Solution, wanted: float) -> BlockUpdate:
+def _update(
+    block: ResidualBlock, columns: torch.Tensor, weight: torch.Tensor, found: Solution, wanted: float
+) -> BlockUpdate:
     projection: nn.Linear = block.projection
     new_weight = None if found.weight is None else (weight.double() + found.weight).to(projection.weight.dtype)
     new_bias: Any = None

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-
-Kept = Mapping[str, torch.Tensor]
-"""Group name -> original indices (int64) of the query heads or channels that stay, for every group."""
 
 OnBlock = Callable[["BlockUpdate"], None]
 

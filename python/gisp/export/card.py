@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,17 +92,9 @@ UNIFORM = CardKind(
 
 def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, kind: CardKind = PRUNED) -> None:
     """Write ``README.md``: where the model comes from, what was removed, how exact the export is, how to load it."""
-    name = base_name(base, spec)
-    front = {
-        "library_name": kind.library,
-        "pipeline_tag": "text-generation",
-        "tags": ["gisp", "pruned", *kind.tags],
-    }
-    # JSON values are YAML values, quoted where a model's name needs it.
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
-    if "/" in name:
-        lines.append(f"base_model: {json.dumps(name)}")
-    lines += ["---", "", f"# {name}, pruned by {spec.sparsity:.0%}" + (f" ({kind.title})" if kind.title else ""), ""]
+    name = base_name(base, spec.base_path)
+    title = f"{name}, pruned by {spec.sparsity:.0%}" + (f" ({kind.title})" if kind.title else "")
+    lines = head(name, title, kind.library, kind.tags)
     lines += [
         f"`{name}` with attention heads and MLP channels removed by iterative structured pruning "
         "(after [GISP](https://arxiv.org/abs/2510.18030), scores by the criterion below).",
@@ -119,9 +112,24 @@ def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, 
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def base_name(base: Any, spec: PrunedSpec) -> str:
+def head(name: str, title: str, library: str, tags: Sequence[str]) -> list[str]:
+    """Lines of a card's front matter and its title."""
+    front = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["gisp", "pruned", *tags]}
+    # JSON values are YAML values, quoted where a model's name needs it.
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
+    if "/" in name:
+        lines.append(f"base_model: {json.dumps(name)}")
+    return [*lines, "---", "", f"# {title}", ""]
+
+
+def facts_table(facts: Iterable[tuple[str, Any]]) -> list[str]:
+    """A table of two columns without a header."""
+    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)]
+
+
+def base_name(base: Any, path: str) -> str:
     """The base model's hub name, or the last part of its folder: a card should not tell local paths."""
-    path = str((spec.run.get("base_model") or {}).get("path") or getattr(base.config, "_name_or_path", "") or "")
+    path = path or str(getattr(base.config, "_name_or_path", "") or "")
     if not path:
         return type(base).__name__
     is_hub_name = path.count("/") == 1 and not path.startswith(("/", ".", "~")) and not Path(path).exists()
@@ -151,7 +159,7 @@ def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[str]:
         ),
         *kind.facts,
     ]
-    return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)]
+    return facts_table(facts)
 
 
 def _table(report: ExportReport, kind: CardKind) -> list[str]:

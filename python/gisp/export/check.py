@@ -1,4 +1,4 @@
-"""Logits of a pruned model beside those of the masked dense one, both computed in float32.
+"""Writing a model folder that appears only when its logits are those of the masked dense model, both in float32.
 
 Each module's parameters are widened only while it runs, so that models of any size and dtype can be compared tightly:
 peak memory grows by one module's float32 weights.
@@ -7,7 +7,7 @@ peak memory grows by one module's float32 weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,48 @@ import torch
 from torch import nn
 
 from gisp.errors import GispError
+from gisp.export.card import PRUNED, CardKind, write_card
+from gisp.export.folder import copy_base_files, new_folder, write_weights
+from gisp.export.load import load
 from gisp.export.spec import TOLERANCE, ExportReport, LayerLayout, PrunedSpec
 from gisp.model.attention import INDEXED_ATTENTION
+from gisp.model.keep import Keep, block_columns
 from gisp.model.modes import exact_products
 from gisp.model.structures import ModelMap
 
 _ROWS, _TOKENS, _SEED = 2, 64, 20251018
 
 
-def checked_report(
-    base: Any, model_map: ModelMap, spec: PrunedSpec, folder: Path, out: Path, size: int
+def write_checked(
+    base: Any,
+    model_map: ModelMap,
+    spec: PrunedSpec,
+    out: Path,
+    state: Callable[[], dict[str, torch.Tensor]],
+    config: Any,
+    tokenizer_from: Path | None,
+    kind: CardKind = PRUNED,
 ) -> ExportReport:
+    """Write a model folder, check it and tell on its card how exact it is.
+
+    Args:
+        state: makes the weights by name; nothing else should hold them, they are given back before the check.
+        config: of transformers, for the exported model.
+        tokenizer_from: folder to copy tokenizer files and ``generation_config.json`` from.
+
+    Raises:
+        GispError: ``out`` is taken, full disk, or logits that do not agree; nothing is left at ``out``.
+    """
+    with new_folder(out) as folder:
+        size = write_weights(folder, state())
+        config.save_pretrained(folder)
+        copy_base_files(folder, base, tokenizer_from)
+        report = checked_report(base, model_map, spec.keep, folder, out, size)
+        write_card(folder, base, spec, report, kind)
+    return report
+
+
+def checked_report(base: Any, model_map: ModelMap, keep: Keep, folder: Path, out: Path, size: int) -> ExportReport:
     """Reload an exported folder, compare its logits with the masked base model's and count what it holds.
 
     Args:
@@ -36,20 +67,18 @@ def checked_report(
     Raises:
         GispError: the folder does not load, or the logits do not agree.
     """
-    from gisp.export.load import load
-
-    tokens, wanted = wanted_logits(base, model_map, spec)
+    tokens, wanted = wanted_logits(base, model_map, keep)
     dtype = weight_dtype(base)
     reloaded = load(folder, device=str(base.get_input_embeddings().weight.device), dtype=dtype)
     absolute, relative = compare_logits(wanted, float32_logits(reloaded, tokens))
     layout = tuple(
         LayerLayout(
-            heads=len(keep.heads),
+            heads=len(heads),
             query_heads=layer.self_attn.q_proj.out_features // model_map.head_dim,
             kv_heads=layer.self_attn.k_proj.out_features // model_map.head_dim,
             channels=layer.mlp.gate_proj.out_features,
         )
-        for layer, keep in zip(reloaded.model.layers, spec.layers, strict=True)
+        for layer, heads in zip(reloaded.model.layers, keep.heads, strict=True)
     )
     kv_head_bytes = 2 * model_map.head_dim * dtype.itemsize
     return ExportReport(
@@ -65,11 +94,11 @@ def checked_report(
     )
 
 
-def wanted_logits(base: Any, model_map: ModelMap, spec: PrunedSpec) -> tuple[torch.Tensor, torch.Tensor]:
+def wanted_logits(base: Any, model_map: ModelMap, keep: Keep) -> tuple[torch.Tensor, torch.Tensor]:
     """The check tokens and the masked base model's float32 logits on them."""
     positions = int(getattr(base.config, "max_position_embeddings", None) or _TOKENS)
     tokens = check_tokens(model_map.vocab_size, positions)
-    return tokens, float32_logits(base, tokens, removed_columns(model_map, spec))
+    return tokens, float32_logits(base, tokens, removed_columns(model_map, keep))
 
 
 def weight_dtype(model: Any) -> torch.dtype:
@@ -84,21 +113,13 @@ def check_tokens(vocab_size: int, positions: int) -> torch.Tensor:
     return torch.randint(0, vocab_size, (_ROWS, min(_TOKENS, positions)), generator=generator)
 
 
-def removed_columns(model_map: ModelMap, spec: PrunedSpec) -> dict[nn.Module, torch.Tensor]:
+def removed_columns(model_map: ModelMap, keep: Keep) -> dict[nn.Module, torch.Tensor]:
     """Input columns (int64) of every o_proj and down_proj that belong to removed structures.
 
     Without these columns a removed structure has no way to the output; its other weights do not matter.
     """
-    columns: dict[nn.Module, torch.Tensor] = {}
-    for item, keep in zip(model_map.layers, spec.layers, strict=True):
-        for linear, kept, count, block in (
-            (item.attention.o_proj, keep.heads, model_map.num_heads, model_map.head_dim),
-            (item.layer.mlp.down_proj, keep.channels, model_map.intermediate_size, 1),
-        ):
-            gone = torch.ones(count, dtype=torch.bool)
-            gone[torch.tensor(kept, dtype=torch.int64)] = False
-            columns[linear] = torch.nonzero(gone.repeat_interleave(block)).flatten()
-    return columns
+    outputs = model_map.outputs
+    return {outputs[name][0]: block_columns(index, outputs[name][1]) for name, index in keep.removed(model_map).items()}
 
 
 def float32_logits(

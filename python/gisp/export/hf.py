@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from gisp.errors import GispError
-from gisp.export.card import write_card
-from gisp.export.check import checked_report, weight_dtype
-from gisp.export.folder import copy_base_files, dense_state, new_folder, write_weights
+from gisp.export.check import weight_dtype, write_checked
+from gisp.export.folder import dense_state
 from gisp.export.modeling_gisp import CLASSES, auto_map
 from gisp.export.relayout import ZEROED, AttentionLayout, plan_attention, take_blocks
 from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
-from gisp.model.structures import ModelMap
+from gisp.model.keep import Keep
+from gisp.model.structures import ModelMap, structure_parameters
 
 FAMILIES = tuple(name.removeprefix("gisp_") for name in CLASSES)
 
@@ -47,7 +47,7 @@ def export_hf(
         GispError: unsupported model type, ``out`` is taken, full disk, or logits that do not agree; nothing is left at
             ``out``.
     """
-    model_map = map_checked(base, spec)
+    model_map = map_checked(base, spec.keep)
     check_family(model_map)
     asked = {name: n for name, n in (("align_heads", align_heads), ("min_heads", min_heads)) if n != 1}
     for name, count in asked.items():
@@ -56,18 +56,13 @@ def export_hf(
             raise GispError(f"{option_text({name: count})}: {most}, give at most that many")
     spec = replace(spec, options={**spec.options, **asked})
     layouts = [
-        plan_attention(keep.heads, model_map.num_heads, model_map.num_kv_heads, align=align_heads, minimum=min_heads)
-        for keep in spec.layers
+        plan_attention(heads, model_map.num_heads, model_map.num_kv_heads, align=align_heads, minimum=min_heads)
+        for heads in spec.keep.heads
     ]
-    with new_folder(out) as folder:
-        state = pruned_state(base, model_map, spec, layouts)
-        size = write_weights(folder, state)
-        del state
-        pruned_config(base, model_map, spec, layouts).save_pretrained(folder)
-        copy_base_files(folder, base, tokenizer_from)
-        report = checked_report(base, model_map, spec, folder, out, size)
-        write_card(folder, base, spec, report)
-    return report
+    config = pruned_config(base, model_map, spec, layouts)
+    return write_checked(
+        base, model_map, spec, out, lambda: pruned_state(base, model_map, spec.keep, layouts), config, tokenizer_from
+    )
 
 
 def check_family(model_map: ModelMap) -> None:
@@ -80,28 +75,16 @@ def check_family(model_map: ModelMap) -> None:
         raise GispError(f"model type {model_map.model_type!r} cannot be exported: {', '.join(FAMILIES)} can")
 
 
-def pruned_state(
-    base: Any, model_map: ModelMap, spec: PrunedSpec, layouts: list[AttentionLayout]
-) -> dict[str, torch.Tensor]:
+def pruned_state(base: Any, model_map: ModelMap, keep: Keep, layouts: list[AttentionLayout]) -> dict[str, torch.Tensor]:
     """Weights of the exported model by name, in the dtype of the base and on its device."""
     state = dense_state(base)
-    for item, keep, layout in zip(model_map.layers, spec.layers, layouts, strict=True):
-        channels = keep.channels or (ZEROED,)
-        attention, mlp = item.attention, item.layer.mlp
-        width = model_map.head_dim
-        for block, name, linear, index, size, dim in (
-            ("self_attn", "q_proj", attention.q_proj, layout.query, width, 0),
-            ("self_attn", "k_proj", attention.k_proj, layout.kv, width, 0),
-            ("self_attn", "v_proj", attention.v_proj, layout.kv, width, 0),
-            ("self_attn", "o_proj", attention.o_proj, layout.query, width, 1),
-            ("mlp", "gate_proj", mlp.gate_proj, channels, 1, 0),
-            ("mlp", "up_proj", mlp.up_proj, channels, 1, 0),
-            ("mlp", "down_proj", mlp.down_proj, channels, 1, 1),
-        ):
-            prefix = f"model.layers.{item.index}.{block}.{name}"
-            state[f"{prefix}.weight"] = take_blocks(linear.weight.detach(), index, size, dim)
-            if linear.bias is not None and dim == 0:
-                state[f"{prefix}.bias"] = take_blocks(linear.bias.detach(), index, size)
+    stored = [
+        {"heads": layout.query, "kv_heads": layout.kv, "channels": channels or (ZEROED,)}
+        for layout, channels in zip(layouts, keep.channels, strict=True)
+    ]
+    for layer, name, item in structure_parameters(len(layouts)):
+        if name in state:
+            state[name] = take_blocks(state[name], stored[layer][item.kind], item.block(model_map.head_dim), item.dim)
     return state
 
 
@@ -120,11 +103,11 @@ def pruned_config(base: Any, model_map: ModelMap, spec: PrunedSpec, layouts: lis
         gisp=gisp_record(base, spec),
         per_layer_config={
             layer: {
-                "intermediate_size": max(len(keep.channels), 1),
+                "intermediate_size": max(len(channels), 1),
                 "num_attention_heads": len(layout.query),
                 "num_key_value_heads": len(layout.kv),
             }
-            for layer, (keep, layout) in enumerate(zip(spec.layers, layouts, strict=True))
+            for layer, (channels, layout) in enumerate(zip(spec.keep.channels, layouts, strict=True))
         },
     )
     if adds_output_biases(base, model_map):

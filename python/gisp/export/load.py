@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from gisp.errors import GispError
-from gisp.export.nested import is_nested, load_nested
+from gisp.export.modeling_gisp import CLASSES
+from gisp.export.nested.files import is_nested
+from gisp.export.nested.model import load_nested
 from gisp.model.load import check_model_path, load_dense, resolve_device
 
 
@@ -63,8 +65,6 @@ def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
 def register_models() -> None:
     """Tell transformers' Auto classes about the pruned model types."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
-    from gisp.export.modeling_gisp import CLASSES
 
     for model_type, (config, model, causal_lm) in CLASSES.items():
         AutoConfig.register(model_type, config, exist_ok=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gisp.errors import GispError
-from gisp.export.spec import LayerKeep, PrunedSpec
+from gisp.export.spec import PrunedSpec
+from gisp.model.keep import kv_heads
 from gisp.model.structures import ModelMap
 
 
@@ -41,15 +43,15 @@ def option_text(options: dict[str, int]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
-def kept_parameters(model_map: ModelMap, keep: LayerKeep) -> int:
-    """Weight matrix parameters of one layer that its kept structures need.
+def kept_parameters(model_map: ModelMap, heads: Sequence[int], channels: int) -> int:
+    """Weight matrix parameters of one layer that its kept query heads and channels need.
 
     A query head needs its rows of q and columns of o, a key/value head that a kept query head reads needs its rows of k
     and v, a channel its rows of gate and up and its column of down.
     """
-    kv_heads = {head // model_map.heads_per_kv for head in keep.heads}
     block = 2 * model_map.head_dim * model_map.hidden_size
-    return block * (len(keep.heads) + len(kv_heads)) + model_map.channel_parameters * len(keep.channels)
+    read = kv_heads(heads, model_map.heads_per_kv)
+    return block * (len(heads) + len(read)) + model_map.channel_parameters * channels
 
 
 def require_ranking(spec: PrunedSpec, what: str) -> None:
@@ -58,8 +60,8 @@ def require_ranking(spec: PrunedSpec, what: str) -> None:
     Raises:
         GispError: the spec has no ranking of its layers.
     """
-    if len(spec.ranking) != len(spec.layers):
-        raise GispError(f"{what} needs a ranking of {len(spec.layers)} layers, the spec has {len(spec.ranking)}")
+    if len(spec.ranking) != len(spec.keep.heads):
+        raise GispError(f"{what} needs a ranking of {len(spec.keep.heads)} layers, the spec has {len(spec.ranking)}")
 
 
 def round_mlp(model_map: ModelMap, spec: PrunedSpec, multiple: int) -> PrunedSpec:
@@ -73,16 +75,16 @@ def round_mlp(model_map: ModelMap, spec: PrunedSpec, multiple: int) -> PrunedSpe
     options = SizeOptions(round_mlp=multiple).given()
     require_ranking(spec, option_text(options))
     layers = []
-    for keep, ranking in zip(spec.layers, spec.ranking, strict=True):
-        width = -(-len(keep.channels) // multiple) * multiple
+    for kept, ranking in zip(spec.keep.channels, spec.ranking, strict=True):
+        width = -(-len(kept) // multiple) * multiple
         if multiple > 1:
             # An exported MLP has a channel in any case: a zeroed one alone would be no multiple.
             width = max(width, multiple)
-        kept = set(keep.channels)
-        gone = [channel for channel in ranking.channels if channel not in kept]
+        stays = set(kept)
+        gone = [channel for channel in ranking.channels if channel not in stays]
         back = gone[: min(width, model_map.intermediate_size) - len(kept)]
-        layers.append(replace(keep, channels=tuple(sorted((*keep.channels, *back)))))
-    count = sum(len(new.channels) - len(old.channels) for new, old in zip(layers, spec.layers, strict=True))
+        layers.append(tuple(sorted((*kept, *back))))
+    count = sum(map(len, layers)) - sum(map(len, spec.keep.channels))
     more = count * model_map.channel_parameters
     note = (
         f"MLP widths rounded up to multiples of {multiple}",
@@ -91,7 +93,7 @@ def round_mlp(model_map: ModelMap, spec: PrunedSpec, multiple: int) -> PrunedSpe
     )
     return replace(
         spec,
-        layers=tuple(layers),
+        keep=replace(spec.keep, channels=tuple(layers)),
         sparsity=spec.sparsity - more / model_map.decoder_parameters,
         model_sparsity=spec.model_sparsity - more / model_map.parameters,
         options={**spec.options, **options},

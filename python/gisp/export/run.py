@@ -1,4 +1,4 @@
-"""From a run folder to an exported model."""
+"""From a run folder to an exported model, and what rounding and compensation do to its perplexity."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gisp.compensation import CompensationRequest, fold_into_dense
+from torch import nn
+
+from gisp.compensation import (
+    Compensation,
+    CompensationRequest,
+    fit_compensation,
+    fold_into_dense,
+    fold_into_pruned,
+)
 from gisp.errors import GispError
+from gisp.evaluate import EvalOptions, Perplexity
+from gisp.evaluate.data import prepare
 from gisp.export.folder import check_place
 from gisp.export.gguf.file import require_gguf
 from gisp.export.gguf.write import export_gguf
 from gisp.export.hf import export_hf
 from gisp.export.masked import export_masked
-from gisp.export.nested import NestedReport, export_nested
-from gisp.export.point import pruned_spec
-from gisp.export.quality import Quality, measure_quality
+from gisp.export.nested.export import NestedReport, export_nested
 from gisp.export.rounding import SizeOptions, option_text, round_mlp
 from gisp.export.spec import ExportReport, PrunedSpec
 from gisp.export.uniform import export_uniform, uniform_spec
+from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.run.trajectory import Trajectory
 
@@ -40,6 +49,32 @@ UNMEASURED = (
     "not measured; `gisp export RUN --sparsity S --format uniform --data DATA` measures it here and at the exact "
     "pruned point",
 )
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Perplexity of the exact pruned point and of what is exported, on the same tokens.
+
+    Attributes:
+        data: name of the evaluation data.
+        dtype: of the weights while it was measured.
+        compensated: whether the export is compensated; the point never is.
+    """
+
+    point: Perplexity
+    exported: Perplexity
+    data: str
+    dtype: str
+    compensated: bool = False
+
+    def notes(self) -> tuple[tuple[str, str], ...]:
+        """Lines of the model card and the command line."""
+        how = f"{self.exported.tokens:,} tokens of {self.data}, window {self.exported.window}, {self.dtype}"
+        rows = [("perplexity", f"{self.exported.perplexity:.4f} ({how})")]
+        if self.exported is not self.point:
+            what = " without compensation" if self.compensated else ""
+            rows.append((f"perplexity of the exact pruned point{what}, same tokens", f"{self.point.perplexity:.4f}"))
+        return tuple(rows)
 
 
 @dataclass(frozen=True)
@@ -88,7 +123,7 @@ def export_run(
     _check_options(format, sizes, dtype)
     check_place(Path(out))
     trajectory = Trajectory.load(run)
-    point = pruned_spec(trajectory, trajectory.step_for(sparsity))
+    point = PrunedSpec.at(trajectory, trajectory.step_for(sparsity))
 
     def rounded(base: Any, spec: PrunedSpec) -> PrunedSpec:
         if format == "uniform":
@@ -115,6 +150,62 @@ def export_run(
     folder = Path(str(trajectory.base_model["path"]))
     report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder if folder.is_dir() else None, **options)
     return RunExport(point, spec, report, quality)
+
+
+def measure_quality(
+    trajectory: Trajectory,
+    point: PrunedSpec,
+    rounded: Callable[[nn.Module, PrunedSpec], PrunedSpec],
+    data: str | None,
+    *,
+    window: int | None,
+    device: str,
+    request: CompensationRequest | None = None,
+    format: str = "hf",
+) -> tuple[Quality | None, Compensation | None]:
+    """Perplexity of a point of a run and of what rounding and compensation make of it, measured as ``gisp eval`` does.
+
+    Args:
+        rounded: the exported spec, from the dense base model and the point.
+        data: evaluation data, as for ``gisp eval``; None to measure nothing.
+        request: compensation of the exported spec, fitted in the dtype of the run.
+        format: of the export, which says what a compensation may change.
+
+    Raises:
+        GispError: the data cannot be read, a loss is NaN, or the format cannot hold the compensation.
+    """
+    model = trajectory.load_base(device=device)
+    model_map = map_model(model)
+    source = str(trajectory.base_model["path"])
+    # Data that cannot be read is found before anything costly.
+    measure = None if data is None else prepare(data, EvalOptions(window=window), model, source)
+    exported = rounded(model, point)
+    compensation = None
+    if request is not None:
+        options = request.for_format(format, model_map)
+        compensation = fit_compensation(model_map, exported.keep, request.calibration, options, tokenizer_from=source)
+    if data is None or measure is None:
+        return None, compensation
+    shrinkable = ShrinkableModel(model_map)
+
+    def result(spec: PrunedSpec, folded: Compensation | None = None) -> Perplexity:
+        shrinkable.remove(spec.keep.removed(model_map))
+        if folded is not None:
+            fold_into_pruned(shrinkable, folded)
+        found = measure(model)
+        shrinkable.rollback()
+        return Perplexity(found["perplexity"], found["tokens"], found["window"])
+
+    exact = result(point)
+    same = compensation is None and exported.keep == point.keep
+    quality = Quality(
+        point=exact,
+        exported=exact if same else result(exported, compensation),
+        data=Path(data).name if Path(data).exists() else data,
+        dtype=str(model.dtype).removeprefix("torch."),
+        compensated=compensation is not None,
+    )
+    return quality, compensation
 
 
 def _check_options(format: str, sizes: SizeOptions, dtype: str | None) -> None:

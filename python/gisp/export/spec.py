@@ -6,20 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gisp.errors import GispError
-from gisp.model.structures import ModelMap, fingerprint, map_model
+from gisp.model.keep import Keep
+from gisp.model.structures import ModelMap, channels_name, fingerprint, heads_name, map_model
+from gisp.run.trajectory import Trajectory
 
 FORMAT_VERSION = 1
 TOLERANCE = 1e-5
 """Largest relative difference of logits between an export and the masked dense model, both in float32."""
-
-
-@dataclass(frozen=True)
-class LayerKeep:
-    """Kept structures of one layer: original indices, ascending; either may be empty."""
-
-    heads: tuple[int, ...]
-    channels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -35,13 +31,29 @@ class LayerRanking:
     tied_heads: int = 0
     tied_channels: int = 0
 
+    @classmethod
+    def of(cls, trajectory: Trajectory, layer: int) -> LayerRanking:
+        """The order in which a run removed structures."""
+        heads, channels = (trajectory.removed_at[name(layer)] for name in (heads_name, channels_name))
+        return cls(last_to_go(heads), last_to_go(channels), int((heads == 0).sum()), int((channels == 0).sum()))
+
+
+def last_to_go(removed_at: torch.Tensor) -> tuple[int, ...]:
+    """Structures of a group, those the run kept first, then those it removed latest; ties by lowest index.
+
+    Args:
+        removed_at: int32 [structures], 0 = kept, t = removed at step t.
+    """
+    steps = removed_at.tolist()
+    return tuple(sorted(range(len(steps)), key=lambda i: (steps[i] != 0, -steps[i], i)))
+
 
 @dataclass(frozen=True)
 class PrunedSpec:
     """One point of a pruning run, or what it became when its sizes were rounded.
 
     Attributes:
-        layers: what every decoder layer keeps.
+        keep: what stays.
         sparsity: removed parameters / parameters of the decoder layers.
         model_sparsity: removed parameters / parameters of the whole model.
         step: number of the step, 0 = dense.
@@ -52,7 +64,7 @@ class PrunedSpec:
         compensation: what was done to the output projections of the base model given to the exporter.
     """
 
-    layers: tuple[LayerKeep, ...]
+    keep: Keep
     sparsity: float
     model_sparsity: float
     step: int
@@ -61,6 +73,23 @@ class PrunedSpec:
     options: dict[str, int] = field(default_factory=dict)
     notes: tuple[tuple[str, str], ...] = ()
     compensation: str = ""
+
+    @property
+    def base_path(self) -> str:
+        """Folder or hub name of the base model; empty where it is not known."""
+        return str((self.run.get("base_model") or {}).get("path") or "")
+
+    @classmethod
+    def at(cls, trajectory: Trajectory, step: int) -> PrunedSpec:
+        """The state of a run after ``step``."""
+        return cls(
+            keep=trajectory.keep(step),
+            sparsity=trajectory.sparsity_at(step),
+            model_sparsity=trajectory.model_sparsity_at(step),
+            step=step,
+            run={name: getattr(trajectory, name) for name in ("base_model", "config", "versions")},
+            ranking=tuple(LayerRanking.of(trajectory, layer) for layer in range(trajectory.layers)),
+        )
 
 
 @dataclass(frozen=True)
@@ -123,22 +152,22 @@ class ExportReport:
         )
 
 
-def map_checked(base: Any, spec: PrunedSpec) -> ModelMap:
-    """The structure map of the base model, checked to fit the spec.
+def map_checked(base: Any, keep: Keep) -> ModelMap:
+    """The structure map of the base model, checked to have what is kept.
 
     Raises:
-        GispError: the base is no dense causal language model, or the spec does not fit it.
+        GispError: the base is no dense causal language model, or one of another shape.
     """
     model_map = map_model(base)
     if base.get_output_embeddings() is None:
         raise GispError(f"{type(base).__name__} has no output embeddings: give the causal language model")
-    if len(spec.layers) != len(model_map.layers):
-        raise GispError(f"the pruning has {len(spec.layers)} layers, the base {len(model_map.layers)}: give its base")
-    for layer, keep in enumerate(spec.layers):
-        for kind, kept, count in (
-            ("heads", keep.heads, model_map.num_heads),
-            ("channels", keep.channels, model_map.intermediate_size),
-        ):
+    if len(keep.heads) != len(model_map.layers):
+        raise GispError(f"the pruning has {len(keep.heads)} layers, the base {len(model_map.layers)}: give its base")
+    for kind, layers, count in (
+        ("heads", keep.heads, model_map.num_heads),
+        ("channels", keep.channels, model_map.intermediate_size),
+    ):
+        for layer, kept in enumerate(layers):
             ascending = list(kept) == sorted(set(kept))
             if kept and (not ascending or kept[0] < 0 or kept[-1] >= count):
                 raise GispError(f"kept {kind} of layer {layer} are not ascending indices in 0..{count - 1}")

@@ -17,7 +17,7 @@ them, and its uniform exports are far better.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from typing import Any
 from transformers import MistralConfig, MistralForCausalLM
 
 from gisp.errors import GispError
-from gisp.export.card import UNIFORM, write_card
-from gisp.export.check import checked_report, weight_dtype
-from gisp.export.folder import copy_base_files, new_folder, write_weights
+from gisp.export.card import UNIFORM
+from gisp.export.check import weight_dtype, write_checked
 from gisp.export.hf import check_family, pruned_state
 from gisp.export.relayout import plan_attention
 from gisp.export.rounding import SizeOptions, kept_parameters, option_text, require_ranking
-from gisp.export.spec import ExportReport, LayerKeep, LayerRanking, PrunedSpec, gisp_record, map_checked
+from gisp.export.spec import ExportReport, LayerRanking, PrunedSpec, gisp_record, map_checked
+from gisp.model.keep import Keep, kv_heads
 from gisp.model.structures import ModelMap
 
 
@@ -56,19 +56,19 @@ def uniform_spec(base: Any, spec: PrunedSpec, options: SizeOptions | None = None
     """
     options = options or SizeOptions()
     given = options.given()
-    model_map = map_checked(base, spec)
+    model_map = map_checked(base, spec.keep)
     require_ranking(spec, "a uniform export")
     size = uniform_size(base, model_map, spec, options)
-    layers = tuple(_kept(model_map, size, ranking) for ranking in spec.ranking)
-    dense = LayerKeep(tuple(range(model_map.num_heads)), tuple(range(model_map.intermediate_size)))
-    removed = sum(kept_parameters(model_map, dense) - kept_parameters(model_map, keep) for keep in layers)
+    keep = Keep(*zip(*(_kept(model_map, size, ranking) for ranking in spec.ranking), strict=True))
+    dense = kept_parameters(model_map, range(model_map.num_heads), model_map.intermediate_size)
+    removed = sum(dense - kept_parameters(model_map, heads, len(channels)) for heads, channels in keep.layers)
     return replace(
         spec,
-        layers=layers,
+        keep=keep,
         sparsity=removed / model_map.decoder_parameters,
         model_sparsity=removed / model_map.parameters,
         options={**spec.options, **given},
-        notes=(*spec.notes, *_notes(base, spec, layers, size), *_arbitrary(spec, layers)),
+        notes=(*spec.notes, *_notes(base, spec, keep, size), *_arbitrary(spec, keep)),
     )
 
 
@@ -78,8 +78,8 @@ def uniform_size(base: Any, model_map: ModelMap, spec: PrunedSpec, options: Size
     Raises:
         GispError: no number of heads satisfies the options.
     """
-    layers = len(spec.layers)
-    mean = sum(len(keep.heads) for keep in spec.layers) / layers
+    layers = len(spec.keep.heads)
+    mean = sum(map(len, spec.keep.heads)) / layers
     allowed = [
         pair
         for pair in _head_counts(model_map, spec)
@@ -92,13 +92,13 @@ def uniform_size(base: Any, model_map: ModelMap, spec: PrunedSpec, options: Size
             f"no number of heads up to {model_map.num_heads} on {model_map.num_kv_heads} key/value heads satisfies "
             f"{option_text(options.given())}: give less, or --format hf"
         )
-    heads, kv_heads = min(allowed, key=lambda pair: (abs(pair[0] - mean), pair[0]))
-    share = model_map.num_heads // model_map.num_kv_heads
-    attention = kept_parameters(model_map, LayerKeep(_first_heads(heads, kv_heads, share), ()))
-    budget = sum(kept_parameters(model_map, keep) for keep in spec.layers) / layers - attention
+    heads, kv_count = min(allowed, key=lambda pair: (abs(pair[0] - mean), pair[0]))
+    attention = kept_parameters(model_map, _first_heads(heads, kv_count, model_map.heads_per_kv), 0)
+    needed = sum(kept_parameters(model_map, kept, len(channels)) for kept, channels in spec.keep.layers)
+    budget = needed / layers - attention
     multiple = options.round_mlp or int((spec.run.get("config") or {}).get("align") or 1)
     wanted = budget / model_map.channel_parameters
-    return UniformSize(heads, kv_heads, _nearest_multiple(wanted, multiple, model_map.intermediate_size))
+    return UniformSize(heads, kv_count, _nearest_multiple(wanted, multiple, model_map.intermediate_size))
 
 
 def export_uniform(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Path | None = None) -> ExportReport:
@@ -117,25 +117,26 @@ def export_uniform(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Pa
         GispError: unsupported model type, layers of several sizes, ``out`` is taken, full disk, or logits that do not
             agree; nothing is left at ``out``.
     """
-    model_map = map_checked(base, spec)
+    model_map = map_checked(base, spec.keep)
     check_family(model_map)
-    layouts = [plan_attention(keep.heads, model_map.num_heads, model_map.num_kv_heads) for keep in spec.layers]
+    layouts = [plan_attention(heads, model_map.num_heads, model_map.num_kv_heads) for heads in spec.keep.heads]
     sizes = {
-        UniformSize(len(layout.query), len(layout.kv), max(len(keep.channels), 1))
-        for keep, layout in zip(spec.layers, layouts, strict=True)
+        UniformSize(len(layout.query), len(layout.kv), max(len(channels), 1))
+        for channels, layout in zip(spec.keep.channels, layouts, strict=True)
     }
     if len(sizes) != 1:
         raise GispError(f"the layers have {len(sizes)} different sizes: round them to one with uniform_spec first")
     config = stock_config(base, model_map, spec, sizes.pop())
-    with new_folder(out) as folder:
-        state = pruned_state(base, model_map, spec, layouts)
-        size = write_weights(folder, state)
-        del state
-        config.save_pretrained(folder)
-        copy_base_files(folder, base, tokenizer_from)
-        report = checked_report(base, model_map, spec, folder, out, size)
-        write_card(folder, base, spec, report, UNIFORM)
-    return report
+    return write_checked(
+        base,
+        model_map,
+        spec,
+        out,
+        lambda: pruned_state(base, model_map, spec.keep, layouts),
+        config,
+        tokenizer_from,
+        UNIFORM,
+    )
 
 
 def stock_config(base: Any, model_map: ModelMap, spec: PrunedSpec, size: UniformSize) -> Any:
@@ -179,16 +180,15 @@ def _stock_classes(base: Any, heads: int) -> tuple[type, type] | None:
 
 def _head_counts(model_map: ModelMap, spec: PrunedSpec) -> list[tuple[int, int]]:
     """Numbers of query and key/value heads a layer may get, ascending."""
-    share, kv_heads = model_map.heads_per_kv, model_map.num_kv_heads
-    if share == 1 or all(_whole_groups(keep.heads, share) for keep in spec.layers):
-        return [(share * count, count) for count in range(1, kv_heads + 1)]
-    return [(kv_heads * count, kv_heads) for count in range(1, share + 1)]
+    share, most = model_map.heads_per_kv, model_map.num_kv_heads
+    if share == 1 or all(_whole_groups(heads, share) for heads in spec.keep.heads):
+        return [(share * count, count) for count in range(1, most + 1)]
+    return [(most * count, most) for count in range(1, share + 1)]
 
 
-def _whole_groups(heads: Iterable[int], share: int) -> bool:
+def _whole_groups(heads: Sequence[int], share: int) -> bool:
     """Whether every key/value head has all or none of its query heads among the given ones."""
-    kept = set(heads)
-    return all(kept.issuperset(range(kv * share, (kv + 1) * share)) for kv in {head // share for head in kept})
+    return len(heads) == share * len(kv_heads(heads, share))
 
 
 def _splits(heads: int, kv_heads: int, align: int) -> bool:
@@ -206,25 +206,25 @@ def _nearest_multiple(wanted: float, multiple: int, most: int) -> int:
     return min((*range(multiple, most, multiple), most), key=lambda width: (abs(width - wanted), width))
 
 
-def _kept(model_map: ModelMap, size: UniformSize, ranking: LayerRanking) -> LayerKeep:
-    """The structures of one layer that went last, as many as the common size has."""
+def _kept(model_map: ModelMap, size: UniformSize, ranking: LayerRanking) -> tuple[tuple[int, ...], ...]:
+    """Heads and channels of one layer that went last, as many as the common size has."""
     share = model_map.heads_per_kv
     of_kv: dict[int, list[int]] = {}
     for head in ranking.heads:
         of_kv.setdefault(head // share, []).append(head)
     # Dictionaries keep their order: key/value heads come in that of their last head to go.
     heads = [members[: size.heads // size.kv_heads] for members in list(of_kv.values())[: size.kv_heads]]
-    return LayerKeep(
-        heads=tuple(sorted(head for members in heads for head in members)),
-        channels=tuple(sorted(ranking.channels[: size.channels])),
-    )
+    stay = (head for members in heads for head in members)
+    return tuple(sorted(stay)), tuple(sorted(ranking.channels[: size.channels]))
 
 
-def _arbitrary(spec: PrunedSpec, layers: Sequence[LayerKeep]) -> list[tuple[str, str]]:
+def _arbitrary(spec: PrunedSpec, keep: Keep) -> list[tuple[str, str]]:
     """A row of the model card if layers lost structures that the run never removed."""
-    pairs = list(zip(layers, spec.ranking, strict=True))
-    heads = sum(max(ranking.tied_heads - len(keep.heads), 0) for keep, ranking in pairs)
-    channels = sum(max(ranking.tied_channels - len(keep.channels), 0) for keep, ranking in pairs)
+    tied_heads, tied_channels = zip(*((item.tied_heads, item.tied_channels) for item in spec.ranking), strict=True)
+    heads, channels = (
+        sum(max(tied - len(kept), 0) for tied, kept in zip(*pair, strict=True))
+        for pair in ((tied_heads, keep.heads), (tied_channels, keep.channels))
+    )
     if not heads and not channels:
         return []
     return [
@@ -237,13 +237,14 @@ def _arbitrary(spec: PrunedSpec, layers: Sequence[LayerKeep]) -> list[tuple[str,
     ]
 
 
-def _notes(base: Any, spec: PrunedSpec, layers: Sequence[LayerKeep], size: UniformSize) -> list[tuple[str, str]]:
+def _notes(base: Any, spec: PrunedSpec, keep: Keep, size: UniformSize) -> list[tuple[str, str]]:
     """Rows of the model card: the common size and how far it is from the pruned point."""
 
-    def difference(of: Sequence[LayerKeep], without: Sequence[LayerKeep]) -> str:
-        pairs = list(zip(of, without, strict=True))
-        heads = sum(len(set(a.heads) - set(b.heads)) for a, b in pairs)
-        channels = sum(len(set(a.channels) - set(b.channels)) for a, b in pairs)
+    def difference(of: Keep, without: Keep) -> str:
+        heads, channels = (
+            sum(len(set(a) - set(b)) for a, b in zip(*layers, strict=True))
+            for layers in ((of.heads, without.heads), (of.channels, without.channels))
+        )
         return f"{heads:,} heads and {channels:,} channels"
 
     classes = _stock_classes(base, size.heads)
@@ -256,7 +257,7 @@ def _notes(base: Any, spec: PrunedSpec, layers: Sequence[LayerKeep], size: Unifo
         (
             "made from",
             f"the pruned point of sparsity {spec.sparsity:.4f}, whose layers differ in size: "
-            f"{difference(spec.layers, layers)} of it are gone, {difference(layers, spec.layers)} of the dense model "
+            f"{difference(spec.keep, keep)} of it are gone, {difference(keep, spec.keep)} of the dense model "
             "are back",
         ),
     ]

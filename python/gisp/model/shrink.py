@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import nn
 
 from gisp.errors import GispError
 from gisp.model.attention import NoHeads, set_kv_index, use_indexed_attention
+from gisp.model.keep import Keep, Removal, block_columns
 from gisp.model.structures import ModelMap, fingerprint
 from gisp_kernels import Compactor
-
-Removal = Mapping[str, torch.Tensor]
-"""Group name -> original indices (int64) of the heads or channels a step removes; absent = none."""
 
 
 class ShrinkableModel:
@@ -35,6 +33,7 @@ class ShrinkableModel:
         self.fingerprint = fingerprint(model_map.model)
         self.history: list[Removal] = []
         self._compactor = Compactor(model_map.groups)
+        self._shares = {group.name: model_map.members(group) for group in model_map.groups}
         self._restore: Callable[[], None] | None = None
         if model_map.shares_kv:
             use_indexed_attention(model_map.model)
@@ -52,6 +51,14 @@ class ShrinkableModel:
     def order(self, name: str) -> torch.Tensor:
         """Original index of every kept structure, by current position; int64 CPU tensor [kept]."""
         return self._compactor.order(name)[: self.kept(name)]
+
+    def members(self, name: str) -> torch.Tensor:
+        """Original query heads or channels of the kept structures, by current position; int64 CPU tensor."""
+        return block_columns(self.order(name), self._shares[name])
+
+    def keep(self) -> Keep:
+        """What the model keeps now."""
+        return Keep.of({name: self.members(name) for name in self._shares})
 
     def numbers(self, name: str) -> torch.Tensor:
         """Numbers of a group's kept structures, by current position; int64 [kept] on the device.
@@ -121,12 +128,12 @@ class ShrinkableModel:
 
     def _structures(self, name: str, index: torch.Tensor) -> torch.Tensor:
         """Structures of a group that given heads or channels make up."""
-        share = self.map.heads_per_structure
-        if share == 1 or not name.endswith("heads"):
+        share = self._shares[name]
+        if share == 1:
             return index
         heads = index.sort().values
         structures = heads[::share] // share
-        if not torch.equal(heads, (structures[:, None] * share + torch.arange(share)).flatten()):
+        if not torch.equal(heads, block_columns(structures, share)):
             raise GispError(
                 f"{name} cannot lose heads {heads.tolist()}: the {share} heads of a key/value head go together"
             )

@@ -21,7 +21,8 @@ FORMAT = "gisp-trajectory"
 VERSION = 1
 TENSORS = "trajectory.safetensors"
 RECORD = "trajectory.json"
-KINDS = {"heads": "num_attention_heads", "channels": "intermediate_size"}
+# Kinds of structures, and what in a base model's record counts those of a layer.
+STRUCTURES = {"heads": "num_attention_heads", "channels": "intermediate_size"}
 
 _BASE_TEXTS = ("path", "fingerprint", "model_type")
 _BASE_INTEGERS = (
@@ -80,7 +81,7 @@ def read_removed_at(folder: Path, record: dict[str, Any]) -> dict[str, np.ndarra
         raise corrupt(path, error) from None
     base, steps = record["base_model"], record["steps"]
     found: dict[str, np.ndarray] = {}
-    for kind, count_of in KINDS.items():
+    for kind, count_of in STRUCTURES.items():
         width = base[count_of]
         gone = np.zeros(len(steps) + 2, dtype=np.int64)
         for layer in range(base["layers"]):

@@ -16,9 +16,10 @@ from torch import nn
 
 from gisp.errors import GispError
 from gisp.files import disk_message, write_atomic
-from gisp.model.shrink import Removal, ShrinkableModel
+from gisp.model.keep import Keep, Removal
+from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import fingerprint, map_model
-from gisp.run.record import FORMAT, RECORD, TENSORS, VERSION, corrupt, read_record, read_removed_at
+from gisp.run.record import FORMAT, RECORD, STRUCTURES, TENSORS, VERSION, corrupt, read_record, read_removed_at
 from gisp.select.schedule import nearest_step
 
 
@@ -90,10 +91,9 @@ class Trajectory:
     def model_sparsity_at(self, step: int) -> float:
         return self.steps[step - 1].model_sparsity if step else 0.0
 
-    def kept(self, name: str, step: int) -> torch.Tensor:
-        """Original indices of a group's structures kept after ``step``, ascending int64."""
-        removed_at = self.removed_at[name]
-        return torch.nonzero((removed_at == 0) | (removed_at > step)).flatten()
+    def keep(self, step: int) -> Keep:
+        """What stays after ``step``; 0 is the dense model."""
+        return Keep.of({n: torch.nonzero((at == 0) | (at > step)).flatten() for n, at in self.removed_at.items()})
 
     def removal(self, step: int) -> dict[str, torch.Tensor]:
         """Original indices every group loses at ``step``."""
@@ -186,7 +186,6 @@ class Trajectory:
 
     def record(self) -> dict[str, Any]:
         """The JSON side of the trajectory."""
-        totals = {kind: self._total(kind) for kind in ("heads", "channels")}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -194,7 +193,7 @@ class Trajectory:
             "base_model": self.base_model,
             "config": self.config,
             "data": self.data,
-            "structures": totals,
+            "structures": {kind: self.layers * self.base_model[count] for kind, count in STRUCTURES.items()},
             "steps": [asdict(record) for record in self.steps],
             "versions": self.versions,
         }
@@ -231,9 +230,6 @@ class Trajectory:
             steps=steps,
             complete=record["complete"],
         )
-
-    def _total(self, kind: str) -> int:
-        return sum(len(at) for name, at in self.removed_at.items() if name.endswith(kind))
 
 
 def move_to(shrinkable: ShrinkableModel, trajectory: Trajectory, step: int) -> None:

@@ -9,7 +9,7 @@ from gisp.compensation import CompensationRequest
 from gisp.errors import GispError
 from gisp.evaluate.data import EvalOptions, Measure, prepare
 from gisp.evaluate.harness import Harness, LmEvalTasks
-from gisp.export.nested import is_nested
+from gisp.export.nested.files import is_nested
 from gisp.model.load import check_model_path
 from gisp.target.open import Target, is_run, open_target
 

@@ -10,8 +10,7 @@ from typing import Any
 from gisp.compensation import CompensationRequest, compensate
 from gisp.errors import GispError
 from gisp.export.load import load
-from gisp.export.nested import is_nested
-from gisp.export.nested.files import NestedFiles
+from gisp.export.nested.files import NestedFiles, is_nested
 from gisp.model.attention import KV_INDEX, NoHeads
 from gisp.model.load import check_model_path, resolve_device, resolve_dtype
 from gisp.run.record import RECORD

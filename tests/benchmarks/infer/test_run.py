@@ -14,7 +14,7 @@ from benchmarks.infer.shapes import decoder_parameters
 from benchmarks.studies.gqa_modes import stored
 from gisp.cli import main
 from gisp.export.hf import export_hf
-from gisp.export.point import pruned_spec
+from gisp.export.spec import PrunedSpec
 from gisp.model.structures import map_model
 
 
@@ -62,7 +62,7 @@ def test_sizes_and_stored_shares_of_a_run_are_those_of_its_exports(family: str, 
         object.__setattr__(record, "channels_removed", gone["channels"])
     trajectory.save(tmp_path / "run")
     sparsity = trajectory.sparsity_at(3)
-    report = export_hf(base, pruned_spec(trajectory, 3), tmp_path / "hf")
+    report = export_hf(base, PrunedSpec.at(trajectory, 3), tmp_path / "hf")
     _, model, sizes = run_sizes(tmp_path / "run", [sparsity])
     layers = sizes[sparsity]
     assert [(item.heads, item.kv_heads, item.channels) for item in layers] == [

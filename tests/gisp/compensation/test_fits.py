@@ -23,6 +23,7 @@ from gisp.compensation.apply import make_options
 from gisp.compensation.fits import LeastSquaresFit, RescaleFit, ridge
 from gisp.data import Sequences
 from gisp.errors import GispError
+from gisp.model.keep import Keep
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 
@@ -269,7 +270,7 @@ def oracle_rows(model: Any, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> to
 def test_a_dense_model_is_left_as_it_was_and_takes_the_update() -> None:
     model, moved = tiny_model("qwen2"), tiny_model("qwen2")
     state = {name: t.clone() for name, t in model.state_dict().items()}
-    found = fit_compensation(map_model(model), kept_of(model, REMOVED), TOKENS, CompensationOptions("affine"))
+    found = fit_compensation(map_model(model), Keep.of(kept_of(model, REMOVED)), TOKENS, CompensationOptions("affine"))
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
     pruned(moved, REMOVED)
     compensate(moved, TOKENS, method="affine")

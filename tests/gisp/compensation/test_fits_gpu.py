@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_tokens
 
 from gisp.compensation import Compensation, CompensationOptions, fit_compensation, kfac
 from gisp.data import Sequences
+from gisp.model.keep import Keep
 from gisp.model.structures import map_model
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +23,7 @@ LENGTHS = (32, 17, 24, 32, 9, 32) * 6
 def fitted(model: Any, **options: Any) -> Compensation:
     ids = tiny_tokens(len(LENGTHS), max(LENGTHS), seed=5)
     data = Sequences.plain([(row[:n], row[:n].clone()) for row, n in zip(ids, LENGTHS, strict=True)])
-    return fit_compensation(map_model(model), kept_of(model, REMOVED), data, CompensationOptions(**options))
+    return fit_compensation(map_model(model), Keep.of(kept_of(model, REMOVED)), data, CompensationOptions(**options))
 
 
 @pytest.mark.parametrize("options", [{"method": "lsq"}, {"method": "kfac", "steps": 2}])

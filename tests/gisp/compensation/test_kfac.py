@@ -17,6 +17,7 @@ from gisp.compensation.held_out import hold_out
 from gisp.compensation.kfac import _batches, _behind, _search
 from gisp.data import Sequences
 from gisp.errors import GispError
+from gisp.model.keep import Keep
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 
@@ -32,7 +33,7 @@ def rows(lengths: tuple[int, ...] = LENGTHS) -> Sequences:
 
 def fitted(model: Any, data: Sequences, removed: dict[str, torch.Tensor] | None = None, **options: Any) -> Compensation:
     kept = kept_of(model, REMOVED if removed is None else removed)
-    return fit_compensation(map_model(model), kept, data, CompensationOptions(**options))
+    return fit_compensation(map_model(model), Keep.of(kept), data, CompensationOptions(**options))
 
 
 def masked(model: Any, found: Compensation) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_models import KEPT, dense, export_one_size, spec_of
+from export_models import KEPT, Kept, dense, export_one_size, spec_of
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
@@ -22,7 +22,7 @@ import gisp
 from gisp.errors import GispError
 from gisp.export.hf import export_hf
 from gisp.export.masked import export_masked
-from gisp.export.spec import ExportReport, LayerKeep
+from gisp.export.spec import ExportReport
 
 WEIGHTS = "model.safetensors"
 Export = Callable[..., ExportReport]
@@ -107,9 +107,9 @@ def test_unsupported_models_and_foreign_specs_are_refused(tmp_path: Path) -> Non
         (gpt2, spec_of(), "gpt2"),
         (renamed, spec_of(), "'granite' cannot be exported"),
         (base, spec_of(KEPT[:3]), "3 layers, the base 4"),
-        (base, spec_of((LayerKeep((0, 8), (0,)), *KEPT[1:])), "kept heads of layer 0"),
-        (base, spec_of((KEPT[0], LayerKeep((0,), (3, 2)), *KEPT[2:])), "kept channels of layer 1"),
-        (base, spec_of((KEPT[0], LayerKeep((0, 0), (3,)), *KEPT[2:])), "kept heads of layer 1"),
+        (base, spec_of((Kept((0, 8), (0,)), *KEPT[1:])), "kept heads of layer 0"),
+        (base, spec_of((KEPT[0], Kept((0,), (3, 2)), *KEPT[2:])), "kept channels of layer 1"),
+        (base, spec_of((KEPT[0], Kept((0, 0), (3,)), *KEPT[2:])), "kept heads of layer 1"),
     ):
         with pytest.raises(GispError, match=message):
             export_hf(model, spec, tmp_path / "out")

@@ -17,9 +17,11 @@ from export_models import (
     FAMILIES,
     HEADS,
     KEPT,
+    Kept,
     dense,
     dense_rounded,
     export_one_size,
+    layers_of,
     masked,
     spec_of,
     tokens,
@@ -36,7 +38,7 @@ from transformers import (
 import gisp
 from gisp.export.hf import export_hf
 from gisp.export.masked import export_masked
-from gisp.export.spec import ExportReport, LayerKeep
+from gisp.export.spec import ExportReport
 
 WEIGHTS = "model.safetensors"
 Export = Callable[..., ExportReport]
@@ -50,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     for family in FAMILIES:
         base, spec = dense(family), spec_of()
         reports[family] = export_hf(base, spec, root / family)
-        reference, ids = masked(base, spec), tokens()
+        reference, ids = masked(base, spec.keep), tokens()
         with torch.no_grad():
             logits = reference(input_ids=ids).logits
         # Longer than the sliding windows, so that cached steps leave them.
@@ -190,7 +192,7 @@ def test_bfloat16_stays_and_is_checked_in_float32(export: Export, tmp_path: Path
     loaded = gisp.load(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
     wide = gisp.load(tmp_path / "out", dtype=torch.float32)
-    assert _relative(_logits(wide), _logits(masked(dense_rounded("llama-gqa"), spec_of()))) <= 1e-5
+    assert _relative(_logits(wide), _logits(masked(dense_rounded("llama-gqa"), spec_of().keep))) <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,10 +201,10 @@ def test_masked_export_is_a_stock_model_with_zeros(family: str, tmp_path: Path) 
     report = export_masked(base, spec, tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model) is type(base)
-    assert _relative(_logits(model), _logits(masked(base, spec))) <= 1e-5
+    assert _relative(_logits(model), _logits(masked(base, spec.keep))) <= 1e-5
     assert report.parameters_pruned == report.parameters_dense
     head_dim = base.model.layers[0].self_attn.head_dim
-    for layer, keep in zip(model.model.layers, spec.layers, strict=True):
+    for layer, keep in zip(model.model.layers, layers_of(spec), strict=True):
         rows = layer.self_attn.q_proj.weight.unflatten(0, (HEADS, head_dim)).abs().sum((1, 2))
         assert set(torch.nonzero(rows).flatten().tolist()) == set(keep.heads)
         channels = layer.mlp.gate_proj.weight.abs().sum(1)
@@ -216,12 +218,12 @@ def test_align_and_min_heads_reach_the_export(tmp_path: Path) -> None:
     base, spec = dense("llama-gqa"), spec_of()
     report = export_hf(base, spec, tmp_path / "out", align_heads=4, min_heads=2)
     assert all(layer.query_heads % 4 == 0 for layer in report.layout)
-    assert _relative(_logits(gisp.load(tmp_path / "out")), _logits(masked(base, spec))) <= 1e-5
+    assert _relative(_logits(gisp.load(tmp_path / "out")), _logits(masked(base, spec.keep))) <= 1e-5
 
 
 def test_nothing_removed_is_the_dense_model(tmp_path: Path) -> None:
     base = dense("qwen3")
-    spec = spec_of((LayerKeep(tuple(range(HEADS)), tuple(range(CHANNELS))),) * 4)
+    spec = spec_of((Kept(tuple(range(HEADS)), tuple(range(CHANNELS))),) * 4)
     report = export_hf(base, spec, tmp_path / "out")
     assert report.parameters_pruned == report.parameters_dense
     assert torch.equal(_logits(gisp.load(tmp_path / "out")), _logits(base))
@@ -297,7 +299,7 @@ def test_the_plain_class_of_the_family_refuses_the_folder(exported: tuple[Path, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_export_from_the_gpu(family: str, tmp_path: Path) -> None:
     base = dense(family, torch.bfloat16).to("cuda")
-    wanted = _logits(masked(dense_rounded(family), spec_of()))
+    wanted = _logits(masked(dense_rounded(family), spec_of().keep))
     report = export_hf(base, spec_of(), tmp_path / "out")
     assert report.relative_difference <= 1e-5
     assert all(p.is_cuda and p.dtype == torch.bfloat16 for p in base.parameters())

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_models import CHANNELS, FAMILIES, KEPT, RUN, dense, masked, ranked, spec_of, tokens
+from export_models import CHANNELS, FAMILIES, KEPT, RUN, Kept, dense, layers_of, masked, ranked, spec_of, tokens
 
 import gisp
 from gisp.errors import GispError
 from gisp.export.hf import export_hf
 from gisp.export.rounding import SizeOptions, round_mlp
-from gisp.export.spec import LayerKeep, PrunedSpec
+from gisp.export.spec import PrunedSpec
 from gisp.model.structures import map_model
 
 
@@ -23,7 +23,7 @@ def test_the_channels_that_went_last_come_back(multiple: int) -> None:
     model_map, spec = map_model(dense("llama-gqa")), ranked(spec_of(), seed=2)
     rounded = round_mlp(model_map, spec, multiple)
     added = 0
-    for old, new, ranking in zip(spec.layers, rounded.layers, spec.ranking, strict=True):
+    for old, new, ranking in zip(layers_of(spec), layers_of(rounded), spec.ranking, strict=True):
         width = len(new.channels)
         assert width == CHANNELS or width % multiple == 0
         assert width - len(old.channels) < multiple or not old.channels
@@ -41,7 +41,7 @@ def test_the_channels_that_went_last_come_back(multiple: int) -> None:
 
 def test_an_emptied_mlp_gets_a_whole_multiple_back() -> None:
     rounded = round_mlp(map_model(dense("llama-gqa")), ranked(spec_of()), 8)
-    assert [len(keep.channels) for keep in rounded.layers] == [24, 8, 8, 48]
+    assert [len(keep.channels) for keep in layers_of(rounded)] == [24, 8, 8, 48]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,9 +52,9 @@ def test_a_rounded_export_equals_the_masked_model_with_those_channels(family: st
     assert [item.channels for item in report.layout] == [32, 16, 16, 48]
     assert all(item.query_heads % 4 == 0 for item in report.layout)
     with torch.no_grad():
-        wanted = masked(base, spec)(input_ids=tokens()).logits
+        wanted = masked(base, spec.keep)(input_ids=tokens()).logits
         got = gisp.load(tmp_path / "out")(input_ids=tokens()).logits
-        narrow = masked(base, spec_of())(input_ids=tokens()).logits
+        narrow = masked(base, spec_of().keep)(input_ids=tokens()).logits
     assert float((got - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
     # The channels that are back are not zeros.
     assert float((got - narrow).abs().max()) > 1e-3 * float(wanted.abs().max())
@@ -84,7 +84,7 @@ def test_options_are_checked_and_named_as_typed() -> None:
 
 
 def test_unrounded_exports_say_nothing_of_options(tmp_path: Path) -> None:
-    spec: PrunedSpec = replace(spec_of((LayerKeep((0,), (0,)),) * len(KEPT)), run=RUN)
+    spec: PrunedSpec = replace(spec_of((Kept((0,), (0,)),) * len(KEPT)), run=RUN)
     export_hf(dense("llama-mha"), spec, tmp_path / "out")
     assert "options" not in (tmp_path / "out" / "README.md").read_text()
     assert "options" not in json.loads((tmp_path / "out" / "config.json").read_text())["gisp"]

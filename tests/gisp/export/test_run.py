@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import gisp
 from gisp.cli import main
-from gisp.export.point import last_to_go, pruned_spec
 from gisp.export.rounding import SizeOptions
 from gisp.export.run import export_run
+from gisp.export.spec import PrunedSpec, last_to_go
 from gisp.target import evaluate_target
 
 OPTIONS = {"preset": "paper", "steps": 6, "sparsity": 0.6, "device": "cpu", "dtype": "float32", "protect_last": 0}
@@ -41,10 +41,10 @@ def test_the_order_of_structures() -> None:
 def test_a_point_keeps_a_beginning_of_its_ranking(places: tuple[Path, Path]) -> None:
     trajectory = gisp.Trajectory.load(places[0])
     for step in range(7):
-        spec = pruned_spec(trajectory, step)
-        for keep, ranking in zip(spec.layers, spec.ranking, strict=True):
-            assert set(keep.heads) == set(ranking.heads[: len(keep.heads)])
-            assert set(keep.channels) == set(ranking.channels[: len(keep.channels)])
+        spec = PrunedSpec.at(trajectory, step)
+        for (heads, channels), ranking in zip(spec.keep.layers, spec.ranking, strict=True):
+            assert set(heads) == set(ranking.heads[: len(heads)])
+            assert set(channels) == set(ranking.channels[: len(channels)])
 
 
 def _export(run: Path, out: Path, *options: str, sparsity: str = "0.4") -> int:

@@ -10,24 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from export_models import CHANNELS, FAMILIES, HEADS, KEPT, dense, masked, ranked, spec_of, tokens
+from export_models import CHANNELS, FAMILIES, HEADS, KEPT, Kept, dense, layers_of, masked, ranked, spec_of, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM
 
 import gisp
 from gisp.errors import GispError
 from gisp.export.rounding import SizeOptions
-from gisp.export.spec import LayerKeep, LayerRanking, PrunedSpec
+from gisp.export.spec import LayerRanking, PrunedSpec
 from gisp.export.uniform import export_uniform, uniform_spec
 
 WHOLE_GROUPS = (
-    LayerKeep(heads=(0, 1, 2, 3), channels=tuple(range(20))),
-    LayerKeep(heads=(), channels=tuple(range(30))),
-    LayerKeep(heads=(4, 5, 6, 7), channels=tuple(range(8))),
-    LayerKeep(heads=(4, 5, 6, 7), channels=tuple(range(40))),
+    Kept(heads=(0, 1, 2, 3), channels=tuple(range(20))),
+    Kept(heads=(), channels=tuple(range(30))),
+    Kept(heads=(4, 5, 6, 7), channels=tuple(range(8))),
+    Kept(heads=(4, 5, 6, 7), channels=tuple(range(40))),
 )
 
 
-def alive(base: Any, layers: tuple[LayerKeep, ...]) -> int:
+def alive(base: Any, layers: tuple[Kept, ...]) -> int:
     """Elements of the decoder's weight matrices that can change an output, found by following every structure."""
     share = HEADS // (base.config.num_key_value_heads or HEADS)
     total = 0
@@ -52,14 +52,14 @@ def sizes(base: Any, counts: list[tuple[int, int]]) -> Iterator[tuple[int, int, 
     share = HEADS // base.config.num_key_value_heads
     for heads, kv_heads in counts:
         chosen = tuple(kv * share + i for kv in range(kv_heads) for i in range(heads // kv_heads))
-        one, two = (alive(base, (LayerKeep(chosen, tuple(range(c))),) * 4) for c in (1, 2))
+        one, two = (alive(base, (Kept(chosen, tuple(range(c))),) * 4) for c in (1, 2))
         for channels in range(1, CHANNELS + 1):
             yield one + (channels - 1) * (two - one), heads, channels
 
 
 @pytest.mark.parametrize("layers", [KEPT, KEPT[::-1], WHOLE_GROUPS, (KEPT[3],) * 4, (KEPT[1],) * 4])
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "mistral", "qwen3"])
-def test_the_size_is_the_nearest_one(family: str, layers: tuple[LayerKeep, ...]) -> None:
+def test_the_size_is_the_nearest_one(family: str, layers: tuple[Kept, ...]) -> None:
     base = dense(family)
     spec = ranked(spec_of(layers))
     found = uniform_spec(base, spec)
@@ -74,18 +74,18 @@ def test_the_size_is_the_nearest_one(family: str, layers: tuple[LayerKeep, ...])
     heads = min((abs(heads - mean), heads) for heads, _ in counts)[1]
     target = alive(base, layers)
     near = min((abs(n - target), channels) for n, h, channels in sizes(base, counts) if h == heads)
-    assert {(len(keep.heads), len(keep.channels)) for keep in found.layers} == {(heads, near[1])}
-    removed = alive(base, (LayerKeep(tuple(range(HEADS)), tuple(range(CHANNELS))),) * 4) - alive(base, found.layers)
+    assert {(len(keep.heads), len(keep.channels)) for keep in layers_of(found)} == {(heads, near[1])}
+    removed = alive(base, (Kept(tuple(range(HEADS)), tuple(range(CHANNELS))),) * 4) - alive(base, layers_of(found))
     assert found.sparsity == pytest.approx(removed / sum(p.numel() for p in base.model.layers.parameters()))
     assert found.model_sparsity == pytest.approx(removed / sum(p.numel() for p in base.parameters()))
 
 
 @pytest.mark.parametrize("layers", [KEPT, WHOLE_GROUPS])
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa"])
-def test_what_went_last_stays(family: str, layers: tuple[LayerKeep, ...]) -> None:
+def test_what_went_last_stays(family: str, layers: tuple[Kept, ...]) -> None:
     base, spec = dense(family), ranked(spec_of(layers), seed=4)
     share = HEADS // base.config.num_key_value_heads
-    for keep, ranking in zip(uniform_spec(base, spec).layers, spec.ranking, strict=True):
+    for keep, ranking in zip(layers_of(uniform_spec(base, spec)), spec.ranking, strict=True):
         assert set(keep.channels) == set(ranking.channels[: len(keep.channels)])
         if share == 1:
             assert set(keep.heads) == set(ranking.heads[: len(keep.heads)])
@@ -106,7 +106,7 @@ def test_plain_transformers_load_the_export_and_compute_the_masked_logits(family
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert type(model) is type(base)
     with torch.no_grad():
-        wanted = masked(base, spec)(input_ids=tokens()).logits
+        wanted = masked(base, spec.keep)(input_ids=tokens()).logits
         for loaded in (model, gisp.load(tmp_path / "out")):
             got = loaded(input_ids=tokens()).logits
             assert float((got - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
@@ -129,7 +129,7 @@ def test_plain_transformers_load_the_export_and_compute_the_masked_logits(family
 
 
 def test_a_llama_whose_heads_do_not_divide_its_hidden_size_becomes_a_mistral(tmp_path: Path) -> None:
-    layers = (LayerKeep(tuple(range(5)), tuple(range(10))), LayerKeep(tuple(range(1, 6)), tuple(range(30)))) * 2
+    layers = (Kept(tuple(range(5)), tuple(range(10))), Kept(tuple(range(1, 6)), tuple(range(30)))) * 2
     base, spec = dense("llama-mha"), ranked(spec_of(layers))
     rounded = uniform_spec(base, spec)
     export_uniform(base, rounded, tmp_path / "out")
@@ -138,18 +138,18 @@ def test_a_llama_whose_heads_do_not_divide_its_hidden_size_becomes_a_mistral(tmp
     assert "5 query heads, 5 key/value heads, 20 MLP channels (MistralForCausalLM)" in dict(rounded.notes).values()
     assert AutoConfig.from_pretrained(tmp_path / "out").num_attention_heads == 5
     with torch.no_grad():
-        wanted = masked(base, rounded)(input_ids=tokens(length=100)).logits
+        wanted = masked(base, rounded.keep)(input_ids=tokens(length=100)).logits
         got = model(input_ids=tokens(length=100)).logits
     assert float((got - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
 
 
 def test_a_llama_with_biases_keeps_a_number_of_heads_its_class_takes(tmp_path: Path) -> None:
     """Mistral has no biases: only divisors of the hidden size are left; 6 of 8 on 2 key/value heads is none."""
-    layers = (LayerKeep((0, 1, 2, 4, 5, 6), tuple(range(10))),) * 4
+    layers = (Kept((0, 1, 2, 4, 5, 6), tuple(range(10))),) * 4
     base = dense("llama-bias")
-    assert len(uniform_spec(dense("llama-gqa"), ranked(spec_of(layers))).layers[0].heads) == 6
+    assert len(layers_of(uniform_spec(dense("llama-gqa"), ranked(spec_of(layers))))[0].heads) == 6
     rounded = uniform_spec(base, ranked(spec_of(layers)))
-    assert len(rounded.layers[0].heads) == 4
+    assert len(layers_of(rounded)[0].heads) == 4
     report = export_uniform(base, rounded, tmp_path / "out")
     assert report.relative_difference <= 1e-5
     with pytest.raises(GispError, match="no stock model has 6 heads, hidden size 64 and biases"):
@@ -163,7 +163,7 @@ def test_sizes_follow_the_options() -> None:
     def size(family: str, run: dict[str, Any] | None = None, **options: int) -> tuple[int, int]:
         rounded = uniform_spec(dense(family), replace(spec, run=run or spec.run), SizeOptions(**options))
         assert rounded.options == options
-        return len(rounded.layers[0].heads), len(rounded.layers[0].channels)
+        return len(layers_of(rounded)[0].heads), len(layers_of(rounded)[0].channels)
 
     assert size("llama-mha") == (4, 15)
     assert size("llama-mha", round_mlp=4) == (4, 16)
@@ -208,7 +208,7 @@ def test_specs_that_cannot_be_uniform_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_card_says_what_was_exchanged(tmp_path: Path) -> None:
-    layers = (LayerKeep((0, 1, 2), tuple(range(20))), LayerKeep((0, 1, 2, 3, 4), tuple(range(10)))) * 2
+    layers = (Kept((0, 1, 2), tuple(range(20))), Kept((0, 1, 2, 3, 4), tuple(range(10)))) * 2
     ranking = (LayerRanking(tuple(range(8)), tuple(range(48))),) * 4
     spec: PrunedSpec = replace(spec_of(layers), ranking=ranking)
     base = dense("llama-mha")
@@ -230,15 +230,15 @@ def test_the_card_says_what_was_exchanged(tmp_path: Path) -> None:
 def test_the_card_says_what_was_chosen_without_order(tmp_path: Path) -> None:
     """Layer 0 loses 2 of 6 heads and 14 of 30 channels that were never removed, layer 1 loses 1 channel of 17."""
     layers = (
-        LayerKeep(tuple(range(6)), tuple(range(30))),
-        LayerKeep((0, 1, 2, 3), tuple(range(17))),
-        *(LayerKeep((0, 1, 2), tuple(range(10))),) * 2,
+        Kept(tuple(range(6)), tuple(range(30))),
+        Kept((0, 1, 2, 3), tuple(range(17))),
+        *(Kept((0, 1, 2), tuple(range(10))),) * 2,
     )
     orders = ((6, 30), (2, 17), (3, 10), (3, 10))
     ranking = tuple(LayerRanking(tuple(range(8)), tuple(range(48)), *tied) for tied in orders)
     base = dense("llama-mha")
     spec = uniform_spec(base, replace(spec_of(layers), ranking=ranking), SizeOptions(round_mlp=16))
-    assert {(len(keep.heads), len(keep.channels)) for keep in spec.layers} == {(4, 16)}
+    assert {(len(keep.heads), len(keep.channels)) for keep in layers_of(spec)} == {(4, 16)}
     assert "2 heads and 15 channels are gone that the run never removed" in dict(spec.notes)["chosen without any order"]
     ordered = uniform_spec(base, ranked(spec_of(layers)), SizeOptions(round_mlp=16))
     assert "chosen without any order" not in dict(ordered.notes)

@@ -105,7 +105,7 @@ def test_every_step_keeps_the_rule_and_logits_equal_the_masked_model(gqa: str) -
             kept = kept_heads(trajectory, layer, step)
             assert len(set(kept.sum(1).tolist())) == 1 if gqa == "balanced" else torch.equal(kept.any(1), kept.all(1))
             masked.remove_heads(layer, torch.nonzero(~kept.flatten()).flatten().tolist(), 1)
-            for channel in set(range(24)) - set(trajectory.kept(f"layers.{layer}.channels", step).tolist()):
+            for channel in set(range(24)) - set(trajectory.keep(step).channels[layer]):
                 masked.remove_channel(layer, channel, 1)
         with torch.no_grad():
             expected = masked.model(ids).logits

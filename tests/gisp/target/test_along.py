@@ -15,7 +15,7 @@ import gisp
 from gisp.cli import main
 from gisp.config.options import GQA_MODES
 from gisp.errors import GispError
-from gisp.export.nested import export_nested
+from gisp.export.nested.export import export_nested
 from gisp.report.points import draw_points
 from gisp.target import evaluate_along, evaluate_target
 

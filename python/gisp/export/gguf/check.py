@@ -58,10 +58,10 @@ def checked_gguf_report(
     Raises:
         GispError: llama.cpp does not load the file, the logits do not agree, or the tokenizer gives other ids.
     """
-    tokens, wanted = wanted_logits(base, model_map, spec)
+    tokens, wanted = wanted_logits(base, model_map, spec.keep)
     # Weights of a bfloat16 model that float16 does not hold exactly are too small to show here; else it is refused.
     rounded = (dtype, weight_dtype(base)) in _ROUNDED
-    tolerance = rounding(dtype, model_map) if rounded else TOLERANCE
+    tolerance = rounding_error(dtype, model_map) if rounded else TOLERANCE
     absolute, relative = compare_logits(wanted, float32_logits(read_model(file, base), tokens), tolerance)
     facts = [("matrices stored as", _storage(dtype, weight_dtype(base)))]
     facts += _llama_cpp_facts(file, model_map, dtype, tokens, wanted, vocabulary)
@@ -76,8 +76,8 @@ def checked_gguf_report(
         kv_bytes_per_token=kv_head_bytes * sum(len(layout.kv) for layout in layouts),
         kv_bytes_per_token_dense=kv_head_bytes * model_map.num_kv_heads * len(model_map.layers),
         layout=tuple(
-            LayerLayout(len(keep.heads), len(layout.query), len(layout.kv), max(len(keep.channels), 1))
-            for keep, layout in zip(spec.layers, layouts, strict=True)
+            LayerLayout(len(heads), len(layout.query), len(layout.kv), max(len(channels), 1))
+            for (heads, channels), layout in zip(spec.keep.layers, layouts, strict=True)
         ),
         tolerance=tolerance,
     )
@@ -104,7 +104,7 @@ def _llama_cpp_facts(
             ("llama.cpp", "**was not run**: llama-cpp-python was not installed; the logits are of the file read back"),
         ]
     version, got, ids = run_llama_cpp(file, tokens, CHECK_TEXTS if vocabulary else ())
-    tolerance = rounding(dtype, model_map)
+    tolerance = rounding_error(dtype, model_map)
     _, relative = compare_logits(wanted, got, tolerance)
     same, agreement = first_choices(wanted, got, tolerance / math.sqrt(_products(model_map)))
     if agreement < AGREEMENT:
@@ -131,7 +131,7 @@ def has_llama_cpp() -> bool:
     return importlib.util.find_spec("llama_cpp") is not None
 
 
-def rounding(dtype: torch.dtype, model_map: ModelMap) -> float:
+def rounding_error(dtype: torch.dtype, model_map: ModelMap) -> float:
     """Largest relative difference of logits that rounding explains.
 
     With 16-bit matrices every product rounds one of its factors, relative to itself: llama.cpp the inputs, a narrower

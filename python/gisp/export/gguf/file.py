@@ -224,7 +224,7 @@ def _add_metadata(
 ) -> None:
     """Everything the file says but the widths of the layers and the tokenizer."""
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(f"{base_name(base, spec)}, pruned by {spec.sparsity:.0%}")
+    writer.add_name(f"{base_name(base, spec.base_path)}, pruned by {spec.sparsity:.0%}")
     writer.add_file_type(gguf.LlamaFileType[_TYPES[dtype][1]])
     writer.add_block_count(len(model_map.layers))
     writer.add_context_length(base.config.max_position_embeddings)

@@ -88,15 +88,15 @@ def export_gguf(
             not agree; nothing is left at ``out``.
     """
     require_gguf()
-    model_map = map_checked(base, spec)
+    model_map = map_checked(base, spec.keep)
     check_expressible(base, model_map)
     kind = DTYPES.get(dtype or ("f32" if weight_dtype(base) == torch.float32 else "f16"))
     if kind is None:
         raise GispError(f"dtype {dtype!r} is not available: choose one of {', '.join(DTYPES)}")
     vocabulary = read_vocabulary(tokenizer_from, model_map.vocab_size)
-    layouts = [plan_attention(keep.heads, model_map.num_heads, model_map.num_kv_heads) for keep in spec.layers]
+    layouts = [plan_attention(heads, model_map.num_heads, model_map.num_kv_heads) for heads in spec.keep.heads]
     with new_folder(out) as folder:
-        state = pruned_state(base, model_map, spec, layouts)
+        state = pruned_state(base, model_map, spec.keep, layouts)
         write_gguf(folder / FILE, base, model_map, spec, state, kind, vocabulary)
         del state
         report, facts = checked_gguf_report(base, model_map, spec, layouts, folder / FILE, out, kind, vocabulary)

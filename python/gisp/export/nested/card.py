@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gisp.config.options import recorded
-from gisp.export.card import base_name
+from gisp.export.card import base_name, facts_table, head
 from gisp.export.check import TOLERANCE
-from gisp.export.nested.layout import KINDS, Nesting
-from gisp.export.point import pruned_spec
+from gisp.export.nested.layout import Nesting
 from gisp.run.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ _SHOWN = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: Nesting, report: NestedReport) -> None:
     """Write ``README.md``: what the folder holds, how exact it is, how to load it, and some of its sizes."""
     last = len(trajectory.steps)
-    name = base_name(base, pruned_spec(trajectory, last))
+    name = base_name(base, str(trajectory.base_model["path"]))
     parity = ", ".join(f"{found:.1e} at {sparsity:.2f}" for sparsity, found in report.relative_differences.items())
     versions = ", ".join(f"{key} {value}" for key, value in trajectory.versions.items())
     facts = (
@@ -47,18 +45,12 @@ def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: 
             f"differ by {parity} relative (accepted up to {TOLERANCE:.0e})",
         ),
     )
-    front = {"library_name": "gisp-kernels", "pipeline_tag": "text-generation", "tags": ["gisp", "pruned", "nested"]}
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
-    if "/" in name:
-        lines.append(f"base_model: {json.dumps(name)}")
-    lines += ["---", "", f"# {name}, nested", ""]
-    lines += [
+    lines = [
+        *head(name, f"{name}, nested", "gisp-kernels", ("nested",)),
         f"`{name}` and its subnetworks of one pruning run (after [GISP](https://arxiv.org/abs/2510.18030)): every size "
         "is a prefix of the same matrices.",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {value} |" for key, value in facts),
+        *facts_table(facts),
         "",
         "## Load",
         "",
@@ -70,6 +62,6 @@ def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: 
     ]
     for step in sorted({trajectory.step_for(s) for s in _SHOWN if s <= trajectory.sparsity_at(last)} | {last}):
         totals = nesting.prefixes[step].sum(0).tolist()
-        cells = " | ".join(f"{totals[i]:,}" for i in range(len(KINDS)))
+        cells = " | ".join(f"{total:,}" for total in totals)
         lines.append(f"| {trajectory.sparsity_at(step):.4f} | {trajectory.model_sparsity_at(step):.4f} | {cells} |")
     (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")

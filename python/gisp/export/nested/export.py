@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from gisp.export.check import check_tokens, compare_logits, float32_logits, removed_columns, weight_dtype
+from gisp.export.check import compare_logits, float32_logits, wanted_logits, weight_dtype
 from gisp.export.folder import check_room, copy_base_files, dense_state, new_folder
 from gisp.export.nested.card import write_nested_card
-from gisp.export.nested.files import MODEL_TYPE, TRANSPOSED, write_layout, write_record, write_shards
-from gisp.export.nested.layout import Nesting, nest
-from gisp.export.nested.model import load_nested, projection_names, stored_parts
-from gisp.export.point import pruned_spec
+from gisp.export.nested.files import MODEL_TYPE, write_layout, write_record, write_shards
+from gisp.export.nested.layout import Nesting, nest, stored_name
+from gisp.export.nested.model import load_nested
 from gisp.export.spec import map_checked
-from gisp.model.structures import ModelMap
+from gisp.model.keep import block_columns
+from gisp.model.structures import ModelMap, structure_parameters
 from gisp.run.trajectory import Trajectory
 
 # Fractions of the run's last sparsity at which logits are compared.
@@ -52,7 +52,7 @@ def export_nested(base: Any, trajectory: Trajectory, out: Path, *, tokenizer_fro
     Raises:
         GispError: ``out`` is taken, full disk, or logits that do not agree; nothing is left at ``out``.
     """
-    model_map = map_checked(base, pruned_spec(trajectory, len(trajectory.steps)))
+    model_map = map_checked(base, trajectory.keep(len(trajectory.steps)))
     nesting = nest(trajectory)
     with new_folder(out) as folder:
         check_room(folder, sum(t.numel() * t.element_size() for t in dense_state(base).values()))
@@ -80,30 +80,25 @@ def export_nested(base: Any, trajectory: Trajectory, out: Path, *, tokenizer_fro
 def reordered(base: Any, model_map: ModelMap, nesting: Nesting) -> Iterator[tuple[str, torch.Tensor]]:
     """Stored names and tensors, one at a time."""
     state = dense_state(base)
-    orders = [(order.heads, order.kv_heads, order.channels) for order in nesting.layers]
-    for layer, name, columns, kind in projection_names(len(model_map.layers)):
-        block = 1 if kind == 2 else model_map.head_dim
-        index = (orders[layer][kind][:, None] * block + torch.arange(block)).flatten()
-        for part in stored_parts(columns):
-            tensor = state.pop(f"{name}.{part}", None)
-            if tensor is None:
-                continue
-            tensor = tensor.t() if columns else tensor
-            yield f"{name}.{part}" + (TRANSPOSED if columns else ""), tensor.index_select(0, index.to(tensor.device))
+    for layer, name, item in structure_parameters(len(model_map.layers)):
+        if name in state:
+            tensor = state.pop(name)
+            index = block_columns(getattr(nesting.layers[layer], item.kind), item.block(model_map.head_dim))
+            # Structures lie along the rows of what is stored.
+            tensor = tensor.t() if item.dim else tensor
+            yield stored_name(name, item), tensor.index_select(0, index.to(tensor.device))
     yield from state.items()
 
 
 def _check(base: Any, model_map: ModelMap, trajectory: Trajectory, folder: Path) -> dict[float, float]:
     """Relative differences of logits at a few sparsities, one model resized from each to the next."""
-    positions = int(getattr(base.config, "max_position_embeddings", None) or 64)
-    tokens = check_tokens(model_map.vocab_size, positions)
     device = base.get_input_embeddings().weight.device
     last = trajectory.sparsity_at(len(trajectory.steps))
     model = load_nested(folder, last, device=device)
     found: dict[float, float] = {}
     for fraction in _CHECKED:
         step = trajectory.step_for(fraction * last)
-        wanted = float32_logits(base, tokens, removed_columns(model_map, pruned_spec(trajectory, step)))
+        tokens, wanted = wanted_logits(base, model_map, trajectory.keep(step))
         model.resize(trajectory.sparsity_at(step))
         found[trajectory.sparsity_at(step)] = compare_logits(wanted, float32_logits(model, tokens))[1]
     return found

@@ -18,16 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from gisp.errors import GispError
-from gisp.export.nested.layout import KINDS, LayerOrder, Nesting
+from gisp.export.nested.layout import LayerOrder, Nesting
 from gisp.run.record import corrupt, is_finite, load_json, require
 from gisp.select.schedule import nearest_step
+from gisp_kernels.groups import KINDS
 
 FORMAT, VERSION = "gisp-nested", 1
 RECORD = "nested.json"
 LAYOUT = "nested-layout.safetensors"
 MODEL_TYPE = "gisp_nested"
-# Follows the name of a matrix whose columns belong to structures: it is stored with them along its rows.
-TRANSPOSED = ".transposed"
 # Layers, and what KINDS count in a dense one.
 _BASE_COUNTS = ("layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 _SHARD_BYTES = 5 * 10**9

@@ -14,9 +14,8 @@ import torch
 
 from gisp.model.structures import channels_name, heads_name
 from gisp.run.trajectory import Trajectory
+from gisp_kernels.groups import KINDS, LayerProjection
 
-# Columns of the table of prefixes.
-KINDS = ("heads", "kv_heads", "channels")
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -37,10 +36,15 @@ class LayerOrder:
 
 @dataclass(frozen=True)
 class Nesting:
-    """Orders of all layers, and int32 [steps + 1, layers, 3]: heads, key/value heads and channels kept after a step."""
+    """Orders of all layers, and int32 [steps + 1, layers, 3]: how many of each of ``KINDS`` a step keeps."""
 
     layers: tuple[LayerOrder, ...]
     prefixes: torch.Tensor
+
+
+def stored_name(name: str, projection: LayerProjection) -> str:
+    """Under which name a weight or bias is stored; one with structures along its columns is stored transposed."""
+    return name + ".transposed" * projection.dim
 
 
 def nest(trajectory: Trajectory) -> Nesting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,28 +9,13 @@ import torch
 from torch import nn
 
 from gisp.errors import GispError
-from gisp.export.nested.files import RECORD, TRANSPOSED, NestedFiles
+from gisp.export.nested.files import RECORD, NestedFiles
+from gisp.export.nested.layout import stored_name
 from gisp.model.attention import NoHeads, set_kv_index, use_indexed_attention
 from gisp.model.load import quiet
+from gisp.model.structures import structure_parameters
 from gisp.run.record import corrupt
-
-# Projections of a layer: module, whether structures lie along the columns, and which prefix counts (see KINDS).
-_PROJECTIONS = (
-    ("self_attn.q_proj", False, 0),
-    ("self_attn.k_proj", False, 1),
-    ("self_attn.v_proj", False, 1),
-    ("self_attn.o_proj", True, 0),
-    ("mlp.gate_proj", False, 2),
-    ("mlp.up_proj", False, 2),
-    ("mlp.down_proj", True, 2),
-)
-
-
-def projection_names(layers: int) -> Iterator[tuple[int, str, bool, int]]:
-    """Layer, module name, whether structures lie along its columns, and kind of all pruned projections."""
-    for layer in range(layers):
-        for name, columns, kind in _PROJECTIONS:
-            yield layer, f"model.layers.{layer}.{name}", columns, kind
+from gisp_kernels.groups import KINDS
 
 
 class NestedModelMixin:
@@ -96,11 +80,7 @@ def load_nested(
     kind = dtype or config.dtype
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
-    pruned = {
-        f"{name}.{part}"
-        for _, name, columns, _ in projection_names(len(model.model.layers))
-        for part in stored_parts(columns)
-    }
+    pruned = {name for _, name, _ in structure_parameters(len(model.model.layers))}
     for name, parameter in list(model.named_parameters()):
         if name in pruned or (tied and name.startswith("lm_head.")):
             continue
@@ -129,16 +109,16 @@ class _Prefixes:
         self._attentions = [layer.self_attn for layer in self._layers]
         self._head_dim = int(self._attentions[0].head_dim)
         self._shown = []
-        for layer, name, columns, kind in projection_names(len(self._layers)):
-            linear = model.get_submodule(name)
-            block = 1 if kind == 2 else self._head_dim
-            for part in stored_parts(columns):
-                if getattr(linear, part) is None:
-                    continue
-                stored = f"{name}.{part}" + (TRANSPOSED if columns else "")
-                full = tuple(reversed(getattr(linear, part).shape)) if columns else tuple(getattr(linear, part).shape)
-                _expect(files, stored, full)
-                self._shown.append((layer, kind, block, _Shown(linear, part, columns, stored, full, device, dtype)))
+        for layer, name, item in structure_parameters(len(self._layers)):
+            owner, _, part = name.rpartition(".")
+            linear = model.get_submodule(owner)
+            if getattr(linear, part) is None:
+                continue
+            stored, columns = stored_name(name, item), item.axis == "column"
+            full = tuple(reversed(getattr(linear, part).shape)) if columns else tuple(getattr(linear, part).shape)
+            _expect(files, stored, full)
+            shown = _Shown(linear, part, columns, stored, full, device, dtype)
+            self._shown.append((layer, KINDS.index(item.kind), item.block(self._head_dim), shown))
         if files.nesting.prefixes[0, 0, 0] != files.nesting.prefixes[0, 0, 1]:
             use_indexed_attention(model)
 
@@ -253,11 +233,13 @@ def _empty_model(files: NestedFiles) -> Any:
     try:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=config.dtype)
+            model: Any = AutoModelForCausalLM.from_config(
+                config, attn_implementation="sdpa", dtype=config.dtype, trust_remote_code=False
+            )
     except Exception as error:  # transformers raises many types for configurations it does not take
         raise corrupt(files.folder / RECORD, ValueError(f"transformers cannot build the model: {error}")) from None
     if (files.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(files.folder)
+        model.generation_config = GenerationConfig.from_pretrained(files.folder, trust_remote_code=False)
     model.name_or_path = str(files.folder)
     return model
 
@@ -267,11 +249,6 @@ def _expect(files: NestedFiles, name: str, shape: tuple[int, ...]) -> None:
         raise GispError(
             f"{files.folder} is corrupt: {name} is {list(files.shape(name))}, its configuration says {list(shape)}"
         )
-
-
-def stored_parts(columns: bool) -> tuple[str, ...]:
-    """What of a projection belongs to structures: the bias only where its rows do."""
-    return ("weight",) if columns else ("weight", "bias")
 
 
 def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_models import GGUF_FAMILIES, VOCAB, dense, masked, spec_of, tokens
+from export_models import GGUF_FAMILIES, VOCAB, Kept, dense, masked, spec_of, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gisp.demo
@@ -20,7 +20,6 @@ from gisp.export.check import check_tokens
 from gisp.export.gguf import check as gguf_check
 from gisp.export.gguf import file as gguf_file
 from gisp.export.gguf.write import export_gguf
-from gisp.export.spec import LayerKeep
 
 pytest.importorskip("gguf")
 
@@ -59,7 +58,7 @@ def test_another_first_choice_is_refused_unless_it_is_a_tie(tmp_path: Path, monk
     """The two best logits of one position change places: no larger a difference than rounding to bfloat16 explains."""
     base, spec = dense("llama-mha"), spec_of()
     with torch.no_grad():
-        wanted = masked(base, spec)(input_ids=check_tokens(VOCAB, 128)).logits
+        wanted = masked(base, spec.keep)(input_ids=check_tokens(VOCAB, 128)).logits
     gaps = wanted.topk(2).values.diff().abs().squeeze(-1).flatten() / wanted.abs().max()
     tie = 2**-8 * math.sqrt(17)
     sure = int(torch.nonzero((gaps > 1.5 * tie) & (gaps < 2**-8 * 10))[0])
@@ -146,7 +145,7 @@ def test_llama_cpp_computes_the_masked_logits(family: str, tmp_path: Path) -> No
     """Uneven heads, shared key/value heads, biases, scaled frequencies, tied embeddings, emptied layers."""
     base, spec = dense(family, **GGUF_FAMILIES[family]), spec_of()
     export_gguf(base, spec, tmp_path / "out")
-    difference, same = _compare(tmp_path / "out" / "model.gguf", masked(base, spec), tokens(4, 128))
+    difference, same = _compare(tmp_path / "out" / "model.gguf", masked(base, spec.keep), tokens(4, 128))
     assert difference <= 1e-5
     assert same == 1.0
 
@@ -157,11 +156,11 @@ def test_llama_cpp_computes_the_masked_logits(family: str, tmp_path: Path) -> No
 )
 def test_llama_cpp_takes_empty_layers_anywhere(emptied: tuple[int, str], tmp_path: Path) -> None:
     layer, what = emptied
-    some = LayerKeep((0, 1, 2, 5), tuple(range(24)))
-    empty = LayerKeep(some.heads if what == "channels" else (), some.channels if what == "heads" else ())
+    some = Kept((0, 1, 2, 5), tuple(range(24)))
+    empty = Kept(some.heads if what == "channels" else (), some.channels if what == "heads" else ())
     base, spec = dense("llama-gqa"), spec_of(tuple(empty if i == layer else some for i in range(4)))
     export_gguf(base, spec, tmp_path / "out")
-    assert _compare(tmp_path / "out" / "model.gguf", masked(base, spec), tokens(1, 64))[0] <= 1e-5
+    assert _compare(tmp_path / "out" / "model.gguf", masked(base, spec.keep), tokens(1, 64))[0] <= 1e-5
 
 
 @needs_llama_cpp
@@ -188,14 +187,14 @@ def test_the_demo_decoder_with_every_other_structure(dtype: str, unit: float, tm
     """A trained model on text it has not seen, 2,048 tokens, its tokenizer included."""
     base = AutoModelForCausalLM.from_pretrained(DEMO / "decoder", dtype=torch.float32)
     config = base.config
-    keep = LayerKeep(tuple(range(0, config.num_attention_heads, 2)), tuple(range(0, config.intermediate_size, 2)))
+    keep = Kept(tuple(range(0, config.num_attention_heads, 2)), tuple(range(0, config.intermediate_size, 2)))
     spec = spec_of((keep,) * config.num_hidden_layers)
     export_gguf(base, spec, tmp_path / "out", tokenizer_from=DEMO / "decoder", dtype=dtype)
     assert "check texts into the same tokens" in (tmp_path / "out" / "README.md").read_text()
     lines = (DEMO / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     text = "".join(json.loads(line)["text"] for line in lines)
     ids = torch.tensor(AutoTokenizer.from_pretrained(DEMO / "decoder").encode(text)[: 8 * 256]).view(8, 256)
-    difference, same = _compare(tmp_path / "out" / "model.gguf", masked(base, spec), ids)
+    difference, same = _compare(tmp_path / "out" / "model.gguf", masked(base, spec.keep), ids)
     products = 4 * config.num_hidden_layers + 1
     terms = config.intermediate_size if dtype == "f32" else 1
     assert difference <= unit * products * math.sqrt(terms)

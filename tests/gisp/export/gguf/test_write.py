@@ -21,7 +21,6 @@ from gisp.export.gguf import check as gguf_check
 from gisp.export.gguf import file as gguf_file
 from gisp.export.gguf.write import export_gguf
 from gisp.export.hf import export_hf
-from gisp.export.point import pruned_spec
 from gisp.export.run import export_run
 from gisp.export.spec import ExportReport
 
@@ -152,7 +151,7 @@ def test_the_file_read_back_gives_the_masked_logits(family: str, tmp_path: Path)
     report = export_gguf(base, spec_of(), tmp_path / "out")
     model = gguf_file.read_model(tmp_path / "out" / "model.gguf", base)
     with torch.no_grad():
-        got, wanted = (m(input_ids=tokens()).logits for m in (model, masked(base, spec_of())))
+        got, wanted = (m(input_ids=tokens()).logits for m in (model, masked(base, spec_of().keep)))
     assert float((got - wanted).abs().max() / wanted.abs().max()) <= 1e-5
     assert report.relative_difference <= report.tolerance == 1e-5
 
@@ -294,9 +293,9 @@ def test_a_run_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     command = ["export", str(run), "--sparsity", "0.3", "--device", "cpu", "--dtype", "f32", "--format"]
     assert main([*command, "gguf", "--out", str(tmp_path / "out")]) == 0
     entries, found = _read(tmp_path / "out")
-    spec = pruned_spec(gisp.Trajectory.load(run), 3)
+    keep = gisp.Trajectory.load(run).keep(3)
     assert entries["gisp.step"] == 3
-    assert entries["deci.feed_forward_length"] == [max(len(keep.channels), 1) for keep in spec.layers]
+    assert entries["deci.feed_forward_length"] == [max(len(channels), 1) for channels in keep.channels]
     assert sum(entries["deci.feed_forward_length"]) < 4 * 24
     assert found["token_embd.weight"].dtype == torch.float32
     capsys.readouterr()

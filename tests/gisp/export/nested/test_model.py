@@ -20,11 +20,11 @@ from transformers import LlamaForCausalLM
 import gisp
 from gisp.cli import main
 from gisp.errors import GispError
-from gisp.export.nested import export_nested, load_nested
+from gisp.export.nested.export import export_nested
 from gisp.export.nested.files import NestedFiles, write_shards
 from gisp.export.nested.layout import nest
-from gisp.export.point import pruned_spec
-from gisp.model.structures import channels_name, heads_name
+from gisp.export.nested.model import load_nested
+from gisp.model.structures import heads_name
 from gisp.run.trajectory import Trajectory
 
 
@@ -50,7 +50,7 @@ def test_every_step_gives_the_masked_logits(nested: tuple[Any, Trajectory, Path]
     base, trajectory, folder = nested
     for step in range(STEPS + 1):
         model = gisp.load(folder, sparsity=trajectory.sparsity_at(step))
-        wanted = logits(masked(base, pruned_spec(trajectory, step)))
+        wanted = logits(masked(base, trajectory.keep(step)))
         assert model.sparsity == trajectory.sparsity_at(step)
         assert float((logits(model) - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
 
@@ -59,7 +59,7 @@ def test_a_model_generates_with_a_cache(nested: tuple[Any, Trajectory, Path]) ->
     base, trajectory, folder = nested
     model = gisp.load(folder)
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-    wanted = masked(base, pruned_spec(trajectory, STEPS)).generate(tokens(), **options)
+    wanted = masked(base, trajectory.keep(STEPS)).generate(tokens(), **options)
     assert torch.equal(model.generate(tokens(), **options), wanted)
 
 
@@ -182,10 +182,10 @@ def test_orders_put_first_what_goes_last() -> None:
     for layer, order in enumerate(nesting.layers):
         for step in range(STEPS + 1):
             heads, kv, channels = nesting.prefixes[step, layer].tolist()
-            kept = trajectory.kept(heads_name(layer), step)
-            assert sorted(order.heads[:heads].tolist()) == kept.tolist()
-            assert sorted(order.kv_heads[:kv].tolist()) == sorted(set((kept // 4).tolist()))
-            assert sorted(order.channels[:channels].tolist()) == trajectory.kept(channels_name(layer), step).tolist()
+            keep = trajectory.keep(step)
+            assert sorted(order.heads[:heads].tolist()) == list(keep.heads[layer])
+            assert sorted(order.kv_heads[:kv].tolist()) == sorted({head // 4 for head in keep.heads[layer]})
+            assert sorted(order.channels[:channels].tolist()) == list(keep.channels[layer])
         assert torch.equal(order.kv_heads[order.kv_of_head], order.heads // 4)
 
 
