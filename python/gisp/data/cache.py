@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,10 @@ def read_entry(path: Path | None) -> Sequences | None:
             checksum = (file.metadata() or {}).get(_CHECKSUM)
             found = {name: file.get_tensor(name) for name in ("ids", "labels", "lengths", "signs", "examples")}
         lengths = found["lengths"].tolist()
-        rows = zip(found["ids"].long().split(lengths), found["labels"].long().split(lengths), strict=True)
-        numbers = torch.arange(len(lengths)).split(found["examples"].tolist())
-        sequences = Sequences(
-            tuple(rows), tuple(found["signs"].tolist()), tuple(tuple(example.tolist()) for example in numbers)
-        )
+        rows = list(zip(found["ids"].long().split(lengths), found["labels"].long().split(lengths), strict=True))
+        ends = accumulate(found["examples"].tolist(), initial=0)
+        groups = [rows[start:end] for start, end in pairwise(ends)]
+        sequences = Sequences.grouped(groups, found["signs"].tolist())
         return sequences if _checksum(sequences) == checksum else None
     except (OSError, SafetensorError, RuntimeError, ValueError):
         return None

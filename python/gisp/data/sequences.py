@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 
 import torch
 
@@ -58,7 +58,17 @@ class Sequences:
     @classmethod
     def plain(cls, rows: list[Row]) -> Sequences:
         """One example per sequence."""
-        return cls(tuple(rows), (1,) * len(rows), tuple((i,) for i in range(len(rows))))
+        return cls.grouped([[row] for row in rows])
+
+    @classmethod
+    def grouped(
+        cls, groups: Sequence[Sequence[Row]], signs: Sequence[int] | None = None, compared: bool = False
+    ) -> Sequences:
+        """The sequences of one example after the other; every sign is +1 where none are given."""
+        rows = tuple(row for group in groups for row in group)
+        ends = accumulate(map(len, groups), initial=0)
+        examples = tuple(tuple(range(start, end)) for start, end in pairwise(ends))
+        return cls(rows, (1,) * len(rows) if signs is None else tuple(signs), examples, compared=compared)
 
     @classmethod
     def mixture(cls, tasks: Sequence[tuple[Task, Sequences]]) -> Sequences:
@@ -111,15 +121,9 @@ class Sequences:
 
     def chosen(self, examples: Sequence[int]) -> Sequences:
         """Examples by number, in the given order, without what is not chosen."""
-        rows: list[Row] = []
-        signs: list[int] = []
-        grouped: list[tuple[int, ...]] = []
-        for number in examples:
-            old = self.examples[number]
-            grouped.append(tuple(range(len(rows), len(rows) + len(old))))
-            rows += [self.rows[i] for i in old]
-            signs += [self.signs[i] for i in old]
-        return Sequences(tuple(rows), tuple(signs), tuple(grouped), compared=self.compared)
+        numbers = [self.examples[example] for example in examples]
+        groups = [[self.rows[i] for i in group] for group in numbers]
+        return Sequences.grouped(groups, [self.signs[i] for group in numbers for i in group], self.compared)
 
     def compares(self, example: int) -> bool:
         """Whether the answers of an example are compared with one another."""

@@ -48,15 +48,13 @@ def from_tokens(
             )
         labels = labels.long().cpu()
         _check_range(labels[labels != IGNORED], "labels", where, vocab_size)
-    rows: list[Row] = []
-    examples: list[tuple[int, ...]] = []
+    examples: list[list[Row]] = []
     for number, pair in enumerate(zip(ids, labels, strict=True)):
         pieces = cut(*pair, seq_len)
         if not pieces:
             raise GispError(f"{where}: sequence {number} has no scored token: remove it or give it labels")
-        examples.append(tuple(range(len(rows), len(rows) + len(pieces))))
-        rows += pieces
-    return Sequences(tuple(rows), (1,) * len(rows), tuple(examples))
+        examples.append(pieces)
+    return Sequences.grouped(examples)
 
 
 def cut(ids: torch.Tensor, labels: torch.Tensor, seq_len: int | None) -> list[Row]:

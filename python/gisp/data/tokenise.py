@@ -64,32 +64,28 @@ def _windows(stream: list[int], seq_len: int, spec: str) -> Sequences:
 
 
 def _conversations(rows: list[dict[str, Any]], encoder: PairEncoder, seq_len: int, places: list[str]) -> Sequences:
-    sequences: list[Row] = []
-    examples: list[tuple[int, ...]] = []
+    examples: list[list[Row]] = []
     for row, where in zip(rows, places, strict=True):
         text = encoder.conversation(row["messages"], where)
         ids = torch.tensor(encoder.text(text), dtype=torch.int64)
         pieces = cut(ids, ids, seq_len)
         if not pieces:
             raise GispError(f"{where}: a conversation has {len(ids)} tokens: remove it ({text[:40]!r})")
-        examples.append(tuple(range(len(sequences), len(sequences) + len(pieces))))
-        sequences += pieces
-    return Sequences(tuple(sequences), (1,) * len(sequences), tuple(examples))
+        examples.append(pieces)
+    return Sequences.grouped(examples)
 
 
 def _choices(
     rows: list[dict[str, Any]], encoder: PairEncoder, seq_len: int, objective: str, places: list[str]
 ) -> Sequences:
-    sequences: list[Row] = []
+    examples: list[list[Row]] = []
     signs: list[int] = []
-    examples: list[tuple[int, ...]] = []
     for row, where in zip(rows, places, strict=True):
         taken = range(len(row["choices"])) if objective in CHOOSING else (row["answer"],)
         pairs = encoder.choices(row, where)
-        examples.append(tuple(range(len(sequences), len(sequences) + len(taken))))
-        sequences += [_scored(encoder.pair(*pairs[number], where), seq_len) for number in taken]
+        examples.append([_scored(encoder.pair(*pairs[number], where), seq_len) for number in taken])
         signs += [1 if number == row["answer"] else -1 for number in taken]
-    return Sequences(tuple(sequences), tuple(signs), tuple(examples))
+    return Sequences.grouped(examples, signs)
 
 
 def _scored(pair: Pair, seq_len: int) -> Row:

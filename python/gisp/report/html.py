@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,26 @@ details > div { margin-top: .75rem; }
 """
 
 Row = tuple[str, str]
+
+
+def _percent(fraction: float, digits: int = 2) -> str:
+    return f"{100 * fraction:.{digits}f} %"
+
+
+_WHOLE = "{:,}".format
+# Key of a step's record, heading and form of every column of the table of steps.
+_STEP_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("step", "Step", _WHOLE),
+    ("sparsity", "Decoder sparsity", _percent),
+    ("model_sparsity", "Whole-model sparsity", _percent),
+    ("removed_parameters", "Parameters removed", _WHOLE),
+    ("heads_removed", "Heads removed", _WHOLE),
+    ("channels_removed", "Channels removed", _WHOLE),
+    ("loss", "Loss before", "{:.4f}".format),
+    ("tokens", "Tokens", _WHOLE),
+    ("seconds", "Seconds", "{:,.3f}".format),
+    ("kv_bytes_per_token", "KV B/token", _WHOLE),
+)
 
 
 def build_page(run: RunData, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> str:
@@ -173,36 +194,12 @@ def _evaluations(run: RunData) -> str:
 
 
 def _steps_table(run: RunData) -> str:
-    header = (
-        "Step",
-        "Decoder sparsity",
-        "Whole-model sparsity",
-        "Parameters removed",
-        "Heads removed",
-        "Channels removed",
-        "Loss before",
-        "Tokens",
-        "Seconds",
-        "KV B/token",
-    )
     rows = []
     for index in step_rows(run):
         step = run.steps[index]
-        rows.append(
-            (
-                f"{step['step']:,}",
-                _percent(step["sparsity"]),
-                _percent(step["model_sparsity"]),
-                f"{step['removed_parameters']:,}",
-                f"{step['heads_removed']:,}",
-                f"{step['channels_removed']:,}",
-                f"{step['loss']:.4f}",
-                f"{step['tokens']:,}",
-                f"{step['seconds']:,.3f}",
-                f"{step['kv_bytes_per_token']:,}",
-            )
-        )
+        rows.append([form(step[key]) for key, _, form in _STEP_COLUMNS])
     shown = f"{len(rows)} of {len(run.steps):,} steps, evenly spaced. " if len(rows) < len(run.steps) else ""
+    header = [title for _, title, _ in _STEP_COLUMNS]
     return f'<p class="note">{shown}Removed counts are totals after the step.</p>' + _table(header, rows)
 
 
@@ -268,10 +265,6 @@ def _change(before: int | None, after: int, unit: str = "") -> str:
         return f"{_ABSENT} → {after:,}{unit}"
     left = f" ({100 * after / before:.1f} %)" if before else ""
     return f"{before:,}{unit} → {after:,}{unit}{left}"
-
-
-def _percent(fraction: float, digits: int = 2) -> str:
-    return f"{100 * fraction:.{digits}f} %"
 
 
 def _short(value: float, prefixes: str) -> str:
