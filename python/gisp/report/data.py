@@ -6,7 +6,7 @@ Only numpy is needed here: a report can be made where neither the model nor a GP
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,11 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.json"
 
 _BINS = 40
+_EVALUATION: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("label", "data"), str),
+    **dict.fromkeys(("sparsity", "perplexity"), float),
+    **dict.fromkeys(("tokens", "window"), int),
+}
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -187,17 +192,7 @@ def _load_evaluations(path: Path) -> list[Evaluation]:
     try:
         require(isinstance(entries, list), "it is not a list")
         require(_all_numbers([entry["sparsity"] for entry in entries]), "a sparsity is not a number")
-        return [
-            Evaluation(
-                label=str(entry["label"]),
-                sparsity=float(entry["sparsity"]),
-                perplexity=float(entry["perplexity"]),
-                tokens=int(entry["tokens"]),
-                window=int(entry["window"]),
-                data=str(entry["data"]),
-            )
-            for entry in entries
-        ]
+        return [Evaluation(**{name: kind(entry[name]) for name, kind in _EVALUATION.items()}) for entry in entries]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise corrupt(path, error) from None
 
