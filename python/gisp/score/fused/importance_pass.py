@@ -32,6 +32,7 @@ class _Layer:
         self.item = item
         self.attention = AttentionBlock(item, products)
         self.mlp = MLPBlock(item, products)
+        self.groups = {item.heads.name, item.channels.name}
 
     def forward(
         self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch
@@ -133,10 +134,9 @@ class ImportancePass:
 
     def _backward(self, batch: PassBatch, wanted: dict[str, Wanted]) -> torch.Tensor:
         """Fill what is wanted of every group; the loss, 0-dim float64."""
-        if not wanted:
-            return self._loss_only(batch)
         # Positions of the layers, not their names: below the lowest scored one no gradient is needed.
-        lowest = min(i for i, layer in enumerate(self._layers) if self._scored(layer, wanted))
+        scored = (i for i, layer in enumerate(self._layers) if layer.groups & wanted.keys())
+        lowest = min(scored, default=len(self._layers))
         x, delta, states = self._forward(batch, lowest)
         loss, grad = self._head.loss_and_grad(x, delta, batch)
         del x, delta
@@ -172,17 +172,9 @@ class ImportancePass:
                 states.append((start, None) if i < recomputed else state)
         return x, delta, states
 
-    def _loss_only(self, batch: PassBatch) -> torch.Tensor:
-        x, delta, _ = self._forward(batch, len(self._layers))
-        return self._head.loss_and_grad(x, delta, batch)[0]
-
     def _embed(self, batch: PassBatch) -> torch.Tensor:
         embedding: Any = self._model.model.embed_tokens
         return embedding.weight.detach().index_select(0, batch.ids)
-
-    @staticmethod
-    def _scored(layer: _Layer, wanted: dict[str, Wanted]) -> bool:
-        return layer.item.heads.name in wanted or layer.item.channels.name in wanted
 
 
 def _parts(scored: Sequence[tuple[str, int]], buffer: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -69,9 +69,7 @@ class LMHead:
         normed = decoder.add_rms_norm(x, None, self._norm.weight.detach(), self._norm.variance_epsilon)[1]
         size = self._chunk
         found = [
-            decoder.token_nll_grad_(
-                self._products.forward(part, [self._linear]), wanted, torch.zeros_like(part[:, 0]).float()
-            )
+            decoder.token_nll(self._products.forward(part, [self._linear]), wanted)
             for part, wanted in zip(normed.split(size), targets.split(size), strict=True)
         ]
         return torch.cat(found)
