@@ -18,7 +18,7 @@ from benchmarks.common.measure import Ceilings
 from benchmarks.common.registry import Model
 from benchmarks.prune.flops import Widths, pass_flops
 from gisp import prune
-from gisp.config.criteria import GRADIENT
+from gisp.config.criteria import CRITERIA
 from gisp.config.options import PRESETS, make_config
 from gisp.model.structures import protected_layers
 from gisp.run.trajectory import StepRecord, Trajectory
@@ -159,7 +159,7 @@ def step_rows(
 ) -> list[dict[str, Any]]:
     """For every step: sparsity it started from, seconds of its phases, tokens and operations per second of its pass."""
     rows = []
-    weight_grads = GRADIENT[str(trajectory.config["criterion"])] == "absolute"
+    weight_grads = CRITERIA[str(trajectory.config["criterion"])].gradient == "absolute"
     for record, entry in zip(trajectory.steps, metrics, strict=True):
         seconds = entry["seconds"]["forward_backward"]
         widths = widths_before(trajectory, record.step)

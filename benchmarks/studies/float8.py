@@ -22,7 +22,8 @@ from gisp.config.options import make_config
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model, protected_layers
 from gisp.run.average import in_original_numbering
-from gisp.score.gradient import Engine
+from gisp.score.base import make_scorer
+from gisp.score.context import Context
 from gisp.select.selector import Selector
 
 NAME = "python -m benchmarks.studies.float8"
@@ -65,22 +66,15 @@ def one_step(study: Study) -> list[Agreement]:
 
 def _first_choice(study: Study, fp8: bool) -> list[torch.Tensor]:
     """What a one-shot cut to each sparsity takes, bool [structures]."""
-    config = make_config()
+    config = make_config(criterion="gisp", batch_tokens=study.batch_tokens, fp8=fp8)
     model_map = map_model(study.load(), config.gqa)
     protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
     selector = Selector(model_map, norm="params", protected=protected, align=1, keep_minimum=True)
-    engine = Engine(
-        model_map,
-        study.calibration,
-        kind="stream",
-        batch_size=None,
-        batch_tokens=study.batch_tokens,
-        seed=0,
-        fp8=fp8,
-    )
-    live = {block.name for block in selector.blocks if not block.protected}
-    scored = engine.score(1, [group for group in model_map.groups if group.name in live])
-    spread = in_original_numbering(scored.scores, ShrinkableModel(model_map), len(selector.removed))
+    shrinkable = ShrinkableModel(model_map)
+    live = {group.name for group in selector.groups if not group.protected}
+    scorer = make_scorer(Context(shrinkable, study.calibration, config))
+    scored = scorer.score(1, [group for group in model_map.groups if group.name in live])
+    spread = in_original_numbering(scored.scores, shrinkable, len(selector.removed))
     ranking = selector.rank(spread)
     targets = [sparsity * model_map.decoder_parameters for sparsity in study.sparsities]
     return [selector.within_target(ranking, target).removed.cpu() for target in targets]

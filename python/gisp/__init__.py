@@ -2,7 +2,7 @@
 
 ``prune`` removes attention heads and MLP channels of a loaded model in place and returns a :class:`Trajectory` holding
 every sparsity passed on the way; ``load`` opens an exported model and ``fuse`` lets it run fused kernels;
-``export_run`` writes one from a run folder.
+``export_run`` writes one from a run folder. ``register_criterion`` adds a criterion of your own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from gisp.model.fuse import fuse
     from gisp.run.loop import prune
     from gisp.run.trajectory import Trajectory
+    from gisp.score.base import register_criterion
 
-__all__ = ["GispError", "Trajectory", "compensate", "export_run", "fuse", "load", "prune"]
+__all__ = ["GispError", "Trajectory", "compensate", "export_run", "fuse", "load", "prune", "register_criterion"]
 
 _HOME = {
     "Trajectory": ("gisp.run.trajectory", "Trajectory"),
@@ -28,6 +29,7 @@ _HOME = {
     "fuse": ("gisp.model.fuse", "fuse"),
     "load": ("gisp.export.load", "load"),
     "prune": ("gisp.run.loop", "prune"),
+    "register_criterion": ("gisp.score.base", "register_criterion"),
 }
 
 

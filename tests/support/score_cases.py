@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tiny import VOCAB, tiny_model
 
+from gisp.config.options import make_config
 from gisp.data import Sequences
 from gisp.data.sequences import IGNORED, row_weights
 from gisp.model.shrink import ShrinkableModel
-from gisp.model.structures import channels_name, heads_name, map_model
+from gisp.model.structures import ModelMap, channels_name, heads_name, map_model
+from gisp.score.context import Context
+from gisp.score.gradient import GradientScorer
 from gisp.score.objectives import sequence_nll
 
 # Heads and channels lost per layer: none, few, uneven, and whole blocks.
@@ -46,6 +51,13 @@ def autograd_scores(model, data: Sequences, signs: list[int]) -> dict[str, torch
         result[group.name] = total
     model.zero_grad()
     return result
+
+
+def gradient_scorer(model_map: ModelMap, data: Sequences, loss: Any = None, **options: Any) -> GradientScorer:
+    """A criterion of gradients on a model that may be pruned, by default the paper's."""
+    config = make_config(**{"preset": "paper", "criterion": "gisp", "first_order": "plain", **options})
+    shrinkable = ShrinkableModel.of(model_map.model) or ShrinkableModel(model_map)
+    return GradientScorer(Context(shrinkable, data, config, loss))
 
 
 def pruned(family: str, removal: str):

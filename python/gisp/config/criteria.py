@@ -1,32 +1,71 @@
-"""Names of the criteria, and the options each is published with."""
+"""The registry of criteria: what each one is called, how it is built, and which options it is published with.
+
+Option checking reads it, so nothing here imports torch: a built-in criterion names its code as text.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# What a criterion sets where an option is not given; the preset has the rest.
-CRITERIA: dict[str, dict[str, Any]] = {
-    "gisp": {"allocator": "global"},
-    "second-order": {"allocator": "global", "first_order": "shrunk"},
-    "magnitude": {"allocator": "global"},
-    # Divided by parameters every head would go before any channel.
-    "random": {"allocator": "global", "norm": "none"},
-    "taylor-local": {"allocator": "uniform"},
-    "signed": {"allocator": "global"},
-    "wanda-sp": {"allocator": "uniform"},
-    "flap": {"allocator": "global", "norm": "zscore"},
-    # A layer goes whole: no width is left to align and no minimum to keep.
-    "block-influence": {"allocator": "global", "norm": "none", "align": 1, "keep_minimum": False},
-}
 ALLOCATORS = ("global", "uniform", "owl")
-# Criteria made of gradients of the loss, and what the engine sums for them.
-ScoreKind = Literal["absolute", "signed", "second-order"]
-GRADIENT: dict[str, ScoreKind] = {
-    "gisp": "absolute",
-    "second-order": "second-order",
-    "taylor-local": "absolute",
-    "signed": "signed",
+# What is summed of the gradient of the loss.
+GradientKind = Literal["absolute", "signed", "second-order"]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Where the scores of a step come from.
+
+    Attributes:
+        score: a function of a group, or a class built from a :class:`gisp.score.context.Context`, or ``module:name`` of
+            one of the two, imported on first use. See :func:`gisp.register_criterion`.
+        options: options that the criterion sets where they are not given.
+        sees_loss: whether scores depend on the objective.
+        gradient: what :class:`gisp.score.gradient.GradientScorer` sums.
+        standardises: ``norm`` "zscore" is the criterion's own affair.
+        whole_layers: whether a layer goes whole or not at all.
+    """
+
+    score: str | Callable[..., Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sees_loss: bool = False
+    gradient: GradientKind | None = None
+    standardises: bool = False
+    whole_layers: bool = False
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Options of a run where they are not given; the preset has the rest."""
+        # Of a layer that goes whole no width is left to align and no minimum to keep.
+        whole = {"norm": "none", "align": 1, "keep_minimum": False} if self.whole_layers else {}
+        return {"allocator": "global", **whole, **self.options}
+
+    @property
+    def fp8(self) -> bool:
+        """Whether there are 8-bit products: the fused pass alone has them."""
+        return self.gradient in ("absolute", "second-order")
+
+
+def _gradient(kind: GradientKind, **options: Any) -> Criterion:
+    return Criterion("gisp.score.gradient:GradientScorer", options, sees_loss=True, gradient=kind)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "gisp": _gradient("absolute"),
+    "second-order": _gradient("second-order", first_order="shrunk"),
+    "magnitude": Criterion("gisp.score.simple:magnitude"),
+    # Divided by parameters every head would go before any channel.
+    "random": Criterion("gisp.score.simple:Random", {"norm": "none"}),
+    "taylor-local": _gradient("absolute", allocator="uniform"),
+    "signed": _gradient("signed"),
+    "wanda-sp": Criterion("gisp.score.activation:WandaSP", {"allocator": "uniform"}),
+    "flap": Criterion("gisp.score.activation:FLAP", {"norm": "zscore"}, standardises=True),
+    "block-influence": Criterion("gisp.score.block_influence:BlockInfluence", whole_layers=True),
 }
-# Among them those of the written-out pass, which alone has 8-bit products.
-WRITTEN_OUT = tuple(name for name, kind in GRADIENT.items() if kind != "signed")
-WHOLE_LAYERS = "block-influence"
+
+
+def names_with(attribute: str) -> str:
+    """Names of the criteria that have an attribute, for messages."""
+    return ", ".join(name for name, criterion in CRITERIA.items() if getattr(criterion, attribute))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from gisp.config.criteria import ALLOCATORS, CRITERIA, GRADIENT, WHOLE_LAYERS, WRITTEN_OUT
+from gisp.config.criteria import ALLOCATORS, CRITERIA, names_with
 from gisp.errors import GispError
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -61,10 +62,11 @@ OBJECTIVES = ("lm", "completion", "margin", "choice")
 # Those that see wrong answers.
 CHOOSING = ("margin", "choice")
 
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, Collection[str]] = {
     "preset": tuple(PRESETS),
     "objective": OBJECTIVES,
-    "criterion": tuple(CRITERIA),
+    # A view: users register criteria of their own.
+    "criterion": CRITERIA.keys(),
     "allocator": ALLOCATORS,
     "first_order": ("plain", "shrunk"),
     "norm": ("params", "official", "none", "zscore"),
@@ -198,18 +200,18 @@ class PruneConfig:
 
     def _check_criterion(self) -> None:
         """What does not go together with a criterion or with one shot."""
-        criterion = f"--criterion {self.criterion}"
-        if (self.objective in CHOOSING or "." in self.objective) and self.criterion not in GRADIENT:
+        what, criterion = CRITERIA[str(self.criterion)], f"--criterion {self.criterion}"
+        if (self.objective in CHOOSING or "." in self.objective) and not what.sees_loss:
             raise GispError(
-                f"{criterion} sees no loss: --objective {self.objective} needs one of {', '.join(GRADIENT)}"
+                f"{criterion} sees no loss: --objective {self.objective} needs one of {names_with('sees_loss')}"
             )
-        if self.first_order != "plain" and self.criterion != "second-order":
+        if self.first_order != "plain" and what.gradient != "second-order":
             raise GispError(
                 f"--first-order {self.first_order} belongs to --criterion second-order, not {self.criterion}"
             )
-        if self.fp8 and self.criterion not in WRITTEN_OUT:
-            raise GispError(f"--fp8 goes with --criterion {', '.join(WRITTEN_OUT)}: leave it out")
-        if self.criterion == WHOLE_LAYERS:
+        if self.fp8 and not what.fp8:
+            raise GispError(f"--fp8 goes with --criterion {names_with('fp8')}: leave it out")
+        if what.whole_layers:
             if self.allocator != "global" or self.norm != "none":
                 raise GispError(f"{criterion} ranks whole layers: leave --allocator and --norm out")
             if self.keep_minimum:
@@ -281,7 +283,8 @@ def criterion_text(options: dict[str, Any]) -> str:
 def _defaults(preset: str, criterion: str, one_shot: bool) -> dict[str, Any]:
     """What a preset, a criterion (an unknown one nothing) and one shot set where an option is not given."""
     shots = _ONE_SHOT if one_shot else {}
-    return {**PRESETS[preset], "first_order": "plain", **CRITERIA.get(criterion, {}), **shots}
+    own = CRITERIA[criterion].defaults if criterion in CRITERIA else {}
+    return {**PRESETS[preset], "first_order": "plain", **own, **shots}
 
 
 def without_defaults(stored: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:

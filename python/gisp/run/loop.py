@@ -28,11 +28,11 @@ from gisp.run.metrics import PhaseClock, histogram_record, score_histogram
 from gisp.run.step_writer import StepWriter
 from gisp.run.trajectory import StepRecord, Trajectory, move_to
 from gisp.run.transfer import Transfer
+from gisp.score.base import make_scorer
+from gisp.score.context import Context
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
-from gisp.score.questions import asked
-from gisp.score.registry import make_scorer
-from gisp.select.allocators import Allocator
-from gisp.select.reach import check_reach
+from gisp.score.questions import check_objective
+from gisp.select.allocators import group_shares, layer_outliers
 from gisp.select.schedule import parameter_target, structure_ratio
 from gisp.select.selector import Ranking, Selection
 from gisp.select.whole_layers import make_selector
@@ -90,7 +90,7 @@ def prune(
             objective="lm" if loss else config.objective,
             seed=config.seed,
         )
-    sequences = asked(sequences.first(config.samples), config)
+    sequences = check_objective(sequences.first(config.samples), config)
     loop = PruningLoop(model_map, sequences, config, _spec_name(data), path, loss)
     if folder and resuming:
         loop.restore(Trajectory.load(folder.path), folder)
@@ -137,12 +137,13 @@ class PruningLoop:
         self.config = config
         protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
         self.selector = make_selector(config, model_map, protected)
-        check_reach(self.selector, model_map, config, float(config.sparsity or 0))
+        self.selector.check_reach(config, float(config.sparsity or 0))
         base = {"path": base_path, "fingerprint": fingerprint(model_map.model), **model_map.describe()}
         self.shrinkable = ShrinkableModel(model_map)
-        self.engine = make_scorer(config, self.shrinkable, data, loss)
-        Allocator(config, self.shrinkable, data, self.selector).aim_for(config)
-        self._open = {block.name for block in self.selector.blocks if not block.protected}
+        context = Context(self.shrinkable, data, config, loss)
+        self.scorer = make_scorer(context)
+        self.selector.allocate(group_shares(config, self.selector, layer_outliers(context, self.selector)))
+        self._open = {group.name for group in self.selector.groups if not group.protected}
         device = next(model_map.model.parameters()).device
         self.average = ScoreAverage(model_map.groups, self._open, float(config.ema or 0), device)
         self._device, self._transfer = device, Transfer(device)
@@ -226,7 +227,7 @@ class PruningLoop:
 
         A GPU is waited for once, with objective ``choice`` twice.
         """
-        scored = self.engine.score(step, self._live_groups())
+        scored = self.scorer.score(step, self._live_groups())
         clock.mark("forward_backward")
         scores = in_original_numbering(scored.scores, self.shrinkable, len(self.selector.removed))
         ranking = self.selector.rank(self.average.update(scores, step))
@@ -238,18 +239,18 @@ class PruningLoop:
         loss, finite, removed, threshold, edges, counts, average = self._transfer.fetch(results)
         clock.settle()
         self._check_finite(step, float(loss), bool(finite))
-        choice = self.selector.choice(removed, float(threshold))
-        self.selector.apply(choice, selection)
-        for name, index in choice.removed.items():
+        removal = self.selector.removal(removed, float(threshold))
+        self.selector.apply(removal, selection)
+        for name, index in removal.removed.items():
             self._removed_at[name][index.numpy()] = step
-        self.shrinkable.remove(choice.removed)
+        self.shrinkable.remove(removal.removed)
         clock.mark("compact")
         record = self._record(step, target, float(loss), scored.tokens, clock.total())
         metrics = {
             "step": step,
             "loss": record.loss,
             "sparsity": record.sparsity,
-            "threshold": choice.threshold,
+            "threshold": removal.threshold,
             "tokens_per_second": scored.tokens / max(clock.seconds["forward_backward"], 1e-9),
             "score_histogram": histogram_record(edges, counts),
             "peak_bytes": clock.peak_bytes(),

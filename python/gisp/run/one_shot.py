@@ -13,11 +13,11 @@ from gisp.errors import GispError
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model, protected_layers
 from gisp.run.average import in_original_numbering
+from gisp.score.base import make_scorer
+from gisp.score.context import Context
 from gisp.score.objectives import check_built_in
-from gisp.score.questions import asked
-from gisp.score.registry import make_scorer
-from gisp.select.allocators import Allocator
-from gisp.select.reach import check_reach
+from gisp.score.questions import check_objective
+from gisp.select.allocators import group_shares, layer_outliers
 from gisp.select.whole_layers import make_selector
 
 
@@ -46,25 +46,26 @@ def one_shot(
     )
     check_built_in(config.objective)
     model_map = map_model(model, config.gqa)
-    data = asked(data.checked(model_map.vocab_size), config)
+    data = check_objective(data.checked(model_map.vocab_size), config)
     protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
     selector = make_selector(config, model_map, protected)
     for sparsity in sparsities:
-        check_reach(selector, model_map, config, sparsity)
+        selector.check_reach(config, sparsity)
     shrinkable = ShrinkableModel(model_map)
-    allocator = Allocator(config, shrinkable, data, selector)
-    live = {block.name for block in selector.blocks if not block.protected}
-    scorer = make_scorer(config, shrinkable, data)
+    context = Context(shrinkable, data, config)
+    outliers = layer_outliers(context, selector)
+    live = {group.name for group in selector.groups if not group.protected}
+    scorer = make_scorer(context)
     scored = scorer.score(1, [group for group in model_map.groups if group.name in live])
     if not (math.isfinite(float(scored.loss)) and bool(scored.finite)):
         raise GispError("the loss or the scores are not finite: check the weights and the data of this model")
     scores = in_original_numbering(scored.scores, shrinkable, len(selector.removed))
     for sparsity in sparsities:
-        allocator.aim(sparsity)
+        selector.allocate(group_shares(config, selector, outliers, sparsity))
         selection = selector.within_target(selector.rank(scores), sparsity * model_map.decoder_parameters)
-        choice = selector.choice(selection.removed.cpu(), float(selection.threshold))
-        shrinkable.remove(choice.removed)
+        removal = selector.removal(selection.removed.cpu(), float(selection.threshold))
+        shrinkable.remove(removal.removed)
         try:
-            yield choice.parameters / model_map.decoder_parameters, model
+            yield removal.parameters / model_map.decoder_parameters, model
         finally:
             shrinkable.rollback()

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gisp.data.batches import StepBatches
-from gisp.model.structures import ModelMap
-from gisp.score.forward import forward_pass
-from gisp.score.gradient import StepScores
+from gisp.score.base import StepScores
+from gisp.score.context import Context
 from gisp_kernels.groups import StructureGroup
 
 
@@ -21,24 +19,18 @@ class BlockInfluence:
     Goes with :class:`gisp.select.whole_layers.LayerSelector`, which takes a layer whole or not at all.
     """
 
-    def __init__(self, model_map: ModelMap, steps: StepBatches) -> None:
-        self._map = model_map
-        self._steps = steps
+    def __init__(self, context: Context) -> None:
+        self._context = context
 
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
         """Scores of ``groups`` at a step."""
-        names = {group.name for group in groups}
-        owners = {item.index: item for item in self._map.layers if {item.heads.name, item.channels.name} & names}
-        recorder = CosineRecorder({index: item.layer for index, item in owners.items()})
-        loss, tokens = forward_pass(self._map, self._steps, step, recorder)
-        scores = {}
-        for index, item in owners.items():
-            influence = (1 - recorder.mean_cosine(index)).float()
-            for group in (item.heads, item.channels):
-                if group.name in names:
-                    scores[group.name] = influence.expand(group.count)
-        ordered = {group.name: scores[group.name] for group in groups}
-        return StepScores.of(ordered, loss, tokens)
+        owners = {group.name: item for item in self._context.map.layers for group in (item.heads, item.channels)}
+        layers = {owners[group.name].index: owners[group.name].layer for group in groups}
+        recorder = CosineRecorder(layers)
+        loss, tokens = self._context.forward_pass(step, recorder)
+        influence = {index: (1 - recorder.mean_cosine(index)).float() for index in layers}
+        scores = {group.name: influence[owners[group.name].index].expand(group.count) for group in groups}
+        return StepScores.of(scores, loss, tokens)
 
 
 class CosineRecorder:

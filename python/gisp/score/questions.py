@@ -18,15 +18,14 @@ from functools import cached_property
 
 import torch
 
-from gisp.config.criteria import GRADIENT
+from gisp.config.criteria import CRITERIA, names_with
 from gisp.config.options import CHOOSING, PruneConfig
 from gisp.data import Sequences
 from gisp.errors import GispError
-from gisp.score.fused import Units
 
 
-def asked(data: Sequences, config: PruneConfig) -> Sequences:
-    """The data as the objective of a run takes them.
+def check_objective(data: Sequences, config: PruneConfig) -> Sequences:
+    """The data as the objective of a run takes them, once both are checked.
 
     Raises:
         GispError: questions that have not one right answer each or nothing to decide, a loss or a criterion that
@@ -37,10 +36,10 @@ def asked(data: Sequences, config: PruneConfig) -> Sequences:
         if config.objective == "margin" and len(set(data.signs)) != 2:
             raise GispError("objective margin needs right and wrong answers, all here are of one kind")
     choosing = next((task for task in data.tasks if task.objective in CHOOSING), None)
-    if choosing and config.criterion not in GRADIENT:
+    if choosing and not CRITERIA[str(config.criterion)].sees_loss:
         raise GispError(
             f"--criterion {config.criterion} sees no loss: objective {choosing.objective} of {choosing.name} needs one "
-            f"of {', '.join(GRADIENT)}"
+            f"of {names_with('sees_loss')}"
         )
     questions = [number for number in range(len(data.examples)) if data.compares(number)]
     if not questions:
@@ -109,11 +108,14 @@ class Questions:
         found[where[there]] = (share[:, None] * factors * counts)[there]
         return found.tolist(), float((share * (losses - parts)).sum())
 
-    def units(self, positions: Sequence[int], curvature: torch.Tensor) -> Units:
-        """Units of a batch of sequences that holds questions whole, in the order of their positions.
+    def samples(self, positions: Sequence[int], curvature: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples of the curvature among sequences that hold questions whole, in the order of their positions.
 
         Args:
             curvature: float32 [B], factors of the sequences, taken for those that are no answers.
+
+        Returns:
+            Sample of every sequence, int64 [B], and factors of the samples, float32.
         """
         index: list[int] = []
         factors: list[torch.Tensor] = []
@@ -127,7 +129,7 @@ class Questions:
                 factors.append(curvature.new_tensor(1 / self.weights[number]))
             last = number
             index.append(len(factors) - 1)
-        return Units(torch.tensor(index, device=curvature.device), torch.stack(factors))
+        return torch.tensor(index, device=curvature.device), torch.stack(factors)
 
     @cached_property
     def owners(self) -> dict[int, int]:

@@ -1,68 +1,57 @@
-"""How structures of different blocks compete: by their scores, or by shares that every block is to lose.
+"""How structures of different groups compete: by their scores, or by shares that every group is to lose.
 
-``global``: one ranking of normalised scores. ``uniform``: the same fraction of every unprotected block, heads and
+``global``: one ranking of normalised scores. ``uniform``: the same fraction of every unprotected group, heads and
 channels apart. ``owl``: a fraction per layer, less where more of it is outliers, the same for its heads and channels.
-With shares a structure is ranked by the fraction of its block that scores no higher, divided by the block's share, so
-that one global threshold gives every block its share at every size on the way
+With shares a structure is ranked by the fraction of its group that scores no higher, divided by the group's share, so
+that one global threshold gives every group its share at every size on the way
 (:meth:`gisp.select.selector.Selector.allocate`).
 """
 
 from __future__ import annotations
 
 from gisp.config.options import OFFICIAL_RATIO, PruneConfig
-from gisp.data import Sequences
-from gisp.model.shrink import ShrinkableModel
-from gisp.score.outliers import outlier_ratios
-from gisp.score.registry import step_batches
+from gisp.score.activation import outlier_ratios
+from gisp.score.context import Context
 from gisp.select.selector import Selector
 
 # Half the widest difference of layers' fractions, OWL's lambda.
 OWL_LAMBDA = 0.08
 
 
-class Allocator:
-    """Sets the shares of a selector's blocks.
+def layer_outliers(context: Context, selector: Selector) -> dict[int, float]:
+    """What ``owl`` goes by: outlier ratios of the layers that are not protected; other allocators need none.
 
-    For ``owl`` the layers' outliers are counted here, once, on the dense model: shares do not change during a run, and
-    a resumed run counts the same.
+    They are counted on the dense model, once: shares do not change during a run, and a resumed run counts the same.
+    """
+    if context.config.allocator != "owl":
+        return {}
+    layers = len(context.map.layers)
+    return outlier_ratios(context, [i for i in range(layers) if not selector.groups[i].protected])
+
+
+def group_shares(
+    config: PruneConfig, selector: Selector, outliers: dict[int, float], sparsity: float | None = None
+) -> list[float] | None:
+    """Part of its units that every group is to lose by the end of a run; ``None`` where scores alone decide.
 
     Args:
-        shrinkable: the model, still dense.
+        outliers: see :func:`layer_outliers`.
+        sparsity: where it ends (removed / all decoder parameters); by default as the schedule says.
     """
-
-    def __init__(self, config: PruneConfig, shrinkable: ShrinkableModel, data: Sequences, selector: Selector) -> None:
-        self._kind = config.allocator
-        self._selector = selector
-        self._layers = len(shrinkable.map.layers)
-        self._parameters = shrinkable.map.decoder_parameters
-        self._ratios: dict[int, float] = {}
-        if self._kind == "owl":
-            open_layers = [i for i in range(self._layers) if not selector.blocks[i].protected]
-            self._ratios = outlier_ratios(shrinkable.map, step_batches(config, shrinkable, data), open_layers)
-
-    def aim(self, sparsity: float) -> None:
-        """Set the shares with which the run ends at a sparsity (removed / all decoder parameters)."""
-        prunable = sum(b.cost * (b.stop - b.start) for b in self._selector.blocks if not b.protected)
-        self._share(sparsity * self._parameters / prunable)
-
-    def aim_structures(self, ratio: float) -> None:
-        """Set the shares with which the run ends at a ratio of the number of structures, protected ones included."""
-        self._share(ratio * self._selector.size / self._selector.unprotected)
-
-    def aim_for(self, config: PruneConfig) -> None:
-        """Set the shares for the end of a run's schedule."""
-        if config.schedule == "structures":
-            self.aim_structures(float(config.ratio or OFFICIAL_RATIO))
+    if config.allocator == "global":
+        return None
+    layers = len(selector.groups) // 2
+    shares = dict.fromkeys(range(layers), 1.0)
+    if outliers:
+        if sparsity is None and config.schedule == "structures":
+            # Of the number of structures, protected ones included.
+            fraction = float(config.ratio or OFFICIAL_RATIO) * selector.size / selector.unprotected
         else:
-            self.aim(float(config.sparsity or 0))
-
-    def _share(self, fraction: float) -> None:
-        if self._kind == "global":
-            return
-        shares = dict.fromkeys(range(self._layers), 1.0)
-        if self._kind == "owl":
-            shares |= owl_shares(self._ratios, fraction)
-        self._selector.allocate([shares[i % self._layers] for i in range(2 * self._layers)])
+            prunable = sum(g.cost * g.size for g in selector.groups if not g.protected)
+            end = float(config.sparsity or 0) if sparsity is None else sparsity
+            fraction = end * selector.decoder_parameters / prunable
+        shares |= owl_shares(outliers, fraction)
+    return [shares[i % layers] for i in range(2 * layers)]
 
 
 def owl_shares(ratios: dict[int, float], fraction: float, half_width: float = OWL_LAMBDA) -> dict[int, float]:

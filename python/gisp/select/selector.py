@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from gisp.config.options import OFFICIAL_RATIO, PruneConfig
+from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.select.schedule import threshold_rank
-from gisp.select.units import BalancedHeads, make_blocks, structure_starts
+from gisp.select.units import BalancedHeads, group_units, structure_starts
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Ranking:
             protected units are +inf.
         ascending: the same, sorted.
         order: int64 [units], unit at every rank.
-        ranks: int64 [units], ranks of each block's units, ascending within the block, blocks one after another.
+        ranks: int64 [units], ranks of each group's units, ascending within the group, groups one after another.
         heads: for "balanced", which query heads the units are made of.
     """
 
@@ -46,7 +48,7 @@ class Selection:
 
     Attributes:
         removed: bool [structures].
-        units: int64 [blocks], units that go.
+        units: int64 [groups], units that go.
         threshold: 0-dim float64, highest normalised score among them, -inf when nothing goes.
     """
 
@@ -56,7 +58,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Choice:
+class StepRemoval:
     """What a step removes, on the host.
 
     Attributes:
@@ -76,7 +78,9 @@ class Selector:
     """Global ranking over the structures of one model.
 
     Attributes:
+        groups: units of every group of structures.
         size: number of units.
+        decoder_parameters: those of the dense model.
         head_structures: structures of all heads groups; they are numbered before the channels.
         first_channel: number of the first unit that is no head.
         unprotected: units of the layers that may be pruned, removed ones included.
@@ -95,20 +99,21 @@ class Selector:
     def __init__(
         self, model_map: ModelMap, *, norm: str, protected: frozenset[int], align: int, keep_minimum: bool
     ) -> None:
-        self.blocks = make_blocks(model_map, norm=norm, protected=protected, align=align, keep_minimum=keep_minimum)
-        self.size = self.blocks[-1].stop
+        self.groups = group_units(model_map, norm=norm, protected=protected, align=align, keep_minimum=keep_minimum)
+        self.size = self.groups[-1].stop
+        self.decoder_parameters = model_map.decoder_parameters
         self._balanced = BalancedHeads(model_map) if model_map.gqa == "balanced" else None
         self._heads_per_structure = model_map.heads_per_structure
         starts = structure_starts(model_map)
         self.head_structures = starts[len(model_map.layers)]
-        self.first_channel = self.blocks[len(model_map.layers)].start
-        self.unprotected = sum(b.stop - b.start for b in self.blocks if not b.protected)
+        self.first_channel = self.groups[len(model_map.layers)].start
+        self.unprotected = sum(g.size for g in self.groups if not g.protected)
         self._starts = np.array(starts)
-        self._number = {block.name: i for i, block in enumerate(self.blocks)}
-        # By block: parameters and structures of a unit, units that are gone.
-        self._costs = np.array([b.cost for b in self.blocks])
-        self._members = np.array([b.structures for b in self.blocks])
-        self._gone = np.zeros(len(self.blocks), dtype=np.int64)
+        self._number = {group.name: i for i, group in enumerate(self.groups)}
+        # By group: parameters and structures of a unit, units that are gone.
+        self._costs = np.array([g.cost for g in self.groups])
+        self._members = np.array([g.structures for g in self.groups])
+        self._gone = np.zeros(len(self.groups), dtype=np.int64)
         self.removed = np.zeros(starts[-1], dtype=bool)
 
         device = next(model_map.model.parameters()).device
@@ -116,22 +121,22 @@ class Selector:
         def on_device(values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
-        units = on_device([b.stop - b.start for b in self.blocks])
+        units = on_device([g.size for g in self.groups])
         self._live = units.clone()
-        self._last = on_device([b.stop - 1 for b in self.blocks])
-        self._multiple = on_device([b.multiple for b in self.blocks])
-        self._floor = on_device([b.floor for b in self.blocks])
-        self._cost = on_device([b.cost for b in self.blocks])
-        # By unit: its block.
-        self._block = torch.arange(len(self.blocks), device=device).repeat_interleave(units)
+        self._last = on_device([g.stop - 1 for g in self.groups])
+        self._multiple = on_device([g.multiple for g in self.groups])
+        self._floor = on_device([g.floor for g in self.groups])
+        self._cost = on_device([g.cost for g in self.groups])
+        # By unit: its group.
+        self._group = torch.arange(len(self.groups), device=device).repeat_interleave(units)
         self._units = units
         self._shares: torch.Tensor | None = None
-        self._divisor = on_device([b.divisor for b in self.blocks], torch.float64)[self._block]
-        # Position of every unit in its block.
-        self._position = torch.arange(self.size, device=device) - on_device([b.start for b in self.blocks])[self._block]
+        self._divisor = on_device([g.divisor for g in self.groups], torch.float64)[self._group]
+        # Position of every unit in its group.
+        self._position = torch.arange(self.size, device=device) - on_device([g.start for g in self.groups])[self._group]
         counts = on_device(np.diff(starts).tolist())
         # Structures that cannot be chosen (any more).
-        self._barred = on_device([b.protected for b in self.blocks], torch.bool).repeat_interleave(counts)
+        self._barred = on_device([g.protected for g in self.groups], torch.bool).repeat_interleave(counts)
 
     @property
     def removed_parameters(self) -> int:
@@ -141,17 +146,38 @@ class Selector:
     @property
     def removable_parameters(self) -> int:
         """The most that can ever be removed, protection and minima respected."""
-        return sum(b.cost * (b.stop - b.start - b.floor) for b in self.blocks if not b.protected)
+        return sum(g.cost * (g.size - g.floor) for g in self.groups if not g.protected)
 
-    def allocate(self, shares: Sequence[float]) -> None:
-        """Rank from now on by how much of its block a unit goes with, divided by the block's share.
+    def check_reach(self, config: PruneConfig, sparsity: float) -> None:
+        """Require a sparsity, or the ratio of a schedule of structures, that the unprotected structures allow.
 
-        The unit of a block of n that goes after k others is ranked by ``(k + 1/2) / n / share``, units removed earlier
-        counted: at a threshold of t every block has lost the part ``t * share`` of its units, to the nearest unit.
+        Raises:
+            GispError: more than can be removed.
+        """
+        where = f"with {self.size - self.unprotected} of {self.size} structures protected"
+        if config.schedule == "structures":
+            ratio = float(config.ratio or OFFICIAL_RATIO)
+            if threshold_rank(self.size, ratio) > self.unprotected:
+                raise GispError(f"ratio {ratio} is out of reach {where}: lower --ratio or protect fewer layers")
+        most = self.removable_parameters / self.decoder_parameters
+        if sparsity > most:
+            raise GispError(
+                f"sparsity {sparsity} is out of reach: at most {most:.4f} {where}, "
+                "lower --sparsity or protect fewer layers"
+            )
+
+    def allocate(self, shares: Sequence[float] | None) -> None:
+        """Rank from now on by how much of its group a unit goes with, divided by the group's share.
+
+        The unit of a group of n that goes after k others is ranked by ``(k + 1/2) / n / share``, units removed earlier
+        counted: at a threshold of t every group has lost the part ``t * share`` of its units, to the nearest unit.
 
         Args:
-            shares: for every block the relative part it is to lose, 0 = last of all.
+            shares: for every group the relative part it is to lose, 0 = last of all; ``None``: rank by scores alone.
         """
+        if shares is None:
+            self._shares = None
+            return
         smallest = torch.finfo(torch.float32).tiny
         self._shares = torch.tensor(shares, dtype=torch.float64, device=self._live.device).clamp_min(smallest)
 
@@ -168,9 +194,9 @@ class Selector:
         values = values / self._divisor
         ascending, order, ranks = self._sorted(values)
         if self._shares is not None:
-            part = (self._position + (self._units - self._live)[self._block] + 0.5) / self._units[self._block]
-            # Units that cannot go are the last of their block.
-            allocated = torch.empty_like(values).scatter_(0, order[ranks], part / self._shares[self._block])
+            part = (self._position + (self._units - self._live)[self._group] + 0.5) / self._units[self._group]
+            # Units that cannot go are the last of their group.
+            allocated = torch.empty_like(values).scatter_(0, order[ranks], part / self._shares[self._group])
             values = torch.where(values < math.inf, allocated, math.inf)
             ascending, order, ranks = self._sorted(values)
         return Ranking(values, ascending, order, ranks, heads)
@@ -178,8 +204,8 @@ class Selector:
     def _sorted(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``ascending``, ``order`` and ``ranks`` of a ranking."""
         ascending, order = values.sort(stable=True)
-        # Few bits to sort by: block numbers, in the order of the ranking.
-        return ascending, order, self._block[order].to(torch.int16).sort(stable=True).indices
+        # Few bits to sort by: group numbers, in the order of the ranking.
+        return ascending, order, self._group[order].to(torch.int16).sort(stable=True).indices
 
     def within_target(self, ranking: Ranking, target: float) -> Selection:
         """Lowest scores first while all removed parameters stay at or below ``target``.
@@ -188,9 +214,9 @@ class Selector:
         """
         # Equality of target and sum is exact in the reals; floats may miss it by rounding.
         budget = math.floor(target * (1 + 1e-12) - self.removed_parameters)
-        # What a block loses never falls as more of it is wanted, so the cost of a run is the sum of the steps it takes.
-        before, after = self._allowed(self._position, self._block), self._allowed(self._position + 1, self._block)
-        spent = torch.empty_like(before).scatter_(0, ranking.ranks, (after - before) * self._cost[self._block])
+        # What a group loses never falls as more of it is wanted, so the cost of a run is the sum of the steps it takes.
+        before, after = self._allowed(self._position, self._group), self._allowed(self._position + 1, self._group)
+        spent = torch.empty_like(before).scatter_(0, ranking.ranks, (after - before) * self._cost[self._group])
         count = (spent.cumsum(0)[: self._candidates()] <= budget).sum()
         return self._selection(ranking, count)
 
@@ -205,7 +231,7 @@ class Selector:
             return self._selection(ranking, torch.zeros_like(ranking.order[0]))
         return self._selection(ranking, (candidates <= ranking.ascending[rank - 1]).sum())
 
-    def choice(self, removed: torch.Tensor, threshold: float) -> Choice:
+    def removal(self, removed: torch.Tensor, threshold: float) -> StepRemoval:
         """What a selection says once it is on the host.
 
         Args:
@@ -216,15 +242,15 @@ class Selector:
         bounds = np.searchsorted(structures, self._starts)
         filled = np.flatnonzero(bounds[1:] > bounds[:-1]).tolist()
         by_group = {
-            self.blocks[i].name: torch.from_numpy(
+            self.groups[i].name: torch.from_numpy(
                 self._indices(i, structures[bounds[i] : bounds[i + 1]] - self._starts[i])
             )
             for i in filled
         }
         parameters = int(np.diff(bounds) // self._members @ self._costs)
-        return Choice(by_group, structures, parameters, threshold if filled else None)
+        return StepRemoval(by_group, structures, parameters, threshold if filled else None)
 
-    def given(self, removed: Mapping[str, torch.Tensor]) -> tuple[Choice, Selection]:
+    def given(self, removed: Mapping[str, torch.Tensor]) -> tuple[StepRemoval, Selection]:
         """A choice made earlier, from its ``removed``."""
         mask = torch.zeros(len(self.removed), dtype=torch.bool)
         for name, index in removed.items():
@@ -233,47 +259,43 @@ class Selector:
         taken = [int(n) for n in np.add.reduceat(mask.numpy(), self._starts[:-1], dtype=np.int64) // self._members]
         device = self._live.device
         selection = Selection(mask.to(device), torch.tensor(taken, device=device), torch.tensor(math.nan))
-        return self.choice(mask, math.nan), selection
+        return self.removal(mask, math.nan), selection
 
-    def apply(self, choice: Choice, selection: Selection) -> None:
+    def apply(self, removal: StepRemoval, selection: Selection) -> None:
         """Count a choice as removed; ``selection`` is what it was made from."""
-        self.removed[choice.structures] = True
-        self._gone += np.diff(np.searchsorted(choice.structures, self._starts)) // self._members
+        self.removed[removal.structures] = True
+        self._gone += np.diff(np.searchsorted(removal.structures, self._starts)) // self._members
         self._barred |= selection.removed
         self._live -= selection.units
-
-    def out_of_reach(self, ratio: float) -> int:
-        """How many protected structures a ratio would have to take (0 = none)."""
-        return max(0, threshold_rank(self.size, ratio) - self.unprotected)
 
     def _candidates(self) -> int:
         """Units that are neither removed nor protected."""
         return self.unprotected - int(self._gone.sum())
 
-    def _share(self, block: int) -> int:
-        return self._heads_per_structure if self.blocks[block].name.endswith("heads") else 1
+    def _share(self, group: int) -> int:
+        return self._heads_per_structure if self.groups[group].name.endswith("heads") else 1
 
-    def _indices(self, block: int, structures: np.ndarray) -> np.ndarray:
-        """Heads or channels of a block's structures."""
-        share = self._share(block)
+    def _indices(self, group: int, structures: np.ndarray) -> np.ndarray:
+        """Heads or channels of a group's structures."""
+        share = self._share(group)
         return structures if share == 1 else (structures[:, None] * share + np.arange(share)).ravel()
 
-    def _allowed(self, wanted: torch.Tensor, block: torch.Tensor | None = None) -> torch.Tensor:
-        """How many of ``wanted`` removals a block's width multiple and its minimum let through.
+    def _allowed(self, wanted: torch.Tensor, group: torch.Tensor | None = None) -> torch.Tensor:
+        """How many of ``wanted`` removals a group's width multiple and its minimum let through.
 
         Args:
-            wanted: int64, for every block or for those numbered in ``block``.
+            wanted: int64, for every group or for those numbered in ``group``.
         """
         limits = (self._live, self._multiple, self._floor)
-        live, multiple, floor = limits if block is None else (limit[block] for limit in limits)
+        live, multiple, floor = limits if group is None else (limit[group] for limit in limits)
         kept = -((wanted - live) // multiple) * multiple
         return live - torch.minimum(torch.maximum(kept, floor), live)
 
     def _selection(self, ranking: Ranking, count: torch.Tensor) -> Selection:
-        """The ``count`` lowest less each block's best few that its width multiple or minimum defers."""
+        """The ``count`` lowest less each group's best few that its width multiple or minimum defers."""
         wanted = (ranking.ranks < count).cumsum(0)[self._last]
         units = self._allowed(torch.cat((wanted[:1], wanted.diff())))
-        taken = self._position < units[self._block]
+        taken = self._position < units[self._group]
         removed = torch.empty_like(taken).scatter_(0, ranking.order[ranking.ranks], taken)
         threshold = torch.where(removed, ranking.values, -math.inf).amax()
         if self._balanced and ranking.heads is not None:

@@ -18,7 +18,7 @@ from gisp.model.structures import ModelMap, channels_name, heads_name
 
 
 @dataclass(frozen=True)
-class Block:
+class GroupUnits:
     """One group's stretch of the numbering of units.
 
     Attributes:
@@ -41,14 +41,18 @@ class Block:
     protected: bool
 
     @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
     def floor(self) -> int:
-        """Fewest units the block can be left with: its minimum rounded up to its multiple."""
-        return min(-(-self.minimum // self.multiple) * self.multiple, self.stop - self.start)
+        """Fewest units the group can be left with: its minimum rounded up to its multiple."""
+        return min(-(-self.minimum // self.multiple) * self.multiple, self.size)
 
 
-def make_blocks(
+def group_units(
     model_map: ModelMap, *, norm: str, protected: frozenset[int], align: int, keep_minimum: bool
-) -> list[Block]:
+) -> list[GroupUnits]:
     """Blocks of a model in the order of ``model_map.groups``; arguments as for
     :class:`gisp.select.selector.Selector`."""
     width, per_kv, kv_heads = model_map.intermediate_size, model_map.heads_per_kv, model_map.num_kv_heads
@@ -70,12 +74,12 @@ def make_blocks(
         (heads_name, count, structures, cost, head_norm, int(keep_minimum), 1),
         (channels_name, width, 1, channel, channel_norm, align * keep_minimum, align),
     )
-    blocks: list[Block] = []
+    groups: list[GroupUnits] = []
     start = 0
     for name_of, units, members, parameters, divisor, minimum, multiple in kinds:
         for layer in range(len(model_map.layers)):
-            blocks.append(
-                Block(
+            groups.append(
+                GroupUnits(
                     name=name_of(layer),
                     start=start,
                     stop=start + units,
@@ -88,7 +92,7 @@ def make_blocks(
                 )
             )
             start += units
-    return blocks
+    return groups
 
 
 class BalancedHeads:

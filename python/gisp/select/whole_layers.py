@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 
+from gisp.config.criteria import CRITERIA
+from gisp.config.options import PruneConfig
+from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.select.schedule import threshold_rank
 from gisp.select.selector import Ranking, Selection, Selector
 
 
 class LayerSelector(Selector):
-    """Lowest layers first; all structures of a layer must have one score.
+    """Lowest layers first. A layer has the lowest score of its channels; those that go whole have one score for all.
 
-    Norms and output biases of a layer stay, as they do wherever a block loses everything. Neither a width multiple nor
+    Norms and output biases of a layer stay, as they do wherever a group loses everything. Neither a width multiple nor
     a minimum applies.
 
     Attributes:
@@ -26,12 +28,26 @@ class LayerSelector(Selector):
     def __init__(self, model_map: ModelMap, *, protected: frozenset[int]) -> None:
         super().__init__(model_map, norm="none", protected=protected, align=1, keep_minimum=False)
         layers = len(model_map.layers)
-        self.layer_parameters = sum(b.cost * (b.stop - b.start) for b in (self.blocks[0], self.blocks[layers]))
+        self.layer_parameters = sum(g.cost * g.size for g in (self.groups[0], self.groups[layers]))
         self._layers = layers
         counts = torch.from_numpy(np.diff(self._starts))
         device = self._live.device
-        # By structure: its layer. Blocks of heads come first, then as many of channels.
+        # By structure: its layer. Groups of heads come first, then as many of channels.
         self._layer = (torch.arange(2 * layers).repeat_interleave(counts) % layers).to(device)
+
+    def check_reach(self, config: PruneConfig, sparsity: float) -> None:
+        """As :meth:`Selector.check_reach`.
+
+        Raises:
+            GispError: less than one layer.
+        """
+        one = self.layer_parameters / self.decoder_parameters
+        if config.schedule == "parameters" and sparsity < one:
+            raise GispError(
+                f"sparsity {sparsity} is less than one layer, which is {one:.4f}: whole layers go with "
+                f"--criterion {config.criterion}, give more"
+            )
+        super().check_reach(config, sparsity)
 
     def within_target(self, ranking: Ranking, target: float) -> Selection:
         """Lowest layers first while all removed parameters stay at or below ``target``."""
@@ -46,7 +62,7 @@ class LayerSelector(Selector):
         """The lowest layers that fit.
 
         Args:
-            spent: int64 [blocks], what losing all of a block takes of the budget.
+            spent: int64 [groups], what losing all of a group takes of the budget.
         """
         # Removed and protected structures are +inf, so a layer that cannot go is too.
         values = ranking.values[self.first_channel :].view(self._layers, -1).amin(1)
@@ -57,11 +73,9 @@ class LayerSelector(Selector):
         return Selection(taken[self._layer] & ~self._barred, self._live * taken.repeat(2), threshold)
 
 
-def make_selector(config: Any, model_map: ModelMap, protected: frozenset[int]) -> Selector:
+def make_selector(config: PruneConfig, model_map: ModelMap, protected: frozenset[int]) -> Selector:
     """The selector a run's resolved options ask for."""
-    from gisp.config.criteria import WHOLE_LAYERS
-
-    if config.criterion == WHOLE_LAYERS:
+    if CRITERIA[str(config.criterion)].whole_layers:
         return LayerSelector(model_map, protected=protected)
     return Selector(
         model_map,

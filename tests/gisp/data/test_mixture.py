@@ -9,6 +9,7 @@ import pytest
 import torch
 from objective_oracle import double_model, gradients, mean_nll, scores
 from safetensors.torch import save_file
+from score_cases import gradient_scorer
 from tiny import VOCAB, tiny_model
 from word_tokenizer import save_tokenizer
 
@@ -19,7 +20,6 @@ from gisp.errors import GispError
 from gisp.evaluate import perplexity
 from gisp.model.structures import map_model
 from gisp.run.loop import prune
-from gisp.score.gradient import Engine
 
 
 @pytest.fixture
@@ -157,17 +157,17 @@ def test_scores_of_a_mixture_are_those_of_the_weighted_loss(kind, batch_size):
     model, data = tiny_model(), ragged_mixture()
     oracle, groups = double_model()
     loss = loss_by_hand(oracle, data)
-    engine = Engine(map_model(model), data, kind=kind, batch_size=batch_size, batch_tokens=10**6, seed=0)
-    scored = engine.score(1, map_model(model).groups)
+    scorer = gradient_scorer(map_model(model), data, engine=kind, batch_size=batch_size, batch_tokens=10**6, seed=0)
+    scored = scorer.score(1, map_model(model).groups)
     assert scored.loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    assert engine.refused is None
+    assert scorer.refused is None
     for name, expected in scores(groups, gradients(loss, groups)).items():
         torch.testing.assert_close(scored.scores[name].double(), expected, rtol=2e-5, atol=1e-7)
 
 
 def test_a_stream_step_holds_every_task_and_its_expected_loss_is_the_mixtures():
     model, data = tiny_model(), ragged_mixture()
-    engine = Engine(map_model(model), data, kind="stream", batch_size=None, batch_tokens=30, seed=3)
+    scorer = gradient_scorer(map_model(model), data, engine="stream", batch_size=None, batch_tokens=30, seed=3)
     sampler = StratifiedSampler(data, 30, 3)
     losses, seen = [], []
     for step in range(1, 5):
@@ -175,7 +175,7 @@ def test_a_stream_step_holds_every_task_and_its_expected_loss_is_the_mixtures():
         assert {number // 4 for number in numbers} == {0, 1}
         assert numbers == StratifiedSampler(data, 30, 3).numbers(step)
         seen += numbers
-        losses.append(engine.score(step, map_model(model).groups).loss.item())
+        losses.append(scorer.score(step, map_model(model).groups).loss.item())
     # Every example has been in equally many batches, so the mean over the steps is the expectation.
     assert sorted(seen.count(i) for i in range(4)) == [seen.count(0)] * 4
     assert sorted(seen.count(i) for i in range(4, 8)) == [seen.count(4)] * 4

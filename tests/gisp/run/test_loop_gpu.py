@@ -16,7 +16,7 @@ from gisp.model.structures import map_model
 from gisp.run.loop import PruningLoop
 from gisp.run.metrics import PhaseClock, score_histogram
 from gisp.run.step_writer import StepWriter
-from gisp.score.gradient import StepScores
+from gisp.score.base import StepScores
 from gisp.select.schedule import structure_ratio
 from gisp.select.selector import Selector
 from gisp_kernels import Compactor
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 
 
 class RandomScores:
-    """Stands in for the engine: scores and loss are on the GPU and nobody has waited for them."""
+    """Stands in for the criterion: scores and loss are on the GPU and nobody has waited for them."""
 
     def score(self, step: int, groups: list[Any]) -> StepScores:
         generator = torch.Generator("cuda").manual_seed(step)
@@ -64,9 +64,9 @@ def test_choices_equal_those_on_a_cpu(align: int, kind: str, gqa: str) -> None:
             else:
                 selection = selector.below_threshold(ranking, structure_ratio(0.5, step, 6))
             counts = score_histogram(ranking, selector.first_channel)[1]
-            choice = selector.choice(selection.removed.cpu(), float(selection.threshold))
-            selector.apply(choice, selection)
-            choices.append((choice.structures.tolist(), choice.threshold, choice.parameters, counts.sum(1).tolist()))
+            removal = selector.removal(selection.removed.cpu(), float(selection.threshold))
+            selector.apply(removal, selection)
+            choices.append((removal.structures.tolist(), removal.threshold, removal.parameters, counts.sum(1).tolist()))
         assert choices[0] == choices[1]
     assert here.removed.any()
 
@@ -107,7 +107,7 @@ def count_waits(loop: PruningLoop) -> list[int]:
 def test_a_step_waits_for_the_gpu_once(family: str, options: dict[str, Any], engine: str) -> None:
     loop = make_loop(family, **options)
     if engine == "stand-in":
-        loop.engine = RandomScores()  # type: ignore[assignment]
+        loop.scorer = RandomScores()  # type: ignore[assignment]
     device = torch.device("cuda", torch.cuda.current_device())
     # Kernels are compiled and pinned memory is taken in the first steps.
     for step in (1, 2):

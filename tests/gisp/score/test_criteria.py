@@ -13,9 +13,9 @@ from tiny import tiny_model
 from gisp.config.options import make_config
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
-from gisp.score.gradient import StepScores
-from gisp.score.outliers import outlier_ratios
-from gisp.score.registry import make_scorer, step_batches
+from gisp.score.activation import outlier_ratios
+from gisp.score.base import StepScores, make_scorer
+from gisp.score.context import Context
 
 MODELS = pytest.mark.parametrize(
     ("family", "gqa"),
@@ -26,7 +26,7 @@ MODELS = pytest.mark.parametrize(
 def scored(model: Any, **options: Any) -> StepScores:
     config = make_config(**{"preset": "paper", **options})
     shrinkable = ShrinkableModel(map_model(model, config.gqa))
-    return make_scorer(config, shrinkable, ragged()).score(1, shrinkable.map.groups)
+    return make_scorer(Context(shrinkable, ragged(), config)).score(1, shrinkable.map.groups)
 
 
 def assert_scores(found: StepScores, expected: dict[str, torch.Tensor], atol: float = 1e-7) -> None:
@@ -96,19 +96,19 @@ def test_outliers_are_counted_over_all_linear_layers_of_a_layer() -> None:
             layer.self_attn.o_proj.weight[:, 3 - i] *= 20
     expected = Oracle(model, data.rows).outliers(5.0)
     config, shrinkable = make_config(preset="paper", batch_size=2), ShrinkableModel(map_model(model))
-    found = outlier_ratios(shrinkable.map, step_batches(config, shrinkable, data), [0, 1, 3])
+    found = outlier_ratios(Context(shrinkable, data, config), [0, 1, 3])
     assert len(set(expected)) == 4 and found == {i: expected[i] for i in (0, 1, 3)}
 
 
 def test_random_scores_belong_to_structures_not_to_positions() -> None:
     shrinkable = ShrinkableModel(map_model(tiny_model()))
-    scorer = make_scorer(make_config(preset="paper", criterion="random", seed=4), shrinkable, ragged())
+    scorer = make_scorer(Context(shrinkable, ragged(), make_config(preset="paper", criterion="random", seed=4)))
     before = scorer.score(1, shrinkable.map.groups).scores
     shrinkable.remove({"layers.1.heads": torch.tensor([0]), "layers.2.channels": torch.tensor([3, 1, 22])})
     after = scorer.score(2, shrinkable.map.groups).scores
     for name, values in after.items():
         assert torch.equal(values, before[name][shrinkable.order(name)])
-    other = make_scorer(make_config(preset="paper", criterion="random", seed=5), shrinkable, ragged())
+    other = make_scorer(Context(shrinkable, ragged(), make_config(preset="paper", criterion="random", seed=5)))
     name = "layers.0.channels"
     assert not torch.equal(other.score(2, shrinkable.map.groups).scores[name], after[name])
     everything = torch.cat([*before.values()])

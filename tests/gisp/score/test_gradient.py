@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from score_cases import autograd_scores, ragged
+from score_cases import autograd_scores, gradient_scorer, ragged
 from tiny import tiny_model, tiny_tokens
 
 from gisp.data import Sequences
 from gisp.data.batches import Sampler
 from gisp.model.structures import map_model
-from gisp.score.gradient import Engine
 from gisp.score.objectives import sequence_nll
 
 
-def make_engine(model, data, kind="exact", batch_size=None, batch_tokens=8192):
-    return Engine(map_model(model), data, kind=kind, batch_size=batch_size, batch_tokens=batch_tokens, seed=0)
+def make_scorer(model, data, engine="exact", batch_size=None, batch_tokens=8192):
+    return gradient_scorer(
+        map_model(model), data, engine=engine, batch_size=batch_size, batch_tokens=batch_tokens, seed=0
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, None])
@@ -23,7 +24,7 @@ def make_engine(model, data, kind="exact", batch_size=None, batch_tokens=8192):
 def test_exact_scores_equal_autograd_for_any_batch_size(family, batch_size):
     model, data = tiny_model(family), ragged()
     groups = map_model(model).groups
-    scored = make_engine(model, data, batch_size=batch_size).score(1, groups)
+    scored = make_scorer(model, data, batch_size=batch_size).score(1, groups)
     expected = autograd_scores(model, data, [1] * len(data))
     assert scored.scores.keys() == expected.keys()
     for name, values in expected.items():
@@ -33,8 +34,8 @@ def test_exact_scores_equal_autograd_for_any_batch_size(family, batch_size):
 def test_stream_scores_of_one_batch_equal_exact_ones():
     model, data = tiny_model(), ragged()
     groups = map_model(model).groups
-    stream = make_engine(model, data, "stream").score(1, groups)
-    exact = make_engine(model, data, "exact").score(1, groups)
+    stream = make_scorer(model, data, "stream").score(1, groups)
+    exact = make_scorer(model, data, "exact").score(1, groups)
     assert stream.loss.item() == pytest.approx(exact.loss.item(), rel=1e-5)
     assert stream.finite and exact.finite
     for name, values in exact.scores.items():
@@ -45,7 +46,7 @@ def test_margin_in_one_signed_pass_equals_two_passes():
     model, plain = tiny_model(), ragged()
     signs = [1, -1, -1, 1, -1]
     data = Sequences(plain.rows, tuple(signs), ((0, 1, 2), (3, 4)))
-    scored = make_engine(model, data, batch_size=2).score(1, map_model(model).groups)
+    scored = make_scorer(model, data, batch_size=2).score(1, map_model(model).groups)
     grads: dict[int, list[torch.Tensor]] = {}
     for sign in (1, -1):
         model.zero_grad()
@@ -69,7 +70,7 @@ def test_scoring_leaves_the_model_as_it_was():
     model.train()
     model.model.embed_tokens.weight.requires_grad_(False)
     flags = [p.requires_grad for p in model.parameters()]
-    make_engine(model, ragged()).score(1, map_model(model).groups)
+    make_scorer(model, ragged()).score(1, map_model(model).groups)
     assert model.training
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
@@ -80,7 +81,7 @@ def test_a_broken_weight_shows_in_loss_and_scores():
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
-    scored = make_engine(model, ragged()).score(7, map_model(model).groups)
+    scored = make_scorer(model, ragged()).score(7, map_model(model).groups)
     assert scored.loss.isnan() and not scored.finite
 
 
@@ -97,5 +98,5 @@ def test_stream_batch_has_about_the_asked_tokens():
     model = tiny_model()
     tokens = tiny_tokens(32, 16)
     data = Sequences.plain([(row, row) for row in tokens])
-    scored = make_engine(model, data, "stream", batch_tokens=100).score(1, map_model(model).groups)
+    scored = make_scorer(model, data, "stream", batch_tokens=100).score(1, map_model(model).groups)
     assert scored.tokens == 96

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from objective_oracle import double_model, gradients, mean_nll, scores
+from score_cases import gradient_scorer
 from tiny import VOCAB, tiny_model, tiny_tokens
 from torch.nn import functional
 
@@ -16,7 +17,6 @@ from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.model.structures import map_model
 from gisp.run.loop import prune
-from gisp.score.gradient import Engine
 from gisp.score.objectives import objective_name, own_losses, sequence_nll
 
 OPTIONS = {"steps": 3, "sparsity": 0.3, "align": 1, "device": "cpu", "dtype": "float32"}
@@ -44,9 +44,9 @@ def test_margin_in_one_signed_pass_is_gold_minus_wrong_passes(family, kind, batc
         losses = [mean_nll(oracle, *row) for row, s in zip(data.rows, data.signs, strict=True) if s == sign]
         grads[sign] = gradients(torch.stack(losses).mean(), groups)
     expected = scores(groups, [gold - wrong for gold, wrong in zip(grads[1], grads[-1], strict=True)])
-    engine = Engine(map_model(model), data, kind=kind, batch_size=batch_size, batch_tokens=10**6, seed=0)
-    found = engine.score(1, map_model(model).groups).scores
-    assert engine.refused is None
+    scorer = gradient_scorer(map_model(model), data, engine=kind, batch_size=batch_size, batch_tokens=10**6, seed=0)
+    found = scorer.score(1, map_model(model).groups).scores
+    assert scorer.refused is None
     for name, values in expected.items():
         torch.testing.assert_close(found[name].double(), values, rtol=2e-5, atol=1e-7)
 
@@ -55,10 +55,10 @@ def test_margin_in_one_signed_pass_is_gold_minus_wrong_passes(family, kind, batc
 @pytest.mark.parametrize("kind", ["stream", "exact"])
 def test_ragged_rows_score_the_same_in_any_batch(kind, batch_size):
     model, data = tiny_model(), ragged()
-    alone = Engine(map_model(model), data, kind="exact", batch_size=1, batch_tokens=10**6, seed=0)
+    alone = gradient_scorer(map_model(model), data, engine="exact", batch_size=1, batch_tokens=10**6, seed=0)
     expected = alone.score(1, map_model(model).groups)
-    engine = Engine(map_model(model), data, kind=kind, batch_size=batch_size, batch_tokens=10**6, seed=0)
-    found = engine.score(1, map_model(model).groups)
+    scorer = gradient_scorer(map_model(model), data, engine=kind, batch_size=batch_size, batch_tokens=10**6, seed=0)
+    found = scorer.score(1, map_model(model).groups)
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     for name, values in expected.scores.items():
         torch.testing.assert_close(found.scores[name], values, rtol=2e-5, atol=1e-7)
@@ -89,12 +89,12 @@ class HalfLoss:
 @pytest.mark.parametrize("kind", ["stream", "exact"])
 def test_a_loss_of_ones_own_is_weighted_like_the_built_in_one(kind):
     model, data = tiny_model(), ragged((1, -1, -1, 1, -1, -1))
-    places = {"kind": kind, "batch_size": 2 if kind == "exact" else None, "batch_tokens": 10**6, "seed": 0}
-    expected = Engine(map_model(model), data, **places).score(1, map_model(model).groups)
-    engine = Engine(map_model(model), data, loss=nll_of_my_own, **places)
-    found = engine.score(1, map_model(model).groups)
-    assert "nll_of_my_own is a loss of its own" in str(engine.refused)
-    halved = Engine(map_model(model), data, loss=HalfLoss(), **places).score(1, map_model(model).groups)
+    places = {"engine": kind, "batch_size": 2 if kind == "exact" else None, "batch_tokens": 10**6, "seed": 0}
+    expected = gradient_scorer(map_model(model), data, **places).score(1, map_model(model).groups)
+    scorer = gradient_scorer(map_model(model), data, loss=nll_of_my_own, **places)
+    found = scorer.score(1, map_model(model).groups)
+    assert "nll_of_my_own is a loss of its own" in str(scorer.refused)
+    halved = gradient_scorer(map_model(model), data, loss=HalfLoss(), **places).score(1, map_model(model).groups)
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     assert halved.loss.item() == pytest.approx(expected.loss.item() / 2, rel=1e-5)
     for name, values in expected.scores.items():

@@ -11,6 +11,7 @@ import torch
 from gate_oracle import unit_scores
 from objective_oracle import double_model, gradients, mean_nll, scores
 from question_cases import EXAMPLES, answers, letters, mixed
+from score_cases import gradient_scorer
 from tiny import VOCAB, tiny_model
 from word_tokenizer import save_tokenizer
 
@@ -21,8 +22,7 @@ from gisp.data.batches import StepBatches
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.model.structures import map_model
-from gisp.score import gradient as engine_module
-from gisp.score.gradient import Engine
+from gisp.score import gradient as gradient_module
 from gisp.score.questions import Questions
 from gisp_kernels.record.gates import gate_projection
 
@@ -59,9 +59,9 @@ def test_scores_are_those_of_the_likelihood(make: Any, batch_size: int | None, k
     model, data = tiny_model(), make()
     oracle, groups = double_model()
     loss = sum(weight * part(oracle) for part, weight, _ in weighted_parts(data))
-    engine = Engine(map_model(model), data, kind=kind, batch_size=batch_size, batch_tokens=10**6, seed=0)
-    found = engine.score(1, map_model(model).groups)
-    assert engine.refused is None
+    scorer = gradient_scorer(map_model(model), data, engine=kind, batch_size=batch_size, batch_tokens=10**6, seed=0)
+    found = scorer.score(1, map_model(model).groups)
+    assert scorer.refused is None
     assert found.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     for name, expected in scores(groups, gradients(loss, groups)).items():
         torch.testing.assert_close(found.scores[name].double(), expected, rtol=2e-5, atol=1e-7)
@@ -76,12 +76,12 @@ def test_a_question_is_squared_as_one(make: Any, batch_size: int | None, by_auto
     model_map = map_model(model)
     groups = [(g.name, p.linear, p.block) for g in model_map.groups if (p := gate_projection(g))]
     expected = unit_scores(model, weighted_parts(data), groups)
-    engine = Engine(
-        model_map, data, kind="exact", batch_size=batch_size, batch_tokens=8192, seed=0, score="second-order"
+    scorer = gradient_scorer(
+        model_map, data, engine="exact", batch_size=batch_size, batch_tokens=8192, seed=0, criterion="second-order"
     )
     if by_autograd:
-        engine._pass_refused = "asked to"
-    found = engine.score(1, model_map.groups).scores
+        scorer.refused = "asked to"
+    found = scorer.score(1, model_map.groups).scores
     for name, values in expected.items():
         torch.testing.assert_close(found[name].double(), values, rtol=1e-4, atol=2e-6 * float(values.abs().max()))
 
@@ -93,31 +93,34 @@ def test_answers_of_one_token_share_a_pass() -> None:
     apart = Sequences(data.rows, data.signs, data.examples)
     assert apart.leaders(0) == (0, 1, 2, 3) and apart.tokens_of(0) == 28
     model_map = map_model(tiny_model())
-    options: dict[str, Any] = {"kind": "stream", "batch_size": None, "batch_tokens": 10**6, "seed": 0}
-    shared, by_autograd = (Engine(model_map, data, score="second-order", shrunk=True, **options) for _ in range(2))
-    by_autograd._pass_refused = "asked to"
-    one, other = (engine.score(1, model_map.groups) for engine in (shared, by_autograd))
+    options: dict[str, Any] = {"engine": "stream", "batch_size": None, "batch_tokens": 10**6, "seed": 0}
+    shared, by_autograd = (
+        gradient_scorer(model_map, data, criterion="second-order", first_order="shrunk", **options) for _ in range(2)
+    )
+    by_autograd.refused = "asked to"
+    one, other = (scorer.score(1, model_map.groups) for scorer in (shared, by_autograd))
     # Six sequences of sixteen, as long as the longest.
     assert one.tokens == other.tokens == 6 * 10
     assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-6)
     for name, values in other.scores.items():
         torch.testing.assert_close(one.scores[name], values, rtol=1e-4, atol=1e-5 * float(values.abs().max()))
-    few = Engine(model_map, data, **{**options, "batch_tokens": 20})
-    assert len(few._steps.questions(1)) == 2
+    few = gradient_scorer(model_map, data, **{**options, "batch_tokens": 20})
+    assert len(few._context.steps.questions(1)) == 2
 
 
 def test_noise_is_that_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
-    units, weights = [], engine_module.first_order_weights
+    units, weights = [], gradient_module.first_order_weights
     monkeypatch.setattr(
-        engine_module,
+        gradient_module,
         "first_order_weights",
         lambda sums, count, batches: units.append(count) or weights(sums, count, batches),
     )
     model_map = map_model(tiny_model())
-    options: dict[str, Any] = {"kind": "stream", "batch_size": None, "batch_tokens": 10**6, "seed": 0}
-    options["score"] = "second-order"
+    options: dict[str, Any] = {"engine": "stream", "batch_size": None, "batch_tokens": 10**6, "seed": 0}
+    options["criterion"] = "second-order"
     plain, shrunk = (
-        Engine(model_map, answers(), shrunk=s, **options).score(1, model_map.groups) for s in (False, True)
+        gradient_scorer(model_map, answers(), first_order=s, **options).score(1, model_map.groups)
+        for s in ("plain", "shrunk")
     )
     assert any(not torch.equal(plain.scores[name], shrunk.scores[name]) for name in plain.scores)
     assert units == [len(EXAMPLES)]
@@ -127,7 +130,10 @@ def test_noise_is_that_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
             (Task("margin", "margin", 0.5, 4), Sequences(answers().rows, answers().signs, EXAMPLES)),
         ]
     )
-    plain, shrunk = (Engine(model_map, opposed, shrunk=s, **options).score(1, model_map.groups) for s in (False, True))
+    plain, shrunk = (
+        gradient_scorer(model_map, opposed, first_order=s, **options).score(1, model_map.groups)
+        for s in ("plain", "shrunk")
+    )
     assert all(torch.equal(plain.scores[name], shrunk.scores[name]) for name in plain.scores)
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from gate_oracle import gate_scores
-from score_cases import REMOVALS, live, pruned, ragged
+from score_cases import REMOVALS, gradient_scorer, live, pruned, ragged
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
 import gisp
@@ -17,8 +17,7 @@ from gisp.errors import GispError
 from gisp.model.structures import ModelMap, map_model
 from gisp.score import gradient as module
 from gisp.score.first_order import averaged_batches, first_order_weights, shrinkage
-from gisp.score.fused import ImportancePass
-from gisp.score.gradient import Engine
+from gisp.score.fused import ImportancePass, MicroBatch
 from gisp.score.objectives import sequence_curvature
 from gisp_kernels import gate_sums, loss_change
 from gisp_kernels.record.gates import gate_projection
@@ -38,27 +37,34 @@ def assert_scores(found: dict[str, torch.Tensor], expected: dict[str, torch.Tens
 
 @pytest.mark.parametrize("removal", REMOVALS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_written_out_pass_is_the_formula(family, removal):
+def test_the_fused_pass_is_the_formula(family, removal):
     model, model_map = pruned(family, removal)
     data, weights = ragged(), row_weights([1, -1, 1, 1, -1])
     expected = oracle(model, model_map, data.rows, weights)
     ids, labels = data.batch(list(range(len(data))))
     run = ImportancePass(model_map)
-    sums, loss = run.gate_sums(ids, labels, weights, live(model_map))
+    sums, loss = run.gate_sums(MicroBatch(ids, labels, weights), live(model_map))
     scores = {name: loss_change(values) for name, values in sums.items()}
     assert_scores(scores, expected)
-    assert torch.equal(loss, run.score(ids, labels, weights, live(model_map))[1])
+    assert torch.equal(loss, run.score(MicroBatch(ids, labels, weights), live(model_map))[1])
     # One layer alone: what lies below it gets no gradient.
     name, count = live(model_map)[-1]
-    some, _ = run.gate_sums(ids, labels, weights, [(name, count)])
+    some, _ = run.gate_sums(MicroBatch(ids, labels, weights), [(name, count)])
     torch.testing.assert_close(some[name], sums[name], rtol=1e-12, atol=0)
-    nothing, same_loss = run.gate_sums(ids, labels, weights, [])
+    nothing, same_loss = run.gate_sums(MicroBatch(ids, labels, weights), [])
     assert nothing == {} and torch.equal(same_loss, loss)
 
 
-def engine(model_map, data, kind, batch_size, loss=None):
-    return Engine(
-        model_map, data, kind=kind, batch_size=batch_size, batch_tokens=8192, seed=0, loss=loss, score="second-order"
+def scorer_of(model_map, data, kind, batch_size, loss=None):
+    return gradient_scorer(
+        model_map,
+        data,
+        engine=kind,
+        batch_size=batch_size,
+        batch_tokens=8192,
+        seed=0,
+        loss=loss,
+        criterion="second-order",
     )
 
 
@@ -69,11 +75,11 @@ def test_any_batching_and_both_passes_give_the_formula(family, gqa, batch_size, 
     model, data = tiny_model(family), ragged()
     model_map = map_model(model, gqa)
     expected = oracle(model, model_map, data.rows, [1 / len(data)] * len(data))
-    written_out = engine(model_map, data, kind, batch_size)
-    assert_scores(written_out.score(1, model_map.groups).scores, expected)
-    assert written_out.refused is None
-    by_autograd = engine(model_map, data, kind, batch_size)
-    by_autograd._pass_refused = "asked to"
+    fused = scorer_of(model_map, data, kind, batch_size)
+    assert_scores(fused.score(1, model_map.groups).scores, expected)
+    assert fused.refused is None
+    by_autograd = scorer_of(model_map, data, kind, batch_size)
+    by_autograd.refused = "asked to"
     assert_scores(by_autograd.score(1, model_map.groups).scores, expected)
 
 
@@ -82,7 +88,7 @@ def test_margin_counts_the_curvature_of_both_sides():
     data = Sequences(plain.rows, (1, -1, -1, 1, -1), ((0, 1, 2), (3, 4)))
     model_map = map_model(model)
     expected = oracle(model, model_map, plain.rows, row_weights([1, -1, -1, 1, -1]))
-    assert_scores(engine(model_map, data, "exact", 2).score(1, model_map.groups).scores, expected)
+    assert_scores(scorer_of(model_map, data, "exact", 2).score(1, model_map.groups).scores, expected)
 
 
 def test_an_own_loss_is_scored_by_autograd():
@@ -95,7 +101,7 @@ def test_an_own_loss_is_scored_by_autograd():
         return sequence_nll(model, input_ids, labels)
 
     expected = oracle(model, model_map, data.rows, [1 / len(data)] * len(data))
-    assert_scores(engine(model_map, data, "stream", None, loss).score(1, model_map.groups).scores, expected)
+    assert_scores(scorer_of(model_map, data, "stream", None, loss).score(1, model_map.groups).scores, expected)
 
 
 def test_a_sequence_of_no_weight_has_no_curvature():
@@ -166,11 +172,13 @@ def test_shrunk_scores_lie_between_curvature_and_the_whole():
     # One token follows everything: all sequences agree on most gates.
     data = Sequences.plain([(ids, torch.full_like(ids, 7)) for ids, _ in ragged().rows])
     model_map = map_model(model)
-    options = {"kind": "exact", "batch_size": 2, "batch_tokens": 8192, "seed": 0, "score": "second-order"}
-    plain = Engine(model_map, data, **options).score(1, model_map.groups).scores
-    shrunk = Engine(model_map, data, shrunk=True, **options).score(1, model_map.groups).scores
+    options = {"engine": "exact", "batch_size": 2, "batch_tokens": 8192, "seed": 0, "criterion": "second-order"}
+    plain = gradient_scorer(model_map, data, **options).score(1, model_map.groups).scores
+    shrunk = gradient_scorer(model_map, data, first_order="shrunk", **options).score(1, model_map.groups).scores
     weights = [1 / len(data)] * len(data)
-    sums = ImportancePass(model_map).gate_sums(*data.batch(list(range(len(data)))), weights, live(model_map))[0]
+    sums = ImportancePass(model_map).gate_sums(
+        MicroBatch(*data.batch(list(range(len(data)))), weights), live(model_map)
+    )[0]
     factors = first_order_weights(sums, len(data), 1.0)
     assert 0 < float(factors["layers.0.channels"]) < 1
     for name, values in sums.items():
@@ -178,7 +186,10 @@ def test_shrunk_scores_lie_between_curvature_and_the_whole():
         torch.testing.assert_close(shrunk[name].double(), expected, rtol=1e-4, atol=1e-5)
         assert not torch.equal(shrunk[name], plain[name])
     signed = Sequences(data.rows, (1, -1, -1, 1, -1), ((0, 1, 2), (3, 4)))
-    margin = [Engine(model_map, signed, shrunk=s, **options).score(1, model_map.groups).scores for s in (True, False)]
+    margin = [
+        gradient_scorer(model_map, signed, first_order=s, **options).score(1, model_map.groups).scores
+        for s in ("shrunk", "plain")
+    ]
     assert all(torch.equal(margin[0][name], margin[1][name]) for name in margin[0])
 
 

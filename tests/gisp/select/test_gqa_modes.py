@@ -9,6 +9,7 @@ import gqa_oracle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from score_cases import gradient_scorer
 from tiny import tiny_model, tiny_tokens
 
 import gisp
@@ -19,7 +20,6 @@ from gisp.errors import GispError
 from gisp.export.run import export_run
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
-from gisp.score.gradient import Engine
 from gisp.target import evaluate_target
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
@@ -63,8 +63,8 @@ def test_a_key_value_head_scores_the_sum_over_all_its_projections(kind: str) -> 
     ]
     model_map = map_model(model, "group")
     data = Sequences.plain([(row, row) for row in ids])
-    engine = Engine(model_map, data, kind=kind, batch_size=None, batch_tokens=8192, seed=0)
-    scores = engine.score(1, [item.heads for item in model_map.layers]).scores
+    scorer = gradient_scorer(model_map, data, engine=kind, batch_size=None, batch_tokens=8192, seed=0)
+    scores = scorer.score(1, [item.heads for item in model_map.layers]).scores
     for layer, values in enumerate(expected):
         assert scores[f"layers.{layer}.heads"].tolist() == pytest.approx(values, rel=1e-4)
 

@@ -12,7 +12,7 @@ from tiny import tiny_model
 from gisp.model.structures import map_model, protected_layers
 from gisp.run.metrics import score_histogram
 from gisp.select.schedule import parameter_target, structure_ratio, threshold_rank
-from gisp.select.selector import Choice, Ranking, Selection, Selector
+from gisp.select.selector import Ranking, Selection, Selector, StepRemoval
 
 
 def make_selector(**options):
@@ -22,21 +22,21 @@ def make_selector(**options):
 
 def random_scores(selector: Selector, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {b.name: torch.rand(b.stop - b.start, generator=generator) for b in selector.blocks if not b.protected}
+    return {b.name: torch.rand(b.stop - b.start, generator=generator) for b in selector.groups if not b.protected}
 
 
 def rank(selector: Selector, scores: dict[str, torch.Tensor]) -> Ranking:
-    absent = {b.name: torch.zeros(b.stop - b.start) for b in selector.blocks}
+    absent = {b.name: torch.zeros(b.stop - b.start) for b in selector.groups}
     return selector.rank(torch.cat([*(absent | scores).values()]))
 
 
-def chosen(selector: Selector, selection: Selection) -> Choice:
-    return selector.choice(selection.removed, float(selection.threshold))
+def chosen(selector: Selector, selection: Selection) -> StepRemoval:
+    return selector.removal(selection.removed, float(selection.threshold))
 
 
 def literal_budget(selector: Selector, normalised: np.ndarray, target: float) -> set[int]:
     """Walk the ranking and stop at the first structure that does not fit."""
-    cost = {n: b.cost for b in selector.blocks for n in range(b.start, b.stop)}
+    cost = {n: b.cost for b in selector.groups for n in range(b.start, b.stop)}
     spent, found = selector.removed_parameters, set()
     for number in sorted(range(selector.size), key=lambda s: (normalised[s], s)):
         if normalised[number] == np.inf or spent + cost[number] > target:
@@ -46,10 +46,10 @@ def literal_budget(selector: Selector, normalised: np.ndarray, target: float) ->
     return found
 
 
-def numbers(selector: Selector, choice: Choice) -> set[int]:
-    starts = {b.name: b.start for b in selector.blocks}
-    found = {starts[name] + int(i) for name, index in choice.removed.items() for i in index}
-    assert sorted(found) == choice.structures.tolist()
+def numbers(selector: Selector, removal: StepRemoval) -> set[int]:
+    starts = {b.name: b.start for b in selector.groups}
+    found = {starts[name] + int(i) for name, index in removal.removed.items() for i in index}
+    assert sorted(found) == removal.structures.tolist()
     return found
 
 
@@ -62,10 +62,10 @@ def test_budget_rule_equals_the_literal_walk_over_several_steps(seed):
         before = selector.removed_parameters
         expected = literal_budget(selector, ranking.values.numpy(), target)
         selection = selector.within_target(ranking, target)
-        choice = chosen(selector, selection)
-        assert numbers(selector, choice) == expected
-        selector.apply(choice, selection)
-        assert choice.parameters == selector.removed_parameters - before
+        removal = chosen(selector, selection)
+        assert numbers(selector, removal) == expected
+        selector.apply(removal, selection)
+        assert removal.parameters == selector.removed_parameters - before
         assert selector.removed_parameters <= target
 
 
@@ -81,10 +81,10 @@ def test_threshold_rule_equals_the_literal_k_th_value(seed):
         k = selector.size - int(selector.size * (1 - ratio)) + 1
         expected = {s for s in range(selector.size) if s not in gone and normalised[s] <= ranked[k - 1]}
         selection = selector.below_threshold(ranking, ratio)
-        choice = chosen(selector, selection)
-        assert numbers(selector, choice) == expected
+        removal = chosen(selector, selection)
+        assert numbers(selector, removal) == expected
         gone |= expected
-        selector.apply(choice, selection)
+        selector.apply(removal, selection)
     assert len(gone) >= 0.6 * selector.size
 
 
@@ -97,9 +97,9 @@ def test_first_official_step_removes_exactly_one_structure():
 def test_ties_go_to_heads_first_then_the_lowest_index():
     selector = make_selector(norm="none")
     scores = {name: torch.ones_like(values) for name, values in random_scores(selector, 0).items()}
-    cost = selector.blocks[0].cost
-    choice = chosen(selector, selector.within_target(rank(selector, scores), 5 * cost))
-    assert {k: v.tolist() for k, v in choice.removed.items()} == {
+    cost = selector.groups[0].cost
+    removal = chosen(selector, selector.within_target(rank(selector, scores), 5 * cost))
+    assert {k: v.tolist() for k, v in removal.removed.items()} == {
         "layers.0.heads": [0, 1, 2, 3],
         "layers.1.heads": [0],
     }
@@ -115,7 +115,7 @@ def test_aligned_widths_are_multiples_and_use_the_budget(align):
         selector.apply(chosen(selector, selection), selection)
         total = selector.removed_parameters
         assert total <= target
-        for block in selector.blocks:
+        for block in selector.groups:
             live = int((~selector.removed[block.start : block.stop]).sum())
             if block.name.endswith("channels"):
                 assert live == 24 or live % align == 0
@@ -124,16 +124,16 @@ def test_aligned_widths_are_multiples_and_use_the_budget(align):
                 assert live >= 1
     # What is left of the budget is less than one aligned removal in every block.
     target = min(target, selector.removable_parameters)
-    assert total > target - selector.blocks[-1].cost * align - selector.blocks[0].cost
+    assert total > target - selector.groups[-1].cost * align - selector.groups[0].cost
 
 
 def test_deferred_channels_are_the_best_of_their_layer():
     selector = make_selector(align=8, norm="none")
     scores = {name: torch.full_like(v, 100.0) for name, v in random_scores(selector, 0).items()}
     scores["layers.1.channels"] = torch.arange(24.0)
-    target = 11 * selector.blocks[-1].cost
-    choice = chosen(selector, selector.within_target(rank(selector, scores), target))
-    assert {k: v.tolist() for k, v in choice.removed.items()} == {"layers.1.channels": list(range(8))}
+    target = 11 * selector.groups[-1].cost
+    removal = chosen(selector, selector.within_target(rank(selector, scores), target))
+    assert {k: v.tolist() for k, v in removal.removed.items()} == {"layers.1.channels": list(range(8))}
 
 
 def test_normalisers_divide_by_what_their_names_say():
@@ -158,9 +158,9 @@ def test_normalisers_divide_by_what_their_names_say():
 
 def test_removable_parameters_respect_protection_and_minima():
     free = make_selector(protected=frozenset())
-    assert free.removable_parameters == 4 * (4 * free.blocks[0].cost + 24 * free.blocks[-1].cost)
+    assert free.removable_parameters == 4 * (4 * free.groups[0].cost + 24 * free.groups[-1].cost)
     tight = make_selector(protected=frozenset({0, 3}), align=16, keep_minimum=True)
-    assert tight.removable_parameters == 2 * (3 * tight.blocks[0].cost + 8 * tight.blocks[-1].cost)
+    assert tight.removable_parameters == 2 * (3 * tight.groups[0].cost + 8 * tight.groups[-1].cost)
 
 
 def test_threshold_rank_and_ratio_schedule():
@@ -176,7 +176,7 @@ def test_protected_layers_round_down_at_the_start():
 
 def oracle_of(selector: Selector) -> OracleSelector:
     return OracleSelector(
-        [OracleBlock(b.stop - b.start, b.cost, b.divisor, b.minimum, b.multiple, b.protected) for b in selector.blocks]
+        [OracleBlock(b.stop - b.start, b.cost, b.divisor, b.minimum, b.multiple, b.protected) for b in selector.groups]
     )
 
 
@@ -213,17 +213,17 @@ def test_choices_equal_the_numpy_selector(align, keep_minimum, kind, rule):
             normalised = oracle.normalise(scores.numpy())
             assert np.array_equal(ranking.values.numpy(), normalised)
             if rule == "target":
-                target = 0.14 * step * sum((b.stop - b.start) * b.cost for b in selector.blocks)
+                target = 0.14 * step * sum((b.stop - b.start) * b.cost for b in selector.groups)
                 expected = oracle.within_target(normalised, target)
                 selection = selector.within_target(ranking, target)
             else:
                 ratio = structure_ratio(0.9, step, 8)
                 expected = oracle.below_threshold(normalised, ratio)
                 selection = selector.below_threshold(ranking, ratio)
-            choice = chosen(selector, selection)
-            assert choice.structures.tolist() == expected.tolist()
-            assert choice.threshold == (normalised[expected].max() if len(expected) else None)
-            selector.apply(choice, selection)
+            removal = chosen(selector, selection)
+            assert removal.structures.tolist() == expected.tolist()
+            assert removal.threshold == (normalised[expected].max() if len(expected) else None)
+            selector.apply(removal, selection)
             oracle.removed[expected] = True
             assert np.array_equal(selector.removed, oracle.removed)
             assert selector.removed_parameters == oracle.removed_parameters
@@ -254,9 +254,9 @@ def test_a_choice_given_again_leaves_the_selector_as_it_was():
     for step in range(1, 4):
         target = 0.1 * step * map_model(tiny_model()).decoder_parameters
         selection = done.within_target(rank(done, random_scores(done, step)), target)
-        choice = chosen(done, selection)
-        done.apply(choice, selection)
-        again.apply(*again.given(choice.removed))
+        removal = chosen(done, selection)
+        done.apply(removal, selection)
+        again.apply(*again.given(removal.removed))
     assert np.array_equal(done.removed, again.removed)
     scores, target = random_scores(done, 9), 0.4 * map_model(tiny_model()).decoder_parameters
     one, other = (chosen(s, s.within_target(rank(s, scores), target)) for s in (done, again))

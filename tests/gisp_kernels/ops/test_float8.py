@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from score_cases import live
+from score_cases import gradient_scorer, live
 from tiny import tiny_model, tiny_tokens
 from torch import nn
 
@@ -12,8 +12,8 @@ from gisp.config.options import make_config
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.structures import map_model
-from gisp.score.fused import Float8Products, ImportancePass
-from gisp.score.gradient import Engine
+from gisp.score.fused import Float8Products, ImportancePass, MicroBatch
+from gisp.score.gradient import GradientScorer
 from gisp.score.objectives import sequence_nll
 from gisp_kernels.ops import float8
 
@@ -132,8 +132,8 @@ def test_a_pass_is_what_autograd_makes_of_rounded_products(monkeypatch):
     model_map = map_model(model)
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
-    plain = ImportancePass(model_map).score(ids, ids, weights, live(model_map))[0]
-    scores, loss = ImportancePass(model_map, Float8Products()).score(ids, ids, weights, live(model_map))
+    plain = ImportancePass(model_map).score(MicroBatch(ids, ids, weights), live(model_map))[0]
+    scores, loss = ImportancePass(model_map, Float8Products()).score(MicroBatch(ids, ids, weights), live(model_map))
     head = model.get_output_embeddings()
     apart = nn.Linear.forward
 
@@ -160,8 +160,10 @@ def test_of_layers_with_shared_heads_or_biases_scores_stay_near(monkeypatch):
         model_map = map_model(tiny_model(family, **SHAPE))
         ids = tiny_tokens()
         weights = [1 / len(ids)] * len(ids)
-        plain, loss = ImportancePass(model_map).score(ids, ids, weights, live(model_map))
-        scores, rounded_loss = ImportancePass(model_map, Float8Products()).score(ids, ids, weights, live(model_map))
+        plain, loss = ImportancePass(model_map).score(MicroBatch(ids, ids, weights), live(model_map))
+        scores, rounded_loss = ImportancePass(model_map, Float8Products()).score(
+            MicroBatch(ids, ids, weights), live(model_map)
+        )
         torch.testing.assert_close(rounded_loss, loss, rtol=0.02, atol=0)
         assert not torch.equal(rounded_loss, loss)
         for name, values in plain.items():
@@ -172,23 +174,23 @@ def test_widths_that_do_not_fit_run_as_before():
     model_map = map_model(tiny_model("llama-gqa", **{**SHAPE, "hidden_size": 40}))
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
-    plain = ImportancePass(model_map).score(ids, ids, weights, live(model_map))
-    found = ImportancePass(model_map, Float8Products()).score(ids, ids, weights, live(model_map))
+    plain = ImportancePass(model_map).score(MicroBatch(ids, ids, weights), live(model_map))
+    found = ImportancePass(model_map, Float8Products()).score(MicroBatch(ids, ids, weights), live(model_map))
     assert torch.equal(plain[1], found[1])
     for name, values in plain[0].items():
         assert torch.equal(values, found[0][name])
 
 
-def engine(model, **options) -> Engine:
+def scorer_of(model, **options) -> GradientScorer:
     data = Sequences.plain([(row, row) for row in tiny_tokens()])
-    given = {"kind": "stream", "batch_size": None, "batch_tokens": 64, "seed": 0, "fp8": True, **options}
-    return Engine(map_model(model), data, **given)
+    given = {"engine": "stream", "batch_size": None, "batch_tokens": 64, "seed": 0, "fp8": True, **options}
+    return gradient_scorer(map_model(model), data, **given)
 
 
-def test_the_engine_takes_8_bit_products_only_when_asked():
+def test_the_scorer_takes_8_bit_products_only_when_asked():
     model = tiny_model("llama-gqa", **SHAPE)
     groups = map_model(model).groups
-    losses = [float(engine(model, fp8=fp8).score(1, groups).loss) for fp8 in (False, True)]
+    losses = [float(scorer_of(model, fp8=fp8).score(1, groups).loss) for fp8 in (False, True)]
     assert losses[0] != losses[1]
     assert abs(losses[0] - losses[1]) < 0.02 * losses[0]
 
@@ -198,7 +200,7 @@ def test_second_order_scores_of_8_bits_are_near_those_of_16(kind):
     model = tiny_model("llama-gqa", **SHAPE)
     groups = map_model(model).groups
     plain, rounded = (
-        engine(model, fp8=fp8, kind=kind, batch_size=2, score="second-order").score(1, groups).scores
+        scorer_of(model, fp8=fp8, engine=kind, batch_size=2, criterion="second-order").score(1, groups).scores
         for fp8 in (False, True)
     )
     for name, values in plain.items():
@@ -213,9 +215,9 @@ def test_second_order_scores_of_8_bits_are_near_those_of_16(kind):
 
 def test_what_cannot_run_in_8_bits_is_refused():
     model = tiny_model("llama-gqa", **SHAPE)
-    with pytest.raises(GispError, match="--fp8 needs the written-out pass over one batch: --batch-size 2"):
-        engine(model, batch_size=2).score(1, map_model(model).groups)
+    with pytest.raises(GispError, match="--fp8 needs the fused pass over one batch: --batch-size 2"):
+        scorer_of(model, batch_size=2).score(1, map_model(model).groups)
     hooked = tiny_model("llama-gqa", **SHAPE)
     hooked.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output)
-    with pytest.raises(GispError, match="--fp8 needs the written-out pass over one batch: a module has hooks"):
-        engine(hooked).score(1, map_model(hooked).groups)
+    with pytest.raises(GispError, match="--fp8 needs the fused pass over one batch: a module has hooks"):
+        scorer_of(hooked).score(1, map_model(hooked).groups)

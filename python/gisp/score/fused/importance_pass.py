@@ -1,4 +1,4 @@
-"""Scores of one batch by a forward and a backward pass written out layer by layer.
+"""The fused pass: scores of one batch by a forward and a backward pass of our own, layer by layer.
 
 What this saves against autograd over the model: no weight gradient is formed that is not scored, none is kept; layers
 below the first scored one keep nothing and get no gradient; elementwise parts are fused and gradients overwrite what
@@ -16,7 +16,7 @@ import torch
 
 from gisp.model.structures import LayerMap, ModelMap
 from gisp.score.fused.attention_block import AttentionBlock, AttentionState
-from gisp.score.fused.batch import FurtherAnswers, PassBatch, Units, make_batch
+from gisp.score.fused.batch import MicroBatch, PassBatch, make_batch
 from gisp.score.fused.lm_head import LMHead
 from gisp.score.fused.memory import layers_to_recompute
 from gisp.score.fused.mlp_block import MLPBlock, MLPState
@@ -67,39 +67,30 @@ class ImportancePass:
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
         """Residual stream after the last layer, before the final norm; int64 [B, S] to [B * S, D]."""
-        batch = make_batch(self._model.model, ids, ids, [1.0] * len(ids))
+        batch = make_batch(self._model.model, MicroBatch(ids, ids, [1.0] * len(ids)))
         x, delta, _ = self._forward(batch, len(self._layers))
         return x if delta is None else x + delta
 
     @torch.no_grad()
-    def token_nll(self, ids: torch.Tensor, labels: torch.Tensor, further: FurtherAnswers | None = None) -> torch.Tensor:
-        """NLL of the scored tokens of a batch in their order, then of the further answers, float32 on the device."""
-        batch = make_batch(self._model.model, ids, labels, [1.0] * len(ids), further)
+    def token_nll(self, micro: MicroBatch) -> torch.Tensor:
+        """NLL of the scored tokens of a micro-batch in their order, then of the followers, float32 on the device."""
+        batch = make_batch(self._model.model, micro)
         x, delta, _ = self._forward(batch, len(self._layers))
         return self._head.token_nll(x, delta, batch)
 
     @torch.no_grad()
     def score(
-        self,
-        ids: torch.Tensor,
-        labels: torch.Tensor,
-        row_weights: list[float],
-        scored: Sequence[tuple[str, int]],
-        further: FurtherAnswers | None = None,
+        self, micro: MicroBatch, scored: Sequence[tuple[str, int]]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Scores of a batch: ``sum |W * dL/dW|`` per structure (GISP Eq. 8 with one batch as the set).
+        """Scores of a micro-batch: ``sum |W * dL/dW|`` per structure (GISP Eq. 8 with it as the set).
 
         Args:
-            ids: int64 [B, S] on the CPU, padded on the right.
-            labels: int64 [B, S], -100 is not scored.
-            row_weights: weight of each sequence's mean NLL in the loss.
             scored: name and present count of every group to score.
-            further: tokens scored in the place of the last one of sequences, beside it.
 
         Returns:
             Group name -> float32 [count] on the device (views of one buffer), and the loss, 0-dim float64.
         """
-        batch = make_batch(self._model.model, ids, labels, row_weights, further)
+        batch = make_batch(self._model.model, micro)
         buffer = torch.zeros(sum(count for _, count in scored), dtype=torch.float32, device=batch.ids.device)
         parts = _parts(scored, buffer)
         loss = self._backward(batch, {name: Wanted(elements=part) for name, part in parts.items()})
@@ -107,30 +98,20 @@ class ImportancePass:
 
     @torch.no_grad()
     def gate_sums(
-        self,
-        ids: torch.Tensor,
-        labels: torch.Tensor,
-        row_weights: list[float],
-        scored: Sequence[tuple[str, int]],
-        units: Units | None = None,
-        further: FurtherAnswers | None = None,
+        self, micro: MicroBatch, scored: Sequence[tuple[str, int]]
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """What second-order scores are made of; no weight gradient is formed.
-
-        Args:
-            ids, labels, row_weights, scored, further: as of :meth:`score`.
-            units: what is squared as one, every sequence by itself where there are none.
 
         Returns:
             Group name -> float64 [3, count] on the device, see :func:`gisp_kernels.gate_sums`, and the loss.
         """
-        batch = make_batch(self._model.model, ids, labels, row_weights, further)
+        batch = make_batch(self._model.model, micro)
         gates = torch.zeros(batch.rows, sum(count for _, count in scored), dtype=torch.float32, device=batch.ids.device)
         parts = _parts(scored, gates)
         loss = self._backward(batch, {name: Wanted(gates=part) for name, part in parts.items()})
-        if units is None:
+        if micro.samples is None:
             return _parts(scored, gate_sums(gates, batch.curvature)), loss
-        return _parts(scored, gate_sums(gates, units.curvature.to(gates.device), units.index)), loss
+        return _parts(scored, gate_sums(gates, micro.samples.curvature.to(gates.device), micro.samples.index)), loss
 
     def _backward(self, batch: PassBatch, wanted: dict[str, Wanted]) -> torch.Tensor:
         """Fill what is wanted of every group; the loss, 0-dim float64."""

@@ -42,7 +42,7 @@ class LMHead:
         """
         norm, tokens = self._norm, x.shape[0]
         if batch.sources is not None:
-            # Further answers are predicted by copies of what predicts the one in their place.
+            # Followers are predicted by copies of what predicts their leader's last token.
             x, delta = x if delta is None else x + delta, None
             x = torch.cat((x, x[batch.sources]))
         x, normed, rstd = decoder.add_rms_norm(x, delta, norm.weight.detach(), norm.variance_epsilon, total=delta)
@@ -59,7 +59,7 @@ class LMHead:
         return loss, grad if batch.sources is None else _gathered(grad, tokens, batch)
 
     def token_nll(self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch) -> torch.Tensor:
-        """NLL in nats of the scored tokens, then of the further answers, float32, in their order."""
+        """NLL in nats of the scored tokens, then of the followers, float32, in their order."""
         places = (batch.targets[: len(x)] != IGNORED).nonzero()[:, 0]
         targets = batch.targets[places]
         if batch.sources is not None:

@@ -1,4 +1,4 @@
-"""Whether a model can be scored by the written-out pass: a look at its modules, then a comparison of numbers."""
+"""Whether a model can be scored by the fused pass: a look at its modules, then a comparison of numbers."""
 
 from __future__ import annotations
 

@@ -1,18 +1,18 @@
-"""The written-out pass against plain autograd: every family, uneven widths, empty blocks, padding, signs."""
+"""The fused pass against plain autograd: every family, uneven widths, empty blocks, padding, signs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from score_cases import REMOVALS, autograd_scores, live, pruned, ragged
+from score_cases import REMOVALS, autograd_scores, gradient_scorer, live, pruned, ragged
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
 from gisp.data import Sequences
 from gisp.data.sequences import row_weights
 from gisp.model.structures import channels_name, heads_name, map_model
-from gisp.score.fused import ImportancePass, differs, importance_pass, why_not
+from gisp.score.fused import ImportancePass, MicroBatch, differs, importance_pass, why_not
 from gisp.score.fused.memory import recomputed_within
-from gisp.score.gradient import Engine
+from gisp.score.gradient import GradientScorer
 from gisp.score.objectives import sequence_nll
 
 
@@ -39,7 +39,7 @@ def test_scores_and_loss_equal_autograd(family, removal):
     data, signs = ragged(), [1, -1, 1, 1, -1]
     expected = expected_scores(model, model_map, data, signs)
     ids, labels = data.batch(list(range(len(data))))
-    scores, loss = ImportancePass(model_map).score(ids, labels, row_weights(signs), live(model_map))
+    scores, loss = ImportancePass(model_map).score(MicroBatch(ids, labels, row_weights(signs)), live(model_map))
     assert scores.keys() == {name for name, _ in live(model_map)}
     for name, values in scores.items():
         torch.testing.assert_close(values, expected[name], rtol=5e-5, atol=1e-6)
@@ -54,8 +54,8 @@ def test_scoring_some_groups_gives_what_scoring_all_gives(names):
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
     run = ImportancePass(model_map)
-    everything, loss = run.score(ids, ids, weights, live(model_map))
-    some, same_loss = run.score(ids, ids, weights, [(n, c) for n, c in live(model_map) if n in names])
+    everything, loss = run.score(MicroBatch(ids, ids, weights), live(model_map))
+    some, same_loss = run.score(MicroBatch(ids, ids, weights), [(n, c) for n, c in live(model_map) if n in names])
     assert list(some) == [n for n, _ in live(model_map) if n in names]
     for name, values in some.items():
         torch.testing.assert_close(values, everything[name], rtol=0, atol=0)
@@ -67,9 +67,9 @@ def test_nothing_to_score_still_gives_the_loss():
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
     run = ImportancePass(model_map)
-    scores, loss = run.score(ids, ids, weights, [])
+    scores, loss = run.score(MicroBatch(ids, ids, weights), [])
     assert scores == {}
-    assert torch.equal(loss, run.score(ids, ids, weights, live(model_map))[1])
+    assert torch.equal(loss, run.score(MicroBatch(ids, ids, weights), live(model_map))[1])
 
 
 @pytest.mark.parametrize("layers", [1, 3, 4])
@@ -79,9 +79,9 @@ def test_recomputing_layers_changes_no_bit(monkeypatch, layers, removal):
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
     run = ImportancePass(model_map)
-    kept, loss = run.score(ids, ids, weights, live(model_map))
+    kept, loss = run.score(MicroBatch(ids, ids, weights), live(model_map))
     monkeypatch.setattr(importance_pass, "layers_to_recompute", lambda items, batch: layers)
-    recomputed, same_loss = run.score(ids, ids, weights, live(model_map))
+    recomputed, same_loss = run.score(MicroBatch(ids, ids, weights), live(model_map))
     assert torch.equal(loss, same_loss)
     for name, values in kept.items():
         assert torch.equal(values, recomputed[name]), name
@@ -92,9 +92,9 @@ def test_a_gradient_in_chunks_of_tokens_is_the_gradient(monkeypatch):
     ids = torch.cat([tiny_tokens()] * 3)
     weights = [1 / len(ids)] * len(ids)
     run = ImportancePass(model_map)
-    whole, loss = run.score(ids, ids, weights, live(model_map))
+    whole, loss = run.score(MicroBatch(ids, ids, weights), live(model_map))
     monkeypatch.setattr("gisp.score.fused.lm_head.CHUNK_ELEMENTS", 1)
-    chunked, same_loss = run.score(ids, ids, weights, live(model_map))
+    chunked, same_loss = run.score(MicroBatch(ids, ids, weights), live(model_map))
     torch.testing.assert_close(loss, same_loss)
     for name, values in whole.items():
         torch.testing.assert_close(values, chunked[name])
@@ -104,7 +104,7 @@ def test_weights_and_gradients_of_the_model_stay_as_they_were():
     model, model_map = pruned("qwen2", "uneven")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = tiny_tokens()
-    ImportancePass(model_map).score(ids, ids, [1 / len(ids)] * len(ids), live(model_map))
+    ImportancePass(model_map).score(MicroBatch(ids, ids, [1 / len(ids)] * len(ids)), live(model_map))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None
 
@@ -118,29 +118,29 @@ def test_fewest_layers_are_recomputed():
     assert recomputed_within(0, kept, [2]) == 3
 
 
-def stream_engine(model_map, data: Sequences) -> Engine:
-    return Engine(model_map, data, kind="stream", batch_size=None, batch_tokens=8192, seed=0)
+def stream_scorer(model_map, data: Sequences) -> GradientScorer:
+    return gradient_scorer(model_map, data, engine="stream", batch_size=None, batch_tokens=8192, seed=0)
 
 
-def test_the_engine_takes_the_pass_and_gets_what_autograd_gives():
+def test_the_scorer_takes_the_pass_and_gets_what_autograd_gives():
     model, data = tiny_model("llama-gqa"), ragged()
     model_map = map_model(model)
-    engine = stream_engine(model_map, data)
-    scored = engine.score(1, model_map.groups)
-    assert engine.refused is None
+    scorer = stream_scorer(model_map, data)
+    scored = scorer.score(1, model_map.groups)
+    assert scorer.refused is None
     expected = autograd_scores(model, data, [1] * len(data))
     for name, values in expected.items():
         torch.testing.assert_close(scored.scores[name], values, rtol=5e-5, atol=1e-6)
 
 
 def refused(model, length: int = 16) -> str | None:
-    engine = stream_engine(map_model(model), Sequences.plain([(row, row) for row in tiny_tokens(length=length)]))
-    scores = engine.score(1, engine._map.groups).scores
+    scorer = stream_scorer(map_model(model), Sequences.plain([(row, row) for row in tiny_tokens(length=length)]))
+    scores = scorer.score(1, scorer._context.map.groups).scores
     rows = tiny_tokens(length=length)
     expected = autograd_scores(model, Sequences.plain([(row, row) for row in rows]), [1] * len(rows))
     for name, values in expected.items():
         torch.testing.assert_close(scores[name], values, rtol=5e-5, atol=1e-6)
-    return engine.refused
+    return scorer.refused
 
 
 def test_a_model_that_computes_something_else_is_scored_by_autograd():

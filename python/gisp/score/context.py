@@ -1,0 +1,102 @@
+"""What a criterion is built from: a model, data, the options of the run and a forward pass over the data of a step."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+
+from gisp.config.options import PruneConfig
+from gisp.data import Sequences
+from gisp.data.batches import StepBatches
+from gisp.model.modes import deterministic, evaluation_mode
+from gisp.model.shrink import ShrinkableModel
+from gisp.model.structures import ModelMap
+from gisp.score.objectives import SequenceLoss, sequence_nll
+
+
+class MaskedRecorder(Protocol):
+    """A context manager that counts the tokens its ``mask`` allows; bool [B, S]."""
+
+    mask: torch.Tensor | None
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a criterion is built from.
+
+    Attributes:
+        shrinkable: the model, at the widths that the steps so far have left.
+        data: calibration sequences.
+        config: resolved options of the run.
+        loss: a user's own loss per sequence instead of the mean NLL.
+    """
+
+    shrinkable: ShrinkableModel
+    data: Sequences
+    config: PruneConfig
+    loss: SequenceLoss | None = None
+
+    @property
+    def map(self) -> ModelMap:
+        """Layers and groups of the model."""
+        return self.shrinkable.map
+
+    @property
+    def model(self) -> Any:
+        return self.map.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A weight of the model, for its device and dtype."""
+        return next(iter(self.model.parameters()))
+
+    @cached_property
+    def steps(self) -> StepBatches:
+        """Which sequences every step sees."""
+        config = self.config
+        return StepBatches(
+            self.map,
+            self.data,
+            kind=str(config.engine),
+            batch_size=config.batch_size,
+            tokens=config.batch_tokens,
+            seed=config.seed,
+        )
+
+    def forward_pass(self, step: int, recorder: MaskedRecorder | None = None) -> tuple[torch.Tensor, int]:
+        """Pass the sequences of a step (1-based) through the model without gradients.
+
+        Args:
+            recorder: entered for the passes; its mask leaves out padding, and nothing else.
+
+        Returns:
+            The mean NLL of the sequences by their weights, 0-dim float64 on the device, and the tokens passed.
+        """
+        numbers, weights = self.steps.numbers(step), self.steps.weights(step)
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        active: contextlib.AbstractContextManager[object] = recorder or contextlib.nullcontext()
+        with deterministic(), evaluation_mode(self.model), torch.no_grad(), active:
+            for start, stop in self.steps.batches(numbers):
+                ids, labels = self.data.batch(numbers[start:stop])
+                if recorder is not None:
+                    lengths = torch.tensor([len(self.data.rows[i][0]) for i in numbers[start:stop]])
+                    recorder.mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device)
+                nll = sequence_nll(self.model, ids.to(self.device), labels.to(self.device))
+                total += (nll * torch.tensor(weights[start:stop], device=self.device)).sum()
+                tokens += ids.numel()
+        return total, tokens
