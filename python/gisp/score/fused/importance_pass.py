@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from gisp.model.structures import LayerMap, ModelMap
-from gisp.score.fused.attention_block import AttentionBlock, AttentionState
+from gisp.score.fused.attention_block import AttentionBlock
 from gisp.score.fused.batch import MicroBatch, PassBatch, make_batch
+from gisp.score.fused.block import BlockState, Wanted
 from gisp.score.fused.lm_head import LMHead
 from gisp.score.fused.memory import layers_to_recompute
-from gisp.score.fused.mlp_block import MLPBlock, MLPState
+from gisp.score.fused.mlp_block import MLPBlock
 from gisp.score.fused.products import Products
-from gisp.score.fused.wanted import Wanted
 from gisp_kernels import gate_sums
 
 
@@ -38,14 +38,14 @@ class _Layer:
         self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch
     ) -> tuple[_LayerState, torch.Tensor | None]:
         attention, output = self.attention.forward(x, delta, batch)
-        mlp, output = self.mlp.forward(attention.x, output)
+        mlp, output = self.mlp.forward(attention.x, output, batch)
         return _LayerState(attention, mlp), output
 
 
 @dataclass
 class _LayerState:
-    attention: AttentionState
-    mlp: MLPState
+    attention: BlockState
+    mlp: BlockState
 
 
 class ImportancePass:
