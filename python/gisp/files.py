@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 from pathlib import Path
 
 from gisp.errors import GispError
@@ -17,13 +18,18 @@ def is_unfinished(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == _UNFINISHED
 
 
+def temporary_path(path: Path) -> Path:
+    """A new hidden name beside ``path`` that no other process takes; two containers can have equal process numbers."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_UNFINISHED}")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` beside ``path``, flush it to disk and rename it into place.
 
     Raises:
         GispError: the disk is full or the folder cannot be written; an existing file stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
