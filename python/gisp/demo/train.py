@@ -61,18 +61,8 @@ def fit(
     Raises:
         RuntimeError: the loss is no longer finite.
     """
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    norms = [p for p in model.parameters() if p.dim() <= 1]
     on_gpu = stream.is_cuda
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": norms, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        fused=on_gpu,
-    )
+    optimizer = _optimizer(model, config, fused=on_gpu)
     runner: Any = torch.compile(model) if compiled else model
     runner.train()
     steps = config.steps
@@ -108,6 +98,14 @@ def fit(
         if done == steps:
             break
     return curve, steps
+
+
+def _optimizer(model: LlamaForCausalLM, config: TrainConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW that decays matrices alone."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=fused)
 
 
 def _curve_row(done: int, batch_tokens: int, loss: float, lr: float, seconds: float) -> dict[str, float]:
@@ -151,13 +149,7 @@ def train(
     model: Any = build_model(config, tokenizer)
     model.to(device)
     curve, steps = fit(model, stream, unseen, config, max_seconds=max_seconds, compiled=compiled)
-    model.to(torch.bfloat16)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    # The writer leaves the weights readable by their owner alone, which would follow into packages.
-    (out / "model.safetensors").chmod(0o644)
-    saved: Any = LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
-    saved.to(device)
+    saved = _save(model, tokenizer, out).to(device)
     report = {
         "heldout_perplexity": perplexity(saved, unseen, config.batch),
         "heldout_tokens": unseen.numel(),
@@ -169,9 +161,7 @@ def train(
         "device": torch.cuda.get_device_name(device) if stream.is_cuda else device,
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
+            **{library.__name__: library.__version__ for library in (torch, transformers, tokenizers)},
         },
         "corpus": {
             "python": corpus.python,
@@ -183,9 +173,18 @@ def train(
         "config": {**asdict(config), "compiled": compiled},
         "loss_curve": curve,
     }
-    text = json.dumps(report, indent=1) + "\n"
-    (out / "training.json").write_text(text, encoding="utf-8")
+    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _save(model: Any, tokenizer: Any, out: Path) -> Any:
+    """Write a model in bfloat16 and its tokenizer; the model as anyone reads it back."""
+    model.to(torch.bfloat16)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    # The writer leaves the weights readable by their owner alone, which would follow into packages.
+    (out / "model.safetensors").chmod(0o644)
+    return LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
