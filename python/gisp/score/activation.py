@@ -6,7 +6,6 @@ A head, or a key/value head with its query heads, owns several columns of o_proj
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,8 @@ from gisp.model.structures import LayerMap
 from gisp.score.base import StepScores, standardised
 from gisp.score.context import Context
 from gisp_kernels import ActivationStatistics, record_activations
-from gisp_kernels.groups import Projection, StructureGroup
+from gisp_kernels.groups import StructureGroup, projections_of
+from gisp_kernels.record.gates import gate_projection
 
 # How many times the mean an outlier exceeds, OWL's M.
 OUTLIER_FACTOR = 5.0
@@ -29,7 +29,7 @@ class ActivationScorer(ABC):
 
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
         """Scores of ``groups`` at a step."""
-        outputs = {group.name: _output_projection(group) for group in groups}
+        outputs = {group.name: gate_projection(group) for group in groups}
         recorder = record_activations({name: output.linear for name, output in outputs.items()})
         loss, tokens = self._context.forward_pass(step, recorder)
         found = recorder.statistics()
@@ -105,16 +105,9 @@ def _rms(inputs: ActivationStatistics) -> torch.Tensor:
 
 def _readers(item: LayerMap) -> list[list[nn.Linear]]:
     """The layer's Linear layers, those that read one input together."""
-    attention, mlp = item.attention, item.layer.mlp
-    reads: list[tuple[Any, tuple[str, ...]]] = [
-        (attention, ("q_proj", "k_proj", "v_proj")),
-        (attention, ("o_proj",)),
-        (mlp, ("gate_proj", "up_proj")),
-        (mlp, ("down_proj",)),
+    modules = {"self_attn": item.attention, "mlp": item.layer.mlp}
+    return [
+        [getattr(module, projection.name) for projection in projections_of(name) if projection.axis == axis]
+        for name, module in modules.items()
+        for axis in ("row", "column")
     ]
-    return [[getattr(module, name) for name in names] for module, names in reads]
-
-
-def _output_projection(group: StructureGroup) -> Projection:
-    """The projection that a group's structures leave through: one or more columns each."""
-    return next(p for p in group.projections if p.axis == "column")

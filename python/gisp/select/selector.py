@@ -103,14 +103,14 @@ class Selector:
         self.size = self.groups[-1].stop
         self.decoder_parameters = model_map.decoder_parameters
         self._balanced = BalancedHeads(model_map) if model_map.gqa == "balanced" else None
-        self._heads_per_structure = model_map.heads_per_structure
         starts = structure_starts(model_map)
         self.head_structures = starts[len(model_map.layers)]
         self.first_channel = self.groups[len(model_map.layers)].start
         self.unprotected = sum(g.size for g in self.groups if not g.protected)
         self._starts = np.array(starts)
         self._number = {group.name: i for i, group in enumerate(self.groups)}
-        # By group: parameters and structures of a unit, units that are gone.
+        # By group: query heads or channels of a structure, parameters and structures of a unit, units that are gone.
+        self._per_structure = [model_map.members(group) for group in model_map.groups]
         self._costs = np.array([g.cost for g in self.groups])
         self._members = np.array([g.structures for g in self.groups])
         self._gone = np.zeros(len(self.groups), dtype=np.int64)
@@ -251,18 +251,18 @@ class Selector:
         return StepRemoval(by_group, structures, parameters, threshold if filled else None)
 
     def given(self, removed: Mapping[str, torch.Tensor]) -> tuple[StepRemoval, Selection]:
-        """A choice made earlier, from its ``removed``."""
+        """A removal made earlier, from its ``removed``."""
         mask = torch.zeros(len(self.removed), dtype=torch.bool)
         for name, index in removed.items():
             i = self._number[name]
-            mask[self._starts[i] + (index // self._share(i))] = True
+            mask[self._starts[i] + (index // self._per_structure[i])] = True
         taken = [int(n) for n in np.add.reduceat(mask.numpy(), self._starts[:-1], dtype=np.int64) // self._members]
         device = self._live.device
         selection = Selection(mask.to(device), torch.tensor(taken, device=device), torch.tensor(math.nan))
         return self.removal(mask, math.nan), selection
 
     def apply(self, removal: StepRemoval, selection: Selection) -> None:
-        """Count a choice as removed; ``selection`` is what it was made from."""
+        """Count a removal; ``selection`` is what it was made from."""
         self.removed[removal.structures] = True
         self._gone += np.diff(np.searchsorted(removal.structures, self._starts)) // self._members
         self._barred |= selection.removed
@@ -272,12 +272,9 @@ class Selector:
         """Units that are neither removed nor protected."""
         return self.unprotected - int(self._gone.sum())
 
-    def _share(self, group: int) -> int:
-        return self._heads_per_structure if self.groups[group].name.endswith("heads") else 1
-
     def _indices(self, group: int, structures: np.ndarray) -> np.ndarray:
         """Heads or channels of a group's structures."""
-        share = self._share(group)
+        share = self._per_structure[group]
         return structures if share == 1 else (structures[:, None] * share + np.arange(share)).ravel()
 
     def _allowed(self, wanted: torch.Tensor, group: torch.Tensor | None = None) -> torch.Tensor:

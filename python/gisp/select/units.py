@@ -53,7 +53,7 @@ class GroupUnits:
 def group_units(
     model_map: ModelMap, *, norm: str, protected: frozenset[int], align: int, keep_minimum: bool
 ) -> list[GroupUnits]:
-    """Blocks of a model in the order of ``model_map.groups``; arguments as for
+    """Units of a model in the order of ``model_map.groups``; arguments as for
     :class:`gisp.select.selector.Selector`."""
     width, per_kv, kv_heads = model_map.intermediate_size, model_map.heads_per_kv, model_map.num_kv_heads
     head, channel = model_map.head_parameters, model_map.channel_parameters
