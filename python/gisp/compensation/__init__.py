@@ -8,7 +8,7 @@ from __future__ import annotations
 from gisp.compensation.apply import Compensation, compensate, fit_compensation, fold_into_dense, fold_into_pruned
 from gisp.compensation.options import METHODS, TARGETS, CompensationOptions
 from gisp.compensation.request import CompensationRequest, make_request
-from gisp.compensation.updates import BlockUpdate
+from gisp.compensation.sweep import BlockUpdate
 
 __all__ = [
     "METHODS",

@@ -12,8 +12,7 @@ from torch import nn
 from gisp.compensation.held_out import hold_out, interleaved
 from gisp.compensation.kfac import Step, kfac_updates
 from gisp.compensation.options import DAMPED, CompensationOptions
-from gisp.compensation.sweep import fit_updates
-from gisp.compensation.updates import BlockUpdate, OnBlock
+from gisp.compensation.sweep import BlockUpdate, OnBlock, fit_updates
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep, block_columns

@@ -27,7 +27,7 @@ from torch import nn
 from gisp.compensation.fits import ridge
 from gisp.compensation.options import CompensationOptions
 from gisp.compensation.streams import Batch, make_batches
-from gisp.compensation.updates import BlockUpdate
+from gisp.compensation.sweep import BlockUpdate
 from gisp.data import Row, Sequences
 from gisp.errors import GispError
 from gisp.model.modes import deterministic, exact_products, frozen

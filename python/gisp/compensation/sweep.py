@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +13,36 @@ from torch.nn import functional
 from gisp.compensation.fits import Solution, make_fit
 from gisp.compensation.options import CompensationOptions
 from gisp.compensation.streams import Batch, Decoder, ResidualBlock, make_batches
-from gisp.compensation.updates import BlockUpdate, OnBlock
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.modes import evaluation_mode, exact_products
 from gisp.model.structures import ModelMap
+
+OnBlock = Callable[["BlockUpdate"], None]
+
+
+@dataclass(frozen=True)
+class BlockUpdate:
+    """New weights of one output projection.
+
+    Attributes:
+        name: of the block's group, ``layers.{i}.heads`` or ``layers.{i}.channels``.
+        columns: original input columns of the projection that stay, int64 [K].
+        weight: [D, K] for these columns, in the dtype of the model; None = as it was.
+        bias: the whole bias [D] in the dtype of the model; None = as it was.
+        before, after: what the block's output lacked to its target over the calibration tokens, as a fraction of the
+            target's sum of squares, without and with the update (of ``kfac``: with the least squares it starts from).
+        damping: what the solver needed.
+    """
+
+    name: str
+    columns: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    before: float
+    after: float
+    damping: float
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from gisp.export.load import load
 from gisp.export.spec import TOLERANCE, ExportReport, LayerLayout, PrunedSpec
 from gisp.model.attention import INDEXED_ATTENTION
 from gisp.model.keep import Keep, block_columns
-from gisp.model.modes import exact_products
+from gisp.model.modes import evaluation_mode, exact_products
 from gisp.model.structures import ModelMap
 
 _ROWS, _TOKENS, _SEED = 2, 64, 20251018
@@ -157,19 +157,15 @@ def compare_logits(wanted: torch.Tensor, got: torch.Tensor, tolerance: float = T
 @contextmanager
 def _deterministic_mode(model: Any) -> Iterator[None]:
     """Evaluation mode, scaled dot-product attention and full float32 products, put back afterwards."""
-    training = [module for module in model.modules() if module.training]
     attention = model.config._attn_implementation
-    model.eval()
     if attention != INDEXED_ATTENTION:
         # That one is the same with an index of key/value heads, which the model needs.
         model.set_attn_implementation("sdpa")
     try:
-        with exact_products():
+        with evaluation_mode(model), exact_products():
             yield
     finally:
         model.set_attn_implementation(attention)
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from gisp.errors import GispError
 from gisp.export.check import weight_dtype, write_checked
 from gisp.export.folder import dense_state
 from gisp.export.modeling_gisp import CLASSES, auto_map
-from gisp.export.relayout import ZEROED, AttentionLayout, plan_attention, take_blocks
+from gisp.export.relayout import ZEROED, AttentionLayout, plan_layers, take_blocks
 from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
 from gisp.model.keep import Keep
@@ -55,10 +55,7 @@ def export_hf(
             most = f"a layer of the dense model has {model_map.num_heads} heads"
             raise GispError(f"{option_text({name: count})}: {most}, give at most that many")
     spec = replace(spec, options={**spec.options, **asked})
-    layouts = [
-        plan_attention(heads, model_map.num_heads, model_map.num_kv_heads, align=align_heads, minimum=min_heads)
-        for heads in spec.keep.heads
-    ]
+    layouts = plan_layers(model_map, spec.keep, align=align_heads, minimum=min_heads)
     config = pruned_config(base, model_map, spec, layouts)
     return write_checked(
         base, model_map, spec, out, lambda: pruned_state(base, model_map, spec.keep, layouts), config, tokenizer_from
@@ -88,20 +85,23 @@ def pruned_state(base: Any, model_map: ModelMap, keep: Keep, layouts: list[Atten
     return state
 
 
+def config_values(base: Any, model_map: ModelMap) -> dict[str, Any]:
+    """What an exported model takes over from the base model's configuration."""
+    own = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path")
+    values = {key: value for key, value in base.config.to_dict().items() if key not in own}
+    return {**values, "head_dim": model_map.head_dim, "dtype": str(weight_dtype(base)).removeprefix("torch.")}
+
+
 def pruned_config(base: Any, model_map: ModelMap, spec: PrunedSpec, layouts: list[AttentionLayout]) -> Any:
     """The base model's configuration with per-layer widths; global widths stay the dense ones."""
     model_type = f"gisp_{model_map.model_type}"
     config_class, _, causal_lm = CLASSES[model_type]
-    values = base.config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path"):
-        values.pop(key, None)
-    values.update(
-        head_dim=model_map.head_dim,
-        dtype=str(weight_dtype(base)).removeprefix("torch."),
-        architectures=[causal_lm.__name__],
-        auto_map=auto_map(model_type),
-        gisp=gisp_record(base, spec),
-        per_layer_config={
+    values = {
+        **config_values(base, model_map),
+        "architectures": [causal_lm.__name__],
+        "auto_map": auto_map(model_type),
+        "gisp": gisp_record(base, spec),
+        "per_layer_config": {
             layer: {
                 "intermediate_size": max(len(channels), 1),
                 "num_attention_heads": len(layout.query),
@@ -109,7 +109,7 @@ def pruned_config(base: Any, model_map: ModelMap, spec: PrunedSpec, layouts: lis
             }
             for layer, (channels, layout) in enumerate(zip(spec.keep.channels, layouts, strict=True))
         },
-    )
+    }
     if adds_output_biases(base, model_map):
         values["output_bias"] = True
     return config_class(**values)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from gisp.errors import GispError
+from gisp.model.keep import Keep
+from gisp.model.structures import ModelMap
 
 ZEROED = -1
 """Index of a slot that stores zeros instead of an original structure."""
@@ -77,6 +79,12 @@ def plan_attention(
             kv.append(kv_head)
     spare = slots(group) - len(kv)
     return AttentionLayout(group, (*query, *[ZEROED] * (spare * group)), (*kv, *[ZEROED] * spare))
+
+
+def plan_layers(model_map: ModelMap, keep: Keep, *, align: int = 1, minimum: int = 1) -> list[AttentionLayout]:
+    """:func:`plan_attention` of every layer."""
+    sizes = model_map.num_heads, model_map.num_kv_heads
+    return [plan_attention(heads, *sizes, align=align, minimum=minimum) for heads in keep.heads]
 
 
 def take_blocks(tensor: torch.Tensor, index: Sequence[int], block: int = 1, dim: int = 0) -> torch.Tensor:

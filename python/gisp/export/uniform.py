@@ -26,9 +26,9 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from gisp.errors import GispError
 from gisp.export.card import UNIFORM
-from gisp.export.check import weight_dtype, write_checked
-from gisp.export.hf import check_family, pruned_state
-from gisp.export.relayout import plan_attention
+from gisp.export.check import write_checked
+from gisp.export.hf import check_family, config_values, pruned_state
+from gisp.export.relayout import plan_layers
 from gisp.export.rounding import SizeOptions, kept_parameters, option_text, require_ranking
 from gisp.export.spec import ExportReport, LayerRanking, PrunedSpec, gisp_record, map_checked
 from gisp.model.keep import Keep, kv_heads
@@ -119,7 +119,7 @@ def export_uniform(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Pa
     """
     model_map = map_checked(base, spec.keep)
     check_family(model_map)
-    layouts = [plan_attention(heads, model_map.num_heads, model_map.num_kv_heads) for heads in spec.keep.heads]
+    layouts = plan_layers(model_map, spec.keep)
     sizes = {
         UniformSize(len(layout.query), len(layout.kv), max(len(channels), 1))
         for channels, layout in zip(spec.keep.channels, layouts, strict=True)
@@ -151,19 +151,15 @@ def stock_config(base: Any, model_map: ModelMap, spec: PrunedSpec, size: Uniform
             f"no stock model has {size.heads} heads, hidden size {model_map.hidden_size} and biases: use --format hf"
         )
     config_class, model_class = classes
-    values = base.config.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path"):
-        values.pop(key, None)
+    values = config_values(base, model_map)
     if config_class is not type(base.config):
         for key in ("attention_bias", "mlp_bias", "pretraining_tp"):
             values.pop(key, None)
         values["sliding_window"] = None
     values.update(
-        head_dim=model_map.head_dim,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
         intermediate_size=size.channels,
-        dtype=str(weight_dtype(base)).removeprefix("torch."),
         architectures=[model_class.__name__],
         gisp={**gisp_record(base, spec), "uniform": True},
     )

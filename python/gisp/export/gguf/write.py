@@ -22,7 +22,7 @@ from gisp.export.gguf.check import checked_gguf_report
 from gisp.export.gguf.file import DTYPES, require_gguf, write_gguf
 from gisp.export.gguf.tokenizer import Vocabulary, read_vocabulary
 from gisp.export.hf import pruned_state
-from gisp.export.relayout import plan_attention
+from gisp.export.relayout import plan_layers
 from gisp.export.spec import ExportReport, PrunedSpec, map_checked
 from gisp.model.structures import ModelMap
 
@@ -94,7 +94,7 @@ def export_gguf(
     if kind is None:
         raise GispError(f"dtype {dtype!r} is not available: choose one of {', '.join(DTYPES)}")
     vocabulary = read_vocabulary(tokenizer_from, model_map.vocab_size)
-    layouts = [plan_attention(heads, model_map.num_heads, model_map.num_kv_heads) for heads in spec.keep.heads]
+    layouts = plan_layers(model_map, spec.keep)
     with new_folder(out) as folder:
         state = pruned_state(base, model_map, spec.keep, layouts)
         write_gguf(folder / FILE, base, model_map, spec, state, kind, vocabulary)

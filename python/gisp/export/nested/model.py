@@ -114,10 +114,10 @@ class _Prefixes:
             linear = model.get_submodule(owner)
             if getattr(linear, part) is None:
                 continue
-            stored, columns = stored_name(name, item), item.axis == "column"
-            full = tuple(reversed(getattr(linear, part).shape)) if columns else tuple(getattr(linear, part).shape)
-            _expect(files, stored, full)
-            shown = _Shown(linear, part, columns, stored, full, device, dtype)
+            stored, shape = stored_name(name, item), tuple(getattr(linear, part).shape)
+            shape = shape[::-1] if item.dim else shape
+            _expect(files, stored, shape)
+            shown = _Shown(linear, part, bool(item.dim), stored, torch.empty(0, *shape[1:], dtype=dtype, device=device))
             self._shown.append((layer, KINDS.index(item.kind), item.block(self._head_dim), shown))
         if files.nesting.prefixes[0, 0, 0] != files.nesting.prefixes[0, 0, 1]:
             use_indexed_attention(model)
@@ -168,21 +168,16 @@ class _Shown:
     Rows of storage are structures' rows; a weight whose columns belong to structures is shown transposed.
     """
 
-    def __init__(
-        self,
-        linear: nn.Linear,
-        part: str,
-        columns: bool,
-        stored: str,
-        full: tuple[int, ...],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, linear: nn.Linear, part: str, columns: bool, stored: str, nothing: torch.Tensor) -> None:
+        """
+        Args:
+            columns: whether structures lie along the columns of the weight.
+            nothing: no rows of storage, of its dtype and on its device.
+        """
         self._linear, self._part, self._columns, self._stored = linear, part, columns, stored
-        self._rest = full[1:]
+        self._rest = nothing.shape[1:]
         # Rows in memory, and where they are; a parameter found elsewhere was moved by somebody and is tight.
-        self._rows = 0
-        self._set(torch.empty(0, *self._rest, dtype=dtype, device=device))
+        self._set(nothing)
 
     def show(self, rows: int, files: NestedFiles, keep_memory: bool) -> None:
         """Show the first ``rows`` rows of storage, reading those not in memory."""
