@@ -21,8 +21,8 @@ from gisp.evaluate import perplexity
 from gisp.evaluate.choices import ChoiceAccuracy, Question
 from gisp.model.load import load_dense, resolve_dtype
 from gisp.model.structures import map_model
-from gisp.run.loop import prune
 from gisp.run.one_shot import one_shot
+from gisp.run.prune import prune
 
 Point = dict[str, Any]
 

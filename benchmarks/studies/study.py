@@ -14,7 +14,7 @@ from gisp.data import load_sequences
 from gisp.evaluate import perplexity
 from gisp.model.load import check_model_path, load_dense, resolve_device, resolve_dtype
 from gisp.model.structures import map_model
-from gisp.run.loop import prune
+from gisp.run.prune import prune
 from gisp.run.trajectory import Trajectory
 
 if TYPE_CHECKING:

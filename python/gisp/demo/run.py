@@ -19,8 +19,9 @@ from gisp.export.run import export_run
 from gisp.files import write_atomic
 from gisp.model.load import load_dense, resolve_device
 from gisp.report.write import write_report
-from gisp.run.loop import OnStep, prune
+from gisp.run.loop import OnStep
 from gisp.run.one_shot import one_shot
+from gisp.run.prune import prune
 
 SPARSITIES = (0.2, 0.3, 0.4, 0.5)
 WINDOW = 128
@@ -108,7 +109,7 @@ def _one_shot(tokens: int, held_out: Sequences, device: torch.device) -> list[tu
     calibration = load_sequences(
         str(files.calibration), vocab_size=vocab_size, seq_len=int(OPTIONS["seq_len"]), tokenizer_from=str(files.model)
     ).first(max(1, tokens // int(OPTIONS["seq_len"])))
-    config = make_config(**{**OPTIONS, "steps": None}, one_shot=True)
+    config = make_config(**{**OPTIONS, "steps": None, "batch_tokens": None}, one_shot=True)
     pruned = one_shot(model, calibration, SPARSITIES, config)
     return [(reached, perplexity(smaller, held_out, WINDOW)) for reached, smaller in pruned]
 

@@ -19,7 +19,7 @@ from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate import perplexity
 from gisp.model.structures import map_model
-from gisp.run.loop import prune
+from gisp.run.prune import prune
 
 
 @pytest.fixture

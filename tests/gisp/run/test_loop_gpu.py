@@ -15,7 +15,7 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.run.loop import PruningLoop
 from gisp.run.metrics import PhaseClock, score_histogram
-from gisp.run.step_writer import StepWriter
+from gisp.run.step import StepWriter
 from gisp.score.base import StepScores
 from gisp.select.schedule import structure_ratio
 from gisp.select.selector import Selector
@@ -107,7 +107,7 @@ def count_waits(loop: PruningLoop) -> list[int]:
 def test_a_step_waits_for_the_gpu_once(family: str, options: dict[str, Any], engine: str) -> None:
     loop = make_loop(family, **options)
     if engine == "stand-in":
-        loop.scorer = RandomScores()  # type: ignore[assignment]
+        loop.setup.scorer = RandomScores()  # type: ignore[assignment]
     device = torch.device("cuda", torch.cuda.current_device())
     # Kernels are compiled and pinned memory is taken in the first steps.
     for step in (1, 2):

@@ -13,7 +13,7 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.run.average import ScoreAverage, in_original_numbering
 from gisp.run.metrics import PHASES, PhaseClock
-from gisp.run.transfer import Transfer
+from gisp.run.step import Transfer
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from gisp.data import Sequences, load_sequences
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.model.structures import map_model
-from gisp.run.loop import prune
+from gisp.run.prune import prune
 from gisp.score.objectives import objective_name, own_losses, sequence_nll
 
 OPTIONS = {"steps": 3, "sparsity": 0.3, "align": 1, "device": "cpu", "dtype": "float32"}

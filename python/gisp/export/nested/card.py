@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gisp.config.options import recorded
 from gisp.export.card import base_name, facts_table, head
 from gisp.export.check import TOLERANCE
 from gisp.export.nested.layout import Nesting
@@ -38,7 +37,7 @@ def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: 
         ("sparsities", f"0 to {trajectory.sparsity_at(last):.4f} of the decoder layers, {report.steps} steps"),
         ("weight files", f"{report.bytes / 1e6:,.1f} MB"),
         ("preset", trajectory.config.get("preset", "not recorded")),
-        ("criterion", recorded(trajectory.config, "criterion")),
+        ("criterion", trajectory.config.get("criterion", "not recorded")),
         ("versions", versions),
         (
             "logits against the masked dense model (float32)",

@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_model, tiny_tokens
 
 import gisp
-from gisp.run.step_writer import StepWriter
+from gisp.run.step import StepWriter
 from gisp.run.trajectory import Trajectory
 
 

@@ -1,0 +1,138 @@
+"""``gisp.prune``: from a model, data and options to a run."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gisp.config.options import OPTIONS, PruneConfig, make_config
+from gisp.data import Sequences, load_sequences
+from gisp.errors import GispError
+from gisp.model.load import check_model_path, load_dense, resolve_device, resolve_dtype
+from gisp.model.shrink import ShrinkableModel
+from gisp.model.structures import first_bad_parameter, map_model
+from gisp.run.folder import RunFolder
+from gisp.run.loop import OnStep, PruningLoop
+from gisp.run.trajectory import Trajectory
+from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
+from gisp.score.questions import check_objective
+
+
+def prune(
+    model: nn.Module | str | Path,
+    data: Any,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    on_step: OnStep | None = None,
+    preset: str | None = None,
+    sparsity: float | None = None,
+    steps: int | None = None,
+    ratio: float | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    batch_size: int | str | None = None,
+    batch_tokens: int | None = None,
+    objective: str | SequenceLoss | None = None,
+    criterion: str | None = None,
+    allocator: str | None = None,
+    first_order: str | None = None,
+    one_shot: bool | None = None,
+    norm: str | None = None,
+    engine: str | None = None,
+    schedule: str | None = None,
+    protect_first: float | None = None,
+    protect_last: int | None = None,
+    align: int | None = None,
+    keep_minimum: bool | None = None,
+    ema: float | None = None,
+    gqa: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    fp8: bool | None = None,
+) -> Trajectory:
+    """Prune a model in place.
+
+    Args:
+        model: a dense causal language model, or the folder or hub name of one.
+        data: calibration data: int tensor [N, S], a SPEC (see :func:`gisp.data.load_sequences`) or ``Sequences``.
+        out: run folder to write after every step; none is written for ``None``.
+        resume: continue the run in ``out`` if there is one; the result is the undisturbed run's.
+        on_step: called with every new record and the number of steps of the schedule.
+        objective: may also be a loss of your own, ``loss(model, input_ids, labels) -> [B]`` (see
+            ``gisp.score.objectives.SequenceLoss``); rows are read as for ``lm``, and the run records the function's
+            qualified name. Second-order scores compare a first with a second power of it: they take it for a mean over
+            the scored tokens, whatever it is.
+
+    The other options are those of the command line; ``python -m gisp.config.reference`` prints what each means.
+
+    Returns:
+        The trajectory; its ``model`` is the pruned model.
+
+    Raises:
+        GispError: bad input or an impossible request, before anything is written.
+    """
+    options = {name: value for name, value in locals().items() if name in OPTIONS}
+    folder = RunFolder(Path(out)) if out is not None else None
+    return _start(model, data, folder, resume, options).run(folder, on_step)
+
+
+def _start(
+    model: nn.Module | str | Path, data: Any, folder: RunFolder | None, resume: bool, options: dict[str, Any]
+) -> PruningLoop:
+    """A run ready for its first step, or for the one after a cut run's last."""
+    loss = options["objective"] if callable(options["objective"]) else None
+    if loss is not None:
+        options["objective"] = objective_name(loss)
+    config = make_config(**options)
+    if loss is None:
+        check_built_in(config.objective)
+    resuming = folder.check_free(resume) if folder else False
+    dense, path = _dense_model(model, config)
+    model_map = map_model(dense, config.gqa)
+    if isinstance(data, Sequences):
+        sequences = data.checked(model_map.vocab_size)
+    else:
+        sequences = load_sequences(
+            data,
+            vocab_size=model_map.vocab_size,
+            seq_len=config.seq_len,
+            tokenizer_from=path or str(getattr(dense, "name_or_path", "")) or None,
+            objective="lm" if loss else config.objective,
+            seed=config.seed,
+        )
+    sequences = check_objective(sequences.first(config.samples), config)
+    spec = "tokens in memory" if isinstance(data, (torch.Tensor, Sequences)) else str(data)
+    loop = PruningLoop(model_map, sequences, config, spec, path, loss)
+    if folder and resuming:
+        loop.restore(Trajectory.load(folder.path), folder)
+    return loop
+
+
+def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[Any, str]:
+    """The model to prune and the path a later session finds it at (empty for a model in memory)."""
+    if isinstance(model, nn.Module):
+        if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+            warnings.warn(
+                "the model is float16: gradients of large calibration sets underflow and blur the scores, "
+                "load it in bfloat16 or float32",
+                stacklevel=4,
+            )
+        previous = ShrinkableModel.of(model)
+        if previous is not None and previous.history:
+            raise GispError("this model is already pruned: take it back with its trajectory's at(0), or load it anew")
+        map_model(model)
+        bad = first_bad_parameter(model)
+        if bad is not None:
+            raise GispError(f"the model holds NaN or infinite weights in {bad}: give a sound model")
+        return model, ""
+    path = str(model)
+    check_model_path(path)
+    device = resolve_device(config.device)
+    loaded = load_dense(path, device, resolve_dtype(config.dtype, device))
+    return loaded, str(Path(path).resolve()) if Path(path).is_dir() else path

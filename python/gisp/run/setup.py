@@ -1,0 +1,74 @@
+"""What a run scores and selects with, made from its options: the same for many steps and for one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from gisp.config.options import PruneConfig
+from gisp.data import Sequences
+from gisp.errors import GispError
+from gisp.model.shrink import ShrinkableModel
+from gisp.model.structures import ModelMap, protected_layers
+from gisp.run.average import in_original_numbering
+from gisp.score.base import StepScores, make_scorer
+from gisp.score.context import Context
+from gisp.score.objectives import SequenceLoss
+from gisp.select.allocators import group_shares, layer_outliers
+from gisp.select.whole_layers import make_selector
+
+
+class Setup:
+    """Selector and scorer of a run over a dense model, which can be pruned from now on.
+
+    Args:
+        sparsities: those the run is to reach.
+
+    Attributes:
+        open: names of the groups of the layers that may be pruned.
+
+    Raises:
+        GispError: a sparsity out of reach, or options that do not go with the model or the data.
+    """
+
+    def __init__(
+        self,
+        config: PruneConfig,
+        model_map: ModelMap,
+        data: Sequences,
+        sparsities: Iterable[float],
+        loss: SequenceLoss | None = None,
+    ) -> None:
+        protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
+        self.selector = make_selector(config, model_map, protected)
+        for sparsity in sparsities:
+            self.selector.check_reach(config, sparsity)
+        self.shrinkable = ShrinkableModel(model_map)
+        context = Context(self.shrinkable, data, config, loss)
+        self.scorer = make_scorer(context)
+        self._config, self._outliers = config, layer_outliers(context, self.selector)
+        self.open = {group.name for group in self.selector.groups if not group.protected}
+
+    def allocate(self, sparsity: float | None = None) -> None:
+        """Set what every layer is to lose by a sparsity, ``None`` for the end of the run's schedule."""
+        self.selector.allocate(group_shares(self._config, self.selector, self._outliers, sparsity))
+
+    def score(self, step: int) -> tuple[StepScores, torch.Tensor]:
+        """Scores of what is left at a step (1-based), also as fp32 [structures] in original numbering."""
+        live = [g for g in self.shrinkable.map.groups if g.name in self.open and self.shrinkable.kept(g.name)]
+        scored = self.scorer.score(step, live)
+        return scored, in_original_numbering(scored.scores, self.shrinkable, len(self.selector.removed))
+
+
+def check_finite(step: int, loss: float, scores: bool) -> None:
+    """Refuse a step whose loss or scores are not finite.
+
+    Raises:
+        GispError: names the step.
+    """
+    if not math.isfinite(loss):
+        raise GispError(f"the loss of step {step} is {loss}: check the weights and the data of this model")
+    if not scores:
+        raise GispError(f"scores of step {step} are not finite: use --dtype float32 or check the weights")
