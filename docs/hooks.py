@@ -62,7 +62,7 @@ def _command_line() -> str:
     import typer.main
     from typer.cli import get_docs_for_click
 
-    from gisp.cli import app, bench_command, demo_command, eval_command, prune_command, run_commands  # noqa: F401
+    from gisp.cli.app import app
 
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="gisp")

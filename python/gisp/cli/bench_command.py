@@ -9,11 +9,9 @@ from pathlib import Path
 import typer
 
 import gisp
-from gisp.cli import app
 from gisp.errors import GispError
 
 bench = typer.Typer(name="bench", help="Measure kernels or a whole run (source checkout).", no_args_is_help=True)
-app.add_typer(bench)
 
 # The options are those of the modules, which also run on their own; none is repeated here.
 _OPTIONS_OF_THE_MODULE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

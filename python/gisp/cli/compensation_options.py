@@ -1,28 +1,39 @@
-"""Options of a compensation, shared by ``gisp export`` and ``gisp eval``."""
+"""Flags of a compensation, which ``gisp export`` and ``gisp eval`` take as ``**keywords``."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import typer
+from gisp.cli.flags import flag
 
-_PANEL = "Compensation"
+if TYPE_CHECKING:
+    from gisp.compensation import CompensationRequest
 
-Compensate = Annotated[
-    str | None,
-    typer.Option(help="Refit output projections: kfac, lsq, affine, rescale or bias.", rich_help_panel=_PANEL),
-]
-Calibration = Annotated[str | None, typer.Option(help="Data to compensate with, as for prune.", rich_help_panel=_PANEL)]
-CalibrationTokens = Annotated[
-    int | None, typer.Option(help="Calibration tokens, the first of the data (131072).", rich_help_panel=_PANEL)
-]
-Damping = Annotated[
-    float | None, typer.Option(help="Ridge of lsq and kfac, relative to the mean diagonal.", rich_help_panel=_PANEL)
-]
-CompensationTarget = Annotated[
-    str | None,
-    typer.Option(
-        "--target", help="What to fit to: local (default of affine and bias) or dense.", rich_help_panel=_PANEL
-    ),
-]
-CompensationSteps = Annotated[int | None, typer.Option(help="Steps of kfac (4).", rich_help_panel=_PANEL)]
+_flag = partial(flag, panel="Compensation")
+COMPENSATION = (
+    _flag("compensate", "Refit output projections: kfac, lsq, affine, rescale or bias."),
+    _flag("calibration", "Data to compensate with, as for prune."),
+    _flag("calibration_tokens", "Calibration tokens, the first of the data (131072).", kind=int),
+    _flag("damping", "Ridge of lsq and kfac, relative to the mean diagonal.", kind=float),
+    _flag("compensation_target", "What to fit to: local (default of affine and bias) or dense.", names=("--target",)),
+    _flag("compensation_steps", "Steps of kfac (4).", kind=int),
+)
+
+
+def compensation_request(flags: dict[str, Any]) -> CompensationRequest | None:
+    """What the flags ask for, ``None`` for none.
+
+    Raises:
+        GispError: a bad value, or flags that do not go together.
+    """
+    from gisp.compensation import make_request
+
+    return make_request(
+        flags["compensate"],
+        flags["calibration"],
+        tokens=flags["calibration_tokens"],
+        damping=flags["damping"],
+        target=flags["compensation_target"],
+        steps=flags["compensation_steps"],
+    )

@@ -9,11 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gisp.cli import app
 from gisp.cli.progress import StepProgress
 
 
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("gisp-demo"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -12,17 +12,28 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gisp.cli import app, compensation_options
+from gisp.cli.compensation_options import COMPENSATION, compensation_request
+from gisp.cli.flags import flag, with_flags
 from gisp.errors import GispError
 from gisp.files import check_writable, write_atomic
 
+_PIPE_WIDTH = 400
 _ROWS = "Choices, prompts and completions"
 _HARNESS = "lm-eval"
 _ALONG = "Along a run"
-_PIPE_WIDTH = 400
+_HOW = (
+    flag("window", "Longest input in tokens (text 128; choices and completions the model's limit).", kind=int),
+    flag("stride", "Tokens between the starts of windows of text and tokens (the window).", kind=int),
+    flag("limit", "Use the first rows, or examples of each task, only.", kind=int),
+    flag("batch_size", "Sequences per forward pass.", kind=int),
+    flag("generate", "Exact match of generated completions.", kind=bool, names=("--generate",), panel=_ROWS),
+    flag("until", r"Text that ends an answer; may be repeated (\n, \t).", kind=list[str], panel=_ROWS),
+    flag("max_new_tokens", "Longest answer in tokens (256).", kind=int, panel=_ROWS),
+    flag("extract", "Regular expression: compare what it finds, its first group.", panel=_ROWS),
+)
 
 
-@app.command("eval")
+@with_flags((*_HOW, *COMPENSATION))
 def evaluate(
     target: Annotated[
         str,
@@ -36,26 +47,6 @@ def evaluate(
         ),
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Point of a run; the nearest step is taken.")] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Longest input in tokens (text 128; choices and completions the model's limit).")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between the starts of windows of text and tokens (the window).")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first rows, or examples of each task, only.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
-    generate: Annotated[
-        bool, typer.Option("--generate", help="Exact match of generated completions.", rich_help_panel=_ROWS)
-    ] = False,
-    until: Annotated[
-        list[str] | None,
-        typer.Option(help=r"Text that ends an answer; may be repeated (\n, \t).", rich_help_panel=_ROWS),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", rich_help_panel=_ROWS)] = 256,
-    extract: Annotated[
-        str | None,
-        typer.Option(help="Regular expression: compare what it finds, its first group.", rich_help_panel=_ROWS),
-    ] = None,
     lm_eval: Annotated[
         str | None, typer.Option(help="lm-eval tasks, with commas between them.", rich_help_panel=_HARNESS)
     ] = None,
@@ -63,75 +54,73 @@ def evaluate(
         Path | None, typer.Option(help="Folder of further lm-eval task files.", rich_help_panel=_HARNESS)
     ] = None,
     sparsities: Annotated[
-        str | None,
-        typer.Option(help="Dense and these points of a run, as 0.2,0.3,0.5.", rich_help_panel=_ALONG),
+        str | None, typer.Option(help="Dense and these points of a run, as 0.2,0.3,0.5.", rich_help_panel=_ALONG)
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to draw the figures in.", rich_help_panel=_ALONG)] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
-    compensate: compensation_options.Compensate = None,
-    calibration: compensation_options.Calibration = None,
-    calibration_tokens: compensation_options.CalibrationTokens = None,
-    damping: compensation_options.Damping = None,
-    compensation_target: compensation_options.CompensationTarget = None,
-    compensation_steps: compensation_options.CompensationSteps = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    **flags: Any,
 ) -> None:
     """Perplexity, choice accuracy, exact match or lm-eval tasks of a model, of a run at a sparsity, or along it."""
+    _check_data(data, lm_eval, lm_eval_include, flags)
+    _check_places(sparsity, sparsities, plot, out)
+    points = None if sparsities is None else _numbers(sparsities)
+
+    from gisp.target import evaluate_along, evaluate_target
+
+    common = {
+        **_what(lm_eval, lm_eval_include, flags),
+        "device": device,
+        "dtype": dtype,
+        "compensation": compensation_request(flags),
+    }
+    if points is None:
+        result = evaluate_target(target, data, sparsity=sparsity, **common)
+    else:
+        result = evaluate_along(target, data, sparsities=points, on_point=_progress, **common)
+    _show(result, plot, out, as_json)
+
+
+def _check_data(data: str | None, lm_eval: str | None, include: Path | None, flags: dict[str, Any]) -> None:
+    """Refuse flags that miss what they are about."""
     if data is None and lm_eval is None:
         raise GispError("--data is missing: gisp eval MODEL|RUN --data SPEC, or --lm-eval TASKS")
-    if data is None and (generate or stride is not None or window is not None):
-        option = "--generate" if generate else "--window" if stride is None else "--stride"
-        raise GispError(f"{option} is about --data: give --data SPEC or leave it out")
-    if lm_eval is None and lm_eval_include is not None:
-        raise GispError(f"--lm-eval-include {lm_eval_include} belongs to --lm-eval: add the names of tasks")
+    about = next((name for name in ("generate", "stride", "window") if flags[name] is not None), None)
+    if data is None and about:
+        raise GispError(f"--{about} is about --data: give --data SPEC or leave it out")
+    if lm_eval is None and include is not None:
+        raise GispError(f"--lm-eval-include {include} belongs to --lm-eval: add the names of tasks")
+
+
+def _check_places(sparsity: float | None, sparsities: str | None, plot: Path | None, out: Path | None) -> None:
+    """Refuse points and files that do not go together, and files that cannot be written."""
     if sparsities is not None and sparsity is not None:
         raise GispError("--sparsity and --sparsities are both given: leave one out")
     if plot is not None and (sparsities is None or plot.suffix.lower() != ".png"):
         raise GispError(f"--plot {plot} is a .png file and needs --sparsities: give both")
     if out is not None and out.suffix.lower() != ".json":
         raise GispError(f"--out is {out}: give a .json file")
-    asked = None if sparsities is None else _numbers(sparsities)
     for path in (out, plot):
         if path is not None:
             check_writable(path)
 
-    from gisp.compensation import make_request
-    from gisp.evaluate import EvalOptions, LmEvalTasks
-    from gisp.target import evaluate_along, evaluate_target
 
-    options = EvalOptions(
-        window=window,
-        stride=stride,
-        limit=limit,
-        batch_size=batch_size,
-        generate=generate,
-        until=tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in until or ()),
-        max_new_tokens=max_new_tokens,
-        extract=extract,
-    )
+def _what(lm_eval: str | None, include: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """Options of an evaluation and its lm-eval tasks."""
+    from gisp.evaluate import EvalOptions, LmEvalTasks
+
+    given = {option.name: flags[option.name] for option in _HOW if flags[option.name] is not None}
+    given["until"] = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in given.get("until", ()))
+    options = EvalOptions(**given)
     names = tuple(name.strip() for name in (lm_eval or "").split(","))
-    tasks = LmEvalTasks(names, lm_eval_include, limit, batch_size) if lm_eval is not None else None
-    request = make_request(
-        compensate,
-        calibration,
-        tokens=calibration_tokens,
-        damping=damping,
-        target=compensation_target,
-        steps=compensation_steps,
-    )
-    common: dict[str, Any] = {
-        "options": options,
-        "lm_eval": tasks,
-        "device": device,
-        "dtype": dtype,
-        "compensation": request,
-    }
-    if asked is None:
-        result = evaluate_target(target, data, sparsity=sparsity, **common)
-    else:
-        result = evaluate_along(target, data, sparsities=asked, on_point=_progress, **common)
+    tasks = None if lm_eval is None else LmEvalTasks(names, include, options.limit, options.batch_size)
+    return {"options": options, "lm_eval": tasks}
+
+
+def _show(result: dict[str, Any], plot: Path | None, out: Path | None, as_json: bool) -> None:
+    """Write and print the figures."""
     written = json.dumps(_plain(result))
     if out is not None:
         write_atomic(out, written.encode())
@@ -141,10 +130,10 @@ def evaluate(
         write_atomic(plot, draw_points(result["points"]))
     if as_json:
         print(written)
-    elif asked is None:
-        _print_one(result)
-    else:
+    elif "points" in result:
         _print_points(result["points"])
+    else:
+        _print_one(result)
 
 
 def _numbers(text: str) -> list[float]:

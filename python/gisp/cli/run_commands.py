@@ -9,13 +9,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gisp.cli import app, compensation_options
+from gisp.cli.compensation_options import COMPENSATION, compensation_request
+from gisp.cli.flags import with_flags
 from gisp.errors import GispError
 
-_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
-
-@app.command()
+@with_flags(COMPENSATION)
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     sparsity: Annotated[float | None, typer.Option(help="Sparsity to export; the nearest step is taken.")] = None,
@@ -29,49 +28,31 @@ def export(
     min_heads: Annotated[int | None, typer.Option(help="Fewest query heads per layer.")] = None,
     data: Annotated[str | None, typer.Option(help="Evaluation data: measure perplexity for the model card.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per window of the evaluation, as for eval.")] = None,
-    device: _Device = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
-    compensate: compensation_options.Compensate = None,
-    calibration: compensation_options.Calibration = None,
-    calibration_tokens: compensation_options.CalibrationTokens = None,
-    damping: compensation_options.Damping = None,
-    target: compensation_options.CompensationTarget = None,
-    compensation_steps: compensation_options.CompensationSteps = None,
+    **compensation: Any,
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
-    from gisp.compensation import make_request
-    from gisp.export.rounding import SizeOptions, option_text
-    from gisp.export.run import export_nested_run, export_run
-
-    request = make_request(
-        compensate,
-        calibration,
-        tokens=calibration_tokens,
-        damping=damping,
-        target=target,
-        steps=compensation_steps,
-    )
-    if nested is not None and request is not None:
-        raise GispError(
-            f"--compensate {compensate} fits the weights to one sparsity, --nested holds one set of weights for all: "
-            "leave one of them out"
-        )
     if nested is not None:
-        others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data)
+        if compensation["compensate"] is not None:
+            raise GispError(
+                f"--compensate {compensation['compensate']} fits the weights to one sparsity, --nested holds one set "
+                "of weights for all: leave one of them out"
+            )
+        others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data, window, *compensation.values())
         if format != "hf" or any(other is not None for other in others):
             raise GispError("--nested has a form of its own for every sparsity: leave the other options out")
-        written = export_nested_run(run, nested, device=device)
-        worst = max(written.relative_differences.values())
-        print(
-            f"{nested}: dense and {written.steps} sparsities in {written.bytes / 1e6:,.1f} MB, "
-            f"logits differ by {worst:.1e} relative"
-        )
+        _export_nested(run, nested, device)
         return
     if sparsity is None or out is None:
         missing = "--sparsity" if sparsity is None else "--out"
         raise GispError(
             f"{missing} is missing: gisp export RUN --sparsity S --out DIR, or gisp export RUN --nested DIR"
         )
+
+    from gisp.export.rounding import SizeOptions, option_text
+    from gisp.export.run import export_run
+
     sizes = SizeOptions(round_mlp, align_heads, min_heads)
     done = export_run(
         run,
@@ -83,12 +64,31 @@ def export(
         data=data,
         window=window,
         dtype=dtype,
-        compensation=request,
+        compensation=compensation_request(compensation),
     )
-    asked = [f"format {format}"] if format != "hf" else []
-    asked += [option_text(sizes.given())] if sizes.given() else []
+    own = [f"format {format}"] if format != "hf" else []
+    own += [option_text(sizes.given())] if sizes.given() else []
+    _print_export(done, out, own)
+
+
+def _export_nested(run: Path, folder: Path, device: str) -> None:
+    from gisp.export.run import export_nested_run
+
+    written = export_nested_run(run, folder, device=device)
     print(
-        f"{out}: {', '.join(asked)}{', ' if asked else ''}"
+        f"{folder}: dense and {written.steps} sparsities in {written.bytes / 1e6:,.1f} MB, "
+        f"logits differ by {max(written.relative_differences.values()):.1e} relative"
+    )
+
+
+def _print_export(done: Any, out: Path, own: list[str]) -> None:
+    """What was written.
+
+    Args:
+        own: what its format and sizes are, where they are not the usual ones.
+    """
+    print(
+        f"{out}: {''.join(f'{text}, ' for text in own)}"
         f"decoder sparsity {done.spec.sparsity:.4f} (step {done.spec.step}), "
         f"{done.report.parameters_pruned:,} of {done.report.parameters_dense:,} parameters, "
         f"logits differ by {done.report.relative_difference:.1e} relative"
@@ -99,7 +99,6 @@ def export(
         print(f"  {what}: {value}")
 
 
-@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Write report.html and its pictures into the run folder."""
     from gisp.report.write import write_report
@@ -107,7 +106,6 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     print(write_report(run).html)
 
 
-@app.command()
 def inspect(
     target: Annotated[str, typer.Argument(help="Run folder, nested checkpoint or dense model.", metavar="RUN|MODEL")],
 ) -> None:

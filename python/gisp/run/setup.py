@@ -69,6 +69,6 @@ def check_finite(step: int, loss: float, scores: bool) -> None:
         GispError: names the step.
     """
     if not math.isfinite(loss):
-        raise GispError(f"the loss of step {step} is {loss}: check the weights and the data of this model")
+        raise GispError(f"the loss of step {step} is {loss}, not finite: check the weights and the data of this model")
     if not scores:
         raise GispError(f"scores of step {step} are not finite: use --dtype float32 or check the weights")

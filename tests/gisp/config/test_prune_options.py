@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import subprocess
+import sys
 
 import pytest
 
 import gisp
 from gisp.cli import main
-from gisp.config.options import make_config, without_defaults
+from gisp.config.options import OPTIONS, make_config, without_defaults
+from gisp.config.reference import help_text, markdown
 
 
 def test_a_stored_config_repeats_its_run(tmp_path, model_folder, token_file):
@@ -57,7 +61,6 @@ def test_a_stored_config_gives_way_to_another_preset_or_criterion(made, asked):
     own = {"protect_first": 0.3, "seed": 5}
     stored = dataclasses.asdict(make_config(**own, **made))
     stored = {name: value for name, value in stored.items() if value is not None}
-    stored.pop("ratio", None)
     found = make_config(**{**without_defaults(stored, asked), **asked})
     wanted = make_config(**own, **{**made, **asked}, sparsity=stored.get("sparsity"))
     assert found == wanted
@@ -74,6 +77,100 @@ def test_a_stored_config_is_used_from_another_folder(tmp_path, model_folder, tok
     assert main(["prune", "--config", "a/config.yaml", "--out", "b"]) == 0
     files = [(tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
+
+
+BAD = [
+    {"preset": "slow"},
+    {"sparsity": 1.5},
+    {"sparsity": "half"},
+    {"steps": "2.5"},
+    {"steps": "abc"},
+    {"samples": 0},
+    {"seq_len": 1},
+    {"batch_size": "many"},
+    {"batch_size": -2},
+    {"align": 10**20},
+    {"ema": 1.0},
+    {"ema": "nan"},
+    {"protect_first": -0.1},
+    {"protect_last": -1},
+    {"seed": -1},
+    {"objective": "accuracy"},
+    {"dtype": "int8"},
+    {"device": "toaster"},
+    {"ratio": 0.3},
+    {"ratio": 0.3, "preset": "paper"},
+    {"batch_tokens": 4096, "engine": "exact"},
+    {"batch_tokens": 4096, "preset": "paper"},
+    {"batch_tokens": 4096, "one_shot": True},
+    {"ema": 0.5, "one_shot": True},
+    {"steps": 5, "one_shot": True},
+    {"first_order": "shrunk", "criterion": "gisp"},
+    {"first_order": "shrunk", "preset": "paper"},
+    {"fp8": True, "preset": "paper"},
+    {"fp8": True, "criterion": "signed"},
+    {"objective": "margin", "criterion": "magnitude"},
+    {"norm": "params", "criterion": "block-influence"},
+    {"keep_minimum": True, "criterion": "block-influence"},
+    {"sparsity": 0.99},
+]
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_python_and_the_command_line_refuse_the_same_with_the_same_line(
+    options, tmp_path, model_folder, token_file, capsys
+):
+    flags = []
+    for name, value in options.items():
+        flags.append(OPTIONS[name].flag if value is True else f"{OPTIONS[name].flag}={value}")
+    out = tmp_path / "run"
+    assert main(["prune", str(model_folder), "--data", str(token_file), "--out", str(out), *flags]) == 2
+    printed = capsys.readouterr().err
+    if options.get("ema") == "nan":
+        options = {"ema": float("nan")}
+    with pytest.raises(gisp.GispError) as refused:
+        gisp.prune(model_folder, str(token_file), out=out, **options)
+    assert printed == f"error: {refused.value}\n"
+    assert not out.exists()
+
+
+def test_keywords_of_prune_are_the_declared_options():
+    keywords = inspect.signature(gisp.prune).parameters
+    own = ("model", "data", "out", "resume", "on_step")
+    assert tuple(keywords) == (*own, *OPTIONS)
+    # Beside the declared type: a loss of the user's own, and "auto".
+    wider = {"objective": "str | SequenceLoss | None", "batch_size": "int | str | None"}
+    for name, option in OPTIONS.items():
+        assert keywords[name].annotation == wider.get(name, f"{option.kind} | None")
+        assert keywords[name].default is None
+
+
+def test_every_option_has_a_flag_and_a_line_of_help(capsys):
+    assert main(["prune", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for option in OPTIONS.values():
+        assert option.flag in shown
+        assert f"| `{option.flag}` | {help_text(option)} |" in markdown()
+    assert "default fast 200, paper 50, official 112" in help_text(OPTIONS["steps"])
+    assert "default fast on, paper and official off" in help_text(OPTIONS["keep_minimum"])
+    assert "(whole key/value heads, which shrinks the cache)" in help_text(OPTIONS["gqa"])
+
+
+def test_a_bad_option_is_refused_before_torch_is_imported():
+    code = (
+        "import sys; from gisp.cli import main; import gisp.config.reference; "
+        "print(main(['prune', 'model', '--data', 'x', '--out', 'y', '--ratio', '0.3'])); "
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n[]\n"
+
+
+def test_the_version_is_printed(capsys):
+    import gisp_kernels
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gisp {gisp_kernels.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from gate_oracle import gate_scores
@@ -223,8 +221,7 @@ def test_runs_of_it_resume_and_repeat(tmp_path):
         assert torch.equal(at, again.removed_at[name])
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_runs_of_a_plain_first_order_term_resume_as_such(tmp_path, recorded):
+def test_runs_of_a_plain_first_order_term_resume_as_such(tmp_path):
     options = {
         "criterion": "second-order",
         "sparsity": 0.4,
@@ -242,12 +239,6 @@ def test_runs_of_a_plain_first_order_term_resume_as_such(tmp_path, recorded):
 
     with pytest.raises(KeyboardInterrupt):
         gisp.prune(tiny_model(), tokens, out=tmp_path / "run", on_step=cut, first_order="plain", **options)
-    if not recorded:
-        # Runs begun before there was a choice.
-        record = tmp_path / "run" / "trajectory.json"
-        stored = json.loads(record.read_text())
-        del stored["config"]["first_order"]
-        record.write_text(json.dumps(stored))
     with pytest.raises(GispError, match="made with first_order plain, not shrunk"):
         gisp.prune(tiny_model(), tokens, out=tmp_path / "run", resume=True, **options)
     again = gisp.prune(tiny_model(), tokens, out=tmp_path / "run", resume=True, first_order="plain", **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ WIDTH, HEADS, LAYERS = 24, 4, 6
 EACH = tuple((number,) for number in range(6))
 # Some steps of a few sequences, so that the order of the data and the averages matter.
 FAST = {"preset": "fast", "steps": 6, "sparsity": 0.4, "align": 1, "batch_tokens": 64}
+# Steps that see all data have no batch.
+WHOLE = {"batch_tokens": None}
 
 
 def model_of(family: str = "llama-gqa", **shape: Any) -> Any:
@@ -53,7 +54,7 @@ def fractions(trajectory: Trajectory, step: int) -> dict[str, float]:
 def test_every_criterion_runs_protects_and_repeats_itself(criterion: str, preset: str) -> None:
     options: dict[str, Any] = {"criterion": criterion, "protect_first": 0.2, "protect_last": 2, "sparsity": 0.25}
     if preset == "official":
-        options |= {"preset": "official", "ratio": 0.4, "sparsity": None, "steps": 4}
+        options |= {"preset": "official", "ratio": 0.4, "sparsity": None, "steps": 4, **WHOLE}
     found = run(**options)
     assert same(found, run(**options))
     assert found.steps[-1].sparsity > 0.1 and all(record.loss == record.loss for record in found.steps)
@@ -140,7 +141,7 @@ def test_owl_gives_every_block_its_share(criterion: str) -> None:
     fraction = 0.4 * sum(p.numel() for p in model.model.layers.parameters()) / prunable
     shares = owl_shares(dict(enumerate(ratios)), fraction)
     assert max(shares.values()) - min(shares.values()) == pytest.approx(0.16)
-    found = gisp.prune(model, ids, **{**FAST, "preset": "paper", "criterion": criterion, "allocator": "owl"})
+    found = gisp.prune(model, ids, **{**FAST, **WHOLE, "preset": "paper", "criterion": criterion, "allocator": "owl"})
     for layer, share in shares.items():
         gone = fractions(found, len(found.steps))
         # Half a unit of rounding, and one where the budget ended.
@@ -152,7 +153,7 @@ def test_owl_gives_every_block_its_share(criterion: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa"])
 @pytest.mark.parametrize(
-    "options", [{"one_shot": True, "steps": 1}, {"preset": "paper", "steps": 12}, {"gqa": "balanced"}]
+    "options", [{"one_shot": True, "steps": 1, **WHOLE}, {"preset": "paper", "steps": 12, **WHOLE}, {"gqa": "balanced"}]
 )
 def test_block_influence_takes_whole_layers_lowest_first(family: str, options: dict[str, Any]) -> None:
     model = model_of(family)
@@ -244,7 +245,7 @@ def test_one_shot_leaves_a_dense_model_and_sees_what_is_not_finite() -> None:
 
 
 def test_whole_layers_of_a_ratio_schedule_follow_the_ratio() -> None:
-    found = run(criterion="block-influence", preset="official", sparsity=None, ratio=0.5, steps=4)
+    found = run(criterion="block-influence", preset="official", sparsity=None, ratio=0.5, steps=4, **WHOLE)
     # Each step's threshold counts structures that are gone already: layers go one after the other, none in a rush.
     gone = [record.channels_removed for record in found.steps]
     width = found.base_model["intermediate_size"]
@@ -252,17 +253,6 @@ def test_whole_layers_of_a_ratio_schedule_follow_the_ratio() -> None:
     size = sum(len(at) for at in found.removed_at.values())
     one = size // found.layers
     assert [count // width for count in gone] == [threshold_rank(size, ratio) // one for ratio in allowed]
-
-
-def test_an_older_run_without_these_options_is_resumed(tmp_path: Path) -> None:
-    whole = run(criterion="gisp")
-    run(out=tmp_path / "run", criterion="gisp")
-    record = tmp_path / "run" / "trajectory.json"
-    stored = json.loads(record.read_text())
-    for name in ("criterion", "allocator", "one_shot"):
-        del stored["config"][name]
-    record.write_text(json.dumps(stored))
-    assert same(run(out=tmp_path / "run", resume=True, criterion="gisp"), whole)
 
 
 def test_defaults_are_the_published_way() -> None:

@@ -1,0 +1,46 @@
+"""Flags of commands that are declared elsewhere, once: a command takes them as ``**keywords``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def flag(
+    name: str,
+    help: str,
+    *,
+    kind: Any = str,
+    panel: str | None = None,
+    names: Sequence[str] = (),
+    **settings: Any,
+) -> inspect.Parameter:
+    """A flag that is ``None`` where it is not given.
+
+    Args:
+        names: as typer takes them, if not ``--name`` (and ``--no-name``).
+        settings: further arguments of ``typer.Option``.
+    """
+    dashed = name.replace("_", "-")
+    usual = f"--{dashed}/--no-{dashed}" if kind is bool else f"--{dashed}"
+    info = typer.Option(*(names or (usual,)), help=help, rich_help_panel=panel, **settings)
+    annotation = Annotated[kind | None, info]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def with_flags(flags: Sequence[inspect.Parameter]) -> Callable[[Command], Command]:
+    """Give a command that ends with ``**keywords`` these flags in their place."""
+
+    def give(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        command.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
+        return command
+
+    return give
