@@ -6,12 +6,15 @@ JOBS ?= 2
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt tests/constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup demo test lint types format docs bench bench-quick bench-pytest clean
+.PHONY: help setup demo test lint types docs format hooks bench bench-quick bench-pytest clean
 help:
+	@echo "make setup   .venv with the package and its development tools"
 	@echo "make demo    prune the shipped decoder to 50 %, export, reload, evaluate"
 	@echo "make test    all tests that run on this machine"
-	@echo "make lint    ruff, read-only          make types   mypy             make docs   the site, into site/"
-	@echo "make format  ruff, rewriting files    make bench   kernels and whole runs, with goals and plots (GPU)"
+	@echo "make lint    ruff, read-only          make types   mypy over the packages, benchmarks and tests"
+	@echo "make format  ruff, rewriting files    make docs    the documentation as a site, in strict mode"
+	@echo "make hooks   lint, types and commit subjects checked before every commit"
+	@echo "make bench   kernels and whole runs, with goals and plots (GPU)"
 	@echo "make bench-quick   a few kernels      make bench-pytest   the same under pytest-benchmark"
 
 setup: $(VENV)/.ready
@@ -28,9 +31,6 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,9 +38,15 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir out/site
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+hooks: setup
+	$(BIN)/pre-commit install --hook-type pre-commit --hook-type commit-msg
 
 bench: setup
 	$(BIN)/gisp bench kernels --goals --plot --out out/bench/kernels.json
