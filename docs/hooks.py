@@ -6,7 +6,6 @@ is no page is named by its path.
 
 from __future__ import annotations
 
-import importlib.util
 import posixpath
 import re
 from pathlib import Path
@@ -63,11 +62,8 @@ def _command_line() -> str:
     from typer.cli import get_docs_for_click
 
     from gisp.cli.app import app
+    from gisp.config.reference import markdown
 
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="gisp")
-    if importlib.util.find_spec("gisp.config.reference"):
-        from gisp.config.reference import markdown
-
-        text += "\n## Options of a run\n\n" + re.sub(r"(?m)^## ", "### ", markdown())
-    return text
+    return text + "\n## Options of a run\n\n" + re.sub(r"(?m)^## ", "### ", markdown())

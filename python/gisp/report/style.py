@@ -64,7 +64,7 @@ DARK = Theme(
     series=("#56b4e9", "#e69f00", "#2bc495", "#e39bc4", "#f0e442", "#4a8fd6"),
     none_kept="#ff7b39",
 )
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 PERCENT = FuncFormatter(lambda fraction, _: f"{round(100 * fraction, 3):.3g} %")
 
 
@@ -115,7 +115,7 @@ def draw_lines(ax: Axes, lines: Mapping[str, Sequence[tuple[float, float, float]
     """Labelled lines of (x, y, standard error), a bar where the error is not 0."""
     for number, (label, points) in enumerate(lines.items()):
         xs, ys, errors = zip(*sorted(points), strict=True)
-        colour, marker = theme.series[number % len(theme.series)], _MARKERS[number % len(_MARKERS)]
+        colour, marker = theme.series[number % len(theme.series)], MARKERS[number % len(MARKERS)]
         bars = errors if any(errors) else None
         ax.errorbar(xs, ys, yerr=bars, color=colour, marker=marker, markersize=5, capsize=3, label=label)
 
