@@ -55,6 +55,9 @@ def autograd_scores(model, data: Sequences, signs: list[int]) -> dict[str, torch
 
 def gradient_scorer(model_map: ModelMap, data: Sequences, loss: Any = None, **options: Any) -> GradientScorer:
     """A criterion of gradients on a model that may be pruned, by default the paper's."""
+    if options.get("engine", "exact") == "exact":
+        # Steps that see all data have no batch.
+        options.pop("batch_tokens", None)
     config = make_config(**{"preset": "paper", "criterion": "gisp", "first_order": "plain", **options})
     shrinkable = ShrinkableModel.of(model_map.model) or ShrinkableModel(model_map)
     return GradientScorer(Context(shrinkable, data, config, loss))
