@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,25 +85,25 @@ def _die_at_rename(number: int) -> None:
     """Make the ``number``-th renaming of a file in this process its last act, before the rename happens."""
     original, count = os.replace, 0
 
-    def replace(*paths: object, **options: object) -> None:
+    def replace(*paths: Any, **options: Any) -> None:
         nonlocal count
         count += 1
         if count == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(*paths, **options)  # type: ignore[arg-type]
+        original(*paths, **options)
 
-    os.replace = os.rename = replace  # type: ignore[assignment]
+    os.replace = os.rename = replace
 
 
 def _pause_after_renames(seconds: float) -> None:
     """Slow a run down at every file it puts in place, so that it cannot end before a signal reaches it."""
     original = os.replace
 
-    def replace(*paths: object, **options: object) -> None:
-        original(*paths, **options)  # type: ignore[arg-type]
+    def replace(*paths: Any, **options: Any) -> None:
+        original(*paths, **options)
         time.sleep(seconds)
 
-    os.replace = os.rename = replace  # type: ignore[assignment]
+    os.replace = os.rename = replace
 
 
 def _child(arguments: list[str], log: str, die_at_rename: int, pause: float) -> None:

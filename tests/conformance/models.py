@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -34,8 +35,8 @@ LLAMA3_ROPE = {
 }
 
 
-def _sizes(**changes: object) -> dict[str, object]:
-    sizes: dict[str, object] = {
+def _sizes(**changes: object) -> dict[str, Any]:
+    sizes: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 172,

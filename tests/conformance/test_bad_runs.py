@@ -57,6 +57,10 @@ def own_base_run(workspace: Path, tokens: Path) -> tuple[Path, Path]:
     return model, run
 
 
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
 def _cut(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -101,8 +105,8 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "no-tensors": lambda run: (run / "trajectory.safetensors").unlink(),
     "cut-json": lambda run: _cut(run / "trajectory.json"),
     "noise-json": lambda run: _noise(run / "trajectory.json"),
-    "list-json": lambda run: (run / "trajectory.json").write_text("[]") and None,
-    "empty-json": lambda run: (run / "trajectory.json").write_text("{}") and None,
+    "list-json": lambda run: _write(run / "trajectory.json", "[]"),
+    "empty-json": lambda run: _write(run / "trajectory.json", "{}"),
     "no-json": lambda run: (run / "trajectory.json").unlink(),
     "impossible-step": lambda run: _edit(run / "trajectory.safetensors", _impossible_step),
     "negative-step": lambda run: _edit(run / "trajectory.safetensors", _negative_step),

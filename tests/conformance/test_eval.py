@@ -11,7 +11,7 @@ import torch
 
 from . import models, oracle
 from .cli import CPU_FLOAT32, run_cli, spawn_cli
-from .test_run_folder import read_json, read_removal
+from .reading import read_json, read_removal
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_run_at_a_sparsity(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     run = finished_run(family, preset)
-    passed = [s["sparsity"] for s in read_json(run)["steps"]]  # type: ignore[union-attr]
+    passed = [s["sparsity"] for s in read_json(run)["steps"]]
     for step in (5, len(passed)):
         # A little above the step's own sparsity: the nearest step is still this one.
         asked = passed[step - 1] + 1e-4

@@ -121,8 +121,12 @@ def test_resume_after_many_kills(case: Case, launcher: Launcher, tmp_path: Path)
     arguments: tuple[object, ...] = case.arguments(out)
     while seen[-1] <= 7:
         goal = seen[-1] + generator.randint(1, 2)
+
+        def reached(goal: int = goal) -> bool:
+            return recorded_steps(out) >= goal
+
         code = launcher.interrupt(
-            lambda goal=goal: recorded_steps(out) >= goal,
+            reached,
             generator.uniform(0.0, case.step_seconds),
             signal.SIGKILL,
             *arguments,

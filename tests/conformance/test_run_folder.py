@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from . import models, oracle
 from .cli import must_run, prune_arguments
 from .conftest import SPARSITY, STEPS
+from .reading import read_json, read_removal
 
 FILES = {"trajectory.safetensors", "trajectory.json", "metrics.jsonl", "config.yaml"}
 ARCHITECTURES = ["llama-mha", "llama-gqa", "qwen2", "qwen3"]
@@ -31,19 +32,6 @@ def keys_of(value: object) -> Iterator[str]:
     elif isinstance(value, list):
         for child in value:
             yield from keys_of(child)
-
-
-def read_json(run: Path) -> dict[str, object]:
-    return json.loads((run / "trajectory.json").read_text())
-
-
-def read_removal(run: Path) -> oracle.Removal:
-    tensors = load_file(run / "trajectory.safetensors")
-    layers = len(tensors) // 2
-    return oracle.Removal(
-        [tensors[f"layers.{i}.heads.removed_at"].tolist() for i in range(layers)],
-        [tensors[f"layers.{i}.channels.removed_at"].tolist() for i in range(layers)],
-    )
 
 
 def removed_by(removal: oracle.Removal, step: int) -> tuple[int, int]:
@@ -151,7 +139,7 @@ def test_sparsity_counts_removed_parameters(
         oracle.Decoder.load(model_folder(family), torch.float32),
         read_removal(run),
     )
-    reported = [s["sparsity"] for s in read_json(run)["steps"]]  # type: ignore[union-attr]
+    reported = [s["sparsity"] for s in read_json(run)["steps"]]
     computed = []
     for step in range(1, STEPS + 1):
         heads, channels = removed_by(removal, step)
@@ -218,7 +206,7 @@ def test_a_sparsity_between_steps_picks_the_nearest(
 
     run = finished_run("qwen3", "paper")
     path, removal = model_folder("qwen3"), read_removal(run)
-    passed = [s["sparsity"] for s in read_json(run)["steps"]]  # type: ignore[union-attr]
+    passed = [s["sparsity"] for s in read_json(run)["steps"]]
     trajectory = gisp.Trajectory.load(run)
     low, high = passed[3], passed[4]
     wanted = {
@@ -237,7 +225,7 @@ def test_of_two_equally_near_steps_the_smaller_is_taken(
 
     run = finished_run("llama-mha", "paper")
     path, removal = model_folder("llama-mha"), read_removal(run)
-    passed = [s["sparsity"] for s in read_json(run)["steps"]]  # type: ignore[union-attr]
+    passed = [s["sparsity"] for s in read_json(run)["steps"]]
     halfway = {
         index + 1: (low + high) / 2
         for index, (low, high) in enumerate(pairwise(passed))

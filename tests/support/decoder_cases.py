@@ -236,7 +236,8 @@ def kv_case(tokens: int, heads: int, kv_heads: int, size: int) -> OpCase:
 
     def run(inputs: Tensors, backend: str) -> Tensors:
         out = Blank(tokens, kv_heads * size, inputs[0])
-        decoder.sum_kv(*inputs, kv_heads, out=out.heads(size), backend=backend)
+        grad, index = inputs
+        decoder.sum_kv(grad, index, kv_heads, out=out.heads(size), backend=backend)
         return (out.filled().unflatten(1, (kv_heads, size)),)
 
     return OpCase(f"sum kv {tokens}x{heads}x{size}", make, run, truth)

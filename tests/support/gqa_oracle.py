@@ -44,7 +44,9 @@ class Masked:
         found = []
         for layer in self.layers:
             linears = {n.split(".")[-1]: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
-            found.append({n: (m.weight * m.weight.grad).abs().detach() for n, m in linears.items()})
+            # A projection without a gradient is an error of the test.
+            grads = {n: m.weight.grad for n, m in linears.items() if m.weight.grad is not None}
+            found.append({n: (m.weight * grads[n]).abs().detach() for n, m in linears.items()})
         return found
 
     def head_score(self, product: dict[str, torch.Tensor], head: int) -> float:

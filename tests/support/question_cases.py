@@ -30,7 +30,9 @@ def letters(contexts: tuple[int, ...] = (6, 4, 9, 5)) -> Sequences:
     The right answer is the first, the second, the third and the first one.
     """
     generator = torch.Generator().manual_seed(7)
-    rows, signs, examples = [], [], []
+    rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+    signs: list[int] = []
+    examples: list[tuple[int, ...]] = []
     for number, length in enumerate(contexts):
         context = torch.randint(0, VOCAB, (length,), generator=generator)
         first = len(rows)

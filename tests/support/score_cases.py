@@ -35,7 +35,7 @@ def ragged(seed: int = 3) -> Sequences:
     return Sequences.plain(rows)
 
 
-def autograd_scores(model, data: Sequences, signs: list[int]) -> dict[str, torch.Tensor]:
+def autograd_scores(model: Any, data: Sequences, signs: list[int]) -> dict[str, torch.Tensor]:
     """|W * G| of the set's loss, one sequence at a time, by plain backward passes."""
     weights = row_weights(signs)
     model.zero_grad()
@@ -45,7 +45,9 @@ def autograd_scores(model, data: Sequences, signs: list[int]) -> dict[str, torch
     for group in map_model(model).groups:
         total = torch.zeros(group.count)
         for part in group.projections:
-            product = (part.linear.weight * part.linear.weight.grad).detach().abs()
+            grad = part.linear.weight.grad
+            assert grad is not None
+            product = (part.linear.weight * grad).detach().abs()
             lines = product.sum(1 if part.axis == "row" else 0)
             total += lines.view(group.count, -1).sum(1)
         result[group.name] = total
@@ -63,7 +65,7 @@ def gradient_scorer(model_map: ModelMap, data: Sequences, loss: Any = None, **op
     return GradientScorer(Context(shrinkable, data, config, loss))
 
 
-def pruned(family: str, removal: str):
+def pruned(family: str, removal: str) -> tuple[Any, ModelMap]:
     model = tiny_model(family)
     model_map = map_model(model)
     shrinkable = ShrinkableModel(model_map)
@@ -71,5 +73,5 @@ def pruned(family: str, removal: str):
     return model, model_map
 
 
-def live(model_map):
+def live(model_map: ModelMap) -> list[tuple[str, int]]:
     return [(group.name, group.count) for group in model_map.groups if group.count]

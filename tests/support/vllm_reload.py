@@ -25,15 +25,15 @@ def causal_attention(
     layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> Any:
     """What vLLM's attention layer computes for one sequence; [tokens, heads * head size] each."""
-    heads = [
+    q, k, v = (
         x.view(-1, count, layer.head_size).transpose(0, 1)[None]
         for x, count in ((query, layer.num_heads), (key, layer.num_kv_heads), (value, layer.num_kv_heads))
-    ]
-    place = torch.arange(heads[0].shape[2])
+    )
+    place = torch.arange(q.shape[2])
     distance = place[:, None] - place
     mask = (distance >= 0) & (distance < (layer.sliding_window or len(place)))
     mixed = torch.nn.functional.scaled_dot_product_attention(
-        *heads, attn_mask=mask, scale=layer.impl.scale, enable_gqa=True
+        q, k, v, attn_mask=mask, scale=layer.impl.scale, enable_gqa=True
     )
     return mixed[0].transpose(0, 1).flatten(1)
 
