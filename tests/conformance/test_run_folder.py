@@ -212,10 +212,12 @@ def test_a_sparsity_between_steps_picks_the_nearest(
     wanted = {
         0.55 * low + 0.45 * high: 4,
         0.45 * low + 0.55 * high: 5,
-        passed[-1] + 0.2: STEPS,
+        passed[-1] + 0.4 * (passed[-1] - passed[-2]): STEPS,
     }
     for sparsity, step in wanted.items():
         assert_same_logits(trajectory.at(sparsity), oracle.masked_decoder(path, removal, step))
+    with pytest.raises(gisp.GispError, match="the run ends at"):
+        trajectory.at(passed[-1] + 0.2)
 
 
 def test_of_two_equally_near_steps_the_smaller_is_taken(
