@@ -21,7 +21,7 @@ from benchmarks.studies.study import Study, parser
 from gisp.config.options import make_config
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model, protected_layers
-from gisp.run.average import in_original_numbering
+from gisp.score.average import in_original_numbering
 from gisp.score.base import make_scorer
 from gisp.score.context import Context
 from gisp.select.selector import Selector

@@ -17,12 +17,12 @@ from gisp.config.options import OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
-from gisp.run.average import ScoreAverage
 from gisp.run.folder import RunFolder
 from gisp.run.metrics import PhaseClock, histogram_record, score_histogram
 from gisp.run.setup import Setup, check_finite
 from gisp.run.step import StepWriter, Transfer
 from gisp.run.trajectory import StepRecord, Trajectory, move_to
+from gisp.score.average import ScoreAverage
 from gisp.score.objectives import SequenceLoss
 from gisp.select.schedule import parameter_target, structure_ratio
 from gisp.select.selector import Ranking, Selection

@@ -12,7 +12,7 @@ from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap, protected_layers
-from gisp.run.average import in_original_numbering
+from gisp.score.average import in_original_numbering
 from gisp.score.base import StepScores, make_scorer
 from gisp.score.context import Context
 from gisp.score.objectives import SequenceLoss

@@ -11,9 +11,9 @@ from tiny import tiny_model
 from gisp.errors import GispError
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
-from gisp.run.average import ScoreAverage, in_original_numbering
 from gisp.run.metrics import PHASES, PhaseClock
 from gisp.run.step import Transfer
+from gisp.score.average import ScoreAverage, in_original_numbering
 
 CPU = torch.device("cpu")
 
