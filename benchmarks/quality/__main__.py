@@ -25,9 +25,9 @@ from benchmarks.common.command import (
     write_json,
 )
 from benchmarks.common.identity import identity
+from benchmarks.decoders.decoder import Decoder, described, train_decoder
 from benchmarks.quality import summary
 from benchmarks.quality.cells import STUDIES, Cell, Sizes
-from benchmarks.quality.decoder import Decoder, described, train_decoder
 from benchmarks.quality.pool import run_cells
 from benchmarks.quality.runner import Bench, Runner
 from gisp.errors import GispError

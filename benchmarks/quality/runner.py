@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.decoders.decoder import Decoder, drawn, read_tokens
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.choices import TASKS, ChoiceTask
-from benchmarks.quality.decoder import Decoder, drawn, read_tokens
 from benchmarks.quality.distillation import Distillation
 from gisp.compensation import compensate
 from gisp.config.options import CHOOSING, make_config

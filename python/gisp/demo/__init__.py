@@ -34,12 +34,12 @@ def demo_files() -> DemoFiles:
         if not (demo.model / name).is_file():
             raise RuntimeError(
                 f"the demo decoder is incomplete, {demo.model / name} is missing: reinstall the "
-                f"package or train it with python -m gisp.demo.train --out {demo.model}"
+                f"package, or train it in a source checkout with python -m benchmarks.decoders.train --out {demo.model}"
             )
     for path in (demo.calibration, demo.heldout):
         if not path.is_file():
             raise RuntimeError(
-                f"the demo text {path} is missing: reinstall the package or build it with "
-                f"python -m gisp.demo.corpus --samples {root}"
+                f"the demo text {path} is missing: reinstall the package, or make it in a source checkout with "
+                f"python -m benchmarks.decoders.corpus --samples {root}"
             )
     return demo

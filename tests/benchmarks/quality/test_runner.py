@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.decoders.decoder import Decoder
 from benchmarks.quality.cells import Sizes, fast_cells
-from benchmarks.quality.decoder import Decoder
 from benchmarks.quality.runner import Bench, Runner
 
 STEPS = 4

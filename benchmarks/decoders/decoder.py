@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.decoders import corpus as corpora
+from benchmarks.decoders.llama import TrainConfig
+from benchmarks.decoders.tokens import encode, windows
+from benchmarks.decoders.train import train
 from gisp.data import Sequences, load_sequences
-from gisp.demo import corpus as corpora
-from gisp.demo.llama import TrainConfig
-from gisp.demo.tokens import encode, windows
-from gisp.demo.train import train
 from gisp.errors import GispError
 
 # 65 million parameters: 12 layers, hidden size 640, 10 heads of 64, MLP 1728, vocabulary 8192, tied embeddings.

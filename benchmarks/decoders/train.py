@@ -1,4 +1,4 @@
-"""Train the demo decoder from scratch: ``python -m gisp.demo.train --out DIR``."""
+"""Train the demo decoder from scratch: ``python -m benchmarks.decoders.train --out DIR``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM
 
-from gisp.demo import corpus as corpora
-from gisp.demo.llama import TrainConfig, build_model, next_token_loss, perplexity
-from gisp.demo.tokens import encode, train_tokenizer, windows
+from benchmarks.decoders import corpus as corpora
+from benchmarks.decoders.llama import TrainConfig, build_model, next_token_loss, perplexity
+from benchmarks.decoders.tokens import encode, train_tokenizer, windows
 
 
 def batches(stream: torch.Tensor, config: TrainConfig) -> Iterator[torch.Tensor]:
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     base = TrainConfig()
     parser = argparse.ArgumentParser(
-        prog="python -m gisp.demo.train",
+        prog="python -m benchmarks.decoders.train",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """The demo's text: Python source of a CPython standard library, split by file.
 
-``python -m gisp.demo.corpus --out FILE.jsonl.gz`` collects it into one file for training on
+``python -m benchmarks.decoders.corpus --out FILE.jsonl.gz`` collects it into one file for training on
 another machine, ``--samples DIR`` writes the calibration and held-out text that the package ships.
 """
 
@@ -145,7 +145,7 @@ def load(path: Path) -> Corpus:
         return Corpus(files, head["python"])
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is not a corpus: give a .jsonl.gz of python -m gisp.demo.corpus ({error!r})"
+            f"{path} is not a corpus: give a .jsonl.gz of python -m benchmarks.decoders.corpus ({error!r})"
         ) from error
 
 
@@ -185,7 +185,7 @@ def _jsonl(rows: Iterable[dict[str, str]]) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m gisp.demo.corpus", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoders.corpus", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, help="write the whole corpus to this .jsonl.gz")
     add("--samples", type=Path, help="write calibration.jsonl and heldout.jsonl into this folder")
