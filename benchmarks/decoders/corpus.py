@@ -1,7 +1,9 @@
-"""The demo's text: Python source of a CPython standard library, split by file.
+"""Text to train on: Python source of a CPython standard library, split by file.
 
-``python -m benchmarks.decoders.corpus --out FILE.jsonl.gz`` collects it into one file for training on
-another machine, ``--samples DIR`` writes the calibration and held-out text that the package ships.
+    python -m benchmarks.decoders.corpus --out FILE.jsonl.gz --samples DIR
+
+--out collects it into one file for training on another machine, --samples writes the calibration and held-out text
+that the package ships.
 """
 
 from __future__ import annotations
@@ -12,9 +14,15 @@ import hashlib
 import json
 import platform
 import sysconfig
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from benchmarks.common.command import Parser, check_writable, exit_code
+from gisp.errors import GispError
+from gisp.files import write_atomic
+
+NAME = "python -m benchmarks.decoders.corpus"
 
 # Installed packages are not the standard library; the others are tables, data or an application.
 EXCLUDED_FOLDERS = (
@@ -68,6 +76,11 @@ class Corpus:
         """Training files and held-out files."""
         return [f for f in self.files if not f.heldout], [f for f in self.files if f.heldout]
 
+    def texts(self) -> tuple[list[str], list[str]]:
+        """Texts of the training files and of the held-out files."""
+        train, heldout = self.split()
+        return [f.text for f in train], [f.text for f in heldout]
+
     def sha256(self) -> str:
         """Digest over all paths and texts, whatever the file they are stored in."""
         digest = hashlib.sha256()
@@ -83,7 +96,7 @@ def collect(root: Path) -> Corpus:
     """All source files below ``root`` that are text and wanted, without repeats.
 
     Raises:
-        ValueError: there are none.
+        GispError: there are none.
     """
     files: list[SourceFile] = []
     seen: set[str] = set()
@@ -102,7 +115,7 @@ def collect(root: Path) -> Corpus:
         seen.add(key)
         files.append(SourceFile(path, text))
     if not files:
-        raise ValueError(f"no Python source below {root}: give the folder of a standard library")
+        raise GispError(f"no Python source below {root}: give the folder of a standard library")
     # Of another library only the folder is known.
     version = platform.python_version() if root == standard_library() else f"of {root.name}"
     return Corpus(tuple(files), version)
@@ -123,30 +136,29 @@ def save(corpus: Corpus, path: Path) -> None:
     """Write ``.jsonl.gz``: a row ``{"python"}``, then ``{"path", "text"}`` rows.
 
     Equal corpora give equal bytes.
+
+    Raises:
+        GispError: the file cannot be written.
     """
-    rows: list[dict[str, str]] = [{"python": corpus.python}]
-    rows += [{"path": file.path, "text": file.text} for file in corpus.files]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(_jsonl(rows), compresslevel=9, mtime=0))
+    check_writable(path)
+    rows = [{"python": corpus.python}, *map(asdict, corpus.files)]
+    write_atomic(path, gzip.compress(_jsonl(rows), compresslevel=9, mtime=0))
 
 
 def load(path: Path) -> Corpus:
     """Read what :func:`save` wrote, or collect from a folder.
 
     Raises:
-        ValueError: not such a file.
+        GispError: not such a file.
     """
     if path.is_dir():
         return collect(path)
     try:
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             head, *rows = [json.loads(line) for line in stream]
-        files = tuple(SourceFile(row["path"], row["text"]) for row in rows)
-        return Corpus(files, head["python"])
+        return Corpus(tuple(SourceFile(**row) for row in rows), head["python"])
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a corpus: give a .jsonl.gz of python -m benchmarks.decoders.corpus ({error!r})"
-        ) from error
+        raise GispError(f"{path} is not a corpus: give a .jsonl.gz of {NAME} ({error!r})") from error
 
 
 def sample(files: Iterable[SourceFile], size: int) -> list[SourceFile]:
@@ -168,46 +180,61 @@ def sample(files: Iterable[SourceFile], size: int) -> list[SourceFile]:
 
 
 def save_samples(corpus: Corpus, folder: Path) -> None:
-    """Write ``calibration.jsonl`` (training files) and ``heldout.jsonl`` into ``folder``."""
+    """Write ``calibration.jsonl`` (training files) and ``heldout.jsonl`` into ``folder``.
+
+    Raises:
+        GispError: a file cannot be written.
+    """
     train, heldout = corpus.split()
-    folder.mkdir(parents=True, exist_ok=True)
     for name, files, size in (
         ("calibration.jsonl", train, CALIBRATION_BYTES),
         ("heldout.jsonl", heldout, HELDOUT_BYTES),
     ):
-        rows = [{"path": file.path, "text": file.text} for file in sample(files, size)]
-        (folder / name).write_bytes(_jsonl(rows))
+        check_writable(folder / name)
+        write_atomic(folder / name, _jsonl(map(asdict, sample(files, size))))
 
 
 def _jsonl(rows: Iterable[dict[str, str]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoders.corpus", description=__doc__)
-    add = parser.add_argument
-    add("--out", type=Path, help="write the whole corpus to this .jsonl.gz")
-    add("--samples", type=Path, help="write calibration.jsonl and heldout.jsonl into this folder")
-    add("--corpus", type=Path, default=standard_library(), help="library folder or .jsonl.gz")
-    options = parser.parse_args(arguments)
-    if options.out is None and options.samples is None:
-        parser.error("give --out, --samples or both")
-    try:
-        corpus = load(options.corpus)
-        if options.out is not None:
-            save(corpus, options.out)
-        if options.samples is not None:
-            save_samples(corpus, options.samples)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+def parser() -> argparse.ArgumentParser:
+    options = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, help="write the whole corpus to this .jsonl.gz")
+    options.add_argument("--samples", type=Path, help="write calibration.jsonl and heldout.jsonl into this folder")
+    add_corpus_option(options)
+    return options
+
+
+def add_corpus_option(options: argparse.ArgumentParser) -> None:
+    """Which text a command takes."""
+    options.add_argument(
+        "--corpus", type=Path, default=standard_library(), help="library folder or .jsonl.gz (this interpreter's own)"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Raises:
+        GispError: bad options, no corpus, or a file that cannot be written.
+    """
+    args = parser().parse_args(argv)
+    if args.out is None and args.samples is None:
+        raise GispError("give --out, --samples or both")
+    corpus = load(args.corpus)
+    if args.out is not None:
+        save(corpus, args.out)
+    if args.samples is not None:
+        save_samples(corpus, args.samples)
     train, heldout = corpus.split()
     characters = sum(len(file.text) for file in corpus.files)
     print(
         f"{len(train)} training and {len(heldout)} held-out files of Python {corpus.python}, "
         f"{characters:,} characters; sha256 {corpus.sha256()}"
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

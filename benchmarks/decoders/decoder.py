@@ -1,4 +1,4 @@
-"""Data of the study: a decoder with its calibration and evaluation tokens, taken or trained on local text."""
+"""The decoder of a study with its calibration and evaluation tokens, taken or trained on local text."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
 
-from benchmarks.decoders import corpus as corpora
+from benchmarks.decoders.corpus import load
 from benchmarks.decoders.llama import TrainConfig
 from benchmarks.decoders.tokens import encode, windows
-from benchmarks.decoders.train import train
-from gisp.data import Sequences, load_sequences
-from gisp.errors import GispError
+from benchmarks.decoders.train import RECORD, train
 
 # 65 million parameters: 12 layers, hidden size 640, 10 heads of 64, MLP 1728, vocabulary 8192, tied embeddings.
 LARGE = TrainConfig(vocab_size=8192, layers=12, hidden=640, heads=10, mlp=1728, batch=256, steps=4000, lr=2e-3)
@@ -47,30 +46,25 @@ def train_decoder(out: Path, corpus: Path, seconds: float | None, config: TrainC
     Calibration rows are drawn from the training text, evaluation rows from held-out files.
 
     Raises:
-        GispError: too little text.
+        GispError: no corpus, or too little text.
     """
-    text = corpora.load(corpus)
-    try:
-        train(text, out, config, max_seconds=seconds, compiled=torch.cuda.is_available())
-    except ValueError as error:
-        raise GispError(f"corpus {corpus}: {error}") from None
-    from transformers import PreTrainedTokenizerFast
-
+    text = load(corpus)
+    train(text, out, config, max_seconds=seconds, compiled=torch.cuda.is_available())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     decoder = Decoder.trained(out)
-    kept, heldout = text.split()
-    for path, files, rows in (
+    kept, heldout = text.texts()
+    for path, texts, rows in (
         (decoder.calibration, kept, CALIBRATION_ROWS),
         (decoder.evaluation, heldout, EVALUATION_ROWS),
     ):
-        found = windows(encode(tokenizer, [file.text for file in files]), config.seq_len)
+        found = windows(encode(tokenizer, texts), config.seq_len)
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(1))
         save_file({"input_ids": found[order[:rows]].int().contiguous()}, path)
 
 
 def described(path: Path) -> dict[str, Any]:
     """What is known of how a decoder was trained."""
-    record = path / "training.json"
+    record = path / RECORD
     if not record.is_file():
         return {}
     found = json.loads(record.read_text(encoding="utf-8"))
@@ -78,15 +72,3 @@ def described(path: Path) -> dict[str, Any]:
         key: found[key]
         for key in ("heldout_perplexity", "tokens", "training_tokens", "seconds", "parameters", "device")
     }
-
-
-def read_tokens(path: Path, vocab_size: int, rows: int | None = None) -> Sequences:
-    """A token file, its first rows."""
-    return load_sequences(str(path), vocab_size=vocab_size, seq_len=None).first(rows)
-
-
-def drawn(data: Sequences, tokens: int | None, seed: int) -> Sequences:
-    """Rows of about ``tokens`` tokens in all, drawn by the seed; all rows in the seed's order for ``None``."""
-    order = torch.randperm(len(data.rows), generator=torch.Generator().manual_seed(1000 + seed)).tolist()
-    count = len(order) if tokens is None else max(1, tokens // len(data.rows[0][0]))
-    return Sequences.plain([data.rows[i] for i in order[:count]])

@@ -1,4 +1,4 @@
-"""Shape of the demo decoder and its loss."""
+"""Shape of a decoder, the course of its training, its loss."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 class TrainConfig:
     """Shape of the decoder and course of its training.
 
-    The default shape has 3.8 million parameters, 7.6 MB in bfloat16. ``batch`` counts sequences
-    of ``seq_len`` tokens; the learning rate rises over ``warmup`` steps, then falls on a cosine to
-    a twentieth of ``lr``.
+    The defaults are the demo decoder's; its shape has 3.8 million parameters, 7.6 MB in bfloat16. ``batch`` counts
+    sequences of ``seq_len`` tokens; the learning rate rises over ``warmup`` steps, then falls on a cosine to a
+    twentieth of ``lr``.
     """
 
     vocab_size: int = 2048

@@ -1,4 +1,4 @@
-"""The demo's tokenizer and its token streams."""
+"""A decoder's tokenizer and its token streams."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from gisp.errors import GispError
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -18,10 +20,10 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     Token 0 is the end of a text. Few texts may give fewer than ``vocab_size`` tokens.
 
     Raises:
-        ValueError: no room for the 256 bytes and the end of text.
+        GispError: no room for the 256 bytes and the end of text.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size must be at least 257 (bytes, end of text), got {vocab_size}")
+        raise GispError(f"vocab_size must be at least 257 (bytes, end of text), got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -54,9 +56,9 @@ def windows(stream: torch.Tensor, seq_len: int, offset: int = 0) -> torch.Tensor
     An incomplete last row is left out.
 
     Raises:
-        ValueError: not one complete row.
+        GispError: not one complete row.
     """
     count = (len(stream) - offset) // seq_len
     if count < 1:
-        raise ValueError(f"the text has {len(stream)} tokens, fewer than a sequence of {seq_len}: give more text")
+        raise GispError(f"the text has {len(stream)} tokens, fewer than a sequence of {seq_len}: give more text")
     return stream[offset : offset + count * seq_len].view(count, seq_len)

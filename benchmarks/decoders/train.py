@@ -1,4 +1,9 @@
-"""Train the demo decoder from scratch: ``python -m benchmarks.decoders.train --out DIR``."""
+"""Train the demo decoder from scratch.
+
+    python -m benchmarks.decoders.train --out DIR [--corpus FILE.jsonl.gz]
+
+On a CPU a few dozen steps with a small --batch check the script and no more.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,9 +22,16 @@ import torch
 import transformers
 from transformers import LlamaForCausalLM
 
-from benchmarks.decoders import corpus as corpora
+from benchmarks.common.command import Parser, check_writable, count, exit_code, positive, write_json
+from benchmarks.decoders.corpus import Corpus, add_corpus_option, load
 from benchmarks.decoders.llama import TrainConfig, build_model, next_token_loss, perplexity
 from benchmarks.decoders.tokens import encode, train_tokenizer, windows
+from gisp.errors import GispError
+from gisp.model.load import resolve_device
+
+NAME = "python -m benchmarks.decoders.train"
+# Beside the checkpoint: how it was trained.
+RECORD = "training.json"
 
 
 def batches(stream: torch.Tensor, config: TrainConfig) -> Iterator[torch.Tensor]:
@@ -59,7 +71,7 @@ def fit(
         perplexity; and the number of steps.
 
     Raises:
-        RuntimeError: the loss is no longer finite.
+        GispError: the loss is no longer finite.
     """
     on_gpu = stream.is_cuda
     optimizer = _optimizer(model, config, fused=on_gpu)
@@ -110,13 +122,13 @@ def _optimizer(model: LlamaForCausalLM, config: TrainConfig, *, fused: bool) -> 
 
 def _curve_row(done: int, batch_tokens: int, loss: float, lr: float, seconds: float) -> dict[str, float]:
     if not math.isfinite(loss):
-        raise RuntimeError(f"the loss is {loss} at step {done}: give a lower --lr")
+        raise GispError(f"the loss is {loss} at step {done}: give a lower --lr")
     tokens = done * batch_tokens
     return {"step": done, "tokens": tokens, "loss": loss, "lr": lr, "seconds": round(seconds, 2)}
 
 
 def train(
-    corpus: corpora.Corpus,
+    corpus: Corpus,
     out: Path,
     config: TrainConfig,
     *,
@@ -131,25 +143,24 @@ def train(
         all held-out files, in rows of ``seq_len`` tokens.
 
     Raises:
-        ValueError: too little text on a side of the split.
-        RuntimeError: the loss is no longer finite.
+        GispError: too little text on a side of the split, no such device or folder, or a loss no longer finite.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kept, heldout = corpus.split()
+    place = resolve_device(device)
+    kept, heldout = corpus.texts()
     if not kept or not heldout:
-        raise ValueError(f"the corpus has {len(kept)} training and {len(heldout)} held-out files: give more text")
-    tokenizer = train_tokenizer([file.text for file in kept], config.vocab_size)
-    stream = encode(tokenizer, [file.text for file in kept]).to(device)
-    unseen = windows(encode(tokenizer, [file.text for file in heldout]), config.seq_len).to(device)
-    # Raises for too little text before anything costly.
+        raise GispError(f"the corpus has {len(kept)} training and {len(heldout)} held-out files: give more text")
+    tokenizer = train_tokenizer(kept, config.vocab_size)
+    stream = encode(tokenizer, kept).to(place)
+    unseen = windows(encode(tokenizer, heldout), config.seq_len).to(place)
+    # Both raise before anything costly: too little text, nowhere to write.
     windows(stream, config.seq_len)
+    check_writable(out / RECORD)
     print(f"{len(stream):,} training tokens, {unseen.numel():,} held out", flush=True)
     # Any: the library's decorator hides the signature of to() from the type checker.
     model: Any = build_model(config, tokenizer)
-    model.to(device)
+    model.to(place)
     curve, steps = fit(model, stream, unseen, config, max_seconds=max_seconds, compiled=compiled)
-    saved = _save(model, tokenizer, out).to(device)
+    saved = _save(model, tokenizer, out).to(place)
     report = {
         "heldout_perplexity": perplexity(saved, unseen, config.batch),
         "heldout_tokens": unseen.numel(),
@@ -158,7 +169,7 @@ def train(
         "training_tokens": len(stream),
         "seconds": curve[-1]["seconds"],
         "parameters": sum(p.numel() for p in saved.parameters()),
-        "device": torch.cuda.get_device_name(device) if stream.is_cuda else device,
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
         "versions": {
             "python": platform.python_version(),
             **{library.__name__: library.__version__ for library in (torch, transformers, tokenizers)},
@@ -173,7 +184,7 @@ def train(
         "config": {**asdict(config), "compiled": compiled},
         "loss_curve": curve,
     }
-    (out / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(out / RECORD, report)
     return report
 
 
@@ -187,42 +198,39 @@ def _save(model: Any, tokenizer: Any, out: Path) -> Any:
     return LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    base = TrainConfig()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decoders.train",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def parser() -> argparse.ArgumentParser:
+    base = TrainConfig
+    options = Parser(prog=NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    add_corpus_option(options)
+    options.add_argument("--steps", type=count, default=base.steps, help=f"optimizer steps ({base.steps})")
+    options.add_argument("--batch", type=count, default=base.batch, help=f"sequences per step ({base.batch})")
+    options.add_argument("--lr", type=positive, default=base.lr, help=f"peak learning rate ({base.lr})")
+    options.add_argument("--seed", type=int, default=base.seed, help=f"of initial weights and order ({base.seed})")
+    options.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    options.add_argument("--max-seconds", type=positive, help="shorten the run to about this time")
+    options.add_argument("--compile", action="store_true", help="run the model through torch.compile")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Raises:
+        GispError: bad options, no corpus, too little text, or a loss no longer finite.
+    """
+    args = parser().parse_args(argv)
+    report = train(
+        load(args.corpus),
+        args.out,
+        TrainConfig(steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed),
+        device=args.device,
+        max_seconds=args.max_seconds,
+        compiled=args.compile,
     )
-    add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder for the checkpoint")
-    add("--corpus", type=Path, default=corpora.standard_library(), help="folder or .jsonl.gz")
-    add("--steps", type=int, default=base.steps, help="optimizer steps")
-    add("--batch", type=int, default=base.batch, help="sequences per step")
-    add("--lr", type=float, default=base.lr, help="peak learning rate")
-    add("--seed", type=int, default=base.seed, help="of initial weights and order")
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--max-seconds", type=float, help="shorten the run to about this time")
-    add("--compile", action="store_true", help="run the model through torch.compile")
-    options = parser.parse_args(arguments)
-    for name in ("steps", "batch"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    config = TrainConfig(steps=options.steps, batch=options.batch, lr=options.lr, seed=options.seed)
-    try:
-        report = train(
-            corpora.load(options.corpus),
-            options.out,
-            config,
-            device=options.device,
-            max_seconds=options.max_seconds,
-            compiled=options.compile,
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        parser.error(str(error))
-    print(f"held-out perplexity {report['heldout_perplexity']:.3f}, saved in {options.out}")
+    print(f"held-out perplexity {report['heldout_perplexity']:.3f}, saved in {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_code(main))

@@ -6,17 +6,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.decoders.decoder import Decoder, drawn, read_tokens
+from benchmarks.decoders.decoder import Decoder
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.choices import TASKS, ChoiceTask
 from benchmarks.quality.distillation import Distillation
 from gisp.compensation import compensate
 from gisp.config.options import CHOOSING, make_config
-from gisp.data import Sequences
+from gisp.data import Sequences, load_sequences
 from gisp.evaluate import perplexity
 from gisp.evaluate.choices import ChoiceAccuracy, Question
 from gisp.model.load import load_dense, resolve_dtype
@@ -156,3 +157,15 @@ class Runner:
     def _load(self, dtype: str | None) -> Any:
         wanted = resolve_dtype(dtype or self.bench.dtype, self.device)
         return load_dense(str(self.bench.decoder.path), self.device, wanted)
+
+
+def read_tokens(path: Path, vocab_size: int, rows: int | None = None) -> Sequences:
+    """A token file, its first rows."""
+    return load_sequences(str(path), vocab_size=vocab_size, seq_len=None).first(rows)
+
+
+def drawn(data: Sequences, tokens: int | None, seed: int) -> Sequences:
+    """Rows of about ``tokens`` tokens in all, drawn by the seed; all rows in the seed's order for ``None``."""
+    order = torch.randperm(len(data.rows), generator=torch.Generator().manual_seed(1000 + seed)).tolist()
+    count = len(order) if tokens is None else max(1, tokens // len(data.rows[0][0]))
+    return Sequences.plain([data.rows[i] for i in order[:count]])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks.common.command import exit_code
 from benchmarks.decoders import corpus as corpora
 from benchmarks.decoders.corpus import SourceFile
+from gisp.errors import GispError
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def test_copies_short_files_and_other_encodings_are_left_out(library: Path) -> N
 
 
 def test_collect_needs_source(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no Python source"):
+    with pytest.raises(GispError, match="no Python source"):
         corpora.collect(tmp_path)
 
 
@@ -95,7 +98,7 @@ def test_corpus_file_round_trip(library: Path, tmp_path: Path) -> None:
 def test_foreign_corpus_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "c.jsonl.gz"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="is not a corpus"):
+    with pytest.raises(GispError, match="is not a corpus"):
         corpora.load(path)
 
 
@@ -107,3 +110,33 @@ def test_samples_leave_out_notices_and_keep_to_their_size() -> None:
     assert chosen == corpora.sample([large, notice, *reversed(files)], 2000)
     assert notice not in chosen and large not in chosen
     assert 1800 < sum(len(f.text) for f in chosen) <= 2000
+
+
+def test_command_writes_corpus_and_samples(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, samples = tmp_path / "made" / "c.jsonl.gz", tmp_path / "samples"
+    assert corpora.main(["--corpus", str(library), "--out", str(whole), "--samples", str(samples)]) == 0
+    corpus = corpora.load(whole)
+    assert corpus == corpora.collect(library)
+    assert f"sha256 {corpus.sha256()}" in capsys.readouterr().out
+    for name, texts in zip(("calibration", "heldout"), corpus.texts(), strict=True):
+        rows = [json.loads(line) for line in (samples / f"{name}.jsonl").read_text("utf-8").splitlines()]
+        assert sorted(row["text"] for row in rows) == sorted(texts)
+        assert all(SourceFile(**row) in corpus.files for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "give --out, --samples or both"), (["--out", "."], "is a folder"), (["--samples", "here"], "cannot write")],
+)
+def test_bad_arguments_exit_with_a_line(
+    arguments: list[str],
+    message: str,
+    library: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(library)
+    (library / "here").touch()
+    assert exit_code(lambda: corpora.main(["--corpus", str(library), *arguments])) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gisp.demo as demo
+from benchmarks.common.command import exit_code
 from benchmarks.decoders import corpus as corpora
 from benchmarks.decoders.corpus import Corpus, SourceFile
 from benchmarks.decoders.llama import TrainConfig, build_model, perplexity
 from benchmarks.decoders.tokens import encode, train_tokenizer, windows
 from benchmarks.decoders.train import batches, fit, main, train
+from gisp.errors import GispError
 
 
 @pytest.mark.parametrize("length", [32, 33, 100, 1000])
@@ -36,7 +39,7 @@ def test_three_steps_reduce_the_loss_and_save_a_loadable_folder(
     small = tmp_path / "corpus.jsonl.gz"
     corpora.save(tiny_corpus, small)
     out = tmp_path / "out"
-    main(["--out", str(out), "--corpus", str(small), "--steps=3", "--batch=4", "--device=cpu"])
+    assert main(["--out", str(out), "--corpus", str(small), "--steps=3", "--batch=4", "--device=cpu"]) == 0
     report = json.loads((out / "training.json").read_text("utf-8"))
     losses = {row["step"]: row["loss"] for row in report["loss_curve"]}
     assert losses[3] < losses[1] - 0.3
@@ -45,7 +48,7 @@ def test_three_steps_reduce_the_loss_and_save_a_loadable_folder(
     assert report["corpus"]["heldout_files"] == 2
 
     model = AutoModelForCausalLM.from_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     assert report["parameters"] == sum(p.numel() for p in model.parameters()) <= 3_800_000
     text = tiny_corpus.files[0].text
@@ -83,17 +86,37 @@ def test_time_limit_shortens_the_schedule(tiny_corpus: Corpus, config: TrainConf
 
 def test_training_needs_both_sides(tmp_path: Path, config: TrainConfig) -> None:
     one_side = Corpus((SourceFile("bz2.py", "x = 1\n" * 100),), "3.11")
-    with pytest.raises(ValueError, match="1 training and 0 held-out"):
+    with pytest.raises(GispError, match="1 training and 0 held-out"):
         train(one_side, tmp_path / "out", config, device="cpu")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--batch", "-1"], ["--corpus", "none"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--steps", "0"],
+        ["--batch", "-1"],
+        ["--lr", "0"],
+        ["--max-seconds", "-5"],
+        ["--device", "tpu"],
+        ["--corpus", "none"],
+    ],
+)
 def test_bad_arguments_exit_with_a_line(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(["--out", str(tmp_path / "out"), *arguments])
-    assert exit_info.value.code == 2
-    assert arguments[-1] in capsys.readouterr().err
+    small = tmp_path / "corpus.jsonl.gz"
+    corpora.save(Corpus((SourceFile("bz2.py", "x = 1\n" * 100),), "3.11"), small)
+    assert exit_code(lambda: main(["--out", str(tmp_path / "out"), "--corpus", str(small), *arguments])) == 2
+    error = capsys.readouterr().err
+    assert arguments[-1] in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_training(
+    tiny_corpus: Corpus, tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.decoders.train.fit", lambda *_, **__: pytest.fail("trained"))
+    (tmp_path / "out").touch()
+    with pytest.raises(GispError, match="cannot write"):
+        train(tiny_corpus, tmp_path / "out", config, device="cpu")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.decoders.decoder import drawn, read_tokens
 from benchmarks.quality.choices import CONTEXT, CONTINUATION, ChoiceTask
+from benchmarks.quality.runner import drawn, read_tokens
 
 
 def test_tasks_and_seeds_draw_what_they_say(files: Path) -> None:
