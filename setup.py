@@ -139,7 +139,10 @@ if __name__ == "__main__":
         version=read_version(),
         packages=find_packages(include=["gisp_kernels*"]) + find_packages("python", include=["gisp*"]),
         package_dir={"gisp": "python/gisp"},
-        package_data={"gisp_kernels": ["py.typed"], "gisp": ["py.typed", "demo/*", "demo/decoder/*"]},
+        package_data={
+            "gisp_kernels": ["py.typed"],
+            "gisp": ["py.typed", "demo/*", "demo/decoder/*", "report/page.html"],
+        },
         ext_modules=[Extension("gisp_kernels._core", sources=[])] if PLAN.core else [],
         cmdclass={"build_ext": CMakeBuild, "build_py": PackageModules},
     )

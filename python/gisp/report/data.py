@@ -199,3 +199,8 @@ def _load_evaluations(path: Path) -> list[Evaluation]:
 
 def _all_numbers(values: Sequence[Any]) -> bool:
     return all(is_finite(value) for value in values)
+
+
+def basename(path: str) -> str:
+    """The last part of a path of any system."""
+    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]

@@ -1,4 +1,4 @@
-"""The report page: one file of HTML with its style and pictures inside, no script, nothing fetched."""
+"""The report page: ``page.html`` with pictures and tables inside, no script, nothing fetched."""
 
 from __future__ import annotations
 
@@ -6,51 +6,19 @@ import base64
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from importlib.resources import files
+from string import Template
 from typing import Any
 
 import numpy as np
 
 from gisp.config.options import criterion_text
-from gisp.report.data import METRICS, RunData
+from gisp.report.data import METRICS, RunData, basename
 from gisp.report.plots import PICTURES
 
 _STEP_ROWS = 25
 _ABSENT = "not recorded"
-
-_STYLE = """
-:root { color-scheme: light dark;
-  --surface: #ffffff; --ink: #1b1f24; --muted: #57606a; --line: #d8dde3; --tile: #f4f6f8; }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --surface: #161b22; --ink: #e6edf3; --muted: #9aa4af; --line: #30363d; --tile: #1f262e; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; background: var(--surface); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
-h2 { margin: 2.5rem 0 .25rem; font-size: 1.2rem; }
-.sub, .note { margin: .2rem 0 1rem; color: var(--muted); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: .75rem; margin: 1.5rem 0; }
-.tile { padding: .8rem 1rem; background: var(--tile); border-radius: .5rem; }
-.tile b { display: block; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--muted); font-size: .85rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { font-weight: 600; }
-table.pairs th { width: 16rem; font-weight: 400; color: var(--muted); }
-table.pairs td { overflow-wrap: anywhere; }
-.number { text-align: right; white-space: nowrap; }
-figure { margin: 0; }
-img { display: block; width: 100%; height: auto; }
-details { margin-top: 2rem; }
-summary { cursor: pointer; font-size: 1.2rem; font-weight: 600; }
-details > div { margin-top: .75rem; }
-@media print {
-  body { max-width: none; padding: 0; font-size: 11pt; }
-  section { break-inside: avoid; }
-  h2 { margin-top: 1.5rem; }
-}
-"""
+_IN_MEMORY = "model in memory"
 
 Row = tuple[str, str]
 
@@ -81,24 +49,17 @@ def build_page(run: RunData, light: Mapping[str, bytes], dark: Mapping[str, byte
     Args:
         light, dark: PNG bytes by picture name, the same names in both; the reader's colour scheme picks.
     """
-    title = _basename_of_model(run)
-    sections = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>GISP report: {escape(title)}</title>",
-        f"<style>{_STYLE}</style></head><body>",
-        f"<header><h1>{escape(title)}, pruned</h1>",
-        f'<p class="sub">{escape(_status(run))}</p></header>',
+    parts = [
         _tiles(run),
         _section("Summary", "", _pairs(summary_rows(run))),
         *_picture_sections(run, light, dark),
         _evaluations(run),
         _details("Steps", _steps_table(run)),
         _details("Options", _pairs([(name, _plain(value)) for name, value in run.config.items()])),
-        "</body></html>",
     ]
-    return "\n".join(part for part in sections if part) + "\n"
+    page = Template(files("gisp.report").joinpath("page.html").read_text(encoding="utf-8"))
+    title = basename(str(run.base_model.get("path") or "")) or _IN_MEMORY
+    return page.substitute(title=escape(title), status=escape(_status(run)), body="\n".join(filter(None, parts)))
 
 
 def summary_rows(run: RunData) -> list[Row]:
@@ -107,7 +68,7 @@ def summary_rows(run: RunData) -> list[Row]:
     heads, channels = run.kept_count("heads"), run.kept_count("channels")
     kv = run.dense_kv_bytes()
     rows = [
-        ("Base model", str(base.get("path") or "model in memory")),
+        ("Base model", str(base.get("path") or _IN_MEMORY)),
         ("Architecture", _architecture(run)),
         ("Preset", str(run.config.get("preset", _ABSENT))),
         ("Criterion", criterion_text(run.config)),
@@ -161,16 +122,16 @@ def _tiles(run: RunData) -> str:
 def _picture_sections(run: RunData, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> list[str]:
     sections = []
     for picture in PICTURES:
+        note, body = f"Not shown: this run has no {METRICS}.", ""
         if picture.name in light:
-            alt = escape(f"{picture.title}. {picture.note}")
+            note = picture.note
+            alt = escape(f"{picture.title}. {note}")
             body = (
                 '<figure><picture><source media="screen and (prefers-color-scheme: dark)" '
                 f'srcset="{_data_uri(dark[picture.name])}">'
                 f'<img src="{_data_uri(light[picture.name])}" alt="{alt}"></picture></figure>'
             )
-            sections.append(_section(picture.title, picture.note, body))
-        else:
-            sections.append(_section(picture.title, f"Not shown: this run has no {METRICS}.", ""))
+        sections.append(_section(picture.title, note, body))
     return sections
 
 
@@ -178,26 +139,15 @@ def _evaluations(run: RunData) -> str:
     if not run.evaluations:
         return ""
     header = ("Method", "Decoder sparsity", "Perplexity", "Tokens", "Window", "Data")
-    ordered = sorted(run.evaluations, key=lambda e: (e.label, e.data, e.window, e.sparsity))
-    rows = [
-        (
-            e.label,
-            _percent(e.sparsity),
-            f"{e.perplexity:,.4f}" if math.isfinite(e.perplexity) else str(e.perplexity),
-            f"{e.tokens:,}",
-            f"{e.window:,}",
-            e.data,
-        )
-        for e in ordered
-    ]
+    rows = []
+    for e in sorted(run.evaluations, key=lambda e: (e.label, e.data, e.window, e.sparsity)):
+        perplexity = f"{e.perplexity:,.4f}" if math.isfinite(e.perplexity) else str(e.perplexity)
+        rows.append((e.label, _percent(e.sparsity), perplexity, _WHOLE(e.tokens), _WHOLE(e.window), e.data))
     return _section("Evaluations", "", _table(header, rows, text=(0, 5)))
 
 
 def _steps_table(run: RunData) -> str:
-    rows = []
-    for index in step_rows(run):
-        step = run.steps[index]
-        rows.append([form(step[key]) for key, _, form in _STEP_COLUMNS])
+    rows = [[form(run.steps[index][key]) for key, _, form in _STEP_COLUMNS] for index in step_rows(run)]
     shown = f"{len(rows)} of {len(run.steps):,} steps, evenly spaced. " if len(rows) < len(run.steps) else ""
     header = [title for _, title, _ in _STEP_COLUMNS]
     return f'<p class="note">{shown}Removed counts are totals after the step.</p>' + _table(header, rows)
@@ -231,11 +181,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[
 
 def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-
-
-def _basename_of_model(run: RunData) -> str:
-    path = str(run.base_model.get("path") or "")
-    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] or "model in memory"
 
 
 def _status(run: RunData) -> str:

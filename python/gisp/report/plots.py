@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gisp.report.data import RunData
+from gisp.report.data import RunData, basename
 from gisp.report.style import PERCENT, Theme, draw_lines, log_where_wide, new_figure, sparsity_axis, themed, to_png
 
 # Phases in order of time, each with its place in the theme's series.
@@ -21,6 +22,7 @@ _TOP_MARGIN = 1.25
 _NONE_HEIGHT = 0.05
 # An axis cut above this multiple of the 98th percentile would otherwise show one slow step and a flat line.
 _OUTLIER = 4
+_DASHED = (0, (4, 2))
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def draw_quality(run: RunData, theme: Theme) -> Figure:
         left, right = figure.subplots(1, 2)
         _draw_perplexity(left, run, theme)
     else:
-        right = figure.subplots(1, 1)
+        right = figure.subplots()
     _draw_loss(right, run, theme)
     return figure
 
@@ -65,15 +67,14 @@ def _draw_perplexity(ax: Axes, run: RunData, theme: Theme) -> None:
     for e in run.evaluations:
         if np.isfinite(e.perplexity):
             # Perplexities on other text or windows are no points of the same line.
-            label = e.label if len(conditions) == 1 else f"{e.label}: {_basename(e.data)}, window {e.window}"
+            label = e.label if len(conditions) == 1 else f"{e.label}: {basename(e.data)}, window {e.window}"
             lines.setdefault(label, []).append((e.sparsity, e.perplexity, 0.0))
     draw_lines(ax, lines, theme)
     log = log_where_wide(ax, [y for points in lines.values() for _, y, _ in points])
-    ax.set_ylabel("perplexity (log scale)" if log else "perplexity")
-    ax.set_title("Perplexity")
+    ax.set(title="Perplexity", ylabel="perplexity (log scale)" if log else "perplexity")
     if len(conditions) == 1:
         data, window = conditions[0]
-        _aside(ax, f"{_basename(data)}, window {window} tokens", theme)
+        _aside(ax, f"{basename(data)}, window {window} tokens", theme)
     ax.legend(loc="upper left")
     sparsity_axis(ax)
 
@@ -82,19 +83,17 @@ def _draw_loss(ax: Axes, run: RunData, theme: Theme) -> None:
     xs, ys = run.sparsity_before(), run.column("loss")
     window = max(1, len(ys) // 20)
     # A step of the stream engine sees one fresh batch: its loss is noisy, its running mean is not.
-    smooth = run.config.get("engine") == "stream" and window > 1
-    single = "o" if len(ys) < 40 else None
-    if smooth:
+    if run.config.get("engine") == "stream" and window > 1:
         ax.plot(xs, ys, color=theme.series[0], alpha=0.35, linewidth=1, label="batch of each step")
         mean = np.convolve(ys, np.ones(window) / window, mode="valid")
         middle = np.convolve(xs, np.ones(window) / window, mode="valid")
         ax.plot(middle, mean, color=theme.series[0], label=f"mean of {window} steps")
         ax.legend(loc="upper left")
     else:
-        ax.plot(xs, ys, color=theme.series[0], marker=single, markersize=4)
+        ax.plot(xs, ys, color=theme.series[0], marker="o" if len(ys) < 40 else None, markersize=4)
     objective = "mixture" if run.data.get("tasks") else run.config.get("objective", "lm")
-    ax.set_ylabel("loss (nats per token)" if objective in ("lm", "completion") else f"loss ({objective})")
-    ax.set_title("Calibration loss")
+    unit = "nats per token" if objective in ("lm", "completion") else objective
+    ax.set(title="Calibration loss", ylabel=f"loss ({unit})")
     sparsity_axis(ax)
 
 
@@ -108,27 +107,15 @@ def draw_kept_over_steps(run: RunData, theme: Theme) -> Figure:
         kept = run.kept_fraction(kind)
         # Exactly zero falls below the scale and takes its own colour.
         colours = matplotlib.colormaps["cividis"].with_extremes(under=theme.none_kept)
-        image = ax.imshow(
-            kept,
-            cmap=colours,
-            vmin=1e-9,
-            vmax=1,
-            aspect="auto",
-            origin="lower",
-            interpolation="nearest",
-            extent=(-0.5, steps + 0.5, -0.5, layers - 0.5),
-        )
-        ax.set_title(f"{kind.capitalize()} kept")
-        ax.set_xlabel("step (0 = dense)")
+        place = {"aspect": "auto", "origin": "lower", "extent": (-0.5, steps + 0.5, -0.5, layers - 0.5)}
+        image = ax.imshow(kept, cmap=colours, vmin=1e-9, vmax=1, interpolation="nearest", **place)
+        ax.set(title=f"{kind.capitalize()} kept", xlabel="step (0 = dense)")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(10, integer=True))
         _sparsity_on_top(ax, run, theme)
     axes[0].set_ylabel("layer (0 = input end)")
-    extend = "min" if none_kept else "neither"
-    bar = figure.colorbar(
-        image, ax=list(axes), pad=0.02, aspect=30, extend=extend, extendrect=True, extendfrac=_NONE_HEIGHT
-    )
-    bar.set_label("fraction kept")
+    ends: dict[str, Any] = {"extend": "min" if none_kept else "neither", "extendrect": True, "extendfrac": _NONE_HEIGHT}
+    bar = figure.colorbar(image, ax=list(axes), pad=0.02, aspect=30, label="fraction kept", **ends)
     bar.ax.yaxis.set_major_formatter(PERCENT)
     bar.set_ticks([0.25, 0.5, 0.75, 1] if none_kept else [1e-9, 0.25, 0.5, 0.75, 1])
     if none_kept:
@@ -156,9 +143,8 @@ def draw_scores(run: RunData, theme: Theme) -> Figure:
     for ax, step in zip(axes, shown, strict=True):
         entry = run.metrics[step]
         edges = np.array(entry["score_histogram"]["log10_edges"])
-        for kind, colour in (("heads", theme.heads), ("channels", theme.channels)):
-            counts = np.array(entry["score_histogram"][kind], dtype=np.float64)
-            widths = np.diff(edges)
+        for kind, colour in zip(("heads", "channels"), theme.series, strict=False):
+            counts, widths = np.array(entry["score_histogram"][kind], dtype=np.float64), np.diff(edges)
             off = int(entry["score_histogram"]["not_positive"][kind])
             label = f"{kind} ({int(counts.sum()) + off:,} scored" + (f", {off:,} at or below 0)" if off else ")")
             if not counts.sum() and off:
@@ -168,16 +154,10 @@ def draw_scores(run: RunData, theme: Theme) -> Figure:
                 ax.stairs(density, edges, fill=True, color=colour, alpha=0.25, linewidth=0)
                 ax.stairs(density, edges, color=colour, linewidth=1.5, label=label)
         if entry["threshold"] is not None and entry["threshold"] > 0:
-            ax.axvline(
-                float(np.log10(entry["threshold"])),
-                color=theme.ink,
-                linestyle=(0, (4, 2)),
-                linewidth=1.3,
-                label=f"threshold {entry['threshold']:.2e}",
-            )
-        before = run.sparsity_before()[step - 1]
-        ax.set_title(f"Step {step}")
-        _aside(ax, f"scored at {100 * before:.1f} % sparsity", theme)
+            label = f"threshold {entry['threshold']:.2e}"
+            ax.axvline(float(np.log10(entry["threshold"])), color=theme.ink, ls=_DASHED, lw=1.3, label=label)
+        ax.set(title=f"Step {step}")
+        _aside(ax, f"scored at {100 * run.sparsity_before()[step - 1]:.1f} % sparsity", theme)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05))
         ax.set_ylim(bottom=0)
@@ -200,24 +180,18 @@ def draw_seconds(run: RunData, theme: Theme) -> Figure:
         left.stairs(top, edges, baseline=base, fill=True, color=colours[phase], linewidth=0)
         base = top
     _cut_outliers(left, base, theme)
-    left.set_title("Seconds per step")
-    left.set_xlabel("step")
-    left.set_ylabel("seconds")
-    left.set_xlim(edges[0], edges[-1])
+    left.set(title="Seconds per step", xlabel="step", ylabel="seconds", xlim=(edges[0], edges[-1]))
     left.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     left.grid(axis="y")
 
     totals = {phase: float(values.sum()) for phase, values in seconds.items()}
     whole = sum(totals.values()) or 1.0
-    labels = [_phase_label(phase) for phase in totals]
-    bars = right.barh(labels, list(totals.values()), color=list(colours.values()), height=0.62)
-    right.bar_label(
-        bars, [f"{_number(t)} s  ({100 * t / whole:.0f} %)" for t in totals.values()], padding=4, fontsize=9
-    )
+    names = ["forward + backward" if phase == "forward_backward" else phase.replace("_", " ") for phase in totals]
+    bars = right.barh(names, list(totals.values()), color=list(colours.values()), height=0.62)
+    labels = [f"{_number(t)} s  ({100 * t / whole:.0f} %)" for t in totals.values()]
+    right.bar_label(bars, labels, padding=4, fontsize=9)
     right.invert_yaxis()
-    right.set_title("Totals")
-    right.set_xlabel("seconds")
-    right.set_xlim(0, 1.45 * (max(totals.values()) or 1.0))
+    right.set(title="Totals", xlabel="seconds", xlim=(0, 1.45 * (max(totals.values()) or 1.0)))
     right.xaxis.set_major_locator(MaxNLocator(4))
     right.tick_params(axis="y", length=0, labelcolor=theme.ink)
     right.spines["left"].set_visible(False)
@@ -250,22 +224,18 @@ def draw_kept_per_layer(run: RunData, theme: Theme) -> Figure:
     figure = new_figure(4.8)
     axes = figure.subplots(2, 1, sharex=True)
     layers = np.arange(len(run.heads))
-    for ax, kind, colour in zip(axes, ("heads", "channels"), (theme.heads, theme.channels), strict=True):
+    for ax, kind, colour in zip(axes, ("heads", "channels"), theme.series, strict=False):
         kept = run.kept_fraction(kind)[:, -1]
         left, whole = run.kept_count(kind)
         ax.bar(layers, kept, color=colour, width=0.78)
-        ax.axhline(left / whole, color=theme.ink, linestyle=(0, (4, 2)), linewidth=1)
+        ax.axhline(left / whole, color=theme.ink, ls=_DASHED, lw=1)
         for layer in layers[kept <= 0]:
             ax.text(layer, 0.02, "0", ha="center", va="bottom", color=theme.ink, fontsize=9, weight="bold")
-        ax.set_title(f"{kind.capitalize()}")
+        ax.set(title=kind.capitalize(), ylabel="fraction kept", ylim=(0, 1.04), yticks=[0, 0.25, 0.5, 0.75, 1])
         _aside(ax, f"{left:,} of {whole:,} kept, {100 * left / whole:.1f} % (dashed)", theme)
-        ax.set_ylim(0, 1.04)
-        ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
         ax.yaxis.set_major_formatter(PERCENT)
-        ax.set_ylabel("fraction kept")
         ax.grid(axis="y")
-    axes[-1].set_xlabel("layer (0 = input end)")
-    axes[-1].set_xlim(-0.6, len(layers) - 0.4)
+    axes[-1].set(xlabel="layer (0 = input end)", xlim=(-0.6, len(layers) - 0.4))
     axes[-1].xaxis.set_major_locator(MaxNLocator(20, integer=True))
     return figure
 
@@ -275,16 +245,8 @@ def _aside(ax: Axes, text: str, theme: Theme) -> None:
     ax.set_title(text, loc="right", fontsize=9, color=theme.muted, weight="normal")
 
 
-def _phase_label(phase: str) -> str:
-    return "forward + backward" if phase == "forward_backward" else phase.replace("_", " ")
-
-
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _basename(data: str) -> str:
-    return data.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 PICTURES = (

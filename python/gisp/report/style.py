@@ -26,44 +26,22 @@ class Theme:
     Attributes:
         surface: background of picture and page.
         ink, muted, grid: text, axes and quiet text, grid lines.
-        heads, channels: the two kinds of structures, the same in every picture.
-        series: lines and phases, in order of use.
         none_kept: a heat map cell of a layer that lost everything.
+        series: lines and phases, in order of use; heads and channels have the first two in every picture.
     """
 
-    name: str
     surface: str
     ink: str
     muted: str
     grid: str
-    heads: str
-    channels: str
-    series: tuple[str, ...]
     none_kept: str
+    series: tuple[str, ...]
 
 
-LIGHT = Theme(
-    name="light",
-    surface="#ffffff",
-    ink="#1b1f24",
-    muted="#57606a",
-    grid="#e3e6ea",
-    heads="#0072b2",
-    channels="#d55e00",
-    series=("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
-    none_kept="#d55e00",
-)
-DARK = Theme(
-    name="dark",
-    surface="#161b22",
-    ink="#e6edf3",
-    muted="#9aa4af",
-    grid="#30363d",
-    heads="#56b4e9",
-    channels="#e69f00",
-    series=("#56b4e9", "#e69f00", "#2bc495", "#e39bc4", "#f0e442", "#4a8fd6"),
-    none_kept="#ff7b39",
-)
+_BRIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_SOFT = ("#56b4e9", "#e69f00", "#2bc495", "#e39bc4", "#f0e442", "#4a8fd6")
+LIGHT = Theme("#ffffff", ink="#1b1f24", muted="#57606a", grid="#e3e6ea", none_kept="#d55e00", series=_BRIGHT)
+DARK = Theme("#161b22", ink="#e6edf3", muted="#9aa4af", grid="#30363d", none_kept="#ff7b39", series=_SOFT)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 PERCENT = FuncFormatter(lambda fraction, _: f"{round(100 * fraction, 3):.3g} %")
 
@@ -72,15 +50,9 @@ PERCENT = FuncFormatter(lambda fraction, _: f"{round(100 * fraction, 3):.3g} %")
 def themed(theme: Theme) -> Iterator[None]:
     """Matplotlib's defaults plus the theme while drawing; the user's settings come back afterwards."""
     colours: dict[str, Any] = {
-        "figure.facecolor": theme.surface,
-        "savefig.facecolor": theme.surface,
-        "axes.facecolor": theme.surface,
-        "axes.edgecolor": theme.muted,
-        "axes.labelcolor": theme.ink,
-        "axes.titlecolor": theme.ink,
-        "text.color": theme.ink,
-        "xtick.color": theme.muted,
-        "ytick.color": theme.muted,
+        **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), theme.surface),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), theme.muted),
+        **dict.fromkeys(("axes.labelcolor", "axes.titlecolor", "text.color"), theme.ink),
         "grid.color": theme.grid,
     }
     shape: dict[str, Any] = {
