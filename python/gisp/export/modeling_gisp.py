@@ -13,14 +13,10 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.llama import LlamaConfig, LlamaForCausalLM, LlamaModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.mistral import MistralConfig, MistralForCausalLM, MistralModel
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding
-from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding
-from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 
 def layer_config(config: Any, layer: int) -> Any:
@@ -102,74 +98,36 @@ class PrunedCausalLMMixin(PrunedModelMixin):
         self.post_init()
 
 
-@strict
-class GispLlamaConfig(PrunedConfigMixin, LlamaConfig):
-    model_type = "gisp_llama"
+def pruned_classes(family: str, modeling: Any) -> tuple[Any, Any, Any]:
+    """Configuration, decoder and language model of a family, made from its classes in transformers.
+
+    Args:
+        family: how its class names begin there.
+        modeling: the module of transformers with its layers.
+    """
+
+    def derive(suffix: str, mixin: type, **attributes: Any) -> Any:
+        bases = (mixin, getattr(modeling, family + suffix))
+        return type(f"Gisp{family}{suffix}", bases, {"__module__": __name__, **attributes})
+
+    fields: dict[str, Any] = {"model_type": f"gisp_{family.lower()}"}
+    if not hasattr(getattr(modeling, f"{family}Config"), "head_dim"):
+        # Where it follows from the number of heads a dense model need not tell it.
+        fields |= {"head_dim": None, "__annotations__": {"head_dim": int | None}}
+    config = strict(derive("Config", PrunedConfigMixin, **fields))
+    parts = tuple(getattr(modeling, family + part) for part in ("DecoderLayer", "RMSNorm", "RotaryEmbedding"))
+    decoder = derive("Model", PrunedDecoderMixin, config_class=config, parts=parts)
+    return config, decoder, derive("ForCausalLM", PrunedCausalLMMixin, config_class=config, decoder=decoder)
 
 
-class GispLlamaModel(PrunedDecoderMixin, LlamaModel):
-    config_class = GispLlamaConfig
-    parts = (LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding)
-
-
-class GispLlamaForCausalLM(PrunedCausalLMMixin, LlamaForCausalLM):
-    config_class = GispLlamaConfig
-    decoder = GispLlamaModel
-
-
-@strict
-class GispMistralConfig(PrunedConfigMixin, MistralConfig):
-    model_type = "gisp_mistral"
-
-
-class GispMistralModel(PrunedDecoderMixin, MistralModel):
-    config_class = GispMistralConfig
-    parts = (MistralDecoderLayer, MistralRMSNorm, MistralRotaryEmbedding)
-
-
-class GispMistralForCausalLM(PrunedCausalLMMixin, MistralForCausalLM):
-    config_class = GispMistralConfig
-    decoder = GispMistralModel
-
-
-@strict
-class GispQwen2Config(PrunedConfigMixin, Qwen2Config):
-    model_type = "gisp_qwen2"
-
-    head_dim: int | None = None
-
-
-class GispQwen2Model(PrunedDecoderMixin, Qwen2Model):
-    config_class = GispQwen2Config
-    parts = (Qwen2DecoderLayer, Qwen2RMSNorm, Qwen2RotaryEmbedding)
-
-
-class GispQwen2ForCausalLM(PrunedCausalLMMixin, Qwen2ForCausalLM):
-    config_class = GispQwen2Config
-    decoder = GispQwen2Model
-
-
-@strict
-class GispQwen3Config(PrunedConfigMixin, Qwen3Config):
-    model_type = "gisp_qwen3"
-
-
-class GispQwen3Model(PrunedDecoderMixin, Qwen3Model):
-    config_class = GispQwen3Config
-    parts = (Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding)
-
-
-class GispQwen3ForCausalLM(PrunedCausalLMMixin, Qwen3ForCausalLM):
-    config_class = GispQwen3Config
-    decoder = GispQwen3Model
-
-
-CLASSES: dict[str, tuple[Any, Any, Any]] = {
-    "gisp_llama": (GispLlamaConfig, GispLlamaModel, GispLlamaForCausalLM),
-    "gisp_mistral": (GispMistralConfig, GispMistralModel, GispMistralForCausalLM),
-    "gisp_qwen2": (GispQwen2Config, GispQwen2Model, GispQwen2ForCausalLM),
-    "gisp_qwen3": (GispQwen3Config, GispQwen3Model, GispQwen3ForCausalLM),
+CLASSES = {
+    "gisp_llama": pruned_classes("Llama", modeling_llama),
+    "gisp_mistral": pruned_classes("Mistral", modeling_mistral),
+    "gisp_qwen2": pruned_classes("Qwen2", modeling_qwen2),
+    "gisp_qwen3": pruned_classes("Qwen3", modeling_qwen3),
 }
+# ``auto_map`` and pickles find the classes by name.
+globals().update({item.__name__: item for classes in CLASSES.values() for item in classes})
 
 
 def auto_map(model_type: str) -> dict[str, str]:
