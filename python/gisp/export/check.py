@@ -40,7 +40,12 @@ def write_checked(
 ) -> ExportReport:
     """Write a model folder, check it and tell on its card how exact it is.
 
+    Every exporter takes the first of these arguments and raises these errors.
+
     Args:
+        base: the dense model the spec was made from; left as it was.
+        spec: what to keep.
+        out: folder to write; must be absent or empty.
         state: makes the weights by name; nothing else should hold them, they are given back before the check.
         config: of transformers, for the exported model.
         tokenizer_from: folder to copy tokenizer files and ``generation_config.json`` from.

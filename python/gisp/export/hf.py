@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,12 @@ import torch
 
 from gisp.errors import GispError
 from gisp.export.check import weight_dtype, write_checked
-from gisp.export.folder import dense_state
 from gisp.export.modeling_gisp import CLASSES, auto_map
-from gisp.export.relayout import ZEROED, AttentionLayout, plan_layers, take_blocks
+from gisp.export.relayout import ZEROED, AttentionLayout, plan_layers, stored_state
 from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
 from gisp.model.keep import Keep
-from gisp.model.structures import ModelMap, structure_parameters
+from gisp.model.structures import ModelMap
 
 FAMILIES = tuple(name.removeprefix("gisp_") for name in CLASSES)
 
@@ -36,16 +36,12 @@ def export_hf(
     not installed, and with ``gisp.load(out)`` where it is. Its logits are compared with the masked base model's first.
 
     Args:
-        base: the dense model the spec was made from (Llama, Mistral, Qwen2 or Qwen3); left as it was.
-        spec: what to keep.
-        out: folder to write; must be absent or empty.
-        tokenizer_from: folder to copy tokenizer files and ``generation_config.json`` from.
+        base, spec, out, tokenizer_from: as for :func:`gisp.export.check.write_checked`.
         align_heads: every layer's number of query heads is a multiple of it (tensor parallelism).
         min_heads: smallest number of query heads of a layer; missing ones are zeroed.
 
     Raises:
-        GispError: unsupported model type, ``out`` is taken, full disk, or logits that do not agree; nothing is left at
-            ``out``.
+        GispError: unsupported model type, sizes beyond the dense model's, or an error of ``write_checked``.
     """
     model_map = map_checked(base, spec.keep)
     check_family(model_map)
@@ -57,9 +53,8 @@ def export_hf(
     spec = replace(spec, options={**spec.options, **asked})
     layouts = plan_layers(model_map, spec.keep, align=align_heads, minimum=min_heads)
     config = pruned_config(base, model_map, spec, layouts)
-    return write_checked(
-        base, model_map, spec, out, lambda: pruned_state(base, model_map, spec.keep, layouts), config, tokenizer_from
-    )
+    weights = partial(pruned_state, base, model_map, spec.keep, layouts)
+    return write_checked(base, model_map, spec, out, weights, config, tokenizer_from)
 
 
 def check_family(model_map: ModelMap) -> None:
@@ -74,15 +69,11 @@ def check_family(model_map: ModelMap) -> None:
 
 def pruned_state(base: Any, model_map: ModelMap, keep: Keep, layouts: list[AttentionLayout]) -> dict[str, torch.Tensor]:
     """Weights of the exported model by name, in the dtype of the base and on its device."""
-    state = dense_state(base)
     stored = [
         {"heads": layout.query, "kv_heads": layout.kv, "channels": channels or (ZEROED,)}
         for layout, channels in zip(layouts, keep.channels, strict=True)
     ]
-    for layer, name, item in structure_parameters(len(layouts)):
-        if name in state:
-            state[name] = take_blocks(state[name], stored[layer][item.kind], item.block(model_map.head_dim), item.dim)
-    return state
+    return stored_state(base, model_map, stored)
 
 
 def config_values(base: Any, model_map: ModelMap) -> dict[str, Any]:

@@ -7,14 +7,16 @@ slots, whose columns of o_proj are zero as well: the output is the same, only so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from gisp.errors import GispError
+from gisp.export.folder import dense_state
 from gisp.model.keep import Keep
-from gisp.model.structures import ModelMap
+from gisp.model.structures import ModelMap, structure_parameters
 
 ZEROED = -1
 """Index of a slot that stores zeros instead of an original structure."""
@@ -85,6 +87,21 @@ def plan_layers(model_map: ModelMap, keep: Keep, *, align: int = 1, minimum: int
     """:func:`plan_attention` of every layer."""
     sizes = model_map.num_heads, model_map.num_kv_heads
     return [plan_attention(heads, *sizes, align=align, minimum=minimum) for heads in keep.heads]
+
+
+def stored_state(
+    base: Any, model_map: ModelMap, stored: Sequence[Mapping[str, Sequence[int]]]
+) -> dict[str, torch.Tensor]:
+    """Weights of a model by name that stores the given structures of every layer, in the dtype of the base.
+
+    Args:
+        stored: by layer and kind the original index in every slot, or ``ZEROED``.
+    """
+    state = dense_state(base)
+    for layer, name, item in structure_parameters(len(stored)):
+        if name in state:
+            state[name] = take_blocks(state[name], stored[layer][item.kind], item.block(model_map.head_dim), item.dim)
+    return state
 
 
 def take_blocks(tensor: torch.Tensor, index: Sequence[int], block: int = 1, dim: int = 0) -> torch.Tensor:

@@ -9,13 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gisp.compensation import (
-    Compensation,
-    CompensationRequest,
-    fit_compensation,
-    fold_into_dense,
-    fold_into_pruned,
-)
+from gisp.compensation import Compensation, CompensationRequest, fit_compensation, fold_into_dense, fold_into_pruned
 from gisp.errors import GispError
 from gisp.evaluate import EvalOptions, Perplexity
 from gisp.evaluate.data import prepare
@@ -135,7 +129,7 @@ def export_run(
         quality, fitted = measure_quality(
             trajectory, point, rounded, data, window=window, device=device, request=compensation, format=format
         )
-    base = trajectory.load_base(device=device, dtype="auto")
+    base, folder = _base_of(trajectory, device)
     spec = rounded(base, point)
     if compensation is not None and fitted is not None:
         # Exporters see a base model with other output projections, and compare with it masked.
@@ -147,8 +141,7 @@ def export_run(
     options: dict[str, Any] = {"dtype": dtype} if format == "gguf" else {}
     if format == "hf":
         options = {"align_heads": sizes.align_heads or 1, "min_heads": sizes.min_heads or 1}
-    folder = Path(str(trajectory.base_model["path"]))
-    report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder if folder.is_dir() else None, **options)
+    report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder, **options)
     return RunExport(point, spec, report, quality)
 
 
@@ -230,6 +223,11 @@ def export_nested_run(run: str | Path, out: str | Path, *, device: str = "auto")
         GispError: no run there, ``out`` taken, another base model, or logits that do not agree.
     """
     trajectory = Trajectory.load(run)
-    base = trajectory.load_base(device=device, dtype="auto")
+    base, folder = _base_of(trajectory, device)
+    return export_nested(base, trajectory, Path(out), tokenizer_from=folder)
+
+
+def _base_of(trajectory: Trajectory, device: str) -> tuple[Any, Path | None]:
+    """The base model of a run in its own dtype, and its folder if it has one."""
     folder = Path(str(trajectory.base_model["path"]))
-    return export_nested(base, trajectory, Path(out), tokenizer_from=folder if folder.is_dir() else None)
+    return trajectory.load_base(device=device, dtype="auto"), folder if folder.is_dir() else None

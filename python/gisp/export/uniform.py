@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,11 @@ def export_uniform(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Pa
     is a Mistral one: the same computation without that rule.
 
     Args:
-        base: the dense model the spec was made from (Llama, Mistral, Qwen2 or Qwen3); left as it was.
+        base, out, tokenizer_from: as for :func:`gisp.export.check.write_checked`.
         spec: what to keep, of one size in all layers (see :func:`uniform_spec`).
-        out: folder to write; must be absent or empty.
-        tokenizer_from: folder to copy tokenizer files and ``generation_config.json`` from.
 
     Raises:
-        GispError: unsupported model type, layers of several sizes, ``out`` is taken, full disk, or logits that do not
-            agree; nothing is left at ``out``.
+        GispError: unsupported model type, layers of several sizes, or an error of ``write_checked``.
     """
     model_map = map_checked(base, spec.keep)
     check_family(model_map)
@@ -127,16 +125,8 @@ def export_uniform(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Pa
     if len(sizes) != 1:
         raise GispError(f"the layers have {len(sizes)} different sizes: round them to one with uniform_spec first")
     config = stock_config(base, model_map, spec, sizes.pop())
-    return write_checked(
-        base,
-        model_map,
-        spec,
-        out,
-        lambda: pruned_state(base, model_map, spec.keep, layouts),
-        config,
-        tokenizer_from,
-        UNIFORM,
-    )
+    weights = partial(pruned_state, base, model_map, spec.keep, layouts)
+    return write_checked(base, model_map, spec, out, weights, config, tokenizer_from, UNIFORM)
 
 
 def stock_config(base: Any, model_map: ModelMap, spec: PrunedSpec, size: UniformSize) -> Any:

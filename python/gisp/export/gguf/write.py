@@ -74,9 +74,7 @@ def export_gguf(
     """Write ``model.gguf`` and a model card; the logits are compared with the masked base model's first.
 
     Args:
-        base: the dense model the spec was made from (Llama, Mistral or Qwen2); left as it was.
-        spec: what to keep.
-        out: folder to write; must be absent or empty.
+        base, spec, out: as for :func:`gisp.export.check.write_checked`.
         tokenizer_from: folder with the tokenizer; without one the file works with token ids only.
         dtype: of the matrices, ``f32``, ``f16`` or ``bf16``; vectors are always float32. ``None`` is ``f32`` for
             float32 models and ``f16`` for others: on a CPU llama.cpp rounds the inputs of a product to the type of its
