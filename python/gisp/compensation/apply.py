@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from gisp.compensation.held_out import hold_out, interleaved
-from gisp.compensation.kfac import Step, kfac_updates
-from gisp.compensation.options import DAMPED, CompensationOptions
+from gisp.compensation.kfac import KfacStep, kfac_updates
+from gisp.compensation.options import ONLY, CompensationOptions
 from gisp.compensation.sweep import BlockUpdate, OnBlock, fit_updates
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
 from gisp.errors import GispError
@@ -33,12 +33,12 @@ class Compensation:
     options: CompensationOptions
     updates: tuple[BlockUpdate, ...]
     tokens: int
-    steps: tuple[Step, ...] = ()
+    steps: tuple[KfacStep, ...] = ()
 
     def describe(self) -> str:
         """Method and options in one line."""
         options = self.options
-        extra = f", damping {options.damping:g}" if options.method in DAMPED else ""
+        extra = f", damping {options.damping:g}" if options.method in ONLY["damping"] else ""
         if options.method != "bias" and options.intercept != (options.method == "affine"):
             extra += ", with biases" if options.intercept else ", without biases"
         raised = [update.damping for update in self.updates if update.damping > options.damping]
@@ -83,7 +83,7 @@ def fit_compensation(
     held_out: Sequences | None = None
     if options.method == "kfac":
         sequences, held_out = hold_out(sequences)
-    steps: list[Step] = []
+    steps: list[KfacStep] = []
     # Steps take gradients of what was fitted, whatever mode the caller is in.
     with torch.inference_mode(False):
         updates, tokens = fit_updates(model_map, keep, sequences, options, on_block)
@@ -108,8 +108,8 @@ def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, 
     for bit; compensating again replaces it, and one that fails leaves the model without any.
 
     Args:
-        model: pruned by :func:`gisp.prune`, ``Trajectory.at`` or :class:`gisp.model.shrink.ShrinkableModel`, not
-        packed. data: calibration data, as for :func:`gisp.prune`.
+        model: pruned, not packed: by :func:`gisp.prune`, ``Trajectory.at`` or :class:`gisp.model.ShrinkableModel`.
+        data: calibration data, as for :func:`gisp.prune`.
         on_block: called with every block's update.
         **options: see :class:`CompensationOptions`.
 

@@ -45,8 +45,8 @@ _FIRST_SIZE, _GROWTH, _SHRINKING, _TRIALS = 0.5, 1.5, 0.5, 12
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step.
+class KfacStep:
+    """One step of ``kfac``.
 
     Attributes:
         size: the factor ``s``, 0 where no size lowered the divergence.
@@ -70,7 +70,7 @@ def kfac_updates(
     data: Sequences,
     held_out: Sequences,
     options: CompensationOptions,
-) -> tuple[list[BlockUpdate], list[Step]]:
+) -> tuple[list[BlockUpdate], list[KfacStep]]:
     """Updates of the same blocks after ``options.steps`` steps; what lost nothing stays as it was.
 
     Every step takes the next ``options.tokens`` tokens behind those before it, from the start again where the data
@@ -110,7 +110,7 @@ def kfac_updates(
             size, after = _search(partial(student.divergence, held_out_batches, directions), first, before)
             student.move(size, directions)
             raised = sum(damping > options.damping for damping in dampings)
-            steps.append(Step(size, tokens, before, after, max(dampings), raised))
+            steps.append(KfacStep(size, tokens, before, after, max(dampings), raised))
             before, begin = after, end
     return student.updates(), steps
 

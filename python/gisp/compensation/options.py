@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from gisp.errors import GispError
 
 METHODS = ("bias", "affine", "rescale", "lsq", "kfac")
-# Methods with a damping.
-DAMPED = ("lsq", "kfac")
+# Methods an option is for, where it is not for all.
+ONLY = {"damping": ("lsq", "kfac"), "steps": ("kfac",)}
 TARGETS = ("local", "dense")
 # By method, as measured after GISP's scores (docs/compensation.md): a mean or a slope gains nothing reliable from the
 # dense stream, a scale helps only towards it.
@@ -17,6 +17,12 @@ DEFAULT_TARGET = {"bias": "local", "affine": "local", "rescale": "dense", "lsq":
 DEFAULT_DAMPING = 0.5
 DEFAULT_TOKENS = 131072
 DEFAULT_STEPS = 4
+_FLAGS = {"method": "--compensate", "tokens": "--calibration-tokens", "steps": "--compensation-steps"}
+
+
+def flag(option: str) -> str:
+    """An option as the command line calls it."""
+    return _FLAGS.get(option, f"--{option}")
 
 
 @dataclass(frozen=True)
@@ -47,17 +53,17 @@ class CompensationOptions:
     steps: int = DEFAULT_STEPS
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise GispError(f"--compensate is {self.method!r}: choose one of {', '.join(METHODS)}")
-        if self.target is not None and self.target not in TARGETS:
-            raise GispError(f"--target is {self.target!r}: choose one of {', '.join(TARGETS)}")
+        for name, choices in (("method", METHODS), ("target", (None, *TARGETS))):
+            if getattr(self, name) not in choices:
+                known = ", ".join(filter(None, choices))
+                raise GispError(f"{flag(name)} is {getattr(self, name)!r}: choose one of {known}")
         if not (isinstance(self.damping, (int, float)) and math.isfinite(self.damping) and self.damping >= 0):
             raise GispError(f"--damping is {self.damping}: give a number of at least 0")
-        for option, value in (("--calibration-tokens", self.tokens), ("--compensation-steps", self.steps)):
-            if not isinstance(value, int):
-                raise GispError(f"{option} is {value!r}: give a whole number")
-            if value < 1:
-                raise GispError(f"{option} is {value}: give at least 1")
+        for name in ("tokens", "steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                least = "at least 1" if isinstance(value, int) else "a whole number"
+                raise GispError(f"{flag(name)} is {value!r}: give {least}")
         if self.target is None:
             object.__setattr__(self, "target", DEFAULT_TARGET[self.method])
         if self.intercept is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gisp.compensation.apply import Compensation, make_options
-from gisp.compensation.options import DAMPED, CompensationOptions
+from gisp.compensation.options import ONLY, CompensationOptions, flag
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 
@@ -62,18 +62,13 @@ def make_request(
     if method is None:
         for name, value in {"calibration": calibration, **given}.items():
             if value is not None:
-                option = {"tokens": "calibration-tokens", "steps": "compensation-steps"}.get(name, name)
-                raise GispError(f"--{option} {value} is for --compensate METHOD: give both or leave it out")
+                raise GispError(f"{flag(name)} {value} is for --compensate METHOD: give both or leave it out")
         return None
     options = make_options(method=method, **given)
-    if damping is not None and method not in DAMPED:
-        raise GispError(
-            f"--damping {damping} changes nothing in --compensate {method}: leave it out, or use lsq or kfac"
-        )
-    if steps is not None and method != "kfac":
-        raise GispError(
-            f"--compensation-steps {steps} changes nothing in --compensate {method}: leave it out, or use kfac"
-        )
+    for name, methods in ONLY.items():
+        if name in given and method not in methods:
+            unused = f"{flag(name)} {given[name]} changes nothing in --compensate {method}"
+            raise GispError(f"{unused}: leave it out, or use {' or '.join(methods)}")
     if calibration is None:
         raise GispError(f"--compensate {method} needs --calibration DATA, as for gisp prune --data")
     return CompensationRequest(options, calibration)
