@@ -141,7 +141,7 @@ if __name__ == "__main__":
         package_dir={"gisp": "python/gisp"},
         package_data={
             "gisp_kernels": ["py.typed"],
-            "gisp": ["py.typed", "demo/*", "demo/decoder/*", "report/page.html"],
+            "gisp": ["py.typed", "demo/*", "demo/decoder/*", "report/page.html", "export/cards/*"],
         },
         ext_modules=[Extension("gisp_kernels._core", sources=[])] if PLAN.core else [],
         cmdclass={"build_ext": CMakeBuild, "build_py": PackageModules},

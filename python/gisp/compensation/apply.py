@@ -108,7 +108,7 @@ def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, 
     for bit; compensating again replaces it, and one that fails leaves the model without any.
 
     Args:
-        model: pruned, not packed: by :func:`gisp.prune`, ``Trajectory.at`` or :class:`gisp.model.ShrinkableModel`.
+        model: pruned by :func:`gisp.prune`, ``Trajectory.at`` or ``ShrinkableModel.remove``, not packed.
         data: calibration data, as for :func:`gisp.prune`.
         on_block: called with every block's update.
         **options: see :class:`CompensationOptions`.

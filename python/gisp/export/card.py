@@ -5,56 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from gisp.config.options import criterion_text
 from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec
-
-_LOAD_PRUNED = """\
-With [transformers](https://github.com/huggingface/transformers) 5.14 or newer; the code it asks to trust is
-`modeling_gisp.py` in this folder:
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-```
-
-With gisp-kernels installed no remote code is needed:
-
-```python
-import gisp
-
-model = gisp.load("path/to/this/folder")
-```
-
-> **Warning.** Layers differ in width. Do not load this checkpoint with the stock model classes, and never with
-> `ignore_mismatched_sizes=True`: that can replace pruned weights by random ones without an error.
-"""
-
-_LOAD_STOCK = """\
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-```
-"""
-
-_LOAD_MASKED = f"""\
-{_LOAD_STOCK}
-> **No speed-up.** This export keeps the dense shapes and stores zeros for what was removed: it is as large and as slow
-> as the base model. Export with `--format hf` for the smaller and faster model.
-"""
-
-_LOAD_UNIFORM = f"""\
-{_LOAD_STOCK}
-All layers have one size, so this is an ordinary checkpoint of its model class and loads wherever that class does.
-
-> **One size costs quality.** The pruning gave every layer its own size; here layers lost structures it kept and got
-> others back. Export with `--format hf` for the exact pruned model.
-"""
 
 _RELAID = (
     "Query heads stored may exceed the heads kept: key/value heads must serve equally many query heads, so some are "
@@ -70,7 +27,7 @@ class CardKind:
         title: name of the format for the title; empty for the usual one.
         library: the hub's name of the library that loads it.
         tags: of the hub, beside those of every pruned model.
-        load: how to load it, Markdown.
+        load: name of the text in ``cards`` on how to load it.
         layers: what to know of the table of layers.
         facts: more lines for the table of facts: what, value.
     """
@@ -83,11 +40,9 @@ class CardKind:
     facts: tuple[tuple[str, str], ...] = ()
 
 
-PRUNED = CardKind(_LOAD_PRUNED)
-MASKED = CardKind(_LOAD_MASKED, title="masked", layers="Shapes are those of the base model.")
-UNIFORM = CardKind(
-    _LOAD_UNIFORM, title="one size for all layers", layers="All layers store the same, with real weights."
-)
+PRUNED = CardKind("hf")
+MASKED = CardKind("masked", title="masked", layers="Shapes are those of the base model.")
+UNIFORM = CardKind("uniform", title="one size for all layers", layers="All layers store the same, with real weights.")
 
 
 def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, kind: CardKind = PRUNED) -> None:
@@ -103,13 +58,18 @@ def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, 
         "",
         "## Load",
         "",
-        kind.load,
+        load_text(kind.load),
         "## Layers",
         "",
         *_table(report, kind),
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def load_text(name: str) -> str:
+    """A text of ``cards``, Markdown."""
+    return (files("gisp.export") / "cards" / f"{name}.md").read_text(encoding="utf-8")
 
 
 def head(name: str, title: str, library: str, tags: Sequence[str]) -> list[str]:

@@ -31,42 +31,6 @@ MODEL_TYPES = ("llama", "mistral", "qwen2")
 _ROPE_TYPES = ("default", "linear", "llama3")
 _INSTEAD = "use --format hf"
 
-_RUN = """\
-With [llama.cpp](https://github.com/ggml-org/llama.cpp):
-
-```
-llama-cli -m model.gguf
-```
-
-or from Python with [llama-cpp-python](https://github.com/abetlen/llama-cpp-python):
-
-```python
-from llama_cpp import Llama
-
-llm = Llama("model.gguf")
-print(llm("The ", max_tokens=32)["choices"][0]["text"])
-```
-
-"""
-_RUN_IDS = """\
-This file holds no tokenizer: llama.cpp loads it, but takes and gives token ids only (`llama-cli` needs text), for
-example with [llama-cpp-python](https://github.com/abetlen/llama-cpp-python):
-
-```python
-from llama_cpp import Llama
-
-llm = Llama("model.gguf", logits_all=True)
-llm.eval([1, 2, 3])
-logits = llm.scores[:3]
-```
-
-"""
-_ARCHITECTURE = """\
-Layers differ in width, so the file names the architecture `deci`, which takes the widths of every layer; programs that
-read GGUF files without llama.cpp may not know it. The key/value cache is counted in float16, llama.cpp's default;
-without flash attention llama.cpp pads the value cache of every layer to the widest.
-"""
-
 
 def export_gguf(
     base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Path | None = None, dtype: str | None = None
@@ -143,6 +107,6 @@ def _card(vocabulary: Vocabulary | None, facts: list[tuple[str, str]]) -> CardKi
         title="GGUF",
         library="gguf",
         tags=("gguf", "llama.cpp"),
-        load=(_RUN if vocabulary else _RUN_IDS) + _ARCHITECTURE,
+        load="gguf" if vocabulary else "gguf_ids",
         facts=tuple(facts),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gisp.export.card import base_name, facts_table, head
+from gisp.export.card import base_name, facts_table, head, load_text
 from gisp.export.check import TOLERANCE
 from gisp.export.nested.layout import Nesting
 from gisp.run.trajectory import Trajectory
@@ -13,17 +13,6 @@ from gisp.run.trajectory import Trajectory
 if TYPE_CHECKING:
     from gisp.export.nested.export import NestedReport
 
-_LOAD = """\
-```python
-import gisp
-
-model = gisp.load("path/to/this/folder", sparsity=0.35)  # reads the weights of that size alone
-model.resize(0.2)  # the same model, moved in place; down and up
-```
-
-This needs gisp-kernels. The files are no plain checkpoint and no other loader takes them for one; export one size for
-other programs with `gisp export RUN --sparsity S --out DIR`.
-"""
 _SHOWN = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
@@ -53,7 +42,7 @@ def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: 
         "",
         "## Load",
         "",
-        _LOAD,
+        load_text("nested"),
         "## Sizes",
         "",
         "| sparsity | of the whole model | query heads | key/value heads | MLP channels |",
