@@ -125,7 +125,7 @@ def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[str]:
 def _table(report: ExportReport, kind: CardKind) -> list[str]:
     rows = [
         f"| {layer} | {item.heads} | {item.query_heads} | {item.kv_heads} | {item.channels} |"
-        for layer, item in enumerate(report.layout)
+        for layer, item in enumerate(report.sizes)
     ]
     head = "| layer | heads kept | query heads stored | key/value heads stored | MLP channels stored |"
     return [kind.layers, "", head, "|---|---|---|---|---|", *rows]

@@ -19,7 +19,7 @@ from gisp.errors import GispError
 from gisp.export.card import PRUNED, CardKind, write_card
 from gisp.export.folder import copy_base_files, new_folder, write_weights
 from gisp.export.load import load
-from gisp.export.spec import TOLERANCE, ExportReport, LayerLayout, PrunedSpec
+from gisp.export.spec import TOLERANCE, ExportReport, LayerSizes, PrunedSpec
 from gisp.model.attention import INDEXED_ATTENTION
 from gisp.model.keep import Keep, block_columns
 from gisp.model.modes import evaluation_mode, exact_products
@@ -76,8 +76,8 @@ def checked_report(base: Any, model_map: ModelMap, keep: Keep, folder: Path, out
     dtype = weight_dtype(base)
     reloaded = load(folder, device=str(base.get_input_embeddings().weight.device), dtype=dtype)
     absolute, relative = compare_logits(wanted, float32_logits(reloaded, tokens))
-    layout = tuple(
-        LayerLayout(
+    sizes = tuple(
+        LayerSizes(
             heads=len(heads),
             query_heads=layer.self_attn.q_proj.out_features // model_map.head_dim,
             kv_heads=layer.self_attn.k_proj.out_features // model_map.head_dim,
@@ -93,9 +93,9 @@ def checked_report(base: Any, model_map: ModelMap, keep: Keep, folder: Path, out
         parameters_dense=model_map.parameters,
         parameters_pruned=sum(p.numel() for p in reloaded.parameters()),
         bytes=size,
-        kv_bytes_per_token=kv_head_bytes * sum(item.kv_heads for item in layout),
+        kv_bytes_per_token=kv_head_bytes * sum(item.kv_heads for item in sizes),
         kv_bytes_per_token_dense=kv_head_bytes * model_map.num_kv_heads * len(model_map.layers),
-        layout=layout,
+        sizes=sizes,
     )
 
 

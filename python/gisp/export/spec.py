@@ -93,7 +93,7 @@ class PrunedSpec:
 
 
 @dataclass(frozen=True)
-class LayerLayout:
+class LayerSizes:
     """Shapes of one exported layer.
 
     Attributes:
@@ -133,7 +133,7 @@ class ExportReport:
     bytes: int
     kv_bytes_per_token: int
     kv_bytes_per_token_dense: int
-    layout: tuple[LayerLayout, ...]
+    sizes: tuple[LayerSizes, ...]
     tolerance: float = TOLERANCE
 
     @property
@@ -142,12 +142,12 @@ class ExportReport:
         divided or repeated."""
         return tuple(
             devices
-            for devices in range(1, min(item.query_heads for item in self.layout) + 1)
+            for devices in range(1, min(item.query_heads for item in self.sizes) + 1)
             if all(
                 item.query_heads % devices == 0
                 and item.channels % devices == 0
                 and (item.kv_heads % devices == 0 or devices % item.kv_heads == 0)
-                for item in self.layout
+                for item in self.sizes
             )
         )
 

@@ -66,7 +66,7 @@ def test_sizes_and_stored_shares_of_a_run_are_those_of_its_exports(family: str, 
     _, model, sizes = run_sizes(tmp_path / "run", [sparsity])
     layers = sizes[sparsity]
     assert [(item.heads, item.kv_heads, item.channels) for item in layers] == [
-        (item.query_heads, item.kv_heads, item.channels) for item in report.layout
+        (item.query_heads, item.kv_heads, item.channels) for item in report.sizes
     ]
     share = stored(trajectory, model_map, 3)
     assert share["kv_stored"] == report.kv_bytes_per_token / report.kv_bytes_per_token_dense

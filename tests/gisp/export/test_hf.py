@@ -102,7 +102,7 @@ def test_a_process_without_this_package_can_use_the_export(
     assert result["generate_dynamic"]
     assert result["generate_static"]
     assert result["checkpointing"] <= 1e-6
-    assert result["attention_heads"] == [layer.query_heads for layer in exported[1][family].layout]
+    assert result["attention_heads"] == [layer.query_heads for layer in exported[1][family].sizes]
     for saved in ("causal", "decoder"):
         assert result[f"auto_map_{saved}"] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
         assert result[f"decoder_from_{saved}"] == 0.0
@@ -136,13 +136,13 @@ def test_report_and_config_tell_what_is_stored(family: str, exported: tuple[Path
     assert report.bytes == (folder / WEIGHTS).stat().st_size
     head_dim = base.model.layers[0].self_attn.head_dim
     assert config["head_dim"] == head_dim
-    for index, (layer, keep) in enumerate(zip(report.layout, KEPT, strict=True)):
+    for index, (layer, keep) in enumerate(zip(report.sizes, KEPT, strict=True)):
         prefix = f"model.layers.{index}"
         assert layer.heads == len(keep.heads)
         assert layer.channels == max(len(keep.channels), 1) == stored[f"{prefix}.mlp.down_proj.weight"][1]
         assert layer.query_heads * head_dim == stored[f"{prefix}.self_attn.o_proj.weight"][1]
         assert layer.kv_heads * head_dim == stored[f"{prefix}.self_attn.k_proj.weight"][0]
-    assert report.kv_bytes_per_token == 2 * 4 * head_dim * sum(layer.kv_heads for layer in report.layout)
+    assert report.kv_bytes_per_token == 2 * 4 * head_dim * sum(layer.kv_heads for layer in report.sizes)
     assert config["model_type"] == f"gisp_{base.config.model_type}"
     assert config["gisp"] == {
         "format_version": 1,
@@ -217,7 +217,7 @@ def test_masked_export_is_a_stock_model_with_zeros(family: str, tmp_path: Path) 
 def test_align_and_min_heads_reach_the_export(tmp_path: Path) -> None:
     base, spec = dense("llama-gqa"), spec_of()
     report = export_hf(base, spec, tmp_path / "out", align_heads=4, min_heads=2)
-    assert all(layer.query_heads % 4 == 0 for layer in report.layout)
+    assert all(layer.query_heads % 4 == 0 for layer in report.sizes)
     assert _relative(_logits(gisp.load(tmp_path / "out")), _logits(masked(base, spec.keep))) <= 1e-5
 
 

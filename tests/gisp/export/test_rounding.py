@@ -49,8 +49,8 @@ def test_a_rounded_export_equals_the_masked_model_with_those_channels(family: st
     base = dense(family)
     spec = round_mlp(map_model(base), ranked(spec_of()), 16)
     report = export_hf(base, spec, tmp_path / "out", align_heads=4)
-    assert [item.channels for item in report.layout] == [32, 16, 16, 48]
-    assert all(item.query_heads % 4 == 0 for item in report.layout)
+    assert [item.channels for item in report.sizes] == [32, 16, 16, 48]
+    assert all(item.query_heads % 4 == 0 for item in report.sizes)
     with torch.no_grad():
         wanted = masked(base, spec.keep)(input_ids=tokens()).logits
         got = gisp.load(tmp_path / "out")(input_ids=tokens()).logits

@@ -186,6 +186,6 @@ def test_shared_key_value_heads_in_all_modes(gqa: str, tmp_path: Path) -> None:
     assert done.quality is not None
     here = evaluate_target(str(tmp_path / "out"), str(tmp_path / "tokens.safetensors"), device="cpu")
     assert done.quality.exported.perplexity == pytest.approx(here["perplexity"], rel=1e-4)
-    for item in done.report.layout:
+    for item in done.report.sizes:
         assert item.query_heads % item.kv_heads == 0
         assert item.kv_heads == 2 or (gqa == "group" and item.query_heads == 4)

@@ -24,7 +24,7 @@ import gisp
 from gisp.export.hf import export_hf
 from gisp.export.modeling_gisp import CLASSES
 from gisp.export.rounding import round_mlp
-from gisp.export.spec import ExportReport, LayerLayout
+from gisp.export.spec import ExportReport, LayerSizes
 from gisp.model.structures import map_model
 
 DEVICES = 2
@@ -67,7 +67,7 @@ def test_attention_dispatches_through_the_interface(
         wanted = model(input_ids=tokens()).logits
         model.set_attn_implementation("probe")
         assert torch.equal(model(input_ids=tokens()).logits, wanted)
-    layout = exported[1][f"{family}-exact"].layout
+    layout = exported[1][f"{family}-exact"].sizes
     assert probe == [(i, item.query_heads, item.kv_heads) for i, item in enumerate(layout)]
 
 
@@ -89,7 +89,7 @@ def test_the_decoder_is_built_from_the_configuration_alone(
     assert type(decoder) is CLASSES[raw["model_type"]][1]
     assert decoder.get_decoder() is decoder
     assert decoder._can_set_attn_implementation()
-    for index, (layer, item) in enumerate(zip(decoder.layers, exported[1][f"{family}-exact"].layout, strict=True)):
+    for index, (layer, item) in enumerate(zip(decoder.layers, exported[1][f"{family}-exact"].sizes, strict=True)):
         own = config.per_layer_config[index]
         assert own.num_attention_heads == item.query_heads == layer.self_attn.q_proj.out_features // config.head_dim
         assert own.num_key_value_heads == item.kv_heads == layer.self_attn.k_proj.out_features // config.head_dim
@@ -117,7 +117,7 @@ def test_which_devices_can_share_the_layers(exported: tuple[Path, dict[str, Expo
         assert "| tensor parallelism | 1, 2 devices share every layer evenly |" in card
 
     def sizes(*layers: tuple[int, int, int]) -> tuple[int, ...]:
-        layout = tuple(LayerLayout(heads, heads, kv_heads, channels) for heads, kv_heads, channels in layers)
+        layout = tuple(LayerSizes(heads, heads, kv_heads, channels) for heads, kv_heads, channels in layers)
         return ExportReport(Path(), 0, 0, 1, 1, 1, 1, 1, layout).tensor_parallel
 
     assert sizes((8, 8, 16)) == (1, 2, 4, 8)
@@ -161,7 +161,7 @@ def test_vllm_computes_the_same(devices: int, exported: tuple[Path, dict[str, Ex
         results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         assert [result["folder"] for result in results] == [folder.name for folder in folders]
         for result in results:
-            layout = exported[1][result["folder"]].layout
+            layout = exported[1][result["folder"]].sizes
             heads = [[i.query_heads // devices, max(i.kv_heads // devices, 1)] for i in layout]
             assert result["heads"] == heads
             assert result["difference"] <= 1e-5

@@ -119,7 +119,7 @@ def test_plain_transformers_load_the_export_and_compute_the_masked_logits(family
     assert report.parameters_pruned == sum(p.numel() for p in model.parameters()) < report.parameters_dense
     head_dim = base.model.layers[0].self_attn.head_dim
     assert config["head_dim"] == head_dim
-    for item in report.layout:
+    for item in report.sizes:
         assert item.query_heads == item.heads == config["num_attention_heads"]
         assert item.kv_heads == config["num_key_value_heads"]
         assert item.channels == config["intermediate_size"]

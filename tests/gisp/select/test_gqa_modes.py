@@ -223,7 +223,7 @@ def test_runs_are_evaluated_reported_and_exported(gqa: str, tmp_path: Path, plac
         assert result["perplexity"] == pytest.approx(small["perplexity"], rel=1e-4)
         assert export.report.relative_difference <= 1e-5
     kept = [kept_heads(trajectory, layer) for layer in range(4)]
-    layout = exports["hf"].report.layout
+    layout = exports["hf"].report.sizes
     assert [item.heads for item in layout] == [int(k.sum()) for k in kept]
     if gqa != "query":
         # Exactly what is kept, with nothing repeated or filled up.

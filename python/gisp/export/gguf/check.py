@@ -25,7 +25,7 @@ from gisp.export.check import TOLERANCE, compare_logits, float32_logits, wanted_
 from gisp.export.gguf.file import count_parameters, read_model
 from gisp.export.gguf.tokenizer import CHECK_TEXTS, Vocabulary
 from gisp.export.relayout import AttentionLayout
-from gisp.export.spec import ExportReport, LayerLayout, PrunedSpec
+from gisp.export.spec import ExportReport, LayerSizes, PrunedSpec
 from gisp.model.structures import ModelMap
 
 AGREEMENT = 0.999
@@ -75,8 +75,8 @@ def checked_gguf_report(
         bytes=file.stat().st_size,
         kv_bytes_per_token=kv_head_bytes * sum(len(layout.kv) for layout in layouts),
         kv_bytes_per_token_dense=kv_head_bytes * model_map.num_kv_heads * len(model_map.layers),
-        layout=tuple(
-            LayerLayout(len(heads), len(layout.query), len(layout.kv), max(len(channels), 1))
+        sizes=tuple(
+            LayerSizes(len(heads), len(layout.query), len(layout.kv), max(len(channels), 1))
             for (heads, channels), layout in zip(spec.keep.layers, layouts, strict=True)
         ),
         tolerance=tolerance,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gisp.export.card import base_name, facts_table, head, load_text
 from gisp.export.check import TOLERANCE
-from gisp.export.nested.layout import Nesting
+from gisp.export.nested.order import Nesting
 from gisp.run.trajectory import Trajectory
 
 if TYPE_CHECKING:

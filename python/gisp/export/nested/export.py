@@ -13,9 +13,9 @@ import torch
 from gisp.export.check import compare_logits, float32_logits, wanted_logits, weight_dtype
 from gisp.export.folder import check_room, copy_base_files, dense_state, new_folder
 from gisp.export.nested.card import write_nested_card
-from gisp.export.nested.files import MODEL_TYPE, write_layout, write_record, write_shards
-from gisp.export.nested.layout import Nesting, nest, stored_name
+from gisp.export.nested.files import MODEL_TYPE, write_nesting, write_record, write_shards
 from gisp.export.nested.model import load_nested
+from gisp.export.nested.order import Nesting, nest, stored_name
 from gisp.export.spec import map_checked
 from gisp.model.keep import block_columns
 from gisp.model.structures import ModelMap, structure_parameters
@@ -57,7 +57,7 @@ def export_nested(base: Any, trajectory: Trajectory, out: Path, *, tokenizer_fro
     with new_folder(out) as folder:
         check_room(folder, sum(t.numel() * t.element_size() for t in dense_state(base).values()))
         where = write_shards(folder, reordered(base, model_map, nesting))
-        write_layout(folder, nesting)
+        write_nesting(folder, nesting)
         steps = [{"sparsity": 0.0, "model_sparsity": 0.0}]
         steps += [{"sparsity": s.sparsity, "model_sparsity": s.model_sparsity} for s in trajectory.steps]
         config = {**base.config.to_dict(), "dtype": str(weight_dtype(base)).removeprefix("torch.")}

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from gisp.errors import GispError
-from gisp.export.nested.layout import LayerOrder, Nesting
+from gisp.export.nested.order import LayerOrder, Nesting
 from gisp.run.record import corrupt, is_finite, load_json, require
 from gisp.select.schedule import nearest_step
 from gisp_kernels.groups import KINDS
@@ -65,7 +65,7 @@ def write_shards(
     return where
 
 
-def write_layout(folder: Path, nesting: Nesting) -> None:
+def write_nesting(folder: Path, nesting: Nesting) -> None:
     """Write orders and prefixes."""
     tensors = {"prefixes": nesting.prefixes}
     for i, order in enumerate(nesting.layers):
@@ -119,7 +119,7 @@ class NestedFiles:
             raise corrupt(path / RECORD, error) from None
         for name, described in record["files"].items():
             _check_file(path / name, described, verify)
-        return cls(path, record, _read_layout(path / LAYOUT, record))
+        return cls(path, record, _read_nesting(path / LAYOUT, record))
 
     @property
     def sparsities(self) -> list[float]:
@@ -213,7 +213,7 @@ def _check(record: Any) -> None:
         require(file in record["files"], f"tensor {name} is in {file!r}, which files does not name")
 
 
-def _read_layout(path: Path, record: dict[str, Any]) -> Nesting:
+def _read_nesting(path: Path, record: dict[str, Any]) -> Nesting:
     """Orders and prefixes, checked against the base model's shape."""
     try:
         tensors = load_file(path)

@@ -10,7 +10,7 @@ from torch import nn
 
 from gisp.errors import GispError
 from gisp.export.nested.files import RECORD, NestedFiles
-from gisp.export.nested.layout import stored_name
+from gisp.export.nested.order import stored_name
 from gisp.model.attention import NoHeads, set_kv_index, use_indexed_attention
 from gisp.model.load import quiet
 from gisp.model.structures import structure_parameters

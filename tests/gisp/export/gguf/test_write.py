@@ -115,7 +115,7 @@ def test_entries(family: str, tmp_path: Path) -> None:
     entries, _ = _read(tmp_path / "out")
     base = dense(family, **GGUF_FAMILIES[family])
     config, head_dim = base.config, base.model.layers[0].self_attn.head_dim
-    assert [layer.query_heads for layer in report.layout][1:3] == [1, 3]
+    assert [layer.query_heads for layer in report.sizes][1:3] == [1, 3]
     for key, value in {
         "general.architecture": "deci",
         "general.name": "some-org/some-model, pruned by 50%",
@@ -124,8 +124,8 @@ def test_entries(family: str, tmp_path: Path) -> None:
         "deci.context_length": 128,
         "deci.embedding_length": 64,
         "deci.vocab_size": VOCAB,
-        "deci.attention.head_count": [layer.query_heads for layer in report.layout],
-        "deci.attention.head_count_kv": [layer.kv_heads for layer in report.layout],
+        "deci.attention.head_count": [layer.query_heads for layer in report.sizes],
+        "deci.attention.head_count_kv": [layer.kv_heads for layer in report.sizes],
         "deci.feed_forward_length": [24, 4, 1, 43],
         "deci.attention.key_length": head_dim,
         "deci.attention.value_length": head_dim,
@@ -139,9 +139,9 @@ def test_entries(family: str, tmp_path: Path) -> None:
         "gisp.base_fingerprint": "f" * 64,
     }.items():
         assert entries[key] == value, key
-    assert [layer.heads for layer in report.layout] == [len(keep.heads) for keep in KEPT]
+    assert [layer.heads for layer in report.sizes] == [len(keep.heads) for keep in KEPT]
     # llama.cpp's cache is float16 unless told otherwise.
-    assert report.kv_bytes_per_token == 2 * 2 * head_dim * sum(layer.kv_heads for layer in report.layout)
+    assert report.kv_bytes_per_token == 2 * 2 * head_dim * sum(layer.kv_heads for layer in report.sizes)
     assert report.kv_bytes_per_token_dense == 2 * 2 * head_dim * config.num_key_value_heads * 4
 
 
@@ -338,5 +338,5 @@ def test_export_from_the_gpu(tmp_path: Path) -> None:
     base = dense("llama-gqa", torch.bfloat16).to("cuda")
     report = export_gguf(base, spec_of(), tmp_path / "out")
     assert report.relative_difference <= 1e-5
-    assert len(report.layout) == len(KEPT)
-    assert max(layer.query_heads for layer in report.layout) == HEADS
+    assert len(report.sizes) == len(KEPT)
+    assert max(layer.query_heads for layer in report.sizes) == HEADS

@@ -22,8 +22,8 @@ from gisp.cli import main
 from gisp.errors import GispError
 from gisp.export.nested.export import export_nested
 from gisp.export.nested.files import NestedFiles, write_shards
-from gisp.export.nested.layout import nest
 from gisp.export.nested.model import load_nested
+from gisp.export.nested.order import nest
 from gisp.model.structures import heads_name
 from gisp.run.trajectory import Trajectory
 
