@@ -15,6 +15,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 
 from gisp.errors import GispError
+from gisp.files import temporary_path
 
 _BASE_FILES = (
     "tokenizer.json",
@@ -52,7 +53,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         GispError: ``out`` is taken, the disk is full or the place cannot be written.
     """
     out = check_place(out)
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    folder = temporary_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()

@@ -85,7 +85,7 @@ class RunData:
         """Kept / original structures, float64 [layers, steps + 1]; column 0 is the dense model."""
         steps = len(self.steps)
         rows = []
-        for removed_at in self._removed_at(kind):
+        for removed_at in getattr(self, kind):
             gone = np.bincount(removed_at, minlength=steps + 1)
             gone[0] = 0
             rows.append(1 - np.cumsum(gone) / len(removed_at))
@@ -93,15 +93,14 @@ class RunData:
 
     def kept_count(self, kind: str) -> tuple[int, int]:
         """Structures of a kind kept at the end, and in the dense model."""
-        layers = self._removed_at(kind)
+        layers = getattr(self, kind)
         return sum(int((at == 0).sum()) for at in layers), sum(len(at) for at in layers)
 
     def dense_kv_bytes(self) -> int | None:
         """Key/value bytes per token of the dense model in the run's dtype; None when the dtype is unknown."""
         size = self._kv_element_bytes()
-        base = self.base_model
-        heads = int(base["layers"]) * int(base["num_key_value_heads"])
-        return None if size is None else 2 * heads * int(base["head_dim"]) * size
+        layers, heads, head_dim = (int(self.base_model[n]) for n in ("layers", "num_key_value_heads", "head_dim"))
+        return None if size is None else 2 * layers * heads * head_dim * size
 
     def _kv_element_bytes(self) -> int | None:
         # A run may leave the dtype to the device; the recorded cache size then tells it.
@@ -114,9 +113,6 @@ class RunData:
             if elements and record["kv_bytes_per_token"] in (elements, 2 * elements, 4 * elements):
                 return int(record["kv_bytes_per_token"]) // elements
         return _DTYPE_BYTES.get(str(self.config.get("dtype")))
-
-    def _removed_at(self, kind: str) -> list[np.ndarray]:
-        return {"heads": self.heads, "channels": self.channels}[kind]
 
 
 def read_run(path: Path) -> RunData:
