@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from gisp_kernels.groups import GroupKind
+
 
 def averaged_batches(ema: float, step: int) -> float:
     """Batches of equal noise whose plain mean is as noisy as the moving average of scores at a step (1-based).
@@ -42,13 +44,16 @@ def shrinkage(sums: Iterable[torch.Tensor], sequences: int, batches: float) -> t
     return signal / (signal + 1 / batches)
 
 
-def first_order_weights(sums: Mapping[str, torch.Tensor], sequences: int, batches: float) -> dict[str, torch.Tensor]:
-    """:func:`shrinkage` for every group, from all groups of its kind (heads, channels)."""
-    kinds: dict[str, list[str]] = {}
-    for name in sums:
-        kinds.setdefault(name.rsplit(".", 1)[-1], []).append(name)
-    found: dict[str, torch.Tensor] = {}
-    for names in kinds.values():
-        factor = shrinkage([sums[name] for name in names], sequences, batches)
-        found |= dict.fromkeys(names, factor)
-    return found
+def first_order_weights(
+    sums: Mapping[str, torch.Tensor], kinds: Mapping[str, GroupKind | None], sequences: int, batches: float
+) -> dict[str, torch.Tensor]:
+    """:func:`shrinkage` for every group, from all groups of its kind.
+
+    Args:
+        kinds: of every group.
+    """
+    by_kind: dict[GroupKind | None, list[torch.Tensor]] = {}
+    for name, values in sums.items():
+        by_kind.setdefault(kinds[name], []).append(values)
+    factors = {kind: shrinkage(values, sequences, batches) for kind, values in by_kind.items()}
+    return {name: factors[kinds[name]] for name in sums}

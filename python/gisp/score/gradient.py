@@ -124,7 +124,8 @@ class GradientScorer:
         batches = averaged_batches(float(self._config.ema or 0), step) if self._context.steps.fresh else 1.0
         # Data seen again brings no new noise to average.
         batches = min(batches, max(1.0, len(rows.data.rows) / len(rows.numbers)))
-        trust = first_order_weights(sums, rows.samples, batches)
+        kinds = {group.name: group.kind for group in self._context.map.groups}
+        trust = first_order_weights(sums, kinds, rows.samples, batches)
         return {name: loss_change(values, trust[name]) for name, values in sums.items()}
 
     def _by_fused_pass(self, fused: ImportancePass, groups: list[StructureGroup], rows: StepRows) -> Sums:

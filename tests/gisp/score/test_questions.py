@@ -113,7 +113,7 @@ def test_noise_is_that_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         gradient_module,
         "first_order_weights",
-        lambda sums, count, batches: units.append(count) or weights(sums, count, batches),
+        lambda sums, kinds, count, batches: units.append(count) or weights(sums, kinds, count, batches),
     )
     model_map = map_model(tiny_model())
     options: dict[str, Any] = {"engine": "stream", "batch_size": None, "batch_tokens": 10**6, "seed": 0}

@@ -148,7 +148,7 @@ def test_kinds_are_judged_apart_and_zeros_say_nothing():
     still = torch.zeros(3, 5, dtype=torch.float64)
     strong = torch.tensor([[4.0, -4.0], [9.0, 9.0], [4.0, 4.0]], dtype=torch.float64)
     sums = {"layers.0.heads": still, "layers.1.heads": still, "layers.0.channels": strong}
-    found = first_order_weights(sums, 8, 2.0)
+    found = first_order_weights(sums, {name: name.split(".")[-1] for name in sums}, 8, 2.0)
     assert {name: float(value) for name, value in found.items()} == {
         "layers.0.heads": 0.0,
         "layers.1.heads": 0.0,
@@ -177,7 +177,7 @@ def test_shrunk_scores_lie_between_curvature_and_the_whole():
     sums = ImportancePass(model_map).gate_sums(
         MicroBatch(*data.batch(list(range(len(data)))), weights), live(model_map)
     )[0]
-    factors = first_order_weights(sums, len(data), 1.0)
+    factors = first_order_weights(sums, {group.name: group.kind for group in model_map.groups}, len(data), 1.0)
     assert 0 < float(factors["layers.0.channels"]) < 1
     for name, values in sums.items():
         expected = values[1] / 2 - factors[name] * values[0]
@@ -258,9 +258,9 @@ def test_one_shot_shrinks_where_it_is_asked_to():
 def test_a_step_weighs_its_noise_by_its_sequences_and_by_what_is_averaged(monkeypatch):
     seen, weights = [], module.first_order_weights
 
-    def spy(sums, units, batches):
+    def spy(sums, kinds, units, batches):
         seen.append((units, batches))
-        return weights(sums, units, batches)
+        return weights(sums, kinds, units, batches)
 
     monkeypatch.setattr(module, "first_order_weights", spy)
     options = {"sparsity": 0.3, "steps": 6, "align": 1, "device": "cpu"}
