@@ -66,7 +66,7 @@ def summary_rows(run: RunData) -> list[Row]:
     """Name and value of every line of the summary table."""
     base, last = run.base_model, run.last
     heads, channels = run.kept_count("heads"), run.kept_count("channels")
-    kv = run.dense_kv_bytes()
+    kv, removed = run.dense_kv_bytes(), last["removed_parameters"]
     rows = [
         ("Base model", str(base.get("path") or _IN_MEMORY)),
         ("Architecture", _architecture(run)),
@@ -76,11 +76,8 @@ def summary_rows(run: RunData) -> list[Row]:
         ("Steps", f"{len(run.steps):,}"),
         ("Decoder sparsity", _percent(last["sparsity"])),
         ("Whole-model sparsity", _percent(last["model_sparsity"])),
-        ("Parameters", _change(base["parameters"], base["parameters"] - last["removed_parameters"])),
-        (
-            "Decoder parameters",
-            _change(base["decoder_parameters"], base["decoder_parameters"] - last["removed_parameters"]),
-        ),
+        ("Parameters", _change(base["parameters"], base["parameters"] - removed)),
+        ("Decoder parameters", _change(base["decoder_parameters"], base["decoder_parameters"] - removed)),
         ("Attention heads", _change(heads[1], heads[0])),
         ("MLP channels", _change(channels[1], channels[0])),
         ("KV cache per token", _change(kv, last["kv_bytes_per_token"], " B")),

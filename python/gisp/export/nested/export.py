@@ -45,9 +45,7 @@ def export_nested(base: Any, trajectory: Trajectory, out: Path, *, tokenizer_fro
     """Write the dense weights with every matrix reordered so that each step of the run keeps a prefix of it.
 
     Args:
-        base: the dense model of the run; left as it was.
-        out: folder to write; must be absent or empty.
-        tokenizer_from: folder to copy tokenizer files and ``generation_config.json`` from.
+        base, out, tokenizer_from: as for :func:`gisp.export.check.write_checked`.
 
     Raises:
         GispError: ``out`` is taken, full disk, or logits that do not agree; nothing is left at ``out``.
