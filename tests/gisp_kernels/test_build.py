@@ -25,6 +25,7 @@ ALL = ("c++", "cmake", "nvcc", "ninja")
 @pytest.fixture(scope="module")
 def helper() -> ModuleType:
     spec = importlib.util.spec_from_file_location("gisp_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["gisp_setup"] = module
     spec.loader.exec_module(module)
@@ -148,7 +149,7 @@ def test_missing_core_says_why(
         _ext.core()
     helper.write_note(tmp_path, None)
     _ext._load.cache_clear()
-    assert "GISP_BUILD_EXT=1" in _ext.why_not("cpu")
+    assert "GISP_BUILD_EXT=1" in str(_ext.why_not("cpu"))
 
 
 def test_broken_core_says_why(fresh_loader: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +164,7 @@ def test_cuda_needs_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_ext, "_load", lambda: (SimpleNamespace(cuda=False), None))
     assert _ext.why_not("cpu") is None
     assert _ext.why_not("cuda") == "the compiled core was built without CUDA (no nvcc)"
-    assert "device type 'mps'" in _ext.why_not("mps")
+    assert "device type 'mps'" in str(_ext.why_not("mps"))
 
 
 def test_build_info() -> None:
@@ -200,7 +201,9 @@ def find_cuobjdump() -> str | None:
 @pytest.mark.skipif(not _ext.build_info()["cuda"], reason="the core was not built with CUDA")
 @pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump")
 def test_binary_holds_the_named_architectures() -> None:
-    dump = subprocess.run([find_cuobjdump(), _ext.core().__file__], capture_output=True, text=True, check=True)
+    program, core = find_cuobjdump(), _ext.core().__file__
+    assert program is not None and core is not None
+    dump = subprocess.run([program, core], capture_output=True, text=True, check=True)
     found = {line.split("=")[1].strip() for line in dump.stdout.splitlines() if line.startswith("arch =")}
     named = _ext.build_info()["cuda_archs"]
     assert {"sm_80", "sm_90a"} <= set(named)

@@ -37,7 +37,7 @@ def test_programs_can_be_shuffled() -> None:
     from interpreter import shuffled_grid
 
     @triton.jit
-    def visit(order_ptr, counter_ptr):  # type: ignore[no-untyped-def]
+    def visit(order_ptr, counter_ptr):
         tl.store(order_ptr + tl.program_id(0), tl.atomic_add(counter_ptr, 1))
 
     def run() -> list[int]:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from gisp.compensation import BlockUpdate
+from gisp.compensation.fits import Solution
+
 # What tests remove from a tiny model: blocks that lost heads, channels, both, nothing.
 REMOVED = {
     "layers.0.channels": torch.tensor([1, 5, 6, 20]),
@@ -27,6 +30,12 @@ def kept_of(model: Any, removed: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 def projection(model: Any, name: str) -> tuple[Any, int]:
     layer = model.model.layers[int(name.split(".")[1])]
     return (layer.self_attn.o_proj, layer.self_attn.head_dim) if name.endswith("heads") else (layer.mlp.down_proj, 1)
+
+
+def weight_of(found: BlockUpdate | Solution) -> torch.Tensor:
+    """The weight that a fit found, which must be one."""
+    assert found.weight is not None
+    return found.weight
 
 
 def columns(kept: torch.Tensor, width: int) -> torch.Tensor:

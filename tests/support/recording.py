@@ -56,6 +56,12 @@ class Block(nn.Module):
         return self(x).float().pow(2).mean()
 
 
+def grad_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The gradient that autograd left, which must be one."""
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def weight_grads(loss: torch.Tensor, groups: Iterable[StructureGroup]) -> dict[nn.Linear, torch.Tensor]:
     """Weight gradients by ``torch.autograd.grad``, which leaves every ``.grad`` alone."""
     linears = [p.linear for group in groups for p in group.projections]

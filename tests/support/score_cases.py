@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from recording import grad_of
 from tiny import VOCAB, tiny_model
 
 from gisp.config.options import make_config
@@ -45,9 +46,7 @@ def autograd_scores(model: Any, data: Sequences, signs: list[int]) -> dict[str, 
     for group in map_model(model).groups:
         total = torch.zeros(group.count)
         for part in group.projections:
-            grad = part.linear.weight.grad
-            assert grad is not None
-            product = (part.linear.weight * grad).detach().abs()
+            product = (part.linear.weight * grad_of(part.linear.weight)).detach().abs()
             lines = product.sum(1 if part.axis == "row" else 0)
             total += lines.view(group.count, -1).sum(1)
         result[group.name] = total

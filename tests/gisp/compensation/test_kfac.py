@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from compensation_oracle import REMOVED, columns, kept_of, projection
+from compensation_oracle import REMOVED, columns, kept_of, projection, weight_of
+from recording import grad_of
 from tiny import FAMILIES, VOCAB, tiny_model, tiny_tokens
 
 from gisp.compensation import Compensation, CompensationOptions, compensate, fit_compensation
@@ -43,7 +44,7 @@ def masked(model: Any, found: Compensation) -> Any:
         linear, _ = projection(copy, update.name)
         with torch.no_grad():
             linear.weight.zero_()
-            linear.weight[:, update.columns] = update.weight.double()
+            linear.weight[:, update.columns] = weight_of(update).double()
     return copy
 
 
@@ -87,13 +88,13 @@ def test_a_step_is_its_formula(family: str, number: int) -> None:
         linear, width = projection(pruned, old.name)
         cols = columns(kept_of(model, REMOVED)[old.name], width)
         x = torch.cat([inputs[:, cols] for inputs, _ in seen[old.name]])
-        g = torch.cat([output.grad[0] for _, output in seen[old.name]])
+        g = torch.cat([grad_of(output)[0] for _, output in seen[old.name]])
         a, b = x.T @ x / len(x), g.T @ g / len(g)
         for moments in (a, b):
             moments += 0.2 * moments.diagonal().mean() * torch.eye(len(moments), dtype=torch.float64)
         gradient = linear.weight.grad[:, cols] / len(x)
         wanted = -step.size * b.inverse() @ gradient @ a.inverse()
-        change = new.weight.double() - old.weight.double()
+        change = weight_of(new).double() - weight_of(old).double()
         assert float(wanted.abs().max()) > 1e-4
         assert float((change - wanted).abs().max()) < 2e-3 * float(wanted.abs().max())
     before, after = (float(divergence(dense, masked(model, f), held_out).detach()) / 33 for f in (start, found))
@@ -110,7 +111,7 @@ def test_steps_follow_each_other_through_the_data() -> None:
     assert all(b.before == a.after for a, b in zip(found.steps, found.steps[1:], strict=False))
     assert all(step.after <= step.before for step in found.steps)
     again = fitted(model, data, method="kfac", steps=3, tokens=40)
-    assert all(torch.equal(a.weight, b.weight) for a, b in zip(found.updates, again.updates, strict=True))
+    assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(found.updates, again.updates, strict=True))
     described, taken = found.describe(), sum(step.size > 0 for step in found.steps)
     fell = f"divergence from the dense model {found.steps[0].before:.3g} to {found.steps[-1].after:.3g} nats a token"
     assert (
@@ -155,12 +156,12 @@ def test_updates_it_starts_from_stay_as_they_are() -> None:
     model, data = tiny_model("llama-gqa"), rows()
     data, held_out = hold_out(data)
     start = list(fitted(model, data, method="lsq", tokens=64).updates)
-    weights = [update.weight.clone() for update in start]
+    weights = [weight_of(update).clone() for update in start]
     options = CompensationOptions(method="kfac", steps=1, tokens=64)
     moved, steps = module.kfac_updates(map_model(model), start, data, held_out, options)
     assert steps[0].size > 0
     for old, new, weight in zip(start, moved, weights, strict=True):
-        assert torch.equal(old.weight, weight) and not torch.equal(new.weight, weight)
+        assert torch.equal(weight_of(old), weight) and not torch.equal(weight_of(new), weight)
 
 
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +170,7 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TOKENS_PER_BATCH", 16)
     parts = fitted(model, rows(), method="kfac", steps=2, tokens=64)
     for a, b in zip(whole.updates, parts.updates, strict=True):
-        assert torch.allclose(a.weight, b.weight, atol=1e-5 * float(b.weight.abs().max()))
+        assert torch.allclose(weight_of(a), weight_of(b), atol=1e-5 * float(weight_of(b).abs().max()))
 
 
 @pytest.mark.parametrize("room", [0, 16 * VOCAB * 4])
@@ -184,7 +185,7 @@ def test_room_for_logits_does_not_matter(monkeypatch: pytest.MonkeyPatch, room: 
     assert held == [room > 0] + [False] * (len(batches) - 1)
     anew = fitted(model, rows(), method="kfac", steps=2, tokens=64)
     assert kept.steps == anew.steps
-    assert all(torch.equal(a.weight, b.weight) for a, b in zip(kept.updates, anew.updates, strict=True))
+    assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(kept.updates, anew.updates, strict=True))
 
 
 def test_steps_go_round_the_rows() -> None:
@@ -257,7 +258,7 @@ def test_a_direction_that_is_not_finite_moves_nothing(monkeypatch: pytest.Monkey
     found = fitted(model, rows(), method="kfac", steps=2, tokens=64)
     start = fitted(model, hold_out(rows())[0], method="lsq", tokens=64)
     assert [step.size for step in found.steps] == [0, 0]
-    assert all(torch.equal(a.weight, b.weight) for a, b in zip(found.updates, start.updates, strict=True))
+    assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(found.updates, start.updates, strict=True))
     assert "0 of 2 steps taken" in found.describe()
 
 
@@ -313,7 +314,7 @@ def test_any_mode_of_the_caller() -> None:
         with mode():
             found = fitted(model, rows(), method="kfac", steps=1, tokens=64)
         assert found.steps == wanted.steps
-        assert all(torch.equal(a.weight, b.weight) for a, b in zip(found.updates, wanted.updates, strict=True))
+        assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(found.updates, wanted.updates, strict=True))
 
 
 def test_tokens_a_model_rules_out() -> None:

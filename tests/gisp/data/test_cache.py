@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from gisp.data import Sequences, load_sequences
 from gisp.data.cache import cache_folder
 from gisp.data.encode import PairEncoder
 
-ROWS = {
+ROWS: dict[str, list[dict[str, Any]]] = {
     "text": [{"text": "the cat sat on the mat"}, {"text": "a dog ran"}],
     "completion": [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a", "completion": " dog ran"}],
     "choices": [{"context": "the cat", "choices": [" ran", " sat on", " mat"], "answer": i} for i in (0, 2)],

@@ -73,10 +73,10 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 def lm_eval_tokens(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """What lm-eval's own HFLM hands to its model."""
-    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    base: Any = pytest.importorskip("lm_eval.models.huggingface").HFLM
     found: list[tuple[list[int], list[int]]] = []
 
-    class Recorder(huggingface.HFLM):
+    class Recorder(base):
         backend = "causal"
         add_bos_token = None
         custom_prefix_token_id = None

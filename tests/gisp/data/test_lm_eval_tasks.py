@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ lm_eval = pytest.importorskip("lm_eval")
 
 SCIENCE = {"text": ["the sun", "a stone", "a dog"], "label": ["A", "B", "C"]}
 # Definition file and one document a split, as the hub's data set holds it.
-TASKS = {
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "boolq": (
         "super_glue/boolq/default.yaml",
         {"passage": "The sun is a star.", "question": "is the sun a star", "label": 1},

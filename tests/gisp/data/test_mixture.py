@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,7 +195,14 @@ def test_batches_are_split_by_weight():
 def test_a_run_on_a_mixture_resumes_to_the_same_end(folder):
     (folder / "mix.yaml").write_text(BOTH)
     tiny_model().save_pretrained(folder / "model")
-    options = {"steps": 4, "sparsity": 0.3, "batch_tokens": 60, "align": 1, "device": "cpu", "dtype": "float32"}
+    options: dict[str, Any] = {
+        "steps": 4,
+        "sparsity": 0.3,
+        "batch_tokens": 60,
+        "align": 1,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     runs = [folder / name for name in ("whole", "cut")]
     whole = prune(folder / "model", folder / "mix.yaml", out=runs[0], **options)
 

@@ -20,7 +20,7 @@ from gisp.evaluate.data import prepare
 from gisp.evaluate.generation import generate_greedily
 from gisp.evaluate.pairs import Request, RequestEncoder, log_likelihoods
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"context": "a cab ", "choices": ["cab", "bag", "a"], "answer": 0},
     {"context": "one two", "choices": [" a", " three and four", " ab", " é"], "answer": 3},
     {"context": "", "choices": ["cab", "ab ab ab"], "answer": 1},
@@ -96,8 +96,16 @@ def test_choices_of_a_conversation_are_its_last_turn(model_folder: Path) -> None
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(model_folder)
     model = shrunken("query")
-    asked = {"messages": [{"role": "user", "content": "a cab "}], "choices": ["cab", "bag", "a"], "answer": 1}
-    told = {"context": "user a cab  stop assistant ", "choices": ["cab stop ", "bag stop ", "a stop "], "answer": 1}
+    asked: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "a cab "}],
+        "choices": ["cab", "bag", "a"],
+        "answer": 1,
+    }
+    told: dict[str, Any] = {
+        "context": "user a cab  stop assistant ",
+        "choices": ["cab stop ", "bag stop ", "a stop "],
+        "answer": 1,
+    }
     found, expected = (measured(model, model_folder, [row]) for row in (asked, told))
     assert found["perplexity"] == expected["perplexity"] and found["acc"] == expected["acc"]
     assert found["tokens"] == len(split(told["context"], told["choices"][1])[1])
@@ -241,7 +249,7 @@ def test_malformed_choices(row: dict[str, Any], message: str, model_folder: Path
 
 def test_malformed_completions_and_options(model_folder: Path) -> None:
     model, good = shrunken("query"), {"prompt": "a", "completion": "x"}
-    for options, rows, message in (
+    cases: tuple[tuple[dict[str, Any], list[dict[str, Any]], str], ...] = (
         ({}, [good, {"prompt": "a", "completion": 3}], "row 1 has the keys prompt, completion"),
         ({}, [good, {"prompt": "a", "completion": ""}], "row 1: '' adds no token"),
         ({"generate": True, "max_new_tokens": 48}, [good], "--max-new-tokens is 48"),
@@ -253,6 +261,7 @@ def test_malformed_completions_and_options(model_folder: Path) -> None:
         ({"stride": 2}, ROWS, "--stride is for text and tokens"),
         ({"limit": 0}, ROWS, "--limit is 0"),
         ({}, [], "holds no rows"),
-    ):
+    )
+    for options, rows, message in cases:
         with pytest.raises(GispError, match=message):
             measured(model, model_folder, rows, **options)

@@ -113,7 +113,8 @@ def test_unsupported_models_and_foreign_specs_are_refused(tmp_path: Path) -> Non
     ):
         with pytest.raises(GispError, match=message):
             export_hf(model, spec, tmp_path / "out")
-    for options in ({"align_heads": 0}, {"min_heads": 0}):
+    zeros: list[dict[str, Any]] = [{"align_heads": 0}, {"min_heads": 0}]
+    for options in zeros:
         with pytest.raises(GispError, match="is 0"):
             export_hf(base, spec_of(), tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []

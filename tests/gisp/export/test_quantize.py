@@ -28,7 +28,8 @@ def config(bits: int) -> Any:
     """Eight bits: one scale per row; four bits: one per ``GROUP`` weights of a row."""
     if bits == 8:
         return torchao.Int8WeightOnlyConfig()
-    return torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(GROUP))
+    int4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+    return torchao.IntxWeightOnlyConfig(weight_dtype=int4, granularity=torchao.PerGroup(GROUP))
 
 
 def export(family: str, out: Path) -> Path:

@@ -20,7 +20,14 @@ from gisp.export.run import export_run
 from gisp.export.spec import PrunedSpec, last_to_go
 from gisp.target import evaluate_target
 
-OPTIONS = {"preset": "paper", "steps": 6, "sparsity": 0.6, "device": "cpu", "dtype": "float32", "protect_last": 0}
+OPTIONS: dict[str, Any] = {
+    "preset": "paper",
+    "steps": 6,
+    "sparsity": 0.6,
+    "device": "cpu",
+    "dtype": "float32",
+    "protect_last": 0,
+}
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def test_plain_transformers_load_the_export_and_compute_the_masked_logits(family
     base = dense(family)
     spec = uniform_spec(base, ranked(spec_of()))
     report = export_uniform(base, spec, tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
     assert type(model) is type(base)
     with torch.no_grad():
         wanted = masked(base, spec.keep)(input_ids=tokens()).logits

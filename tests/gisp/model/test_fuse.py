@@ -34,10 +34,19 @@ def test_logits_and_names_stay(family):
 
 
 def test_the_fused_ops_run(monkeypatch):
-    calls = []
-    for name in ("add_rms_norm", "swiglu"):
+    calls: list[str] = []
+
+    def spy(name):
         op = getattr(gisp.model.fuse, name)
-        monkeypatch.setattr(gisp.model.fuse, name, lambda *args, op=op, name=name: (calls.append(name), op(*args))[1])
+
+        def call(*args):
+            calls.append(name)
+            return op(*args)
+
+        return call
+
+    for name in ("add_rms_norm", "swiglu"):
+        monkeypatch.setattr(gisp.model.fuse, name, spy(name))
     model = gisp.fuse(tiny_model())
     calls.clear()
     logits(model, tiny_tokens(1, 4))

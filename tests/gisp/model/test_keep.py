@@ -37,6 +37,7 @@ def test_a_step_of_a_run_keeps_what_its_model_keeps() -> None:
     for step in (3, 1, 0):
         shrinkable = ShrinkableModel.of(trajectory.at(trajectory.sparsity_at(step)))
         assert shrinkable is not None and shrinkable.keep() == trajectory.keep(step)
+    assert shrinkable is not None
     assert not trajectory.keep(0).removed(shrinkable.map)
 
 

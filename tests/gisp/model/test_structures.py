@@ -28,7 +28,6 @@ def bitnet() -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
     )
     return BitNetForCausalLM(config)
 

@@ -44,7 +44,7 @@ def make_loop(family: str = "llama-gqa", **options: Any) -> PruningLoop:
 @pytest.mark.parametrize("kind", ["spread", "ties", "zeros"])
 @pytest.mark.parametrize("align", [1, 8])
 def test_choices_equal_those_on_a_cpu(align: int, kind: str, gqa: str) -> None:
-    options = {"norm": "params", "protected": frozenset({3}), "align": align, "keep_minimum": align > 1}
+    options: dict[str, Any] = {"norm": "params", "protected": frozenset({3}), "align": align, "keep_minimum": align > 1}
     shape = {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 8, "intermediate_size": 3000}
     model = tiny_model("llama-gqa", **shape)
     here = Selector(map_model(model, gqa), **options)
@@ -107,7 +107,7 @@ def count_waits(loop: PruningLoop) -> list[int]:
 def test_a_step_waits_for_the_gpu_once(family: str, options: dict[str, Any], engine: str) -> None:
     loop = make_loop(family, **options)
     if engine == "stand-in":
-        loop.setup.scorer = RandomScores()  # type: ignore[assignment]
+        loop.setup.scorer = RandomScores()
     device = torch.device("cuda", torch.cuda.current_device())
     # Kernels are compiled and pinned memory is taken in the first steps.
     for step in (1, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from tiny import tiny_model, tiny_tokens
@@ -49,7 +50,14 @@ def run(out, monkeypatch, overlap: bool, stop_after: int | None = None):
         if record.step == stop_after:
             raise KeyboardInterrupt
 
-    options = {"sparsity": 0.4, "steps": 6, "align": 4, "batch_tokens": 64, "dtype": "float32", "device": "cpu"}
+    options: dict[str, Any] = {
+        "sparsity": 0.4,
+        "steps": 6,
+        "align": 4,
+        "batch_tokens": 64,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     return gisp.prune(tiny_model(), tiny_tokens(), out=out, on_step=on_step, resume=out.exists(), **options)
 
 

@@ -52,7 +52,7 @@ def test_models_that_cannot_follow_are_refused():
     with pytest.raises(GispError, match="other weights than"):
         trajectory.at(0.1, tiny_model(seed=5))
     with pytest.raises(GispError, match=r"sparsity is '0\.1': give a value"):
-        trajectory.at("0.1")
+        trajectory.at("0.1")  # type: ignore[arg-type]
     with pytest.raises(GispError, match="num_key_value_heads 4"):
         trajectory.at(0.1, tiny_model("llama-mha"))
     model.double()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from recording import grad_of
 from score_cases import autograd_scores, gradient_scorer, ragged
 from tiny import tiny_model, tiny_tokens
 
@@ -53,7 +54,7 @@ def test_margin_in_one_signed_pass_equals_two_passes():
         chosen = [row for row, s in zip(plain.rows, signs, strict=True) if s == sign]
         for ids, labels in chosen:
             (sequence_nll(model, ids[None], labels[None]).sum() / len(chosen)).backward()
-        grads[sign] = [p.linear.weight.grad.clone() for g in map_model(model).groups for p in g.projections]
+        grads[sign] = [grad_of(p.linear.weight).clone() for g in map_model(model).groups for p in g.projections]
     model.zero_grad()
     position = 0
     for group in map_model(model).groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from gisp.model.structures import map_model
 from gisp.run.prune import prune
 from gisp.score.objectives import objective_name, own_losses, sequence_nll
 
-OPTIONS = {"steps": 3, "sparsity": 0.3, "align": 1, "device": "cpu", "dtype": "float32"}
+OPTIONS: dict[str, Any] = {"steps": 3, "sparsity": 0.3, "align": 1, "device": "cpu", "dtype": "float32"}
 
 
 def ragged(signs: tuple[int, ...] | None = None) -> Sequences:

@@ -110,11 +110,12 @@ def test_answers_of_one_token_share_a_pass() -> None:
 
 def test_noise_is_that_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     units, weights = [], gradient_module.first_order_weights
-    monkeypatch.setattr(
-        gradient_module,
-        "first_order_weights",
-        lambda sums, kinds, count, batches: units.append(count) or weights(sums, kinds, count, batches),
-    )
+
+    def spy(sums: Any, kinds: Any, count: int, batches: float) -> Any:
+        units.append(count)
+        return weights(sums, kinds, count, batches)
+
+    monkeypatch.setattr(gradient_module, "first_order_weights", spy)
     model_map = map_model(tiny_model())
     options: dict[str, Any] = {"engine": "stream", "batch_size": None, "batch_tokens": 10**6, "seed": 0}
     options["criterion"] = "second-order"
@@ -194,7 +195,7 @@ def test_data_and_runs(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert not out.exists()
 
 
-OPTIONS = {"sparsity": 0.2, "steps": 3, "device": "cpu", "align": 1, "batch_tokens": 60}
+OPTIONS: dict[str, Any] = {"sparsity": 0.2, "steps": 3, "device": "cpu", "align": 1, "batch_tokens": 60}
 
 
 def test_the_objective_of_the_run_decides() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from gate_oracle import gate_scores
@@ -118,7 +120,7 @@ def test_a_step_removes_the_lowest_by_the_formula():
         for i, value in enumerate(values.tolist())
         if not name.startswith("layers.3")
     }
-    options = {"preset": "paper", "steps": 1, "sparsity": 0.3, "device": "cpu", "batch_size": 2}
+    options: dict[str, Any] = {"preset": "paper", "steps": 1, "sparsity": 0.3, "device": "cpu", "batch_size": 2}
     trajectory = gisp.prune(model, tokens, criterion="second-order", first_order="plain", **options)
     removed = {(name, int(i)) for name, at in trajectory.removed_at.items() for i in at.nonzero()}
     assert removed == set(sorted(per_parameter, key=lambda key: per_parameter[key])[: len(removed)])
@@ -170,7 +172,13 @@ def test_shrunk_scores_lie_between_curvature_and_the_whole():
     # One token follows everything: all sequences agree on most gates.
     data = Sequences.plain([(ids, torch.full_like(ids, 7)) for ids, _ in ragged().rows])
     model_map = map_model(model)
-    options = {"engine": "exact", "batch_size": 2, "batch_tokens": 8192, "seed": 0, "criterion": "second-order"}
+    options: dict[str, Any] = {
+        "engine": "exact",
+        "batch_size": 2,
+        "batch_tokens": 8192,
+        "seed": 0,
+        "criterion": "second-order",
+    }
     plain = gradient_scorer(model_map, data, **options).score(1, model_map.groups).scores
     shrunk = gradient_scorer(model_map, data, first_order="shrunk", **options).score(1, model_map.groups).scores
     weights = [1 / len(data)] * len(data)
@@ -197,7 +205,7 @@ def test_only_second_order_scores_have_a_first_order_term():
 
 
 def test_runs_of_it_resume_and_repeat(tmp_path):
-    options = {
+    options: dict[str, Any] = {
         "criterion": "second-order",
         "sparsity": 0.4,
         "steps": 6,
@@ -222,7 +230,7 @@ def test_runs_of_it_resume_and_repeat(tmp_path):
 
 
 def test_runs_of_a_plain_first_order_term_resume_as_such(tmp_path):
-    options = {
+    options: dict[str, Any] = {
         "criterion": "second-order",
         "sparsity": 0.4,
         "steps": 4,
@@ -246,11 +254,15 @@ def test_runs_of_a_plain_first_order_term_resume_as_such(tmp_path):
 
 
 def test_one_shot_shrinks_where_it_is_asked_to():
-    options = {"criterion": "second-order", "one_shot": True, "sparsity": 0.4, "device": "cpu", "align": 1}
-    plain, asked, shrunk = (
-        gisp.prune(tiny_model(), tiny_tokens(12), **options, **given)
-        for given in ({}, {"first_order": "plain"}, {"first_order": "shrunk"})
-    )
+    options: dict[str, Any] = {
+        "criterion": "second-order",
+        "one_shot": True,
+        "sparsity": 0.4,
+        "device": "cpu",
+        "align": 1,
+    }
+    shrinking: list[dict[str, Any]] = [{}, {"first_order": "plain"}, {"first_order": "shrunk"}]
+    plain, asked, shrunk = (gisp.prune(tiny_model(), tiny_tokens(12), **options, **given) for given in shrinking)
     assert all(torch.equal(at, asked.removed_at[name]) for name, at in plain.removed_at.items())
     assert any(not torch.equal(at, shrunk.removed_at[name]) for name, at in plain.removed_at.items())
 
@@ -263,7 +275,7 @@ def test_a_step_weighs_its_noise_by_its_sequences_and_by_what_is_averaged(monkey
         return weights(sums, kinds, units, batches)
 
     monkeypatch.setattr(module, "first_order_weights", spy)
-    options = {"sparsity": 0.3, "steps": 6, "align": 1, "device": "cpu"}
+    options: dict[str, Any] = {"sparsity": 0.3, "steps": 6, "align": 1, "device": "cpu"}
     tokens = tiny_tokens(12, 16)
     gisp.prune(tiny_model(), tokens, batch_tokens=48, ema=0.7, **options)
     # Twelve sequences of which a step sees three: no more than four batches are new.

@@ -27,9 +27,9 @@ WIDTH, HEADS, LAYERS = 24, 4, 6
 # Six sequences, each an example.
 EACH = tuple((number,) for number in range(6))
 # Some steps of a few sequences, so that the order of the data and the averages matter.
-FAST = {"preset": "fast", "steps": 6, "sparsity": 0.4, "align": 1, "batch_tokens": 64}
+FAST: dict[str, Any] = {"preset": "fast", "steps": 6, "sparsity": 0.4, "align": 1, "batch_tokens": 64}
 # Steps that see all data have no batch.
-WHOLE = {"batch_tokens": None}
+WHOLE: dict[str, Any] = {"batch_tokens": None}
 
 
 def model_of(family: str = "llama-gqa", **shape: Any) -> Any:
@@ -69,7 +69,7 @@ def test_every_criterion_runs_protects_and_repeats_itself(criterion: str, preset
 def test_a_cut_run_ends_as_an_undisturbed_one(criterion: str, allocator: str, tmp_path: Path) -> None:
     if criterion == "block-influence" and allocator != "global":
         return
-    options = {"criterion": criterion, "allocator": allocator, "ema": 0.7}
+    options: dict[str, Any] = {"criterion": criterion, "allocator": allocator, "ema": 0.7}
     whole = run(**options)
     assert max(whole.removed_at["layers.2.channels"].max(), whole.removed_at["layers.3.channels"].max()) > 3
 
@@ -187,7 +187,7 @@ def test_one_shot_to_several_sizes_is_the_run_of_one_step(criterion: str) -> Non
     ids = tiny_tokens(6, 16)
     data = Sequences.plain([(row, row) for row in ids])
     for allocator in allocators:
-        options = {"criterion": criterion, "allocator": allocator, "one_shot": True, "align": 1}
+        options: dict[str, Any] = {"criterion": criterion, "allocator": allocator, "one_shot": True, "align": 1}
         model = model_of()
         before = copy.deepcopy(model.state_dict())
         for sparsity, (reached, pruned) in zip(

@@ -23,8 +23,22 @@ from gisp.model.structures import map_model
 from gisp.target import evaluate_target
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
-PAPER = {"preset": "paper", "steps": 5, "sparsity": 0.5, "device": "cpu", "dtype": "float32", "protect_last": 0}
-FAST = {"preset": "fast", "steps": 6, "sparsity": 0.5, "device": "cpu", "dtype": "float32", "protect_last": 0}
+PAPER: dict[str, Any] = {
+    "preset": "paper",
+    "steps": 5,
+    "sparsity": 0.5,
+    "device": "cpu",
+    "dtype": "float32",
+    "protect_last": 0,
+}
+FAST: dict[str, Any] = {
+    "preset": "fast",
+    "steps": 6,
+    "sparsity": 0.5,
+    "device": "cpu",
+    "dtype": "float32",
+    "protect_last": 0,
+}
 FAST |= {"align": 4, "batch_tokens": 64}
 SHARING = pytest.mark.parametrize("gqa", ["balanced", "group"])
 

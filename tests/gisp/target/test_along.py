@@ -27,7 +27,14 @@ HIDDEN = 32
 # Four layers of two key/value heads of eight numbers, float32.
 KV_BYTES = 4 * 2 * 2 * 8 * 4
 CPU = ("--device", "cpu", "--dtype", "float32")
-OPTIONS = {"preset": "paper", "steps": 6, "sparsity": 0.6, "device": "cpu", "dtype": "float32", "protect_last": 0}
+OPTIONS: dict[str, Any] = {
+    "preset": "paper",
+    "steps": 6,
+    "sparsity": 0.6,
+    "device": "cpu",
+    "dtype": "float32",
+    "protect_last": 0,
+}
 
 
 @pytest.fixture(scope="module", params=GQA_MODES)

@@ -25,7 +25,7 @@ def matrix(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> torc
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernels_have_the_bits_of_the_reference(shape, dtype):
+def test_kernels_have_the_bits_of_the_reference(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, column = matrix(*shape, dtype), torch.rand(shape[1], device="cuda")
     for given in (None, column):
         expected, scale = float8.quantize_rows(x, given, backend="reference")

@@ -93,7 +93,7 @@ def test_equal_inputs_give_equal_bits_and_the_layer_is_left_alone():
 def test_what_does_not_fit_is_named():
     linear = nn.Linear(4, 2)
     with pytest.raises(TypeError, match=r"'0' must be an nn\.Linear, got ReLU"):
-        record_activations([nn.ReLU()])
+        record_activations([nn.ReLU()])  # type: ignore[list-item]
     with record_activations({"down": linear}) as recorder:
         with pytest.raises(RuntimeError, match="already active"):
             recorder.__enter__()

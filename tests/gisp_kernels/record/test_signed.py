@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from recording import Block, signed_scores
+from recording import Block, grad_of, signed_scores
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,7 +49,7 @@ def test_it_is_the_gradient_of_a_gate() -> None:
 
     x = batch + model.attn(batch)
     ((x + gated(x)).float().pow(2).mean()).backward()
-    torch.testing.assert_close(recorder.scores()["mlp"], gate.grad.abs(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(recorder.scores()["mlp"], grad_of(gate).abs(), rtol=1e-4, atol=1e-7)
 
 
 def test_graphs_from_before_and_inside_add_up() -> None:
@@ -75,7 +75,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 def test_columns_alone_need_no_gradient_of_the_input() -> None:
     linear, x = nn.Linear(6, 4), torch.randn(5, 6)
     (linear(x).square().sum()).backward()
-    expected = (linear.weight * linear.weight.grad).detach().view(4, 3, 2).sum((0, 2)).abs()
+    expected = (linear.weight * grad_of(linear.weight)).detach().view(4, 3, 2).sum((0, 2)).abs()
     linear.zero_grad()
     with record_importance([StructureGroup("it", (Projection(linear, "column", 2),))], mode="signed") as recorder:
         linear(x).square().sum().backward()

@@ -240,6 +240,7 @@ def test_other_ids_of_llama_cpp_leave_nothing(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("name", [*SPLITS, "sentencepiece", "none"])
 def test_llama_cpp_gives_the_same_ids(name: str, tmp_path: Path) -> None:
     """On the check texts when exporting, and on this file's lines, which are no such texts."""
+    folder: Path | None
     if name == "sentencepiece":
         folder = _sentencepiece(tmp_path / "base")
     else:

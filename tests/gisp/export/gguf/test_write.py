@@ -158,7 +158,7 @@ def test_the_file_read_back_gives_the_masked_logits(family: str, tmp_path: Path)
 
 def test_llama3_frequencies(tmp_path: Path) -> None:
     """The factors llama.cpp's own converter computes."""
-    rope = {**LLAMA3_ROPE, "rope_theta": 100.0}
+    rope: dict[str, Any] = {**LLAMA3_ROPE, "rope_theta": 100.0}
     export_gguf(dense("llama-mha", rope_parameters=rope), spec_of(), tmp_path / "out")
     _, found = _read(tmp_path / "out")
     factors = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from score_cases import REMOVALS, autograd_scores, gradient_scorer, live, pruned, ragged
@@ -145,7 +147,7 @@ def refused(model, length: int = 16) -> str | None:
 
 def test_a_model_that_computes_something_else_is_scored_by_autograd():
     model = tiny_model("llama-mha")
-    attention = type(model.model.layers[1].self_attn)
+    attention: Any = type(model.model.layers[1].self_attn)
 
     class Scaled(attention):
         def forward(self, *args, **kwargs):
@@ -173,4 +175,5 @@ def test_agreement_is_measured_against_the_models_own_hidden_state():
     assert why_not(model_map, 16) is None
     assert differs(model, hidden, ids) is None
     hidden[0] += 1
-    assert differs(model, hidden, ids) > 1e-3
+    found = differs(model, hidden, ids)
+    assert found is not None and found > 1e-3
