@@ -18,9 +18,9 @@ from gisp.export.gguf.file import require_gguf
 from gisp.export.gguf.write import export_gguf
 from gisp.export.hf import export_hf
 from gisp.export.masked import export_masked
-from gisp.export.nested.export import NestedReport, export_nested
+from gisp.export.nested.export import export_nested
 from gisp.export.rounding import SizeOptions, option_text, round_mlp
-from gisp.export.spec import ExportReport, PrunedSpec
+from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
 from gisp.export.uniform import export_uniform, uniform_spec
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model

@@ -152,6 +152,22 @@ class ExportReport:
         )
 
 
+@dataclass(frozen=True)
+class NestedReport:
+    """What was written and how far its logits are from those of the masked dense model (both in float32).
+
+    Attributes:
+        relative_differences: by sparsity, largest difference over the largest logit.
+        bytes: of the weight files.
+        steps: sparsities the checkpoint holds beside the dense model.
+    """
+
+    path: Path
+    relative_differences: dict[float, float]
+    bytes: int
+    steps: int
+
+
 def map_checked(base: Any, keep: Keep) -> ModelMap:
     """The structure map of the base model, checked to have what is kept.
 

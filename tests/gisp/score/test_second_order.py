@@ -150,7 +150,8 @@ def test_kinds_are_judged_apart_and_zeros_say_nothing():
     still = torch.zeros(3, 5, dtype=torch.float64)
     strong = torch.tensor([[4.0, -4.0], [9.0, 9.0], [4.0, 4.0]], dtype=torch.float64)
     sums = {"layers.0.heads": still, "layers.1.heads": still, "layers.0.channels": strong}
-    found = first_order_weights(sums, {name: name.split(".")[-1] for name in sums}, 8, 2.0)
+    kinds: Any = {name: name.split(".")[-1] for name in sums}
+    found = first_order_weights(sums, kinds, 8, 2.0)
     assert {name: float(value) for name, value in found.items()} == {
         "layers.0.heads": 0.0,
         "layers.1.heads": 0.0,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gisp.export.card import base_name, facts_table, head, load_text
 from gisp.export.check import TOLERANCE
 from gisp.export.nested.order import Nesting
+from gisp.export.spec import NestedReport
 from gisp.run.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from gisp.export.nested.export import NestedReport
 
 _SHOWN = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 

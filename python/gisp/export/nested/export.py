@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,13 @@ from gisp.export.nested.card import write_nested_card
 from gisp.export.nested.files import MODEL_TYPE, write_nesting, write_record, write_shards
 from gisp.export.nested.model import load_nested
 from gisp.export.nested.order import Nesting, nest, stored_name
-from gisp.export.spec import map_checked
+from gisp.export.spec import NestedReport, map_checked
 from gisp.model.keep import block_columns
 from gisp.model.structures import ModelMap, structure_parameters
 from gisp.run.trajectory import Trajectory
 
 # Fractions of the run's last sparsity at which logits are compared.
 _CHECKED = (1.0, 0.4, 0.7, 0.0)
-
-
-@dataclass(frozen=True)
-class NestedReport:
-    """What was written and how far its logits are from those of the masked dense model (both in float32).
-
-    Attributes:
-        relative_differences: by sparsity, largest difference over the largest logit.
-        bytes: of the weight files.
-        steps: sparsities the checkpoint holds beside the dense model.
-    """
-
-    path: Path
-    relative_differences: dict[float, float]
-    bytes: int
-    steps: int
 
 
 def export_nested(base: Any, trajectory: Trajectory, out: Path, *, tokenizer_from: Path | None = None) -> NestedReport:
