@@ -1,11 +1,15 @@
-"""Presets, overrides and their errors."""
+"""Presets, overrides and their errors; what of a stored config goes into another run; the keywords of prune."""
 
 from __future__ import annotations
+
+import dataclasses
+import inspect
 
 import numpy as np
 import pytest
 
-from gisp.config.options import criterion_text, make_config, read_yaml
+import gisp
+from gisp.config.options import OPTIONS, criterion_text, make_config, read_yaml, without_defaults
 from gisp.errors import GispError
 
 
@@ -101,3 +105,40 @@ def test_yaml_takes_dashes_and_refuses_what_is_no_mapping(tmp_path):
             read_yaml(path)
     with pytest.raises(GispError, match="cannot read config"):
         read_yaml(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("made", "asked"),
+    [
+        ({}, {"preset": "official"}),
+        ({}, {"preset": "paper"}),
+        ({"preset": "official"}, {"preset": "fast"}),
+        ({"criterion": "wanda-sp"}, {"criterion": "gisp"}),
+        ({"criterion": "random"}, {"criterion": "second-order"}),
+        ({"criterion": "block-influence"}, {"criterion": "flap"}),
+        ({}, {"one_shot": True}),
+        ({"one_shot": True}, {"criterion": "signed"}),
+    ],
+)
+def test_a_stored_config_gives_way_to_another_preset_or_criterion(made, asked):
+    """What a run resolved is not what anyone asked for: only that goes into a run of another kind."""
+    own = {"protect_first": 0.3, "seed": 5}
+    stored = dataclasses.asdict(make_config(**own, **made))
+    stored = {name: value for name, value in stored.items() if value is not None}
+    found = make_config(**{**without_defaults(stored, asked), **asked})
+    wanted = make_config(**own, **{**made, **asked}, sparsity=stored.get("sparsity"))
+    assert found == wanted
+    assert without_defaults(stored, {name: stored[name] for name in asked}) == stored
+    # What differs from the default was asked for.
+    assert without_defaults({**stored, "steps": 17}, asked)["steps"] == 17
+
+
+def test_keywords_of_prune_are_the_declared_options():
+    keywords = inspect.signature(gisp.prune).parameters
+    own = ("model", "data", "out", "resume", "on_step")
+    assert tuple(keywords) == (*own, *OPTIONS)
+    # Beside the declared type: a loss of the user's own, and "auto".
+    wider = {"objective": "str | SequenceLoss | None", "batch_size": "int | str | None"}
+    for name, option in OPTIONS.items():
+        assert keywords[name].annotation == wider.get(name, f"{option.kind} | None")
+        assert keywords[name].default is None

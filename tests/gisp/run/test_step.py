@@ -1,4 +1,4 @@
-"""A step is written exactly once: at once, or when the next one has been started."""
+"""A step is written exactly once, at once or when the next one has been started; what a step fetches."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from tiny import tiny_model, tiny_tokens
 
 import gisp
-from gisp.run.step import StepWriter
+from gisp.run.step import StepWriter, Transfer
 from gisp.run.trajectory import Trajectory
 
 
@@ -72,3 +73,8 @@ def test_overlapped_writes_leave_the_same_run_and_lose_no_finished_step(tmp_path
     assert (late / name).read_bytes() == (plain / name).read_bytes()
     steps = [json.loads(line)["step"] for line in (late / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 7))
+
+
+def test_a_cpu_fetch_returns_what_it_was_given():
+    tensors = [torch.arange(3), torch.tensor(2.0)]
+    assert [t.tolist() for t in Transfer(torch.device("cpu")).fetch(tensors)] == [[0, 1, 2], 2.0]

@@ -18,7 +18,7 @@ from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.model.structures import map_model
 from gisp.run.prune import prune
-from gisp.score.objectives import objective_name, own_losses, sequence_nll
+from gisp.score.objectives import objective_name, own_losses, sequence_curvature, sequence_nll
 
 OPTIONS: dict[str, Any] = {"steps": 3, "sparsity": 0.3, "align": 1, "device": "cpu", "dtype": "float32"}
 
@@ -172,3 +172,9 @@ def test_sequences_made_by_hand_are_checked():
 def test_a_float16_model_is_warned_of():
     with pytest.warns(UserWarning, match="float16: gradients of large calibration sets underflow"):
         prune(tiny_model().half(), tiny_tokens(8, 16), **OPTIONS)
+
+
+def test_a_sequence_of_no_weight_has_no_curvature():
+    labels = torch.tensor([[1, 2, 3], [1, -100, 3], [1, 2, -100]])
+    found = sequence_curvature(labels, torch.tensor([0.5, -0.25, 0.0]))
+    assert found.tolist() == [4.0, 4.0, 0.0]

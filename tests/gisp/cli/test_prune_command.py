@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import subprocess
-import sys
-
 import pytest
 
 import gisp
 from gisp.cli import main
-from gisp.config.options import OPTIONS, make_config, without_defaults
-from gisp.config.reference import help_text, markdown
+from gisp.config.options import OPTIONS
 
 
 def test_a_stored_config_repeats_its_run(tmp_path, model_folder, token_file):
@@ -41,32 +35,6 @@ def test_a_stored_config_goes_with_another_criterion(tmp_path, model_folder, tok
     own = ["prune", str(model_folder), "--data", str(token_file), "--config", str(tmp_path / "c.yaml"), *given]
     assert main([*own, "--criterion", "second-order", "--out", str(tmp_path / "e")]) == 0
     assert gisp.Trajectory.load(tmp_path / "e").config["first_order"] == "plain"
-
-
-@pytest.mark.parametrize(
-    ("made", "asked"),
-    [
-        ({}, {"preset": "official"}),
-        ({}, {"preset": "paper"}),
-        ({"preset": "official"}, {"preset": "fast"}),
-        ({"criterion": "wanda-sp"}, {"criterion": "gisp"}),
-        ({"criterion": "random"}, {"criterion": "second-order"}),
-        ({"criterion": "block-influence"}, {"criterion": "flap"}),
-        ({}, {"one_shot": True}),
-        ({"one_shot": True}, {"criterion": "signed"}),
-    ],
-)
-def test_a_stored_config_gives_way_to_another_preset_or_criterion(made, asked):
-    """What a run resolved is not what anyone asked for: only that goes into a run of another kind."""
-    own = {"protect_first": 0.3, "seed": 5}
-    stored = dataclasses.asdict(make_config(**own, **made))
-    stored = {name: value for name, value in stored.items() if value is not None}
-    found = make_config(**{**without_defaults(stored, asked), **asked})
-    wanted = make_config(**own, **{**made, **asked}, sparsity=stored.get("sparsity"))
-    assert found == wanted
-    assert without_defaults(stored, {name: stored[name] for name in asked}) == stored
-    # What differs from the default was asked for.
-    assert without_defaults({**stored, "steps": 17}, asked)["steps"] == 17
 
 
 def test_a_stored_config_is_used_from_another_folder(tmp_path, model_folder, token_file, monkeypatch):
@@ -132,45 +100,6 @@ def test_python_and_the_command_line_refuse_the_same_with_the_same_line(
         gisp.prune(model_folder, str(token_file), out=out, **options)
     assert printed == f"error: {refused.value}\n"
     assert not out.exists()
-
-
-def test_keywords_of_prune_are_the_declared_options():
-    keywords = inspect.signature(gisp.prune).parameters
-    own = ("model", "data", "out", "resume", "on_step")
-    assert tuple(keywords) == (*own, *OPTIONS)
-    # Beside the declared type: a loss of the user's own, and "auto".
-    wider = {"objective": "str | SequenceLoss | None", "batch_size": "int | str | None"}
-    for name, option in OPTIONS.items():
-        assert keywords[name].annotation == wider.get(name, f"{option.kind} | None")
-        assert keywords[name].default is None
-
-
-def test_every_option_has_a_flag_and_a_line_of_help(capsys):
-    assert main(["prune", "--help"]) == 0
-    shown = capsys.readouterr().out
-    for option in OPTIONS.values():
-        assert option.flag in shown
-        assert f"| `{option.flag}` | {help_text(option)} |" in markdown()
-    assert "default fast 200, paper 50, official 112" in help_text(OPTIONS["steps"])
-    assert "default fast on, paper and official off" in help_text(OPTIONS["keep_minimum"])
-    assert "(whole key/value heads, which shrinks the cache)" in help_text(OPTIONS["gqa"])
-
-
-def test_a_bad_option_is_refused_before_torch_is_imported():
-    code = (
-        "import sys; from gisp.cli import main; import gisp.config.reference; "
-        "print(main(['prune', 'model', '--data', 'x', '--out', 'y', '--ratio', '0.3'])); "
-        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "2\n[]\n"
-
-
-def test_the_version_is_printed(capsys):
-    import gisp_kernels
-
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"gisp {gisp_kernels.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
-"""What a step is made of besides its engine: averages in original numbering, seconds of phases, one fetch."""
+"""Scores in original numbering and their moving average."""
 
 from __future__ import annotations
-
-import time
 
 import pytest
 import torch
@@ -11,8 +9,6 @@ from tiny import tiny_model
 from gisp.errors import GispError
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
-from gisp.run.metrics import PHASES, PhaseClock
-from gisp.run.step import Transfer
 from gisp.score.average import ScoreAverage, in_original_numbering
 
 CPU = torch.device("cpu")
@@ -60,22 +56,3 @@ def test_without_weight_nothing_is_averaged_or_kept():
     average.update(scores, 1)
     assert torch.equal(average.update(scores, 2), scores)
     assert average.state(average.average) == {}
-
-
-def test_phases_add_up_to_the_wall_time():
-    clock = PhaseClock(CPU)
-    for phase in PHASES[:2]:
-        time.sleep(0.01)
-        assert clock.mark(phase) == clock.seconds[phase] >= 0.01
-    clock.settle()
-    time.sleep(0.02)
-    clock.mark("compact")
-    assert clock.seconds["compact"] >= 0.02
-    assert clock.total() == pytest.approx(sum(clock.seconds.values()))
-    assert clock.total() >= 0.04
-    assert clock.peak_bytes() is None
-
-
-def test_a_cpu_fetch_returns_what_it_was_given():
-    tensors = [torch.arange(3), torch.tensor(2.0)]
-    assert [t.tolist() for t in Transfer(CPU).fetch(tensors)] == [[0, 1, 2], 2.0]
