@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from recording import grad_of
+from recorder_oracle import grad_of
 from torch import nn
 
 from gisp_kernels import _ext

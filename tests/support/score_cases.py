@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from recording import grad_of
+from recorder_oracle import grad_of
 from tiny import VOCAB, tiny_model
 
 from gisp.config.options import make_config

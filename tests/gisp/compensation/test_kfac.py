@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compensation_oracle import REMOVED, columns, kept_of, projection, weight_of
-from recording import grad_of
+from recorder_oracle import grad_of
 from tiny import FAMILIES, VOCAB, tiny_model, tiny_tokens
 
 from gisp.compensation import Compensation, CompensationOptions, compensate, fit_compensation

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from report_case import make_run
+from report_cases import make_run
 from safetensors.numpy import load_file, save_file
 
 from gisp.errors import GispError

@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
-from report_case import HEAD_DIM, HEADS, KV_HEADS, LAYERS, PARAMETERS, made_evaluations, make_run
+from report_cases import HEAD_DIM, HEADS, KV_HEADS, LAYERS, PARAMETERS, made_evaluations, make_run
 from safetensors.numpy import load_file, save_file
 
 from gisp.errors import GispError

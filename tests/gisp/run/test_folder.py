@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from run_case import OPTIONS, cut_after, logits, run_into
+from run_cases import OPTIONS, cut_after, logits, run_into
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokens
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from run_case import OPTIONS, logits, run_into
+from run_cases import OPTIONS, logits, run_into
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokens
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recording import grad_of
+from recorder_oracle import grad_of
 from score_cases import gradient_scorer, live
 from tiny import tiny_model, tiny_tokens
 from torch import nn

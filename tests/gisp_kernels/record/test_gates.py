@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from recording import Block
+from recorder_oracle import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

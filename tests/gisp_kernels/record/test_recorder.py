@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from recording import Attention, Block, GatedMLP, grad_of, score, true_scores, weight_grads
+from recorder_oracle import Attention, Block, GatedMLP, grad_of, score, true_scores, weight_grads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from recording import Block, score, true_scores, weight_grads
+from recorder_oracle import Block, score, true_scores, weight_grads
 from torch.utils.checkpoint import checkpoint
 
 from gisp_kernels import iter_groups, record_importance

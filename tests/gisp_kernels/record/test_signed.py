@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from recording import Block, grad_of, signed_scores
+from recorder_oracle import Block, grad_of, signed_scores
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
