@@ -31,8 +31,23 @@ ROOMS = {
     ),
     "gisp": (
         ROOT / "python" / "gisp",
-        ("errors", "files", "config", "model", "data", "score", "select", "run", "evaluate", "compensation", "export")
-        + ("target", "report", "demo", "cli"),
+        (
+            "errors",
+            "files",
+            "config",
+            "model",
+            "data",
+            "score",
+            "select",
+            "run",
+            "evaluate",
+            "compensation",
+            "export",
+            "target",
+            "report",
+            "demo",
+            "cli",
+        ),
     ),
     "benchmarks": (ROOT / "benchmarks", ("common", "decoders", "kernels", "infer", "prune", "studies", "quality")),
 }

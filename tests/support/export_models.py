@@ -20,8 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from gisp.export.formats.uniform import export_uniform, uniform_spec
 from gisp.export.spec import ExportReport, LayerRanking, PrunedSpec
-from gisp.export.uniform import export_uniform, uniform_spec
 from gisp.model.keep import Keep
 
 HEADS, CHANNELS, VOCAB = 8, 48, 128

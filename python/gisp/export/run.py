@@ -14,29 +14,32 @@ from gisp.errors import GispError
 from gisp.evaluate import EvalOptions, Perplexity
 from gisp.evaluate.data import prepare
 from gisp.export.folder import check_place
-from gisp.export.gguf.file import require_gguf
-from gisp.export.gguf.write import export_gguf
-from gisp.export.hf import export_hf
-from gisp.export.masked import export_masked
+from gisp.export.formats.gguf.file import require_gguf
+from gisp.export.formats.gguf.write import export_gguf
+from gisp.export.formats.hf import export_hf
+from gisp.export.formats.masked import export_masked
+from gisp.export.formats.uniform import export_uniform, uniform_spec
 from gisp.export.nested.export import export_nested
 from gisp.export.rounding import SizeOptions, option_text, round_mlp
 from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
-from gisp.export.uniform import export_uniform, uniform_spec
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.run.trajectory import Trajectory
 
-FORMATS: dict[str, Callable[..., ExportReport]] = {
-    "hf": export_hf,
-    "gguf": export_gguf,
-    "uniform": export_uniform,
-    "masked": export_masked,
-}
-# Size options each format follows.
-SIZES = {
-    "hf": ("round_mlp", "align_heads", "min_heads"),
-    "gguf": ("round_mlp",),
-    "uniform": ("round_mlp", "align_heads", "min_heads"),
+
+@dataclass(frozen=True)
+class Format:
+    """A format: what writes it, and the options of :class:`SizeOptions` it follows."""
+
+    write: Callable[..., ExportReport]
+    sizes: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "hf": Format(export_hf, ("round_mlp", "align_heads", "min_heads")),
+    "gguf": Format(export_gguf, ("round_mlp",)),
+    "uniform": Format(export_uniform, ("round_mlp", "align_heads", "min_heads")),
+    "masked": Format(export_masked),
 }
 UNMEASURED = (
     "perplexity",
@@ -141,7 +144,7 @@ def export_run(
     options: dict[str, Any] = {"dtype": dtype} if format == "gguf" else {}
     if format == "hf":
         options = {"align_heads": sizes.align_heads or 1, "min_heads": sizes.min_heads or 1}
-    report = FORMATS[format](base, spec, Path(out), tokenizer_from=folder, **options)
+    report = FORMATS[format].write(base, spec, Path(out), tokenizer_from=folder, **options)
     return RunExport(point, spec, report, quality)
 
 
@@ -209,8 +212,8 @@ def _check_options(format: str, sizes: SizeOptions, dtype: str | None) -> None:
     elif dtype is not None:
         raise GispError(f"--dtype {dtype} is for --format gguf: {format} keeps the dtype of the base model")
     for name, value in sizes.given().items():
-        if name not in SIZES.get(format, ()):
-            formats = " or ".join(other for other, names in SIZES.items() if name in names)
+        if name not in FORMATS[format].sizes:
+            formats = " or ".join(other for other, each in FORMATS.items() if name in each.sizes)
             raise GispError(
                 f"{option_text({name: value})} changes nothing in format {format}: leave it out, or --format {formats}"
             )

@@ -13,7 +13,7 @@ from benchmarks.infer.run import run_sizes
 from benchmarks.infer.shapes import decoder_parameters
 from benchmarks.studies.gqa_modes import stored
 from gisp.cli import main
-from gisp.export.hf import export_hf
+from gisp.export.formats.hf import export_hf
 from gisp.export.spec import PrunedSpec
 from gisp.model.structures import map_model
 

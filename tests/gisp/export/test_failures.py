@@ -20,8 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import gisp
 from gisp.errors import GispError
-from gisp.export.hf import export_hf
-from gisp.export.masked import export_masked
+from gisp.export.formats.hf import export_hf
+from gisp.export.formats.masked import export_masked
 from gisp.export.spec import ExportReport
 
 WEIGHTS = "model.safetensors"
@@ -42,7 +42,7 @@ def test_a_taken_place_is_refused(export: Export, tmp_path: Path) -> None:
 
 
 def test_wrong_logits_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gisp.export import hf
+    from gisp.export.formats import hf
 
     correct = hf.pruned_state
 

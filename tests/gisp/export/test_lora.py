@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import gisp
 from gisp.data import load_sequences
-from gisp.export.hf import export_hf
+from gisp.export.formats.hf import export_hf
 from gisp.target import evaluate_target
 
 peft = pytest.importorskip("peft")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 import gisp
-from gisp.export.hf import export_hf
+from gisp.export.formats.hf import export_hf
 from gisp.export.load import register_models
 from gisp.export.rounding import round_mlp
 from gisp.model.structures import map_model

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import gisp
-from gisp.export.hf import export_hf
+from gisp.export.formats.hf import export_hf
 from gisp.export.modeling_gisp import CLASSES
 from gisp.export.rounding import round_mlp
 from gisp.export.spec import ExportReport, LayerSizes

@@ -14,8 +14,8 @@ from transformers import BitNetConfig, BitNetForCausalLM
 
 import gisp
 from gisp.errors import GispError
-from gisp.export.hf import export_hf
-from gisp.export.masked import export_masked
+from gisp.export.formats.hf import export_hf
+from gisp.export.formats.masked import export_masked
 from gisp.model.structures import map_model, structure_parameters
 
 

@@ -36,8 +36,8 @@ from transformers import (
 )
 
 import gisp
-from gisp.export.hf import export_hf
-from gisp.export.masked import export_masked
+from gisp.export.formats.hf import export_hf
+from gisp.export.formats.masked import export_masked
 from gisp.export.spec import ExportReport
 
 WEIGHTS = "model.safetensors"
@@ -65,7 +65,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def fresh(exported: tuple[Path, dict[str, ExportReport]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a process without this package got out of the exported folders."""
     home = tmp_path_factory.mktemp("elsewhere")
-    script = Path(__file__).parents[2] / "support" / "fresh_reload.py"
+    script = Path(__file__).parents[3] / "support" / "fresh_reload.py"
     extra = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     done = subprocess.run(
         [sys.executable, "-I", script, exported[0], *extra],

@@ -1,4 +1,4 @@
-"""A process that runs a GGUF file with llama.cpp: ``python -m gisp.export.gguf.llama_cpp FILE FOLDER``.
+"""A process that runs a GGUF file with llama.cpp: ``python -m gisp.export.formats.gguf.llama_cpp FILE FOLDER``.
 
 It reads ``request.json`` ({"rows": token ids, "texts": texts}) from the folder and writes ``logits.npy`` (float32
 [rows, tokens, vocabulary]) and ``answer.json`` ({"version", "ids" of the texts}) into it. It imports neither torch nor

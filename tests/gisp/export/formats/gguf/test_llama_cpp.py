@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gisp.demo
 from gisp.errors import GispError
 from gisp.export.check import check_tokens
-from gisp.export.gguf import check as gguf_check
-from gisp.export.gguf import file as gguf_file
-from gisp.export.gguf.write import export_gguf
+from gisp.export.formats.gguf import check as gguf_check
+from gisp.export.formats.gguf import file as gguf_file
+from gisp.export.formats.gguf.write import export_gguf
 
 pytest.importorskip("gguf")
 

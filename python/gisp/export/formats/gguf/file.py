@@ -16,7 +16,7 @@ import torch
 from gisp.errors import GispError
 from gisp.export.card import base_name
 from gisp.export.folder import check_room
-from gisp.export.gguf.tokenizer import Vocabulary, add_vocabulary
+from gisp.export.formats.gguf.tokenizer import Vocabulary, add_vocabulary
 from gisp.export.modeling_gisp import CLASSES
 from gisp.export.spec import PrunedSpec, gisp_record
 from gisp.model.structures import ModelMap

@@ -15,9 +15,9 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from gisp.errors import GispError
-from gisp.export.gguf import check as gguf_check
-from gisp.export.gguf.tokenizer import CHECK_TEXTS, read_vocabulary
-from gisp.export.gguf.write import export_gguf
+from gisp.export.formats.gguf import check as gguf_check
+from gisp.export.formats.gguf.tokenizer import CHECK_TEXTS, read_vocabulary
+from gisp.export.formats.gguf.write import export_gguf
 
 gguf = pytest.importorskip("gguf")
 

@@ -18,10 +18,10 @@ from gisp.errors import GispError
 from gisp.export.card import CardKind, write_card
 from gisp.export.check import weight_dtype
 from gisp.export.folder import new_folder
-from gisp.export.gguf.check import checked_gguf_report
-from gisp.export.gguf.file import DTYPES, require_gguf, write_gguf
-from gisp.export.gguf.tokenizer import Vocabulary, read_vocabulary
-from gisp.export.hf import pruned_state
+from gisp.export.formats.gguf.check import checked_gguf_report
+from gisp.export.formats.gguf.file import DTYPES, require_gguf, write_gguf
+from gisp.export.formats.gguf.tokenizer import Vocabulary, read_vocabulary
+from gisp.export.formats.hf import pruned_state
 from gisp.export.relayout import plan_layers
 from gisp.export.spec import ExportReport, PrunedSpec, map_checked
 from gisp.model.structures import ModelMap

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM
 
 import gisp
 from gisp.errors import GispError
+from gisp.export.formats.uniform import export_uniform, uniform_spec
 from gisp.export.rounding import SizeOptions
 from gisp.export.spec import LayerRanking, PrunedSpec
-from gisp.export.uniform import export_uniform, uniform_spec
 
 WHOLE_GROUPS = (
     Kept(heads=(0, 1, 2, 3), channels=tuple(range(20))),

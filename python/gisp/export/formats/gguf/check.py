@@ -22,15 +22,15 @@ import torch
 
 from gisp.errors import GispError
 from gisp.export.check import TOLERANCE, compare_logits, float32_logits, wanted_logits, weight_dtype
-from gisp.export.gguf.file import count_parameters, read_model
-from gisp.export.gguf.tokenizer import CHECK_TEXTS, Vocabulary
+from gisp.export.formats.gguf.file import count_parameters, read_model
+from gisp.export.formats.gguf.tokenizer import CHECK_TEXTS, Vocabulary
 from gisp.export.relayout import AttentionLayout
 from gisp.export.spec import ExportReport, LayerSizes, PrunedSpec
 from gisp.model.structures import ModelMap
 
 AGREEMENT = 0.999
 _CACHE_BYTES = 2  # float16, llama.cpp's default
-_RUNNER = "gisp.export.gguf.llama_cpp"
+_RUNNER = "gisp.export.formats.gguf.llama_cpp"
 _TIES = ", elsewhere another that is as likely but for rounding"
 # Stored and base dtypes where storing rounds every weight.
 _ROUNDED = {(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)}

@@ -17,10 +17,10 @@ from tiny import tiny_model, tiny_tokens
 import gisp
 from gisp.cli import main
 from gisp.errors import GispError
-from gisp.export.gguf import check as gguf_check
-from gisp.export.gguf import file as gguf_file
-from gisp.export.gguf.write import export_gguf
-from gisp.export.hf import export_hf
+from gisp.export.formats.gguf import check as gguf_check
+from gisp.export.formats.gguf import file as gguf_file
+from gisp.export.formats.gguf.write import export_gguf
+from gisp.export.formats.hf import export_hf
 from gisp.export.run import export_run
 from gisp.export.spec import ExportReport
 

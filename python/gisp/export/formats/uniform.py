@@ -28,7 +28,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from gisp.errors import GispError
 from gisp.export.card import UNIFORM
 from gisp.export.check import write_checked
-from gisp.export.hf import check_family, config_values, pruned_state
+from gisp.export.formats.hf import check_family, config_values, pruned_state
 from gisp.export.relayout import plan_layers
 from gisp.export.rounding import SizeOptions, kept_parameters, option_text, require_ranking
 from gisp.export.spec import ExportReport, LayerRanking, PrunedSpec, gisp_record, map_checked

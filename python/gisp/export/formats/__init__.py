@@ -1,0 +1,1 @@
+"""Formats of exports, one a module; ``FORMATS`` of :mod:`gisp.export.run` names them."""
