@@ -78,28 +78,18 @@ def swap_blocks_(
             "tensors, pairs, axes and blocks must have one entry per tensor, got "
             f"{len(tensors)}, {len(pairs)}, {len(axes)} and {len(blocks)}"
         )
-    for i, (tensor, axis, block) in enumerate(zip(tensors, axes, blocks, strict=True)):
-        _check_tensor(f"tensors[{i}]", tensor, axis, block)
-    counts = [block_layout(t, a, b).blocks for t, a, b in zip(tensors, axes, blocks, strict=True)]
-    _check_pairs(pairs, counts)
-    _check_no_overlap(tensors)
-    for choice, members in _by_device(tensors, backend):
-        busy = [i for i in members if pairs[i].shape[0] and tensors[i].numel()]
-        if not busy:
-            continue
-        swap_blocks_op(
-            [_bits(tensors[i]) for i in busy],
-            [pairs[i] for i in busy],
-            [_AXES.index(axes[i]) for i in busy],
-            [int(blocks[i]) for i in busy],
-            choice,
-        )
+    prepared = PreparedSwaps(tensors, axes, blocks, backend=backend)
+    _check_pairs(pairs, prepared.counts)
+    prepared.run({i: pair.numpy() for i, pair in enumerate(pairs) if len(pair)})
 
 
 class PreparedSwaps:
     """Many swaps to come in the same tensors, checked once: :meth:`run` costs little more than its launch.
 
     The tensors' memory must stay where it is. Arguments and errors are those of :func:`swap_blocks_`.
+
+    Attributes:
+        counts: blocks of every tensor.
     """
 
     def __init__(
@@ -118,9 +108,10 @@ class PreparedSwaps:
         self._bits = [_bits(tensor) for tensor in tensors]
         self._axes = [_AXES.index(axis) for axis in axes]
         self._blocks = [int(block) for block in blocks]
-        layouts = [block_layout(t, a, b) for t, a, b in zip(tensors, axes, blocks, strict=True)]
+        self._layouts = [block_layout(t, a, b) for t, a, b in zip(tensors, axes, blocks, strict=True)]
+        self.counts = [layout.blocks for layout in self._layouts]
         # The compiled core gets these of each tensor, and the number of pairs.
-        self._entries = [(t.data_ptr(), t.element_size(), *y) for t, y in zip(tensors, layouts, strict=True)]
+        self._entries = [(t.data_ptr(), t.element_size(), *y) for t, y in zip(tensors, self._layouts, strict=True)]
         self._devices = sorted({t.device for t in tensors}, key=str)
         self._members = {d: {i for i, t in enumerate(tensors) if t.device == d and t.numel()} for d in self._devices}
 
@@ -143,49 +134,21 @@ class PreparedSwaps:
                 flat = torch.from_numpy(np.concatenate(chosen))
                 _launch_native(self._tensors[busy[0]].device, entries, flat)
             else:
-                _swap_blocks(
-                    [self._bits[i] for i in busy],
-                    [torch.from_numpy(pair) for pair in chosen],
-                    [self._axes[i] for i in busy],
-                    [self._blocks[i] for i in busy],
-                    choice,
-                )
+                self._swap(busy, [torch.from_numpy(pair) for pair in chosen], choice)
             torch.autograd.graph.increment_version([self._tensors[i] for i in busy])
 
+    def _swap(self, numbers: list[int], pairs: list[torch.Tensor], choice: str) -> None:
+        """Swap in tensors of one device by Triton or plain torch."""
+        if choice == "triton":
+            from gisp_kernels.triton import swap as kernel
 
-def _swap_blocks(
-    tensors: list[torch.Tensor],
-    pairs: list[torch.Tensor],
-    axes: list[int],
-    blocks: list[int],
-    choice: str,
-) -> None:
-    """:func:`swap_blocks_` for integer tensors of one device, axis 0 for rows and 1 for columns, arguments validated,
-    ``choice`` resolved."""
-    if choice == "reference":
-        _swap_reference(tensors, pairs, axes, blocks)
-        return
-    layouts = [block_layout(t, _AXES[axis], block) for t, axis, block in zip(tensors, axes, blocks, strict=True)]
-    if choice == "triton":
-        from gisp_kernels.triton import swap as kernel
-
-        kernel.launch(tensors, pairs, layouts)
-    else:
-        entries = [
-            (tensor.data_ptr(), tensor.element_size(), *layout, pair.shape[0])
-            for tensor, pair, layout in zip(tensors, pairs, layouts, strict=True)
-        ]
-        _launch_native(tensors[0].device, entries, torch.cat(pairs))
-
-
-swap_blocks_op = torch.library.custom_op("gisp::swap_blocks_", _swap_blocks, mutates_args=("tensors",))
-
-
-def _swap_reference(tensors: list[torch.Tensor], pairs: list[torch.Tensor], axes: list[int], blocks: list[int]) -> None:
-    for tensor, pair, axis, block in zip(tensors, pairs, axes, blocks, strict=True):
-        lines = (pair.t().unsqueeze(2) * block + torch.arange(block)).flatten(1).to(tensor.device)
-        held = tensor.index_select(axis, lines.flip(0).flatten())
-        tensor.index_copy_(axis, lines.flatten(), held)
+            kernel.launch([self._bits[i] for i in numbers], pairs, [self._layouts[i] for i in numbers])
+            return
+        for i, pair in zip(numbers, pairs, strict=True):
+            tensor, axis, block = self._bits[i], self._axes[i], self._blocks[i]
+            lines = (pair.t().unsqueeze(2) * block + torch.arange(block)).flatten(1).to(tensor.device)
+            held = tensor.index_select(axis, lines.flip(0).flatten())
+            tensor.index_copy_(axis, lines.flatten(), held)
 
 
 def _launch_native(device: torch.device, entries: Sequence[tuple[int, ...]], pairs: torch.Tensor) -> None:
@@ -210,14 +173,6 @@ def _launch_native(device: torch.device, entries: Sequence[tuple[int, ...]], pai
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(_BITS[tensor.element_size()])
-
-
-def _by_device(tensors: Sequence[torch.Tensor], backend: str | None) -> list[tuple[str, list[int]]]:
-    """Backend and tensor numbers of every device; all are asked for their backend before anything is swapped."""
-    members: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        members.setdefault(tensor.device, []).append(i)
-    return [(backends.resolve(backend, tensors[m[0]], SUPPORTED), m) for m in members.values()]
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, axis: str, block: int) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from selection_oracle import assert_same_selection
 
-from gisp_kernels.testing import assert_error_budget, assert_same_selection, wgrad_truth
+from gisp_kernels.testing import assert_error_budget, wgrad_truth
 from gisp_kernels.triton import wgrad_tma
 from gisp_kernels.triton.abs_weighted_reduce import finish
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from selection_oracle import assert_same_selection
 
 from gisp_kernels import gate_grads
-from gisp_kernels.testing import assert_error_budget, assert_same_selection, gate_truth
+from gisp_kernels.testing import assert_error_budget, gate_truth
 
 pytestmark = pytest.mark.gpu
 

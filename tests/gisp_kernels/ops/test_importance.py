@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from interpreter import shuffled_grid
+from selection_oracle import assert_same_selection
 
 from gisp_kernels import abs_weighted_reduce, wgrad_importance
 from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance, wgrad_importance_op
 from gisp_kernels.testing import (
     Truth,
     assert_error_budget,
-    assert_same_selection,
     reduce_truth,
     wgrad_truth,
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from selection_oracle import assert_same_selection
 
 from gisp_kernels import abs_weighted_reduce, wgrad_importance
 from gisp_kernels.ops.importance import wgrad_importance_op
 from gisp_kernels.ops.products import weight_grad
 from gisp_kernels.ops.wgrad import FUSED_MAX_TOKENS
-from gisp_kernels.testing import assert_error_budget, assert_same_selection, reduce_truth, wgrad_truth
+from gisp_kernels.testing import assert_error_budget, reduce_truth, wgrad_truth
 
 pytestmark = pytest.mark.gpu
 

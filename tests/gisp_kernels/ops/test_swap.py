@@ -9,7 +9,7 @@ from partition_cases import bits, random_bits, random_pairs, swapped
 
 from gisp_kernels import _ext
 from gisp_kernels.backend import has_triton, interpreting
-from gisp_kernels.ops.swap import swap_blocks_, swap_blocks_op
+from gisp_kernels.ops.swap import swap_blocks_
 
 NO_CORE = _ext.why_not("cpu")
 NEEDS_INTERPRETER = pytest.mark.skipif(
@@ -130,13 +130,6 @@ def test_order_of_programs_does_not_matter(seed: int) -> None:
     with shuffled_grid(seed):
         swap_blocks_([tensor], [pairs], ["row"], [1], backend="triton")
     assert torch.equal(bits(tensor), bits(expected))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_registration(backend: str) -> None:
-    tensors = [torch.arange(12, dtype=torch.int32).view(4, 3), torch.arange(8, dtype=torch.int16)]
-    pairs = [torch.tensor([[0, 2]]), torch.tensor([[1, 0], [2, 3]])]
-    torch.library.opcheck(swap_blocks_op, (tensors, pairs, [1, 0], [1, 2], backend))
 
 
 def test_autograd_notices_the_change() -> None:

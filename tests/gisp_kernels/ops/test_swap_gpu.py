@@ -16,7 +16,7 @@ from gisp_kernels import _ext
 from gisp_kernels.backend import has_triton
 from gisp_kernels.compaction import Compactor
 from gisp_kernels.groups import Projection, StructureGroup
-from gisp_kernels.ops.swap import swap_blocks_, swap_blocks_op
+from gisp_kernels.ops.swap import swap_blocks_
 
 NO_CORE = _ext.why_not("cuda")
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(NO_CORE is not None, reason=str(NO_CORE)))
@@ -148,12 +148,6 @@ def test_runs_on_the_current_stream(backend: str) -> None:
     expected = torch.arange(64.0)
     expected[[0, 63, 5, 9]] = torch.tensor([63.0, 0.0, 9.0, 5.0])
     assert torch.equal(result.cpu(), expected)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_registration(backend: str) -> None:
-    tensors = [torch.arange(12, dtype=torch.int32, device="cuda").view(4, 3)]
-    torch.library.opcheck(swap_blocks_op, (tensors, [torch.tensor([[0, 2]])], [1], [1], backend))
 
 
 class Mlp(nn.Module):
