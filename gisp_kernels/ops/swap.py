@@ -210,17 +210,9 @@ def _check_pairs(pairs: Sequence[torch.Tensor], counts: Sequence[int]) -> None:
             worst = min(values) if min(values) < 0 else max(values)
             raise ValueError(f"pairs[{i}] holds {worst}, but tensors[{i}] has {count} blocks")
         if len(set(values)) != len(values):
-            raise ValueError(f"all indices of pairs[{i}] must differ, got {_first_repeat(values)} more than once")
+            repeated = next(value for place, value in enumerate(values) if value in values[:place])
+            raise ValueError(f"all indices of pairs[{i}] must differ, got {repeated} more than once")
         checked.add((id(pair), count))
-
-
-def _first_repeat(values: list[int]) -> int:
-    seen: set[int] = set()
-    for value in values:
-        if value in seen:
-            return value
-        seen.add(value)
-    raise ValueError("no value repeats")
 
 
 def _check_no_overlap(tensors: Sequence[torch.Tensor]) -> None:

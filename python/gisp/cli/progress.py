@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -36,9 +35,7 @@ class StepProgress:
     def __enter__(self) -> StepProgress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         # Off a terminal the bar never started, and stopping it would print an empty line.
         if self._live:
             self._bar.stop()

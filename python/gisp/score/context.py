@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +25,7 @@ class MaskedRecorder(Protocol):
 
     def __enter__(self) -> object: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
