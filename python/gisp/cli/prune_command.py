@@ -65,7 +65,7 @@ def prune(
 
     with StepProgress("pruning") as progress:
         if options.get("ratio") is not None and options.get("sparsity") is not None:
-            progress.say("warning: --sparsity is ignored beside --ratio, which alone says where preset official ends")
+            progress.say("warning: --sparsity is ignored beside --ratio, which alone says where the schedule ends")
         trajectory = run_prune(**places, resume=resume, on_step=progress.step, **options)
     for line in _shortfalls(trajectory):
         progress.say(f"warning: {line}")

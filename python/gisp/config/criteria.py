@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ALLOCATORS = ("global", "uniform", "owl")
+ALLOCATORS = {"global": "by their scores", "uniform": "the same part of each", "owl": "less of layers with outliers"}
 # What is summed of the gradient of the loss.
 GradientKind = Literal["absolute", "signed", "second-order"]
 

@@ -117,7 +117,7 @@ class PruneConfig:
     first_order: str = option(
         "First-order term of second-order scores",
         choices={"plain": "", "shrunk": "by its noise"},
-        unset="shrunk, with one-shot plain",
+        unset="shrunk; plain in one shot and with other criteria",
         group=_SCORES,
     )
     one_shot: bool = option("Remove everything in one step, scored once on all calibration data", False, group=_SCORES)
@@ -144,7 +144,7 @@ class PruneConfig:
         """One line for everything that does not go together."""
         what, criterion = CRITERIA[self.criterion], f"--criterion {self.criterion}"
         if self.ratio is not None and self.schedule != "structures":
-            yield f"--ratio is {self.ratio}: it belongs to --preset official, give --sparsity"
+            yield f"--ratio is {self.ratio}: it belongs to --schedule structures (preset official), give --sparsity"
         if self.batch_tokens != OPTIONS["batch_tokens"].default and self.engine != "stream":
             yield f"--batch-tokens {self.batch_tokens} belongs to --engine stream, not {self.engine}"
         if (self.objective in CHOOSING or "." in self.objective) and not what.sees_loss:

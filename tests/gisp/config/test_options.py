@@ -63,7 +63,7 @@ def test_a_resolved_config_resolves_to_itself():
         ({"steps": True}, "steps is True"),
         ({"steps": 2.5}, "steps is 2.5"),
         ({"seed": 2**50}, "seed is"),
-        ({"ratio": 0.6}, "belongs to --preset official"),
+        ({"ratio": 0.6}, r"belongs to --schedule structures \(preset official\)"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
         ({"preset": "paper", "fp8": True}, "fp8 goes with one batch"),
         ({"preset": ["fast"]}, r"unknown preset \['fast'\]"),
