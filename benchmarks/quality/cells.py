@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from benchmarks.quality.choices import TASKS
+from gisp.config.criteria import CRITERIA
 
-# Sequences a pass of whole-set scores; never changes a result beyond rounding, and lets many runs share a GPU.
-BATCH_SIZE = 64
+Compensations = tuple[dict[str, Any], ...]
+BIAS, AFFINE, RESCALE, LSQ, KFAC = ({"method": name} for name in ("bias", "affine", "rescale", "lsq", "kfac"))
+FREE: dict[str, Any] = {"protect_first": 0.0, "protect_last": 0}
+# Criteria whose published use differs from one shot on text, and what repairs the pruned model in their papers.
+OWN_CELLS = ("gisp", "second-order")
+PUBLISHED: dict[str, Compensations] = {"wanda-sp": (LSQ, KFAC), "flap": (BIAS, LSQ)}
+# Choice tasks to calibrate on, and one that generates.
+CHOICE_TASKS = ("piqa", "arc_easy", "arc_challenge", "hellaswag")
+GENERATING_TASK = "gsm8k"
+TEXT = "text"
+
+Mode = Literal["run", "one shot", "each size"]
+"""One run through all sparsities, one scoring pass for all of them, or a run of its own for each."""
 
 
 @dataclass(frozen=True)
@@ -18,17 +29,20 @@ class Sizes:
 
     Attributes:
         steps, batch_tokens: of preset fast.
-        exact_tokens, exact_steps: of the exact schedules; a step of ``paper`` or ``official`` sees all of the tokens.
+        exact_tokens, exact_steps: of the exact schedules, a step of which sees all of the tokens; steps ``None`` = the
+            preset's own.
         exact_seeds: seeds of those, the costliest by far.
         gqa: whether the decoder shares key/value heads.
+        tasks: names of the prepared tasks.
     """
 
     steps: int = 200
     batch_tokens: int = 8192
     exact_tokens: int = 163840
-    exact_steps: int = 112
+    exact_steps: int | None = None
     exact_seeds: int = 3
     gqa: bool = False
+    tasks: tuple[str, ...] = ()
 
     @property
     def fast(self) -> dict[str, Any]:
@@ -43,9 +57,9 @@ class Cell:
     Attributes:
         study: the question, one of :data:`STUDIES`.
         name: the way; cells of one name differ in their seed alone.
-        options: of :func:`gisp.prune`, and ``data``, what the calibration rows are made into, and ``distil``, the share
-            of the divergence from the dense model in the loss.
-        one_shot: one scoring pass of the dense model for all sparsities.
+        options: of :func:`gisp.prune`, and ``distil``, the share of the divergence from the dense model in the loss.
+        mode: how runs and sparsities go together.
+        data: what the calibration rows are of: ``text``, or names of tasks, with or without it.
         tokens: calibration tokens to choose from, drawn by the seed; ``None`` = all there are.
         compensate: options of :func:`gisp.compensate`, each measured at every sparsity.
     """
@@ -54,9 +68,10 @@ class Cell:
     name: str
     options: dict[str, Any]
     seed: int = 0
-    one_shot: bool = False
+    mode: Mode = "run"
+    data: tuple[str, ...] = (TEXT,)
     tokens: int | None = None
-    compensate: tuple[dict[str, Any], ...] = field(default=())
+    compensate: Compensations = field(default=())
 
     @property
     def key(self) -> str:
@@ -67,51 +82,68 @@ class Cell:
         return asdict(self)
 
 
-BIAS, AFFINE, RESCALE, LSQ, KFAC = ({"method": name} for name in ("bias", "affine", "rescale", "lsq", "kfac"))
-FREE: dict[str, Any] = {"protect_first": 0.0, "protect_last": 0}
+DENSE = Cell("dense", "dense", {})
+"""The decoder as it is; its result stands apart from those of other cells."""
 
 
 def criteria_cells(seeds: range, sizes: Sizes) -> list[Cell]:
     """Every criterion as it was published, ``fast`` and the exact schedules of the paper and its code."""
     doubled = 2 * sizes.batch_tokens
-    changes: list[tuple[str, dict[str, Any], tuple[dict[str, Any], ...]]] = [
-        ("fast", {}, (BIAS, RESCALE, AFFINE, LSQ, KFAC)),
-        ("fast, last layer open", {"protect_last": 0}, (LSQ, KFAC)),
-        # What the study of its parts found better, all at once, for twice the tokens.
-        (
-            f"fast, last layer open, average 0.98, {doubled:,} tokens a step",
-            {"protect_last": 0, "ema": 0.98, "batch_tokens": doubled},
-            (LSQ, KFAC),
-        ),
-        ("fast, plain", {"first_order": "plain"}, (LSQ, KFAC)),
+    changes: list[tuple[str, dict[str, Any], Compensations]] = [
+        ("fast", {}, (LSQ, KFAC)),
+        ("fast, last layer open", {"protect_last": 0}, ()),
+        ("fast, plain", {"first_order": "plain"}, ()),
         ("fast, gisp scores", {"criterion": "gisp"}, (LSQ, KFAC)),
     ]
     if sizes.gqa:
-        changes.append(("fast, gqa group", {"gqa": "group"}, (LSQ,)))
+        grouped = {"protect_last": 0, "gqa": "group"}
+        changes += [
+            ("fast, gqa query", {"gqa": "query"}, ()),
+            ("fast, gqa group", {"gqa": "group"}, ()),
+            ("fast, gqa group, last layer open", grouped, (LSQ, KFAC)),
+            (
+                f"fast, gqa group, last layer open, {doubled:,} tokens a step",
+                {**grouped, "batch_tokens": doubled},
+                (LSQ, KFAC),
+            ),
+        ]
     cells = []
     for seed in seeds:
+        # The longest first: they would end last.
+        cells += _exact_cells(seed, sizes) if seed < sizes.exact_seeds else []
         for name, options, compensate in changes:
             cells.append(Cell("criteria", name, {**sizes.fast, "seed": seed, **options}, seed, compensate=compensate))
-        for preset in ("paper", "official") if seed < sizes.exact_seeds else ():
-            exact = {"preset": preset, "steps": sizes.exact_steps, "seed": seed, "batch_size": BATCH_SIZE}
-            name = f"{preset}, {sizes.exact_steps} steps"
-            cells.append(Cell("criteria", name, exact, seed, tokens=sizes.exact_tokens))
-        for name, options, compensate in (
-            ("gisp, one shot", {"criterion": "gisp"}, (LSQ,)),
-            ("second-order, one shot", {"criterion": "second-order"}, ()),
-            ("taylor-local", {"criterion": "taylor-local"}, ()),
-            ("signed", {"criterion": "signed"}, ()),
-            ("wanda-sp", {"criterion": "wanda-sp"}, (LSQ, KFAC)),
-            ("owl", {"criterion": "wanda-sp", "allocator": "owl"}, ()),
-            ("flap", {"criterion": "flap"}, (BIAS, LSQ)),
-            ("block-influence", {"criterion": "block-influence"}, ()),
-            ("random", {"criterion": "random"}, ()),
-            ("magnitude", {"criterion": "magnitude"}, ()),
-        ):
-            if name == "magnitude" and seed != seeds[0]:
-                continue  # sees neither data nor seed
-            one_shot = {**options, "seed": seed, "batch_size": BATCH_SIZE}
-            cells.append(Cell("criteria", name, one_shot, seed, True, sizes.steps * sizes.batch_tokens, compensate))
+        cells += _published_cells(seed, sizes, first=seed == seeds[0])
+    return cells
+
+
+def _exact_cells(seed: int, sizes: Sizes) -> list[Cell]:
+    steps = {} if sizes.exact_steps is None else {"steps": sizes.exact_steps}
+    named = f", {sizes.exact_steps} steps" if steps else ""
+    return [
+        Cell("criteria", f"{preset}{named}", {"preset": preset, "seed": seed, **steps}, seed, tokens=sizes.exact_tokens)
+        for preset in ("paper", "official")
+    ]
+
+
+def _published_cells(seed: int, sizes: Sizes, *, first: bool) -> list[Cell]:
+    """Criteria of the registry, in one shot; one that is registered with a single step has a run for each sparsity."""
+    ways: list[tuple[str, dict[str, Any], Compensations]] = [
+        ("gisp, one shot", {"criterion": "gisp"}, ()),
+        ("second-order, one shot", {"criterion": "second-order"}, ()),
+        ("owl", {"criterion": "wanda-sp", "allocator": "owl"}, ()),
+    ]
+    ways += [(name, {"criterion": name}, PUBLISHED.get(name, ())) for name in CRITERIA if name not in OWN_CELLS]
+    cells = []
+    for name, options, compensate in ways:
+        if name == "magnitude" and not first:
+            continue  # sees neither data nor seed
+        trained = CRITERIA[options["criterion"]].options.get("steps") == 1
+        mode: Mode = "each size" if trained else "one shot"
+        tokens = None if trained else sizes.steps * sizes.batch_tokens
+        cells.append(
+            Cell("criteria", name, {**options, "seed": seed}, seed, mode, tokens=tokens, compensate=compensate)
+        )
     return cells
 
 
@@ -158,7 +190,7 @@ def fast_cells(seeds: range, sizes: Sizes) -> list[Cell]:
         for name, options in changes.items()
         for seed in seeds
     ]
-    exact = {"engine": "exact", "ema": 0.0, "steps": steps // 4, "batch_size": BATCH_SIZE}
+    exact = {"engine": "exact", "ema": 0.0, "steps": steps // 4}
     for seed in seeds:
         cells.append(Cell("fast", f"exact, {steps // 4} steps", {**exact, "seed": seed}, seed, tokens=exact_tokens))
         for tokens in (exact_tokens // 8, exact_tokens // 2, 2 * exact_tokens):
@@ -182,21 +214,20 @@ def compensation_cells(seeds: range, sizes: Sizes) -> list[Cell]:
 
 
 def task_cells(seeds: range, sizes: Sizes) -> list[Cell]:
-    """Calibration on choice tasks: right against wrong choices, the right ones alone, and the plain text."""
-    kinds = [("lm on text", "lm", "text")]
-    for task in TASKS:
-        kinds += [(f"{objective}, {task}", objective, task) for objective in ("margin", "choice")]
-        kinds += [(f"lm on the right ones, {task}", "lm", task)]
+    """Calibration on tasks: right against wrong choices, the right ones alone, plain text, and tasks with text."""
+    choices = tuple(name for name in CHOICE_TASKS if name in sizes.tasks)
+    kinds: list[tuple[str, str, tuple[str, ...]]] = [("lm on text", "lm", (TEXT,))]
+    if choices:
+        for objective in ("choice", "margin", "lm"):
+            named = "lm on right answers" if objective == "lm" else objective
+            kinds += [(named, objective, choices), (f"{named}, and text", objective, (*choices, TEXT))]
+    if GENERATING_TASK in sizes.tasks:
+        solutions = (GENERATING_TASK,)
+        kinds += [("lm on solutions", "lm", solutions), ("lm on solutions, and text", "lm", (*solutions, TEXT))]
     return [
-        Cell(
-            "task",
-            f"{name}, {scores}",
-            {**sizes.fast, "seed": seed, "objective": objective, "data": data, "criterion": scores},
-            seed,
-        )
+        Cell("task", name, {**sizes.fast, "seed": seed, "objective": objective}, seed, data=data)
         for seed in seeds
         for name, objective, data in kinds
-        for scores in ("second-order", "gisp")
     ]
 
 

@@ -8,10 +8,43 @@ from typing import Any
 
 from benchmarks.common.command import table
 from benchmarks.quality.cells import STUDIES
-from benchmarks.quality.choices import TASKS
 
 Result = dict[str, Any]
 Key = tuple[str, str, str]
+LEAD = "lead kept"
+
+
+def key(cell: Result) -> str:
+    """Names a cell in a result."""
+    return f"{cell['study']}/{cell['name']}/{cell['seed']}"
+
+
+def tasks_of(dense: Result) -> list[str]:
+    """Names of the tasks that accuracy was measured on."""
+    return [name.removeprefix("chance ") for name in dense if name.startswith("chance ")]
+
+
+def lead_kept(dense: Result, point: Result) -> float | None:
+    """Part of the dense model's lead over guessing that is left, the mean over tasks; ``None`` without tasks.
+
+    Tasks on which the dense model does not beat guessing say nothing and are left out.
+    """
+    shares = []
+    for task in tasks_of(dense):
+        chance, best, found = dense[f"chance {task}"], dense[f"acc {task}"], point.get(f"acc {task}")
+        if found is not None and best > chance:
+            shares.append((found - chance) / (best - chance))
+    return statistics.mean(shares) if shares else None
+
+
+def with_leads(result: Result) -> Result:
+    """A result whose points also hold ``lead kept``."""
+    dense = result["dense"]
+    cells = [
+        {**cell, "points": [{**point, LEAD: lead_kept(dense, point)} for point in cell.get("points", [])]}
+        for cell in result["cells"]
+    ]
+    return {**result, "cells": cells}
 
 
 def compensation_name(options: dict[str, Any] | None) -> str:
@@ -65,7 +98,7 @@ def show(result: Result, study: str, metric: str = "perplexity") -> str:
     if not sparsities:
         return ""
     costs = spend(result["cells"])
-    sign = 1 if metric == "perplexity" else -1
+    sign = 1 if metric.startswith("perplexity") else -1
 
     def worst(item: tuple[Key, dict[float, list[float]]]) -> float:
         return sign * statistics.mean(item[1].get(sparsities[-1], [float("inf") * sign]))
@@ -87,16 +120,19 @@ def show(result: Result, study: str, metric: str = "perplexity") -> str:
 
 
 def report(result: Result) -> str:
-    """The tables of all studies, accuracy on every task, and the verdicts."""
-    shown = [show(result, study) for study in STUDIES]
-    shown += [show(result, "task", f"acc {task}") for task in TASKS]
-    return "\n".join([*filter(None, shown), *verdicts(result)])
+    """The tables of all studies, by every measure, and the verdicts."""
+    full = with_leads(result)
+    tasks = [f"acc {task}" for task in tasks_of(result["dense"])]
+    others = [name for name in result["dense"] if name.startswith("perplexity ")][1:]
+    shown = [show(full, study, metric) for metric in ("perplexity", *others, LEAD, *tasks) for study in STUDIES]
+    failed = [f"{key(cell)}: {cell['error']}" for cell in result["cells"] if "error" in cell]
+    return "\n".join([*filter(None, shown), *verdicts(result), *failed])
 
 
 def verdicts(result: Result) -> list[str]:
     """What the table says of each claim, one line each; claims it has no figures for are left out."""
     found = collect(result["cells"])
-    dense = result["dense"]["perplexity"]
+    dense = result["dense"].get("perplexity", float("nan"))
     lines = []
     plain = {name: values for (study, name, extra), values in found.items() if study == "criteria" and not extra}
     fast = plain.get("fast", {})
@@ -124,16 +160,6 @@ def verdicts(result: Result) -> list[str]:
                 f"{100 * sparsity:g} %: {name} + {extra} removes {100 * share:.0f} % of the excess perplexity "
                 f"({before:.2f} to {after:.2f}, dense {dense:.2f})"
             )
-    for task in TASKS:
-        found = collect(result["cells"], f"acc {task}")
-        accuracy = {name: values for (study, name, _), values in found.items() if study == "task"}
-        for sparsity in sorted({s for values in accuracy.values() for s in values}):
-            means = "; ".join(
-                f"{name} {100 * statistics.mean(v[sparsity]):.1f}"
-                for name, v in accuracy.items()
-                if sparsity in v and (task in name or "text" in name)
-            )
-            lines.append(f"{100 * sparsity:g} %: accuracy on {task}s: {means}")
     return lines
 
 
