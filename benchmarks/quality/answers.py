@@ -16,7 +16,7 @@ _NOTHING = "[invalid]"
 
 @dataclass(frozen=True)
 class Filter:
-    """What is taken of an answer: of all matches the one numbered ``group_select``, its first group that is not empty."""
+    """What is taken of an answer: the match numbered ``group_select``, of it the first group that is not empty."""
 
     name: str
     regex_pattern: str

@@ -10,8 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.common.plots import THEME, series, write_figures
-from benchmarks.quality.summary import collect
-from gisp.report.style import MARKERS, new_figure
+from benchmarks.quality.summary import LEAD, collect, tasks_of
+from gisp.files import write_atomic
+from gisp.report.style import MARKERS, new_figure, themed, to_png
 
 Result = dict[str, Any]
 
@@ -31,6 +32,51 @@ def write_plots(result: Result, beside: Path) -> list[Path]:
     if parts:
         drawn["parts"] = lambda: draw_parts(parts)
     return write_figures(drawn, beside)
+
+
+# The ways of the picture for readers, by what they are called there; the first ones a result has are drawn.
+SHOWN = {
+    ("fast", "lsq"): "fast + lsq",
+    ("fast", "kfac"): "fast + kfac",
+    ("fast", ""): "fast",
+    ("paper", ""): "paper (GISP)",
+    ("learned-gates", ""): "learned gates",
+    ("flap", ""): "FLAP",
+    ("wanda-sp", ""): "Wanda-SP",
+    ("magnitude", ""): "magnitude",
+}
+
+
+def write_picture(result: Result, path: Path) -> None:
+    """Perplexity and, where tasks were measured, the part of the lead over guessing that is left, by sparsity."""
+    with themed(THEME):
+        write_atomic(path, to_png(_picture(result)))
+
+
+def _picture(result: Result) -> Figure:
+    measures = {"perplexity": "perplexity", LEAD: "% of dense's lead over guessing, mean of tasks"}
+    if not tasks_of(result["dense"]):
+        del measures[LEAD]
+    figure = new_figure(4.0)
+    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    for ax, (metric, label) in zip(axes, measures.items(), strict=True):
+        scale = 100 if metric == LEAD else 1
+        found = collect(result["cells"], metric)
+        start = 100.0 if metric == LEAD else result["dense"]["perplexity"]
+        for number, ((name, extra), shown) in enumerate(SHOWN.items()):
+            values = found.get(("criteria", name, extra))
+            if values:
+                sizes = sorted(values)
+                means = [scale * statistics.mean(values[size]) for size in sizes]
+                marker = MARKERS[number % len(MARKERS)]
+                ax.plot(
+                    [0, *(100 * s for s in sizes)], [start, *means], label=shown, marker=marker, color=series(number)
+                )
+        ax.set_xlabel("decoder sparsity, %")
+        ax.set_ylabel(label)
+    axes[0].set_yscale("log")
+    axes[0].legend()
+    return figure
 
 
 def draw_criteria(ways: dict[str, dict[float, list[float]]], dense: float) -> Figure:
