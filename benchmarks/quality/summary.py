@@ -25,16 +25,16 @@ def tasks_of(dense: Result) -> list[str]:
 
 
 def lead_kept(dense: Result, point: Result) -> float | None:
-    """Part of the dense model's lead over guessing that is left, the mean over tasks; ``None`` without tasks.
+    """(acc - chance) / (dense acc - chance), each the mean over choice tasks; ``None`` without a lead to keep.
 
-    Tasks on which the dense model does not beat guessing say nothing and are left out.
+    Means come first: a task whose dense accuracy is close to guessing would outweigh all others in a mean of shares.
     """
-    shares = []
-    for task in tasks_of(dense):
-        chance, best, found = dense[f"chance {task}"], dense[f"acc {task}"], point.get(f"acc {task}")
-        if found is not None and best > chance:
-            shares.append((found - chance) / (best - chance))
-    return statistics.mean(shares) if shares else None
+    tasks = [task for task in tasks_of(dense) if dense[f"chance {task}"] > 0 and f"acc {task}" in point]
+    if not tasks:
+        return None
+    chance = statistics.mean(dense[f"chance {task}"] for task in tasks)
+    best, found = (statistics.mean(figures[f"acc {task}"] for task in tasks) for figures in (dense, point))
+    return (found - chance) / (best - chance) if best > chance else None
 
 
 def with_leads(result: Result) -> Result:

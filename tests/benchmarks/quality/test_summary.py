@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from benchmarks.quality import summary
 from benchmarks.quality.cells import Cell
 
@@ -30,3 +32,10 @@ def test_means_spreads_and_verdicts() -> None:
     exact["points"][0]["tokens"] = 200
     result["cells"].append(exact)
     assert "50 %: fast 11.00 on 10 tokens, paper, 112 steps 13.00 on 200 (5.0 % of them)" in summary.verdicts(result)
+
+
+def test_the_lead_kept_is_of_means_over_choice_tasks() -> None:
+    dense = {"chance a": 0.25, "acc a": 0.75, "chance b": 0.5, "acc b": 0.5, "chance g": 0.0, "acc g": 0.4}
+    assert summary.lead_kept(dense, {"acc a": 0.5, "acc b": 0.5, "acc g": 0.0}) == pytest.approx(0.5)
+    assert summary.lead_kept(dense, {"perplexity": 3.0}) is None
+    assert summary.lead_kept({"chance a": 0.5, "acc a": 0.4}, {"acc a": 0.6}) is None
