@@ -141,10 +141,7 @@ def read_compensations(texts: list[str]) -> Compensations:
             continue
         pairs = [item.partition("=") for item in rest.split(",") if item]
         options = {"method": method, **{name: _value(value) for name, _, value in pairs}}
-        try:
-            make_options(**options)
-        except TypeError as error:
-            raise GispError(f"--compensate {text}: {error}") from None
+        make_options(**options)
         found.append(options)
     return tuple(found)
 

@@ -91,7 +91,7 @@ def test_a_result_of_another_setting_is_not_gone_on_with(arguments: list[str], t
     ("change", "message"),
     [
         (["--study", "task"], "--study task needs tasks"),
-        (["--compensate", "lsq:nothing=1"], "--compensate lsq:nothing=1"),
+        (["--compensate", "lsq:nothing=1"], "unknown option nothing"),
         (["--compensate", "magic"], "magic"),
         (["--only", "nothing"], "matches no way"),
     ],
