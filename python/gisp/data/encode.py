@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gisp.errors import GispError
+from gisp.model.gguf import pretrained
 
 
 def load_tokenizer(tokenizer_from: str | None, spec: str) -> Any:
@@ -19,7 +20,8 @@ def load_tokenizer(tokenizer_from: str | None, spec: str) -> Any:
     if tokenizer_from is None:
         raise GispError(f"{spec} is text and no tokenizer is known: give token ids or a model with a tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(tokenizer_from, trust_remote_code=False)
+        folder, options = pretrained(tokenizer_from)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raise many types for a missing or broken file
         reason = " ".join(str(error).split())[:200]
         raise GispError(f"{spec} is text and {tokenizer_from} has no usable tokenizer: {reason}") from None

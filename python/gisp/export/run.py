@@ -22,6 +22,7 @@ from gisp.export.formats.uniform import export_uniform, uniform_spec
 from gisp.export.nested.export import export_nested
 from gisp.export.rounding import SizeOptions, option_text, round_mlp
 from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
+from gisp.model.gguf import tokenizer_folder
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.run.trajectory import Trajectory
@@ -132,7 +133,7 @@ def export_run(
         quality, fitted = measure_quality(
             trajectory, point, rounded, data, window=window, device=device, request=compensation, format=format
         )
-    base, folder = _base_of(trajectory, device)
+    base, source = _base_of(trajectory, device)
     spec = rounded(base, point)
     if compensation is not None and fitted is not None:
         # Exporters see a base model with other output projections, and compare with it masked.
@@ -144,7 +145,8 @@ def export_run(
     options: dict[str, Any] = {"dtype": dtype} if format == "gguf" else {}
     if format == "hf":
         options = {"align_heads": sizes.align_heads or 1, "min_heads": sizes.min_heads or 1}
-    report = FORMATS[format].write(base, spec, Path(out), tokenizer_from=folder, **options)
+    with tokenizer_folder(source) as folder:
+        report = FORMATS[format].write(base, spec, Path(out), tokenizer_from=folder, **options)
     return RunExport(point, spec, report, quality)
 
 
@@ -226,11 +228,12 @@ def export_nested_run(run: str | Path, out: str | Path, *, device: str = "auto")
         GispError: no run there, ``out`` taken, another base model, or logits that do not agree.
     """
     trajectory = Trajectory.load(run)
-    base, folder = _base_of(trajectory, device)
-    return export_nested(base, trajectory, Path(out), tokenizer_from=folder)
+    base, source = _base_of(trajectory, device)
+    with tokenizer_folder(source) as folder:
+        return export_nested(base, trajectory, Path(out), tokenizer_from=folder)
 
 
 def _base_of(trajectory: Trajectory, device: str) -> tuple[Any, Path | None]:
-    """The base model of a run in its own dtype, and its folder if it has one."""
-    folder = Path(str(trajectory.base_model["path"]))
-    return trajectory.load_base(device=device, dtype="auto"), folder if folder.is_dir() else None
+    """The base model of a run in its own dtype, and its folder or file if it has one."""
+    source = Path(str(trajectory.base_model["path"]))
+    return trajectory.load_base(device=device, dtype="auto"), source if source.exists() else None

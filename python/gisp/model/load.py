@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gisp.errors import GispError
+from gisp.model.gguf import dense_options, is_gguf, made_dense, pretrained
 from gisp.model.structures import first_bad_parameter
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -48,8 +49,10 @@ def check_model_path(path: str) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise GispError(f"{path} is not a model folder: it has no config.json")
+    elif folder.is_file() and is_gguf(folder):
+        pretrained(path)
     elif folder.exists():
-        raise GispError(f"{path} is a file: give a model folder")
+        raise GispError(f"{path} is a file: give a model folder or a .gguf file")
     elif not _HUB_NAME.fullmatch(path):
         raise GispError(f"model {path} does not exist: give a model folder or a hub name like org/name")
 
@@ -72,14 +75,17 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     if quantisation:
         raise GispError(f"model {path} is quantised ({quantisation}): give its unquantised weights")
     try:
+        folder, options = pretrained(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            folder,
             dtype=dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
             # Told below, by name.
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
+            **options,
+            **dense_options(path),
         )
     except Exception as error:  # transformers raises many types for folders it cannot read
         raise GispError(f"model {path} cannot be loaded: {_one_line(error)}") from None
@@ -91,6 +97,7 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
             keys = [key for key in keys if ".layers." in key and key.endswith(("_proj.weight", "norm.weight"))]
         if keys:
             raise GispError(f"model {path} does not fit its config.json: {problem.replace('_', ' ')}, first {keys[0]}")
+    made_dense(model, path)
     bad = first_bad_parameter(model)
     if bad is not None:
         raise GispError(f"model {path} holds NaN or infinite weights in {bad}: give a sound checkpoint")

@@ -135,4 +135,4 @@ def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[An
     check_model_path(path)
     device = resolve_device(config.device)
     loaded = load_dense(path, device, resolve_dtype(config.dtype, device))
-    return loaded, str(Path(path).resolve()) if Path(path).is_dir() else path
+    return loaded, str(Path(path).resolve()) if Path(path).exists() else path

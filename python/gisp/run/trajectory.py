@@ -136,7 +136,7 @@ class Trajectory:
         path = str(self.base_model["path"])
         if not path:
             raise GispError("this trajectory was made from a model in memory: pass it as at(sparsity, model)")
-        if Path(path).is_absolute() and not Path(path).is_dir():
+        if Path(path).is_absolute() and not Path(path).exists():
             raise GispError(
                 f"the base model of this run, {path}, is not there: put it back or correct base_model.path in {RECORD}"
             )
