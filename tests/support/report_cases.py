@@ -97,21 +97,22 @@ def make_run(
     save_file(removed_at, folder / "trajectory.safetensors")
     (folder / "trajectory.json").write_text(json.dumps(record))
     if metrics:
-        lines = [json.dumps(_metrics(step, planned, rng, peak_bytes)) for step in range(1, steps + 1)]
+        lines = [json.dumps(_metrics(record, planned, rng, peak_bytes)) for record in records]
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     if evaluations:
         (folder / "evaluations.json").write_text(json.dumps(made_evaluations()))
     return record
 
 
-def _metrics(step: int, planned: int, rng: np.random.Generator, peak_bytes: int | None) -> dict[str, Any]:
+def _metrics(record: dict[str, Any], planned: int, rng: np.random.Generator, peak_bytes: int | None) -> dict[str, Any]:
+    step = record["step"]
     edges = np.linspace(-7 + 0.8 * step / planned, -2.5, 41)
     heads = rng.normal(-4.5 + 0.5 * step / planned, 0.6, LAYERS * HEADS * 4)
     channels = rng.normal(-5 + 0.7 * step / planned, 0.5, LAYERS * CHANNELS)
     return {
         "step": step,
-        "loss": 2.0,
-        "sparsity": 0.0,
+        "loss": record["loss"],
+        "sparsity": record["sparsity"],
         "threshold": 10 ** (-6.4 + 1.2 * step / planned),
         "seconds": {
             "data": 0.02,

@@ -24,7 +24,7 @@ from gisp.data.rows import FIELDS, Kind
 from gisp.data.sequences import Sequences
 from gisp.data.tokenise import FORMAT_VERSION
 from gisp.errors import GispError
-from gisp.files import write_atomic
+from gisp.files import lock_beside, one_writer, remove_stale, write_atomic
 
 _CHECKSUM = "sha256"
 
@@ -91,7 +91,11 @@ def write_entry(path: Path | None, sequences: Sequences) -> None:
     }
     with contextlib.suppress(OSError, GispError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save(tensors, {_CHECKSUM: _checksum(sequences)}))
+        # Another process that writes the entry writes the same.
+        with one_writer(path, lock_beside(path)) as alone:
+            if alone:
+                remove_stale(path)
+            write_atomic(path, save(tensors, {_CHECKSUM: _checksum(sequences)}))
 
 
 def _checksum(sequences: Sequences) -> str:

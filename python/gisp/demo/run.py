@@ -98,7 +98,7 @@ def _reload(folder: Path) -> Any:
     """The exported folder as any user of transformers would open it."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
 
 
 def _one_shot(tokens: int, held_out: Sequences, device: torch.device) -> list[tuple[float, Perplexity]]:

@@ -15,7 +15,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 
 from gisp.errors import GispError
-from gisp.files import temporary_path
+from gisp.files import lock_beside, one_writer, remove_stale, temporary_path
 
 _BASE_FILES = (
     "tokenizer.json",
@@ -46,23 +46,39 @@ def check_place(out: Path) -> Path:
 
 
 @contextmanager
+def export_place(out: Path) -> Iterator[Path]:
+    """Be the only writer of a folder to be written, from before the work it is to hold; its absolute path.
+
+    What killed writers of it left beside it is removed.
+
+    Raises:
+        GispError: the place is taken, or another process writes it.
+    """
+    out = check_place(out)
+    with one_writer(out, lock_beside(out)) as alone:
+        check_place(out)
+        if alone:
+            remove_stale(out)
+        yield out
+
+
+@contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` to write into; it becomes ``out`` when the block ends well and vanishes otherwise.
 
     Raises:
         GispError: ``out`` is taken, the disk is full or the place cannot be written.
     """
-    out = check_place(out)
-    folder = temporary_path(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        yield folder
-        folder.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise GispError(_write_message(out, error)) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with export_place(out) as place:
+        folder = temporary_path(place)
+        try:
+            folder.mkdir()
+            yield folder
+            folder.rename(place)
+        except (OSError, SafetensorError) as error:
+            raise GispError(_write_message(place, error)) from None
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> int:

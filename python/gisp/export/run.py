@@ -13,7 +13,7 @@ from gisp.compensation import Compensation, CompensationRequest, fit_compensatio
 from gisp.errors import GispError
 from gisp.evaluate import EvalOptions, Perplexity
 from gisp.evaluate.data import prepare
-from gisp.export.folder import check_place
+from gisp.export.folder import export_place
 from gisp.export.formats.gguf.file import require_gguf
 from gisp.export.formats.gguf.write import export_gguf
 from gisp.export.formats.hf import export_hf
@@ -119,7 +119,23 @@ def export_run(
     """
     sizes = sizes or SizeOptions()
     _check_options(format, sizes, dtype)
-    check_place(Path(out))
+    with export_place(Path(out)) as place:
+        return _export(run, sparsity, place, format, device, sizes, data, window, dtype, compensation)
+
+
+def _export(
+    run: str | Path,
+    sparsity: float | None,
+    out: Path,
+    format: str,
+    device: str,
+    sizes: SizeOptions,
+    data: str | None,
+    window: int | None,
+    dtype: str | None,
+    compensation: CompensationRequest | None,
+) -> RunExport:
+    """:func:`export_run` with its options checked and ``out`` reserved."""
     trajectory = Trajectory.load(run)
     point = PrunedSpec.at(trajectory, trajectory.step_for(sparsity))
 
@@ -146,7 +162,7 @@ def export_run(
     if format == "hf":
         options = {"align_heads": sizes.align_heads or 1, "min_heads": sizes.min_heads or 1}
     with tokenizer_folder(source) as folder:
-        report = FORMATS[format].write(base, spec, Path(out), tokenizer_from=folder, **options)
+        report = FORMATS[format].write(base, spec, out, tokenizer_from=folder, **options)
     return RunExport(point, spec, report, quality)
 
 
@@ -227,10 +243,11 @@ def export_nested_run(run: str | Path, out: str | Path, *, device: str = "auto")
     Raises:
         GispError: no run there, ``out`` taken, another base model, or logits that do not agree.
     """
-    trajectory = Trajectory.load(run)
-    base, source = _base_of(trajectory, device)
-    with tokenizer_folder(source) as folder:
-        return export_nested(base, trajectory, Path(out), tokenizer_from=folder)
+    with export_place(Path(out)) as place:
+        trajectory = Trajectory.load(run)
+        base, source = _base_of(trajectory, device)
+        with tokenizer_folder(source) as folder:
+            return export_nested(base, trajectory, place, tokenizer_from=folder)
 
 
 def _base_of(trajectory: Trajectory, device: str) -> tuple[Any, Path | None]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from gisp.run.record import corrupt, is_finite, load_json, read_record, read_removed_at, require
+from gisp.errors import quoted
+from gisp.run.record import INVALID, RECORD, corrupt, is_count, is_finite, load_json, read_trajectory, require
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.json"
@@ -124,8 +125,7 @@ def read_run(path: Path) -> RunData:
     Raises:
         GispError: the folder holds no run, or one of its files is corrupt or belongs to another run.
     """
-    record = read_record(path)
-    removed_at = read_removed_at(path, record)
+    record, removed_at = read_trajectory(path)
     steps, layers = record["steps"], range(record["base_model"]["layers"])
     return RunData(
         path=path,
@@ -137,12 +137,12 @@ def read_run(path: Path) -> RunData:
         steps=steps,
         heads=[removed_at[f"layers.{layer}.heads"] for layer in layers],
         channels=[removed_at[f"layers.{layer}.channels"] for layer in layers],
-        metrics=_load_metrics(path / METRICS, len(steps)),
+        metrics=_load_metrics(path / METRICS, steps),
         evaluations=_load_evaluations(path / EVALUATIONS),
     )
 
 
-def _load_metrics(path: Path, steps: int) -> dict[int, dict[str, Any]]:
+def _load_metrics(path: Path, steps: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     if not path.is_file():
         return {}
     try:
@@ -153,23 +153,23 @@ def _load_metrics(path: Path, steps: int) -> dict[int, dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            _check_metrics(entry)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            if number > steps and number == len(lines):
+            _check_metrics(entry, steps)
+        except INVALID as error:
+            if number > len(steps) and number == len(lines):
                 break  # The line a run was cut in; its step is not committed.
             raise corrupt(path, error, where=f", line {number}") from None
-        if 1 <= entry["step"] <= steps:
+        if 1 <= entry["step"] <= len(steps):
             metrics[entry["step"]] = entry
     return dict(sorted(metrics.items()))
 
 
-def _check_metrics(entry: Any) -> None:
-    require(isinstance(entry, dict) and isinstance(entry["step"], int), "it is not the record of a step")
+def _check_metrics(entry: Any, steps: list[dict[str, Any]]) -> None:
+    require(isinstance(entry, dict) and is_count(entry["step"]), "it is not the record of a step")
     seconds = entry["seconds"]
     require(isinstance(seconds, dict) and _all_numbers(list(seconds.values())), "seconds are not numbers")
     threshold, peak = entry["threshold"], entry.get("peak_bytes")
-    require(threshold is None or is_finite(threshold), f"threshold is {threshold!r}")
-    require(peak is None or is_finite(peak), f"peak_bytes is {peak!r}")
+    require(threshold is None or is_finite(threshold), f"threshold is {quoted(threshold)}")
+    require(peak is None or is_finite(peak), f"peak_bytes is {quoted(peak)}")
     histogram = entry["score_histogram"]
     edges = histogram["log10_edges"]
     rising = len(edges) == _BINS + 1 and _all_numbers(edges) and all(np.diff(edges) >= 0)
@@ -178,7 +178,10 @@ def _check_metrics(entry: Any) -> None:
         counts = histogram[kind]
         require(len(counts) == _BINS and _all_numbers(counts), f"{kind} are not {_BINS} counts")
         off = histogram["not_positive"]
-        require(isinstance(off, dict) and is_finite(off.get(kind)) and off[kind] >= 0, f"not_positive is {off!r}")
+        require(isinstance(off, dict) and is_finite(off.get(kind)) and off[kind] >= 0, f"not_positive is {quoted(off)}")
+    for name in ("loss", "sparsity") if 1 <= entry["step"] <= len(steps) else ():
+        value = steps[entry["step"] - 1][name]
+        require(entry[name] == value, f"{name} is {quoted(entry[name])}, {RECORD} says {value}")
 
 
 def _load_evaluations(path: Path) -> list[Evaluation]:
@@ -189,7 +192,7 @@ def _load_evaluations(path: Path) -> list[Evaluation]:
         require(isinstance(entries, list), "it is not a list")
         require(_all_numbers([entry["sparsity"] for entry in entries]), "a sparsity is not a number")
         return [Evaluation(**{name: kind(entry[name]) for name, kind in _EVALUATION.items()}) for entry in entries]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except INVALID as error:
         raise corrupt(path, error) from None
 
 

@@ -7,19 +7,23 @@ one step ahead (removal steps, moving averages) or cut back to it on resume (``m
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 from gisp.errors import GispError
-from gisp.files import disk_message, is_unfinished, write_atomic
-from gisp.run.record import RECORD
+from gisp.files import disk_message, final_name, one_writer, write_atomic
+from gisp.run.record import LOCK, RECORD, TENSORS
 from gisp.run.trajectory import Trajectory
 
 METRICS = "metrics.jsonl"
@@ -32,31 +36,43 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._clean = False
 
-    def check_free(self, resume: bool) -> bool:
+    @contextmanager
+    def writing(self, resume: bool) -> Iterator[bool]:
+        """Be the only writer of the folder; whether a run is there to resume.
+
+        Raises:
+            GispError: the folder is taken, another process writes it, or it cannot be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise GispError(f"{self.path} is a file: give a folder for --out")
+        above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise GispError(f"cannot write {self.path}: {above} is not a folder this user may write to")
+        with one_writer(self.path, self.path / LOCK) as alone:
+            resuming = self._holds_run(resume)
+            if alone:
+                self._remove_unfinished()
+            yield resuming
+
+    def _holds_run(self, resume: bool) -> bool:
         """Whether a run is there to resume.
 
         Raises:
             GispError: the folder is taken.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise GispError(f"{self.path} is a file: give a folder for --out")
         if (self.path / RECORD).exists():
             if resume:
                 return True
             raise GispError(f"{self.path} already holds a run: add --resume to continue it or give another --out")
-        inside = sorted(self.path.iterdir()) if self.path.is_dir() else []
-        foreign = [p.name for p in inside if p.name not in _BEFORE_FIRST_COMMIT and not is_unfinished(p)]
+        inside = [path for path in sorted(self.path.iterdir()) if final_name(path) is None]
+        foreign = [path.name for path in inside if path.name not in _BEFORE_FIRST_COMMIT]
         if foreign:
             raise GispError(f"{self.path} is not empty and holds no run ({foreign[0]}): give another --out")
         if any(path.name > self._state(1).name for path in (self.path / STATE).glob("step-*.safetensors")):
             raise GispError(
                 f"{self.path} holds a run whose {RECORD} is missing: put it back to go on, or give another --out"
             )
-        above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise GispError(f"cannot write {self.path}: {above} is not a folder this user may write to")
         return False
 
     def commit(self, trajectory: Trajectory, metrics: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
@@ -70,44 +86,58 @@ class RunFolder:
         step = len(trajectory.steps)
         try:
             (self.path / STATE).mkdir(parents=True, exist_ok=True)
-            if not self._clean:
-                self._remove_unfinished()
-            write_atomic(self._state(step), save(state))
+            stored = save(state)
+            write_atomic(self._state(step), stored)
             if step == 1:
                 (self.path / METRICS).unlink(missing_ok=True)
                 write_atomic(self.path / CONFIG, self._config(trajectory))
             with (self.path / METRICS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
+            trajectory.state_sha256 = hashlib.sha256(stored).hexdigest()
             trajectory.save(self.path)
             self._state(step - 1).unlink(missing_ok=True)
         except OSError as error:
             raise GispError(disk_message(self.path, error)) from None
 
-    def load_state(self, step: int) -> dict[str, torch.Tensor]:
-        """Moving averages as of ``step``, and the metrics cut back to it."""
+    def load_state(self, step: int, sha256: str) -> dict[str, torch.Tensor]:
+        """Moving averages as of ``step``, and the metrics cut back to it.
+
+        Args:
+            sha256: of the file, as the record of the run has it; empty where it has none.
+
+        Raises:
+            GispError: the state is not there or not the one the run wrote.
+        """
         try:
-            state = load_file(self._state(step))
+            stored = self._state(step).read_bytes()
+            state = load(stored)
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise GispError(
                 f"{self.path} cannot be resumed, the state of step {step} is unreadable: {reason}"
             ) from None
+        if sha256 and hashlib.sha256(stored).hexdigest() != sha256:
+            raise GispError(
+                f"{self._state(step)} is corrupt: its SHA-256 is not the one in {RECORD}, "
+                "restore the file or prune again"
+            )
         metrics = self.path / METRICS
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []
         kept = [line for line in lines if _step_of(line) in range(1, step + 1)]
         write_atomic(metrics, "".join(f"{line}\n" for line in kept).encode())
         for stale in (self.path / STATE).iterdir():
-            if stale != self._state(step):
+            if _STATE_FILE.fullmatch(stale.name) and stale != self._state(step):
                 stale.unlink()
         return state
 
     def _remove_unfinished(self) -> None:
-        """Drop what a killed run was writing."""
+        """Drop what a killed run was writing; what others write or left in the folder stays."""
+        own = (METRICS, CONFIG, RECORD, TENSORS)
         for folder in (self.path, self.path / STATE):
-            for path in folder.iterdir():
-                if is_unfinished(path):
-                    path.unlink()
-        self._clean = True
+            for path in folder.iterdir() if folder.is_dir() else ():
+                name = final_name(path) or ""
+                if (name in own or _STATE_FILE.fullmatch(name)) and not path.is_dir():
+                    path.unlink(missing_ok=True)
 
     def _state(self, step: int) -> Path:
         return self.path / STATE / f"step-{step:05d}.safetensors"
@@ -122,7 +152,8 @@ class RunFolder:
 
 
 # What a run cut before its first commit can leave.
-_BEFORE_FIRST_COMMIT = (METRICS, CONFIG, STATE, "trajectory.safetensors")
+_BEFORE_FIRST_COMMIT = (METRICS, CONFIG, STATE, TENSORS, LOCK)
+_STATE_FILE = re.compile(r"step-[0-9]{5,}\.safetensors")
 
 
 def _step_of(line: str) -> int:

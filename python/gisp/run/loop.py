@@ -80,9 +80,9 @@ class PruningLoop:
             GispError: the run was made with other options, another model or other data.
         """
         self._check_same(done, folder.path)
-        self.average.load(folder.load_state(len(done.steps)))
+        self.average.load(folder.load_state(len(done.steps), done.state_sha256))
         self.trajectory.steps = done.steps
-        self.trajectory.complete = done.complete
+        self.trajectory.complete, self.trajectory.state_sha256 = done.complete, done.state_sha256
         for name, at in done.removed_at.items():
             self._removed_at[name][:] = at.numpy()
         for step in range(1, len(done.steps) + 1):

@@ -78,21 +78,24 @@ def prune(
         GispError: bad input or an impossible request, before anything is written.
     """
     options = {name: value for name, value in locals().items() if name in OPTIONS}
-    folder = RunFolder(Path(out)) if out is not None else None
-    return _start(model, data, folder, resume, options).run(folder, on_step)
-
-
-def _start(
-    model: nn.Module | str | Path, data: Any, folder: RunFolder | None, resume: bool, options: dict[str, Any]
-) -> PruningLoop:
-    """A run ready for its first step, or for the one after a cut run's last."""
-    loss = options["objective"] if callable(options["objective"]) else None
+    loss = objective if callable(objective) else None
     if loss is not None:
         options["objective"] = objective_name(loss)
     config = make_config(**options)
     if loss is None:
         check_built_in(config.objective)
-    resuming = folder.check_free(resume) if folder else False
+    if out is None:
+        return _start(model, data, config, loss).run(None, on_step)
+    folder = RunFolder(Path(out))
+    with folder.writing(resume) as resuming:
+        loop = _start(model, data, config, loss)
+        if resuming:
+            loop.restore(Trajectory.load(folder.path), folder)
+        return loop.run(folder, on_step)
+
+
+def _start(model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: SequenceLoss | None) -> PruningLoop:
+    """A run ready for its first step."""
     dense, path = _dense_model(model, config)
     model_map = map_model(dense, config.gqa)
     if isinstance(data, Sequences):
@@ -108,10 +111,7 @@ def _start(
         )
     sequences = check_objective(sequences.first(config.samples), config)
     spec = "tokens in memory" if isinstance(data, (torch.Tensor, Sequences)) else str(data)
-    loop = PruningLoop(model_map, sequences, config, spec, path, loss)
-    if folder and resuming:
-        loop.restore(Trajectory.load(folder.path), folder)
-    return loop
+    return PruningLoop(model_map, sequences, config, spec, path, loss)
 
 
 def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[Any, str]:

@@ -6,8 +6,11 @@ tensors one step ahead, and what is ahead is left out.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,15 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from gisp.errors import GispError
+from gisp.config.options import OPTIONS
+from gisp.errors import GispError, quoted
 
 FORMAT = "gisp-trajectory"
 VERSION = 1
 TENSORS = "trajectory.safetensors"
 RECORD = "trajectory.json"
+# Held by the one process that writes a run folder.
+LOCK = ".lock"
 # Kinds of structures, and what in a base model's record counts those of a layer.
 STRUCTURES = {"heads": "num_attention_heads", "channels": "intermediate_size"}
 
@@ -35,18 +41,44 @@ _BASE_INTEGERS = (
     "decoder_parameters",
     "parameters",
 )
-_STEP_NUMBERS = (
-    "sparsity",
-    "target",
-    "model_sparsity",
-    "removed_parameters",
-    "heads_removed",
-    "channels_removed",
-    "loss",
-    "tokens",
-    "seconds",
-    "kv_bytes_per_token",
-)
+_STEP_NUMBERS = ("sparsity", "target", "model_sparsity", "loss", "seconds")
+_STEP_COUNTS = ("removed_parameters", "heads_removed", "channels_removed", "tokens", "kv_bytes_per_token")
+# What never falls from step to step.
+_RISING = ("removed_parameters", "heads_removed", "channels_removed")
+_DIGESTS = ("removed_at_sha256", "state_sha256")
+# Far above any model and below what overflows arithmetic on it.
+_MOST = 2**60
+_READS = 5
+
+
+def read_trajectory(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """``trajectory.json`` and the tensors of one moment, also while the run is being written.
+
+    Raises:
+        GispError: no run there, or a corrupt one.
+    """
+    for _ in range(_READS):
+        record = read_record(folder)
+        try:
+            return record, read_removed_at(folder, record)
+        except GispError as error:
+            # A run that went on between the two reads has other tensors than its record spoke of.
+            failed = error
+            if len(read_record(folder)["steps"]) == len(record["steps"]):
+                break
+    raise failed
+
+
+def removed_at_digest(removed_at: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names and values, by name; values as little-endian int32.
+
+    Args:
+        removed_at: group name -> [original count], steps that are not committed taken as 0.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(removed_at):
+        digest.update(name.encode() + b"\0" + removed_at[name].astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -63,7 +95,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = load_json(folder / RECORD)
     try:
         _check(record)
-    except (KeyError, TypeError, ValueError) as error:
+    except INVALID as error:
         raise corrupt(folder / RECORD, error) from None
     return dict(record)
 
@@ -103,6 +135,8 @@ def read_removed_at(folder: Path, record: dict[str, Any]) -> dict[str, np.ndarra
     foreign = next((name for name in tensors if name.removesuffix(".removed_at") not in found), None)
     if foreign:
         raise GispError(f"{path} is corrupt: it holds {foreign}, which a model of {base['layers']} layers has not")
+    if record.get("removed_at_sha256", "") not in ("", removed_at_digest(found)):
+        raise GispError(f"{path} is corrupt: the SHA-256 of its values is not the one in {RECORD}")
     return found
 
 
@@ -112,6 +146,10 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise corrupt(path, error) from None
+
+
+# What reading a value of another type, or one out of range, from a file can raise.
+INVALID = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 
 
 def corrupt(path: Path, error: Exception, where: str = "") -> GispError:
@@ -132,8 +170,16 @@ def require(condition: bool, message: str) -> None:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a JSON value is a finite number that a float holds."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a JSON value is a whole number of at least ``least``, and one arithmetic is safe on."""
+    return type(value) is int and least <= value <= _MOST
 
 
 def _check(record: Any) -> None:
@@ -141,24 +187,76 @@ def _check(record: Any) -> None:
         raise ValueError(f"it is not {FORMAT} version {VERSION}")
     for name in ("base_model", "config", "data", "versions"):
         require(isinstance(record[name], dict), f"{name} is not an object")
-    require(isinstance(record["complete"], bool), "complete is not true or false")
-    require(isinstance(record["config"]["preset"], str), "config.preset is not a name")
-    base = record["base_model"]
-    for name in _BASE_TEXTS:
-        require(isinstance(base[name], str), f"base_model.{name} is {base[name]!r}")
-    for name in _BASE_INTEGERS:
-        require(isinstance(base[name], int) and base[name] > 0, f"base_model.{name} is {base[name]!r}")
-    heads, kv_heads = base["num_attention_heads"], base["num_key_value_heads"]
-    require(heads % kv_heads == 0, f"{heads} heads do not share {kv_heads} key/value heads evenly")
+    for name in _DIGESTS:
+        require(isinstance(record.get(name, ""), str), f"{name} is {quoted(record.get(name))}")
+    _check_base(record["base_model"], record.get("structures"))
+    _check_config(record["config"])
+    _check_data(record["data"])
     steps = record["steps"]
     require(isinstance(steps, list) and len(steps) > 0, "it holds no finished step")
     for number, step in enumerate(steps, start=1):
         require(isinstance(step, dict), f"step {number} is not an object")
-        require(step["step"] == number, f"step {number} is numbered {step['step']!r}")
-        for name in _STEP_NUMBERS:
-            require(is_finite(step[name]), f"{name} of step {number} is {step[name]!r}")
-        share = step["removed_parameters"] / base["decoder_parameters"]
+        _check_step(number, step, record["base_model"])
+    for before, after in pairwise(steps):
+        for name in _RISING:
+            require(before[name] <= after[name], f"{name} falls from step {before['step']} to {after['step']}")
+    _check_end(record["complete"], steps, record["config"])
+
+
+def _check_base(base: dict[str, Any], structures: Any) -> None:
+    for name in _BASE_TEXTS:
+        require(isinstance(base[name], str), f"base_model.{name} is {quoted(base[name])}")
+    for name in _BASE_INTEGERS:
+        require(is_count(base[name], 1), f"base_model.{name} is {quoted(base[name])}")
+    heads, kv_heads = base["num_attention_heads"], base["num_key_value_heads"]
+    require(heads % kv_heads == 0, f"{heads} heads do not share {kv_heads} key/value heads evenly")
+    whole, decoder = base["parameters"], base["decoder_parameters"]
+    require(decoder <= whole, f"base_model has {decoder} parameters in its decoder and {whole} in all")
+    counts = {kind: base["layers"] * base[count] for kind, count in STRUCTURES.items()}
+    require(structures is None or structures == counts, f"structures are {quoted(structures)}, the model has {counts}")
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    require(isinstance(config["preset"], str), "config.preset is not a name")
+    for name in sorted(config.keys() & OPTIONS.keys()):
+        value, option = config[name], OPTIONS[name]
+        if option.choices:
+            # A criterion may be one that only the program that made the run knows.
+            require(value is None or isinstance(value, str), f"config.{name} is {quoted(value)}")
+        elif value is not None:
+            option.check(value)
+    require(is_count(config["steps"], 1), f"config.steps is {quoted(config['steps'])}")
+
+
+def _check_data(data: dict[str, Any]) -> None:
+    require(isinstance(data["spec"], str), f"data.spec is {quoted(data['spec'])}")
+    require(is_count(data["sequences"], 1), f"data.sequences is {quoted(data['sequences'])}")
+    require(isinstance(data["sha256"], str), f"data.sha256 is {quoted(data['sha256'])}")
+    tasks = data.get("tasks", [])
+    sound = isinstance(tasks, list) and all(isinstance(task, dict) for task in tasks)
+    require(sound and all(isinstance(task["objective"], str) for task in tasks), f"data.tasks is {quoted(tasks)}")
+
+
+def _check_step(number: int, step: dict[str, Any], base: dict[str, Any]) -> None:
+    require(type(step["step"]) is int and step["step"] == number, f"step {number} is numbered {quoted(step['step'])}")
+    for name in _STEP_NUMBERS:
+        require(is_finite(step[name]), f"{name} of step {number} is {quoted(step[name])}")
+    for name in _STEP_COUNTS:
+        require(is_count(step[name]), f"{name} of step {number} is {quoted(step[name])}")
+    removed = step["removed_parameters"]
+    for name, whole in (("sparsity", "decoder_parameters"), ("model_sparsity", "parameters")):
+        share = removed / base[whole]
         require(
-            0 <= share <= 1 and math.isclose(step["sparsity"], share, abs_tol=1e-9),
-            f"sparsity of step {number} is {step['sparsity']!r}, its removed parameters are {share!r} of the decoder",
+            0 <= share <= 1 and math.isclose(step[name], share, abs_tol=1e-9),
+            f"{name} of step {number} is {step[name]!r}, its removed parameters are {share!r} of {whole}",
         )
+
+
+def _check_end(complete: Any, steps: list[dict[str, Any]], config: dict[str, Any]) -> None:
+    """Whether a run is finished follows from its steps and what it was to do."""
+    require(isinstance(complete, bool), "complete is not true or false")
+    done, planned, goal = len(steps), config["steps"], config.get("sparsity")
+    require(done <= planned, f"it holds {done} steps of a run of {planned}")
+    reached = config.get("schedule") == "structures" and goal is not None and steps[-1]["sparsity"] >= goal
+    ended = done == planned or reached
+    require(complete == ended, f"complete is {str(complete).lower()} after {done} of {planned} steps")

@@ -15,11 +15,21 @@ from safetensors.torch import save
 from torch import nn
 
 from gisp.errors import GispError
-from gisp.files import disk_message, write_atomic
+from gisp.files import one_writer, write_atomic
 from gisp.model.keep import Keep, Removal
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import fingerprint, map_model
-from gisp.run.record import FORMAT, RECORD, STRUCTURES, TENSORS, VERSION, corrupt, read_record, read_removed_at
+from gisp.run.record import (
+    FORMAT,
+    LOCK,
+    RECORD,
+    STRUCTURES,
+    TENSORS,
+    VERSION,
+    corrupt,
+    read_trajectory,
+    removed_at_digest,
+)
 from gisp.select.schedule import nearest_step
 
 
@@ -64,6 +74,7 @@ class Trajectory:
         data: calibration data: spec, number of sequences and SHA-256.
         versions: of the libraries that made it.
         complete: whether the last step of the schedule was reached.
+        state_sha256: of the file a resumed run needs beside the trajectory; empty where there is none.
     """
 
     removed_at: dict[str, torch.Tensor]
@@ -73,6 +84,7 @@ class Trajectory:
     versions: dict[str, str]
     steps: list[StepRecord] = field(default_factory=list)
     complete: bool = False
+    state_sha256: str = ""
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -195,18 +207,23 @@ class Trajectory:
             "data": self.data,
             "structures": {kind: self.layers * self.base_model[count] for kind, count in STRUCTURES.items()},
             "steps": [asdict(record) for record in self.steps],
+            "removed_at_sha256": removed_at_digest(
+                {name: at.to(torch.int32).cpu().numpy() for name, at in self.removed_at.items()}
+            ),
+            "state_sha256": self.state_sha256,
             "versions": self.versions,
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write the two trajectory files into ``folder``; each appears whole or not at all, the JSON last."""
+        """Write the two trajectory files into ``folder``; each appears whole or not at all, the JSON last.
+
+        Raises:
+            GispError: another process writes the folder, or it cannot be written.
+        """
         path = Path(folder)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise GispError(disk_message(path, error)) from None
-        write_atomic(path / TENSORS, self.tensors())
-        write_atomic(path / RECORD, json.dumps(self.record(), indent=1).encode())
+        with one_writer(path, path / LOCK):
+            write_atomic(path / TENSORS, self.tensors())
+            write_atomic(path / RECORD, json.dumps(self.record(), indent=1).encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> Trajectory:
@@ -215,8 +232,7 @@ class Trajectory:
         Raises:
             GispError: no run there, or a corrupt one.
         """
-        record = read_record(Path(folder))
-        removed_at = read_removed_at(Path(folder), record)
+        record, removed_at = read_trajectory(Path(folder))
         try:
             steps = [StepRecord(**step) for step in record["steps"]]
         except TypeError as error:
@@ -229,6 +245,7 @@ class Trajectory:
             versions=record["versions"],
             steps=steps,
             complete=record["complete"],
+            state_sha256=record.get("state_sha256", ""),
         )
 
 

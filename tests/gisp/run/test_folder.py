@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from tiny import tiny_model, tiny_tokens
 import gisp
 from gisp.cli import main
 from gisp.errors import GispError
+from gisp.files import temporary_path
 
 
 def test_a_record_nested_too_deeply_is_corrupt(tmp_path, model_folder, token_file):
@@ -52,16 +54,47 @@ def test_a_run_without_its_record_is_not_begun_anew(tmp_path, model_folder, toke
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == left
 
 
-def test_a_state_that_is_not_finite_is_not_resumed(tmp_path, model_folder, token_file):
+@pytest.mark.parametrize("value", [float("nan"), 1.0])
+@pytest.mark.parametrize("checksums", [True, False])
+def test_a_state_the_run_did_not_write_is_not_resumed(tmp_path, model_folder, token_file, value, checksums):
     out = tmp_path / "r"
     with pytest.raises(KeyboardInterrupt):
         run_into(out, model_folder, token_file, on_step=cut_after(2))
-    path = out / "state" / "step-00002.safetensors"
-    save_file({name: torch.full_like(at, float("nan")) for name, at in load_file(path).items()}, path)
-    record = (out / "trajectory.json").read_bytes()
-    with pytest.raises(GispError, match="not finite: it is corrupt"):
+    path, record = out / "state" / "step-00002.safetensors", out / "trajectory.json"
+    save_file({name: torch.full_like(at, value) for name, at in load_file(path).items()}, path)
+    if not checksums:
+        _without_checksums(record)
+    before = record.read_bytes()
+    if not checksums and value == 1.0:
         run_into(out, model_folder, token_file, resume=True)
-    assert (out / "trajectory.json").read_bytes() == record
+        return
+    with pytest.raises(GispError, match="is corrupt: its SHA-256" if checksums else "not finite: it is corrupt"):
+        run_into(out, model_folder, token_file, resume=True)
+    assert record.read_bytes() == before
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+def test_layers_that_were_swapped_are_noticed_by_the_checksum(tmp_path, model_folder, token_file, checksums):
+    run_into(tmp_path / "r", model_folder, token_file)
+    path = tmp_path / "r" / "trajectory.safetensors"
+    tensors = load_file(path)
+    one, other = (f"layers.{layer}.channels.removed_at" for layer in (1, 2))
+    assert not torch.equal(tensors[one], tensors[other])
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, path)
+    if checksums:
+        with pytest.raises(GispError, match="SHA-256 of its values"):
+            gisp.Trajectory.load(tmp_path / "r")
+    else:
+        _without_checksums(tmp_path / "r" / "trajectory.json")
+        gisp.Trajectory.load(tmp_path / "r")
+
+
+def _without_checksums(path):
+    """The record as earlier versions wrote it."""
+    record = json.loads(path.read_text())
+    del record["removed_at_sha256"], record["state_sha256"]
+    path.write_text(json.dumps(record))
 
 
 def _set(record, path, value):
@@ -89,6 +122,24 @@ def _set(record, path, value):
         ("steps.1.loss", float("nan")),
         ("steps.0.step", 2),
         ("complete", "yes"),
+        ("complete", False),
+        ("config.steps", 3),
+        ("config.steps", 5),
+        ("config.steps", None),
+        ("config.gqa", []),
+        ("config.ema", 10**400),
+        ("base_model.parameters", 5),
+        ("base_model.layers", True),
+        ("base_model.hidden_size", 10**400),
+        ("steps.1.removed_parameters", 0),
+        ("steps.0.heads_removed", 10**400),
+        ("steps.0.seconds", 10**400),
+        ("steps.1.model_sparsity", 0.5),
+        ("structures.heads", 1),
+        ("data.spec", 5),
+        ("data.sequences", 0),
+        ("removed_at_sha256", "0"),
+        ("state_sha256", 0),
         ("version", 2),
     ],
 )
@@ -104,6 +155,7 @@ def test_a_corrupt_record_is_one_line(tmp_path, model_folder, token_file, path, 
         assert captured.err.count("\n") == 1
         assert captured.err.startswith("error: ")
         assert "corrupt" in captured.err
+        assert len(captured.err) < 1000
 
 
 def test_an_out_folder_that_cannot_be_is_refused_before_any_work(tmp_path, token_file):
@@ -139,3 +191,57 @@ def test_a_run_with_other_labels_is_another_run(tmp_path, model_folder):
     save_file({"input_ids": ids, "labels": labels}, path)
     with pytest.raises(GispError, match="made with another"):
         run_into(tmp_path / "r", model_folder, path, resume=True)
+
+
+def test_a_run_folder_has_one_writer(tmp_path, model_folder, token_file):
+    refused = []
+
+    def also_write(record, steps):
+        with (
+            pytest.raises(GispError, match="is being written by process") as error,
+            concurrent.futures.ThreadPoolExecutor() as pool,
+        ):
+            pool.submit(run_into, tmp_path / "r", model_folder, token_file, resume=record.step % 2 == 0).result()
+        refused.append(str(error.value))
+        # Reading goes on while it is written.
+        assert len(gisp.Trajectory.load(tmp_path / "r").steps) == record.step
+
+    run_into(tmp_path / "r", model_folder, token_file, on_step=also_write)
+    assert len(refused) == OPTIONS["steps"]
+    assert not (tmp_path / "r" / ".lock").exists()
+    run_into(tmp_path / "s", model_folder, token_file)
+    files = [(tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("r", "s")]
+    assert files[0] == files[1]
+
+
+def test_what_others_leave_in_a_run_folder_does_not_stop_it(tmp_path, model_folder, token_file):
+    out = tmp_path / "r"
+    with pytest.raises(KeyboardInterrupt):
+        run_into(out, model_folder, token_file, on_step=cut_after(2))
+    killed = [temporary_path(out / "trajectory.json"), temporary_path(out / "state" / "step-00003.safetensors")]
+    foreign = [out / "notes", temporary_path(out / "small"), out / "state" / "mine"]
+    for path in killed:
+        path.write_text("half")
+    for path in foreign:
+        path.mkdir()
+    of_report = temporary_path(out / "report.html")
+    of_report.write_text("half")
+    run_into(out, model_folder, token_file, resume=True)
+    assert not any(path.exists() for path in killed)
+    assert all(path.exists() for path in [*foreign, of_report])
+
+
+def test_a_reader_of_a_run_that_goes_on_reads_one_moment(tmp_path, model_folder, token_file, monkeypatch):
+    from gisp.run import record
+
+    shorter, longer = tmp_path / "shorter", tmp_path / "longer"
+    run_into(longer, model_folder, token_file)
+    with pytest.raises(KeyboardInterrupt):
+        run_into(shorter, model_folder, token_file, on_step=cut_after(1))
+    # The record of step 1 is read, then the tensors of the last step, and so the record again.
+    reads = iter([shorter, longer, longer])
+    read_record = record.read_record
+    monkeypatch.setattr(record, "read_record", lambda folder: read_record(next(reads)))
+    found, removed_at = record.read_trajectory(longer)
+    assert len(found["steps"]) == OPTIONS["steps"]
+    assert max(at.max() for at in removed_at.values()) == OPTIONS["steps"]
