@@ -34,6 +34,7 @@ ROOMS = {
         (
             "errors",
             "files",
+            "hub",
             "config",
             "model",
             "data",

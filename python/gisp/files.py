@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -61,8 +60,8 @@ def one_writer(path: Path, lock: Path) -> Iterator[bool]:
     """Be the only writer of ``path``, in this and all other processes, until the block ends.
 
     The lock is the system's, on the file ``lock``: it ends with the process that holds it, however that ends, and a
-    lock file a killed process left locks nothing. Folders made for it go again if they are empty in the end. Within
-    the block the same lock can be taken again.
+    lock file a killed process left locks nothing. It goes when a block ends well; one that fails leaves what was there.
+    Folders made for it go again if they are empty in the end. Within the block the same lock can be taken again.
 
     Yields:
         Whether there is a lock; a file system that has none is written to all the same.
@@ -74,6 +73,7 @@ def one_writer(path: Path, lock: Path) -> Iterator[bool]:
     if lock in _HELD.get():
         yield True
         return
+    left = lock.exists()
     missing = [folder for folder in lock.parents if not folder.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -84,11 +84,13 @@ def one_writer(path: Path, lock: Path) -> Iterator[bool]:
     token = _HELD.set(_HELD.get() | {lock})
     try:
         yield held is not None
+        left = False
     finally:
         _HELD.reset(token)
-        # Removed before it is released: who waits on the old file sees that it is gone and takes a new one.
+        # Removed before it is released: who opened the old file sees that it is gone and takes a new one.
         with contextlib.suppress(OSError):
-            lock.unlink()
+            if not left:
+                lock.unlink()
         if held is not None:
             os.close(held)
         _remove_empty(missing)
@@ -102,10 +104,9 @@ def _lock(path: Path, lock: Path) -> int | None:
             if fcntl is not None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            who = os.read(descriptor, 200).decode(errors="replace")
             os.close(descriptor)
             raise GispError(
-                f"{path} is being written by {who or 'another process'}: wait for its end or give another place"
+                f"{path} is being written by another process: wait for its end or give another place"
             ) from None
         except OSError as error:
             os.close(descriptor)
@@ -116,8 +117,6 @@ def _lock(path: Path, lock: Path) -> int | None:
             os.close(descriptor)
             return None
         if _is_file(descriptor, lock):
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
             return descriptor
         os.close(descriptor)
 

@@ -139,15 +139,17 @@ def test_resume_after_many_kills(case: Case, launcher: Launcher, tmp_path: Path)
     assert_identical(out, case)
 
 
-def test_resume_after_interrupt(case: Case, launcher: Launcher, tmp_path: Path) -> None:
-    """Ctrl-C stops with a failure code and without a traceback, and the run can be continued."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_resume_after_interrupt(number: signal.Signals, case: Case, launcher: Launcher, tmp_path: Path) -> None:
+    """A signal stops with its code and without a traceback, nothing unfinished stays, and the run can be continued."""
     out, before = tmp_path / "run", len(launcher.output())
-    code = launcher.interrupt(lambda: recorded_steps(out) >= 4, 0.0, signal.SIGINT, *case.arguments(out))
-    assert code != 0
+    code = launcher.interrupt(lambda: recorded_steps(out) >= 4, 0.0, number, *case.arguments(out))
+    assert code == 128 + number
     assert "Traceback" not in launcher.output()[before:]
-    assert "continue them with --resume" in launcher.output()[before:]
+    assert f"continue with gisp prune --resume {out}" in launcher.output()[before:]
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
     assert 4 <= recorded_steps(out) < STEPS
-    assert launcher.run(*case.arguments(out, "--resume")) == 0, launcher.output()
+    assert launcher.run("prune", "--resume", out) == 0, launcher.output()
     assert_identical(out, case)
 
 

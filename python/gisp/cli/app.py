@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from typing import Annotated, Any
@@ -13,7 +14,8 @@ from gisp.cli.demo_command import demo
 from gisp.cli.eval_command import evaluate
 from gisp.cli.prune_command import prune
 from gisp.cli.run_commands import export, inspect, report
-from gisp.errors import GispError
+from gisp.cli.stop import InterruptError, unwinding
+from gisp.errors import GispError, is_out_of_memory, shortened
 
 app = typer.Typer(
     name="gisp",
@@ -27,9 +29,15 @@ for command in (prune, export, report, inspect, demo):
 app.command("eval")(evaluate)
 app.add_typer(bench)
 
-INTERRUPTED = 130
+# What newer versions of typer make of a KeyboardInterrupt.
+_INTERRUPTED = 130
+_LONGEST_LINE = 1000
 # transformers imports torchao where it is installed; complaints about its binaries must not bury an error's one line.
 _NOISY = ("torchao", "torch.utils._pytree")
+_NOTHING_LEFT = "nothing half-written is left, give the command again"
+_OUT_OF_MEMORY = (
+    "out of memory: give a smaller --batch-size, --batch-tokens or --calibration-tokens, or --dtype bfloat16"
+)
 # Typer's own parsing errors, whichever click it is built on.
 _ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -52,9 +60,24 @@ def _options(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 for Ctrl-C."""
+    """Run one command and return its exit code.
+
+    Returns:
+        0, 2 for bad input (one line on stderr), 130 for Ctrl-C, 143 for TERM, 129 for HUP.
+    """
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    with unwinding() as stop:
+        try:
+            return _run(argv)
+        except InterruptError as interrupted:
+            # A terminal that hung up takes no line.
+            with contextlib.suppress(OSError):
+                print(f"interrupted: {interrupted}", file=sys.stderr)
+            return stop.code
+
+
+def _run(argv: list[str] | None) -> int:
     try:
         code = app(args=argv, standalone_mode=False)
     except GispError as error:
@@ -66,22 +89,18 @@ def main(argv: list[str] | None = None) -> int:
     except typer.Exit as exit_request:
         code = exit_request.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
-    except OSError as error:
-        return _fail(f"{error.strerror or error}: {error.filename or 'file'}")
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        return _fail(
-            "out of memory: give a smaller --batch-size, --batch-tokens or --calibration-tokens, or --dtype bfloat16"
-        )
-    # Newer versions of typer make this code of a KeyboardInterrupt.
-    return _interrupted() if code == INTERRUPTED else int(code or 0)
-
-
-def _interrupted() -> int:
-    print("interrupted: finished steps of a run are kept, continue them with --resume", file=sys.stderr)
-    return INTERRUPTED
+        raise InterruptError(_NOTHING_LEFT) from None
+    except InterruptError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            return _fail(_OUT_OF_MEMORY)
+        if isinstance(error, OSError):
+            return _fail(f"{error.strerror or error}: {error.filename or 'file'}")
+        raise
+    if code == _INTERRUPTED:
+        raise InterruptError(_NOTHING_LEFT)
+    return int(code or 0)
 
 
 def _with_value(error: Any, argv: list[str]) -> str:
@@ -97,5 +116,5 @@ def _with_value(error: Any, argv: list[str]) -> str:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {shortened(' '.join(message.split()), _LONGEST_LINE)}", file=sys.stderr)
     return 2

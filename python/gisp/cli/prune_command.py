@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +11,9 @@ import typer
 
 from gisp.cli.flags import flag, with_flags
 from gisp.cli.progress import StepProgress
+from gisp.cli.stop import InterruptError
 from gisp.config.declare import Option
-from gisp.config.options import OPTIONS, make_config, read_yaml, without_defaults
+from gisp.config.options import CONFIG_FILE, IN_MEMORY, OPTIONS, make_config, read_yaml, without_defaults
 from gisp.config.reference import help_text
 from gisp.errors import GispError
 
@@ -44,19 +46,31 @@ def prune(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to write.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out if there is one.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out if there is one. `gisp prune --resume RUN` takes the rest from RUN.",
+        ),
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
     **flags: Any,
 ) -> None:
     """Prune a model step by step; every sparsity passed on the way stays available."""
     options: dict[str, Any] = read_yaml(config) if config else {}
+    if resume and model is not None and out is data is config is None:
+        model, out = None, Path(model)
     places: dict[str, Any] = {"model": model, "data": data, "out": out}
+    if resume and out is not None:
+        options = {**_recorded(out, places), **options}
     for name, value in places.items():
         stored = options.pop(name, None)
         places[name] = str(value or stored or "")
     given = {name: value for name, value in flags.items() if value is not None}
     options = {**without_defaults(options, given), **given}
     make_config(**options)
+    if resume and places["out"] and not places["model"] and not places["data"]:
+        raise GispError(f"{places['out']} holds no run to resume: give the folder that gisp prune --out wrote")
     missing = [shown for shown, value in zip(("MODEL", "--data", "--out"), places.values(), strict=True) if not value]
     if missing:
         raise GispError(f"{missing[0]} is missing: gisp prune MODEL --data SPEC --out RUN")
@@ -66,7 +80,10 @@ def prune(
     with StepProgress("pruning") as progress:
         if options.get("ratio") is not None and options.get("sparsity") is not None:
             progress.say("warning: --sparsity is ignored beside --ratio, which alone says where the schedule ends")
-        trajectory = run_prune(**places, resume=resume, on_step=progress.step, **options)
+        try:
+            trajectory = run_prune(**places, resume=resume, on_step=progress.step, **options)
+        except KeyboardInterrupt:
+            raise InterruptError(_how_to_go_on(Path(places["out"]))) from None
     for line in _shortfalls(trajectory):
         progress.say(f"warning: {line}")
     last = trajectory.steps[-1]
@@ -74,6 +91,39 @@ def prune(
         f"{places['out']}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
         f"whole model {last.model_sparsity:.4f}"
     )
+
+
+def _recorded(run: Path, places: dict[str, Any]) -> dict[str, Any]:
+    """Model, data and options of a run that is to go on, as its folder has them; empty where none has begun.
+
+    Args:
+        places: those given, which count more.
+
+    Raises:
+        GispError: only the program that made the run has its model or data, or its options cannot be read.
+    """
+    if not _has_begun(run):
+        return {}
+    stored = read_yaml(run / CONFIG_FILE) if (run / CONFIG_FILE).is_file() else {}
+    for name, shown in (("model", "MODEL"), ("data", "--data")):
+        if not places[name] and stored.get(name) in (None, "", IN_MEMORY):
+            raise GispError(
+                f"{run} does not say where its {name} lies: give {shown}, or resume it from Python with "
+                "gisp.prune(model, data, out=..., resume=True)"
+            )
+    return stored
+
+
+def _has_begun(run: Path) -> bool:
+    from gisp.run.record import RECORD
+
+    return (run / RECORD).is_file()
+
+
+def _how_to_go_on(out: Path) -> str:
+    if not _has_begun(out):
+        return "no step was finished, nothing is written"
+    return f"finished steps are kept, continue with gisp prune --resume {shlex.quote(str(out))}"
 
 
 def _shortfalls(trajectory: Any) -> list[str]:

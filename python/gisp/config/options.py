@@ -15,6 +15,9 @@ from gisp.config.declare import declared_options, option
 from gisp.errors import GispError
 
 DEFAULT_PRESET = "fast"
+# The file in a run folder that holds its options, and what it calls data that have no name.
+CONFIG_FILE = "config.yaml"
+IN_MEMORY = "tokens in memory"
 PRESETS: dict[str, dict[str, Any]] = {
     # One fresh batch a step, smoothed over steps; widths that keep GEMMs fast. Scores to second order, without a weight
     # gradient: what the quality study found best at every size (benchmarks/RESULTS.md).

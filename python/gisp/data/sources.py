@@ -12,6 +12,7 @@ from gisp.data.lm_eval_tasks import LM_EVAL, NAMED_TASKS, task_rows
 from gisp.data.mixture import MIXTURE_FILES
 from gisp.data.rows import FORMATS
 from gisp.errors import GispError
+from gisp.hub import is_reachable, unreachable
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,17 @@ def read_rows(spec: str, held_out: bool = False) -> Iterator[dict[str, Any]]:
         yield from _file_rows(path)
     else:
         yield from _dataset_rows(spec, held_out)
+
+
+def located(spec: str) -> str:
+    """A SPEC that means the same from every working folder; names of datasets and tasks stay what they are."""
+    if spec.startswith(LM_EVAL):
+        names, at, folder = spec.partition("@")
+        return f"{names}@{Path(folder).resolve()}" if at else spec
+    path = Path(spec)
+    # What has no suffix may be a dataset's name.
+    is_file = bool(path.suffix) and path.is_file()
+    return str(path.resolve()) if is_file or any((path / name).is_file() for name in _SAVED_DATASET) else spec
 
 
 def is_document(spec: str) -> bool:
@@ -140,10 +152,14 @@ def _dataset_rows(name: str, held_out: bool) -> Iterator[dict[str, Any]]:
             f"datasets, {LM_EVAL}TASK or a named dataset ({known})"
         )
     datasets = _datasets(f"dataset {name!r}")
+    if not is_reachable():
+        raise GispError(unreachable(f"dataset {name!r}"))
     dataset = NAMED_DATASETS[name]
     split = dataset.evaluation_split if held_out else "train"
     try:
-        stream = datasets.load_dataset(dataset.path, dataset.configuration, split=split, streaming=True)
+        stream = datasets.load_dataset(
+            dataset.path, dataset.configuration, split=split, streaming=True, trust_remote_code=False
+        )
         if dataset.one_document:
             # The papers' protocol: every row counts, empty ones too, with a blank line between two.
             yield {"text": "\n\n".join(row["text"] for row in stream)}

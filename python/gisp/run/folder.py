@@ -21,13 +21,14 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from gisp.config.options import CONFIG_FILE
+from gisp.data.sources import located
 from gisp.errors import GispError
 from gisp.files import disk_message, final_name, one_writer, write_atomic
 from gisp.run.record import LOCK, RECORD, TENSORS
 from gisp.run.trajectory import Trajectory
 
 METRICS = "metrics.jsonl"
-CONFIG = "config.yaml"
 STATE = "state"
 
 
@@ -36,6 +37,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._clean = False
 
     @contextmanager
     def writing(self, resume: bool) -> Iterator[bool]:
@@ -50,10 +52,8 @@ class RunFolder:
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise GispError(f"cannot write {self.path}: {above} is not a folder this user may write to")
         with one_writer(self.path, self.path / LOCK) as alone:
-            resuming = self._holds_run(resume)
-            if alone:
-                self._remove_unfinished()
-            yield resuming
+            self._clean = not alone
+            yield self._holds_run(resume)
 
     def _holds_run(self, resume: bool) -> bool:
         """Whether a run is there to resume.
@@ -86,11 +86,13 @@ class RunFolder:
         step = len(trajectory.steps)
         try:
             (self.path / STATE).mkdir(parents=True, exist_ok=True)
+            if not self._clean:
+                self._remove_unfinished()
             stored = save(state)
             write_atomic(self._state(step), stored)
             if step == 1:
                 (self.path / METRICS).unlink(missing_ok=True)
-                write_atomic(self.path / CONFIG, self._config(trajectory))
+                write_atomic(self.path / CONFIG_FILE, self._config(trajectory))
             with (self.path / METRICS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
             trajectory.state_sha256 = hashlib.sha256(stored).hexdigest()
@@ -132,27 +134,27 @@ class RunFolder:
 
     def _remove_unfinished(self) -> None:
         """Drop what a killed run was writing; what others write or left in the folder stays."""
-        own = (METRICS, CONFIG, RECORD, TENSORS)
+        own = (METRICS, CONFIG_FILE, RECORD, TENSORS)
         for folder in (self.path, self.path / STATE):
             for path in folder.iterdir() if folder.is_dir() else ():
                 name = final_name(path) or ""
                 if (name in own or _STATE_FILE.fullmatch(name)) and not path.is_dir():
                     path.unlink(missing_ok=True)
+        self._clean = True
 
     def _state(self, step: int) -> Path:
         return self.path / STATE / f"step-{step:05d}.safetensors"
 
     def _config(self, trajectory: Trajectory) -> bytes:
-        data = Path(str(trajectory.data["spec"]))
-        # As the model's path: the file is used from other folders too. What has no suffix may be a dataset's name.
-        spec = str(data.resolve()) if data.suffix and data.is_file() else trajectory.data["spec"]
+        # As the model's path: the file is used from other folders too.
+        spec = located(str(trajectory.data["spec"]))
         options = {"model": trajectory.base_model["path"], "data": spec, **trajectory.config}
         given = {name: value for name, value in options.items() if value is not None}
         return yaml.safe_dump(given, sort_keys=False).encode()
 
 
 # What a run cut before its first commit can leave.
-_BEFORE_FIRST_COMMIT = (METRICS, CONFIG, STATE, TENSORS, LOCK)
+_BEFORE_FIRST_COMMIT = (METRICS, CONFIG_FILE, STATE, TENSORS, LOCK)
 _STATE_FILE = re.compile(r"step-[0-9]{5,}\.safetensors")
 
 

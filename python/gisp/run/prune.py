@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gisp.config.options import OPTIONS, PruneConfig, make_config
+from gisp.config.options import IN_MEMORY, OPTIONS, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
 from gisp.model.load import check_model_path, load_dense, resolve_device, resolve_dtype
@@ -110,7 +110,7 @@ def _start(model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: 
             seed=config.seed,
         )
     sequences = check_objective(sequences.first(config.samples), config)
-    spec = "tokens in memory" if isinstance(data, (torch.Tensor, Sequences)) else str(data)
+    spec = IN_MEMORY if isinstance(data, (torch.Tensor, Sequences)) else str(data)
     return PruningLoop(model_map, sequences, config, spec, path, loss)
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
+import yaml
+from run_cases import cut_after
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_tokens
 
 import gisp
 from gisp.cli import main
@@ -133,3 +139,70 @@ def test_what_a_command_ignores_or_cannot_do_is_said(tmp_path, model_folder, tok
     layers = ["--criterion", "block-influence", "--preset", "official", "--ratio", "0.01", "--steps", "2"]
     assert main([*given, "--out", str(tmp_path / "l"), *layers]) == 0
     assert "nothing was removed: --ratio 0.01 is less" in "".join(capsys.readouterr())
+
+
+def begun(run, model, data):
+    """A run of five steps cut after the second, by the command line's options."""
+    options = {"sparsity": 0.3, "steps": 5, "batch_tokens": 64, "align": 4, "seed": 7, "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt):
+        gisp.prune(model, data, out=run, on_step=cut_after(2), **options)
+
+
+def test_a_run_folder_is_all_that_resuming_takes(tmp_path, model_folder, token_file, monkeypatch):
+    monkeypatch.chdir(token_file.parent)
+    for name in ("a", "b", "c"):
+        begun(tmp_path / name, model_folder, token_file.name)
+    gisp.prune(model_folder, token_file, out=tmp_path / "a", resume=True, **gisp.Trajectory.load(tmp_path / "a").config)
+    monkeypatch.chdir(tmp_path)
+    assert main(["prune", "--resume", "b"]) == 0
+    assert main(["prune", str(model_folder), "--out", "c", "--resume", "--seed", "7"]) == 0
+    files = [(tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("a", "b", "c")]
+    assert files[0] == files[1] == files[2]
+    assert gisp.Trajectory.load(tmp_path / "b").complete
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resume", "r", "--steps", "6"], "made with steps 5, not 6"),
+        (["--resume", "r", "--preset", "paper"], "--batch-tokens 64 belongs to --engine stream"),
+        (["--resume", "absent"], "absent holds no run to resume"),
+        (["--resume"], "MODEL is missing"),
+        (["--resume", "memory"], "does not say where its model lies"),
+        (["--resume", "moved"], "gone/model"),
+        (["--resume", "changed"], "was made with another data"),
+    ],
+)
+def test_what_cannot_be_resumed_is_one_line(tmp_path, model_folder, token_file, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    begun(tmp_path / "r", model_folder, token_file)
+    begun(tmp_path / "memory", tiny_model(), token_file)
+    for name, key, value in (("moved", "model", "gone/model"), ("changed", "data", str(tmp_path / "t.safetensors"))):
+        begun(tmp_path / name, model_folder, token_file)
+        config = tmp_path / name / "config.yaml"
+        config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), key: value}))
+    save_file({"input_ids": tiny_tokens(16, 16, seed=5)}, tmp_path / "t.safetensors")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["prune", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert words in error
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, model_folder, token_file, monkeypatch, capsys):
+    from gisp.run import prune
+
+    begun(tmp_path / "my run", model_folder, token_file)
+    (tmp_path / "my run").rename(tmp_path / "held back")
+
+    def cut(*places, on_step, **options):
+        (tmp_path / "held back").rename(tmp_path / "my run")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune, "prune", cut)
+    out = str(tmp_path / "my run")
+    assert main(["prune", str(model_folder), "--data", str(token_file), "--out", out]) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"interrupted: finished steps are kept, continue with gisp prune --resume '{out}'"
+    monkeypatch.undo()
+    assert main(shlex.split(line.partition("continue with gisp ")[2])) == 0

@@ -32,13 +32,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A stand-in for ``datasets`` and what is asked of it."""
     calls: list[Any] = []
 
-    def load_dataset(path: str, configuration: str, *, split: str, streaming: bool) -> Stream:
+    def load_dataset(path: str, configuration: str, *, split: str, streaming: bool, trust_remote_code: bool) -> Stream:
         calls.append((path, configuration, split, streaming))
         return Stream([{"text": text} for text in PARAGRAPHS])
 
     stand_in = ModuleType("datasets")
     stand_in.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(__import__("sys").modules, "datasets", stand_in)
+    monkeypatch.setattr("gisp.data.sources.is_reachable", lambda: True)
     return calls
 
 

@@ -198,7 +198,7 @@ def test_a_run_folder_has_one_writer(tmp_path, model_folder, token_file):
 
     def also_write(record, steps):
         with (
-            pytest.raises(GispError, match="is being written by process") as error,
+            pytest.raises(GispError, match="is being written by another process") as error,
             concurrent.futures.ThreadPoolExecutor() as pool,
         ):
             pool.submit(run_into, tmp_path / "r", model_folder, token_file, resume=record.step % 2 == 0).result()
