@@ -50,7 +50,7 @@ def train_decoder(out: Path, corpus: Path, seconds: float | None, config: TrainC
     """
     text = load(corpus)
     train(text, out, config, max_seconds=seconds, compiled=torch.cuda.is_available())
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out, trust_remote_code=False)
     decoder = Decoder.trained(out)
     kept, heldout = text.texts()
     for path, texts, rows in (

@@ -195,7 +195,7 @@ def _save(model: Any, tokenizer: Any, out: Path) -> Any:
     tokenizer.save_pretrained(out)
     # The writer leaves the weights readable by their owner alone, which would follow into packages.
     (out / "model.safetensors").chmod(0o644)
-    return LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    return LlamaForCausalLM.from_pretrained(out, dtype=torch.bfloat16, trust_remote_code=False)
 
 
 def parser() -> argparse.ArgumentParser:

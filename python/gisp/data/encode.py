@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gisp.errors import GispError
+from gisp.hub import hub_options, unreachable
 from gisp.model.gguf import pretrained
 
 
@@ -19,10 +20,13 @@ def load_tokenizer(tokenizer_from: str | None, spec: str) -> Any:
 
     if tokenizer_from is None:
         raise GispError(f"{spec} is text and no tokenizer is known: give token ids or a model with a tokenizer")
+    limits = hub_options(tokenizer_from)
     try:
         folder, options = pretrained(tokenizer_from)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options, **limits)
     except Exception as error:  # tokenizers raise many types for a missing or broken file
+        if limits and isinstance(error, OSError):
+            raise GispError(unreachable(f"{spec} is text and the tokenizer of {tokenizer_from}")) from None
         reason = " ".join(str(error).split())[:200]
         raise GispError(f"{spec} is text and {tokenizer_from} has no usable tokenizer: {reason}") from None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gisp.data.encode import load_tokenizer
-from gisp.errors import GispError
+from gisp.errors import GispError, is_out_of_memory
 
 _BATCH_SIZE = 16
 _HIDDEN = ("alias", "name", "sample_len", "sample_count")
@@ -78,7 +78,7 @@ class Harness:
         size = self._tasks.batch_size or _BATCH_SIZE
         with _quiet():
             try:
-                wrapped = HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=size)
+                wrapped = HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=size, trust_remote_code=False)
                 found: Any = lm_eval.simple_evaluate(
                     model=wrapped,
                     tasks=self._names,
@@ -87,7 +87,7 @@ class Harness:
                     log_samples=False,
                 )
             except Exception as error:  # task files, data sets and the network have no common type
-                if "out of memory" in str(error):
+                if is_out_of_memory(error):
                     raise
                 names = ", ".join(self._tasks.names)
                 reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from gisp.errors import GispError
+from gisp.errors import GispError, is_out_of_memory
+from gisp.hub import hub_options, unreachable
 from gisp.model.gguf import dense_options, is_gguf, made_dense, pretrained
 from gisp.model.structures import first_bad_parameter
 
@@ -74,6 +75,7 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     quantisation = _quantisation(stored)
     if quantisation:
         raise GispError(f"model {path} is quantised ({quantisation}): give its unquantised weights")
+    limits = hub_options(path)
     try:
         folder, options = pretrained(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -86,8 +88,13 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
             trust_remote_code=False,
             **options,
             **dense_options(path),
+            **limits,
         )
     except Exception as error:  # transformers raises many types for folders it cannot read
+        if is_out_of_memory(error):
+            raise
+        if limits and isinstance(error, OSError):
+            raise GispError(unreachable(f"model {path}")) from None
         raise GispError(f"model {path} cannot be loaded: {_one_line(error)}") from None
     model, info = loaded
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):

@@ -164,4 +164,4 @@ def test_a_tokenizer_with_code_of_its_own_is_not_asked_about(tmp_path: Path, mon
     data = write_rows(tmp_path / "rows.jsonl", [{"text": "a cab"}])
     with pytest.raises(GispError, match="has no usable tokenizer: contains custom code"):
         load_sequences(data, vocab_size=99, seq_len=8, tokenizer_from="somewhere")
-    assert given == {"trust_remote_code": False}
+    assert given["trust_remote_code"] is False
