@@ -19,7 +19,7 @@ from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.run.folder import RunFolder
 from gisp.run.metrics import PhaseClock, histogram_record, score_histogram
-from gisp.run.setup import Setup, check_finite
+from gisp.run.setup import Setup, check_scores
 from gisp.run.step import StepWriter, Transfer
 from gisp.run.trajectory import StepRecord, Trajectory, move_to
 from gisp.score.average import ScoreAverage
@@ -143,15 +143,24 @@ class PruningLoop:
         """
         scored, scores = self.setup.score(step)
         clock.mark("forward_backward")
-        ranking = self.selector.rank(self.average.update(scores, step))
+        averaged = self.average.update(scores, step)
+        ranking, decides = self.selector.rank(averaged), self.selector.decides(averaged)
         target, selection = self._select(ranking, step, steps)
         histogram = score_histogram(ranking, self.selector.first_channel)
         clock.mark("select")
         writer.flush()
-        results = (scored.loss, scored.finite, selection.removed, selection.threshold, *histogram, self.average.average)
-        loss, finite, removed, threshold, edges, counts, average = self._transfer.fetch(results)
+        results = (
+            scored.loss,
+            scored.finite,
+            decides,
+            selection.removed,
+            selection.threshold,
+            *histogram,
+            self.average.average,
+        )
+        loss, finite, decided, removed, threshold, edges, counts, average = self._transfer.fetch(results)
         clock.settle()
-        check_finite(step, float(loss), bool(finite))
+        check_scores(step, float(loss), bool(finite), bool(decided))
         removal = self.selector.removal(removed, float(threshold))
         self.selector.apply(removal, selection)
         for name, index in removal.removed.items():

@@ -10,7 +10,7 @@ from gisp.config.options import PruneConfig
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.structures import map_model
-from gisp.run.setup import Setup, check_finite
+from gisp.run.setup import Setup, check_scores
 from gisp.score.objectives import check_built_in
 from gisp.score.questions import check_objective
 
@@ -43,7 +43,7 @@ def one_shot(
     data = check_objective(data.checked(model_map.vocab_size), config)
     setup = Setup(config, model_map, data, sparsities)
     scored, scores = setup.score(1)
-    check_finite(1, float(scored.loss), bool(scored.finite))
+    check_scores(1, float(scored.loss), bool(scored.finite), bool(setup.selector.decides(scores)))
     selector = setup.selector
     for sparsity in sparsities:
         setup.allocate(sparsity)

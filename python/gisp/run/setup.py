@@ -62,13 +62,18 @@ class Setup:
         return scored, in_original_numbering(scored.scores, self.shrinkable, len(self.selector.removed))
 
 
-def check_finite(step: int, loss: float, scores: bool) -> None:
-    """Refuse a step whose loss or scores are not finite.
+def check_scores(step: int, loss: float, finite: bool, decided: bool) -> None:
+    """Refuse a step whose loss or scores are not finite, or whose scores are all the same.
 
     Raises:
         GispError: names the step.
     """
     if not math.isfinite(loss):
         raise GispError(f"the loss of step {step} is {loss}, not finite: check the weights and the data of this model")
-    if not scores:
+    if not finite:
         raise GispError(f"scores of step {step} are not finite: use --dtype float32 or check the weights")
+    if not decided:
+        raise GispError(
+            f"all scores of step {step} are equal (loss {loss:.6g}), so nothing says what to remove: "
+            "check the weights and the data of this model, or use --dtype float32"
+        )

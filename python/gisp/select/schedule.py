@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 
 
 def parameter_target(sparsity: float, step: int, steps: int, decoder_parameters: int) -> float:
@@ -44,7 +44,7 @@ def nearest_step(points: Sequence[float], sparsity: Any, given: str = "sparsity 
     except TypeError:
         inside = False
     if not inside:
-        raise GispError(f"{given} {sparsity!r}: give a value in [0, 1)")
+        raise GispError(f"{given} {quoted(sparsity)}: give a value in [0, 1)")
     end = points[-1]
     last = end - max((point for point in points if point < end), default=end)
     # Sparsities are quotients: a sum of two of them may be off in its last bits.

@@ -57,6 +57,12 @@ class Selection:
     threshold: torch.Tensor
 
 
+def differ(scores: torch.Tensor) -> torch.Tensor:
+    """Whether at most one score is finite, or two that are finite differ; 0-dim bool."""
+    candidates = scores < math.inf
+    return (candidates & (scores > scores.amin())).any() | (candidates.sum() <= 1)
+
+
 @dataclass(frozen=True)
 class StepRemoval:
     """What a step removes, on the host.
@@ -206,6 +212,16 @@ class Selector:
         ascending, order = values.sort(stable=True)
         # Few bits to sort by: group numbers, in the order of the ranking.
         return ascending, order, self._group[order].to(torch.int16).sort(stable=True).indices
+
+    def decides(self, scores: torch.Tensor) -> torch.Tensor:
+        """Whether scores say which structures go, a bool on the device: not if all that can go have one score.
+
+        Some may tie. A single candidate, or none, leaves nothing to decide.
+
+        Args:
+            scores: as for :meth:`rank`.
+        """
+        return differ(scores.masked_fill(self._barred, math.inf))
 
     def within_target(self, ranking: Ranking, target: float) -> Selection:
         """Lowest scores first while all removed parameters stay at or below ``target``.

@@ -12,7 +12,7 @@ from gisp.config.options import PruneConfig
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.select.schedule import threshold_rank
-from gisp.select.selector import Ranking, Selection, Selector
+from gisp.select.selector import Ranking, Selection, Selector, differ
 
 
 class LayerSelector(Selector):
@@ -49,6 +49,10 @@ class LayerSelector(Selector):
             )
         super().check_reach(config, sparsity)
 
+    def decides(self, scores: torch.Tensor) -> torch.Tensor:
+        """As :meth:`Selector.decides`, of layers: all of a layer has one score."""
+        return differ(self._of_layers(scores.masked_fill(self._barred, math.inf)[self.head_structures :]))
+
     def within_target(self, ranking: Ranking, target: float) -> Selection:
         """Lowest layers first while all removed parameters stay at or below ``target``."""
         budget = math.floor(target * (1 + 1e-12) - self.removed_parameters)
@@ -58,6 +62,10 @@ class LayerSelector(Selector):
         """Lowest layers first while no more structures are gone than the ratio's threshold takes."""
         return self._whole(ranking, self._live, threshold_rank(self.size, ratio) - int(self._gone.sum()))
 
+    def _of_layers(self, channels: torch.Tensor) -> torch.Tensor:
+        """Scores of layers, [layers], from those of all their channels."""
+        return channels.view(self._layers, -1).amin(1)
+
     def _whole(self, ranking: Ranking, spent: torch.Tensor, budget: int) -> Selection:
         """The lowest layers that fit.
 
@@ -65,7 +73,7 @@ class LayerSelector(Selector):
             spent: int64 [groups], what losing all of a group takes of the budget.
         """
         # Removed and protected structures are +inf, so a layer that cannot go is too.
-        values = ranking.values[self.first_channel :].view(self._layers, -1).amin(1)
+        values = self._of_layers(ranking.values[self.first_channel :])
         ascending, order = values.sort(stable=True)
         fits = spent.view(2, -1).sum(0)[order].cumsum(0) <= budget
         taken = torch.zeros_like(fits).scatter_(0, order, fits & (ascending < math.inf))

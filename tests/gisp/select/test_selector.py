@@ -13,6 +13,7 @@ from gisp.model.structures import map_model, protected_layers
 from gisp.run.metrics import score_histogram
 from gisp.select.schedule import parameter_target, structure_ratio, threshold_rank
 from gisp.select.selector import Ranking, Selection, Selector, StepRemoval
+from gisp.select.whole_layers import LayerSelector
 
 
 def make_selector(**options):
@@ -280,3 +281,24 @@ def test_a_selection_reads_no_value_on_the_way(gqa):
     assert score_histogram(ranking, selector.first_channel)[1].shape == (2, 41)
     with pytest.raises(RuntimeError, match="meta"):
         float(selection.threshold)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_scores_that_are_all_equal_decide_nothing(value):
+    selector = make_selector()
+    scores = torch.full((len(selector.removed),), value)
+    assert not selector.decides(scores)
+    # A protected structure's score is none; one candidate that differs is enough.
+    protected = selector.groups[3].start
+    assert selector.groups[3].protected
+    assert not selector.decides(scores.scatter(0, torch.tensor([protected]), 9.0))
+    assert selector.decides(scores.scatter(0, torch.tensor([selector.groups[1].start]), 9.0))
+
+
+def test_a_single_layer_or_structure_left_is_no_tie():
+    layers = LayerSelector(map_model(tiny_model(layers=3)), protected=frozenset({0, 1}))
+    assert layers.decides(torch.ones(len(layers.removed)))
+    two = LayerSelector(map_model(tiny_model(layers=3)), protected=frozenset({0}))
+    assert not two.decides(torch.ones(len(two.removed)))
+    none = make_selector(protected=frozenset(range(4)))
+    assert none.decides(torch.ones(len(none.removed)))
