@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import errno
+import reprlib
 from typing import Any
 
 _LONGEST_LINE = 1000
 _LONGEST_VALUE = 80
+# Without limits the text of a YAML file's nested aliases would fill memory.
+_VALUES = reprlib.Repr()
+_VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = _LONGEST_VALUE
+_VALUES.maxlevel = 2
 # How allocators of torch, CUDA, its libraries and safetensors say it.
 _NO_MEMORY = (
     "out of memory",
@@ -35,7 +40,7 @@ def shortened(text: str, longest: int) -> str:
 def quoted(value: Any) -> str:
     """A value as a message quotes it: its ``repr``, cut where it is long."""
     try:
-        return shortened(repr(value), _LONGEST_VALUE)
+        return shortened(_VALUES.repr(value), _LONGEST_VALUE)
     except ValueError:  # Python writes out no integer of more than some thousand digits
         return "a number of thousands of digits"
 

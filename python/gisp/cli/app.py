@@ -15,7 +15,7 @@ from gisp.cli.eval_command import evaluate
 from gisp.cli.prune_command import prune
 from gisp.cli.run_commands import export, inspect, report
 from gisp.cli.stop import InterruptError, unwinding
-from gisp.errors import GispError, is_out_of_memory, shortened
+from gisp.errors import GispError, is_out_of_memory, quoted, shortened
 
 app = typer.Typer(
     name="gisp",
@@ -111,7 +111,7 @@ def _with_value(error: Any, argv: list[str]) -> str:
         for given, following in reversed(list(zip(argv, [*argv[1:], ""], strict=True))):
             value = following if given == option else given.removeprefix(f"{option}=")
             if given.startswith(option) and value not in message:
-                return f"{message}: {option} is {value!r}"
+                return f"{message}: {option} is {quoted(value)}"
     return message
 
 

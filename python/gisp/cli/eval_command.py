@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gisp.cli.compensation_options import COMPENSATION, compensation_request
 from gisp.cli.flags import flag, with_flags
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 from gisp.files import check_writable, write_atomic
 
 _PIPE_WIDTH = 400
@@ -140,7 +140,9 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise GispError(f"--sparsities is {text!r}: give numbers with commas between them, as 0.2,0.3,0.5") from None
+        raise GispError(
+            f"--sparsities is {quoted(text)}: give numbers with commas between them, as 0.2,0.3,0.5"
+        ) from None
 
 
 def _plain(value: Any) -> Any:

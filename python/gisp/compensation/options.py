@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 
 METHODS = ("bias", "affine", "rescale", "lsq", "kfac")
 # Methods an option is for, where it is not for all.
@@ -56,14 +56,14 @@ class CompensationOptions:
         for name, choices in (("method", METHODS), ("target", (None, *TARGETS))):
             if getattr(self, name) not in choices:
                 known = ", ".join(filter(None, choices))
-                raise GispError(f"{flag(name)} is {getattr(self, name)!r}: choose one of {known}")
+                raise GispError(f"{flag(name)} is {quoted(getattr(self, name))}: choose one of {known}")
         if not (isinstance(self.damping, (int, float)) and math.isfinite(self.damping) and self.damping >= 0):
             raise GispError(f"--damping is {self.damping}: give a number of at least 0")
         for name in ("tokens", "steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 least = "at least 1" if isinstance(value, int) else "a whole number"
-                raise GispError(f"{flag(name)} is {value!r}: give {least}")
+                raise GispError(f"{flag(name)} is {quoted(value)}: give {least}")
         if self.target is None:
             object.__setattr__(self, "target", DEFAULT_TARGET[self.method])
         if self.intercept is None:

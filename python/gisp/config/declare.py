@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 
 # Far above any sensible count and far below what overflows a tensor of them.
 LARGEST = 2**31 - 1
@@ -65,9 +65,9 @@ class Option:
         types, what = _KINDS[self.kind]
         if self.choices:
             if not isinstance(value, str) or not (value in self.choices or (self.open and "." in value)):
-                raise GispError(f"unknown {self.name} {value!r}: choose one of {', '.join(self.choices)}")
+                raise GispError(f"unknown {self.name} {quoted(value)}: choose one of {', '.join(self.choices)}")
         elif not isinstance(value, types) or isinstance(value, bool) != (self.kind == "bool"):
-            raise GispError(f"{self.flag} is {value!r}: give {what}{' or auto' if self.auto else ''}")
+            raise GispError(f"{self.flag} is {quoted(value)}: give {what}{' or auto' if self.auto else ''}")
         elif self.kind in ("int", "float"):
             self._check_range(value)
 
@@ -81,7 +81,7 @@ class Option:
         }
         missed = [bound for bound, kept in bounds.items() if not kept]
         if missed:
-            raise GispError(f"{self.flag} is {value}: give {' and '.join(missed)}")
+            raise GispError(f"{self.flag} is {quoted(value)}: give {' and '.join(missed)}")
 
 
 def option(help: str, default: Any = MISSING, *, choices: Iterable[str] = (), **declared: Any) -> Any:

@@ -12,7 +12,7 @@ import yaml
 
 from gisp.config.criteria import ALLOCATORS, CRITERIA, names_with
 from gisp.config.declare import declared_options, option
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 
 DEFAULT_PRESET = "fast"
 # The file in a run folder that holds its options, and what it calls data that have no name.
@@ -179,7 +179,7 @@ def make_config(**options: Any) -> PruneConfig:
     given = {}
     for name, value in options.items():
         if name not in OPTIONS:
-            raise GispError(f"unknown option {name!r}: choose one of {', '.join(OPTIONS)}")
+            raise GispError(f"unknown option {quoted(name)}: choose one of {', '.join(OPTIONS)}")
         # Scalars of numpy and torch as plain numbers: what a run stores is JSON and YAML.
         value = value.item() if hasattr(value, "dtype") and not getattr(value, "shape", True) else value
         if value is not None and not (OPTIONS[name].auto and value == "auto"):
@@ -239,7 +239,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:
         raise GispError(f"cannot read config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         # Beside its own errors PyYAML lets those of converting tagged values and of deep nesting through.
         where = " ".join(str(error).split())
         raise GispError(f"config {path} is not valid YAML: {where}") from None

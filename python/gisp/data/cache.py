@@ -74,7 +74,7 @@ def read_entry(path: Path | None) -> Sequences | None:
         groups = [rows[start:end] for start, end in pairwise(ends)]
         sequences = Sequences.grouped(groups, found["signs"].tolist())
         return sequences if _checksum(sequences) == checksum else None
-    except (OSError, SafetensorError, RuntimeError, ValueError):
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError):
         return None
 
 

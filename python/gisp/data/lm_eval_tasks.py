@@ -12,7 +12,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 
 LM_EVAL = "lm-eval:"
 # Short names for lm-eval tasks: those of the LLM-Pruner line of work, which the paper reports.
@@ -47,7 +47,7 @@ def _parse(spec: str) -> tuple[list[str], str | None]:
     listed, at, folder = spec.removeprefix(LM_EVAL).partition("@")
     names = [name.strip() for name in listed.split(",")]
     if not all(names) or (at and not folder):
-        raise GispError(f"data {spec!r} names no task: give {LM_EVAL}NAME[,NAME] or {LM_EVAL}NAME@FOLDER")
+        raise GispError(f"data {quoted(spec)} names no task: give {LM_EVAL}NAME[,NAME] or {LM_EVAL}NAME@FOLDER")
     return [known for name in names for known in NAMED_TASKS.get(name, (name,))], folder or None
 
 
@@ -62,7 +62,9 @@ def _load(names: list[str], folder: str | None) -> dict[str, Any]:
     manager = TaskManager(include_path=folder, include_defaults=folder is None)
     unknown = next((name for name in names if name not in manager.task_index), None)
     if unknown is not None:
-        raise GispError(f"lm-eval has no task {unknown!r}{f' in {folder}' if folder else ''}: see lm-eval ls tasks")
+        raise GispError(
+            f"lm-eval has no task {quoted(unknown)}{f' in {folder}' if folder else ''}: see lm-eval ls tasks"
+        )
     tasks: dict[str, Any] = {}
     for name in names:
         try:

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 import yaml
 
+from gisp.config.declare import LARGEST
 from gisp.config.options import OBJECTIVES
 from gisp.data.lm_eval_tasks import LM_EVAL
 from gisp.data.sequences import Sequences
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 
 MIXTURE_FILES = (".yaml", ".yml")
 _TASK_KEYS = ("data", "objective", "weight", "tokens", "samples", "seq_len")
@@ -84,7 +85,7 @@ def read_mixture(path: Path, objective: str) -> list[Entry]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise GispError(f"cannot read mixture {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         # Values that look like dates or numbers and are none fail in their own ways.
         raise GispError(f"mixture {path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
     listed = content.get("tasks") if isinstance(content, dict) else None
@@ -95,19 +96,24 @@ def read_mixture(path: Path, objective: str) -> list[Entry]:
     if budget is not None and budget < len(listed):
         raise GispError(f"{path}: tokens is {budget} for {len(listed)} tasks: give more")
     share = None if budget is None else budget // len(listed)
-    return [_task(item, path, f"{path} task {number}", objective, share) for number, item in enumerate(listed, 1)]
+    entries = [_task(item, path, f"{path} task {number}", objective, share) for number, item in enumerate(listed, 1)]
+    total = sum(entry.weight for entry in entries)
+    if not all(0 < entry.weight / total <= 1 for entry in entries):
+        given = ", ".join(f"{entry.weight:g}" for entry in entries)
+        raise GispError(f"{path}: weights {given} leave a task no share of the loss: give weights of similar size")
+    return entries
 
 
 def _task(item: Any, path: Path, where: str, objective: str, share: int | None) -> Entry:
     if not isinstance(item, dict) or not isinstance(item.get("data"), str) or not item["data"]:
-        raise GispError(f"{where} is {str(item)[:60]!r}: give it data, a file or the name of a dataset")
+        raise GispError(f"{where} is {quoted(item)}: give it data, a file or the name of a dataset")
     _check_keys(item, _TASK_KEYS, where)
     own = item.get("objective", objective)
     if own not in OBJECTIVES:
-        raise GispError(f"{where} has objective {own!r}: choose one of {', '.join(OBJECTIVES)}")
+        raise GispError(f"{where} has objective {quoted(own)}: choose one of {', '.join(OBJECTIVES)}")
     weight = item.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
-        raise GispError(f"{where} has weight {weight!r}: give a number above 0")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= sys.float_info.max:
+        raise GispError(f"{where} has weight {quoted(weight)}: give a finite number above 0")
     tokens, samples = (_count(item, key, where, 1) for key in ("tokens", "samples"))
     if tokens is None and samples is None:
         tokens = share
@@ -136,11 +142,11 @@ def _located(data: str, path: Path, where: str) -> str:
 def _check_keys(given: dict[Any, Any], known: tuple[str, ...], where: str) -> None:
     unknown = next((key for key in given if key not in known), None)
     if unknown is not None:
-        raise GispError(f"{where} has {unknown!r}: choose among {', '.join(known)}")
+        raise GispError(f"{where} has {quoted(unknown)}: choose among {', '.join(known)}")
 
 
 def _count(given: dict[Any, Any], key: str, where: str, least: int) -> int | None:
     value = given.get(key)
-    if value is not None and (type(value) is not int or value < least):
-        raise GispError(f"{where} has {key} {value!r}: give a whole number of at least {least}")
+    if value is not None and (type(value) is not int or not least <= value <= LARGEST):
+        raise GispError(f"{where} has {key} {quoted(value)}: give a whole number from {least} to {LARGEST}")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 
 Kind = Literal["text", "document", "completion", "choices", "messages"]
 FORMATS = "text, prompt and completion, context, choices and answer, or messages"
@@ -47,18 +47,20 @@ def _kind(row: dict[str, Any], spec: str, number: int) -> Kind:
         return "messages"
     for key in ("text", "prompt", "completion", "context"):
         if key in row and not isinstance(row[key], str):
-            raise GispError(f"{spec}: row {number} has {key} {str(row[key])[:40]!r}: give a text")
+            raise GispError(f"{spec}: row {number} has {key} {quoted(row[key])}: give a text")
     raise GispError(f"{spec}: row {number} has keys {', '.join(map(str, row)) or 'none'}: give {FORMATS}")
 
 
 def _check_choices(row: dict[str, Any], spec: str, number: int) -> None:
     answer, choices, contexts = row.get("answer"), row["choices"], row.get("contexts")
     if type(answer) is not int or not 0 <= answer < len(choices):
-        raise GispError(f"{spec}: row {number} has answer {answer!r}: give the index of one of {len(choices)} choices")
+        raise GispError(
+            f"{spec}: row {number} has answer {quoted(answer)}: give the index of one of {len(choices)} choices"
+        )
     if contexts is None:
         return
     if not isinstance(contexts, list) or len(contexts) != len(choices) or not all(isinstance(c, str) for c in contexts):
-        raise GispError(f"{spec}: row {number} has contexts {str(contexts)[:40]!r}: give each choice a text")
+        raise GispError(f"{spec}: row {number} has contexts {quoted(contexts)}: give each choice a text")
 
 
 def check_messages(messages: Any, where: str) -> None:
@@ -72,4 +74,4 @@ def check_messages(messages: Any, where: str) -> None:
         keys = ("role", "content")
         sound = sound and isinstance(message, dict) and all(isinstance(message.get(key), str) for key in keys)
     if not sound:
-        raise GispError(f"{where} has messages {str(messages)[:40]!r}: give a list of role and content")
+        raise GispError(f"{where} has messages {quoted(messages)}: give a list of role and content")

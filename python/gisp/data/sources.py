@@ -11,7 +11,7 @@ from typing import Any
 from gisp.data.lm_eval_tasks import LM_EVAL, NAMED_TASKS, task_rows
 from gisp.data.mixture import MIXTURE_FILES
 from gisp.data.rows import FORMATS
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 from gisp.hub import is_reachable, unreachable
 
 
@@ -148,12 +148,12 @@ def _dataset_rows(name: str, held_out: bool) -> Iterator[dict[str, Any]]:
     if name not in NAMED_DATASETS:
         known = ", ".join([*NAMED_DATASETS, *NAMED_TASKS])
         raise GispError(
-            f"data {name!r} is neither a .safetensors, .jsonl, .txt, .parquet or .yaml file nor a folder saved by "
-            f"datasets, {LM_EVAL}TASK or a named dataset ({known})"
+            f"data {quoted(name)} is neither a .safetensors, .jsonl, .txt, .parquet or .yaml file nor a folder saved "
+            f"by datasets, {LM_EVAL}TASK or a named dataset ({known})"
         )
-    datasets = _datasets(f"dataset {name!r}")
+    datasets = _datasets(f"dataset {quoted(name)}")
     if not is_reachable():
-        raise GispError(unreachable(f"dataset {name!r}"))
+        raise GispError(unreachable(f"dataset {quoted(name)}"))
     dataset = NAMED_DATASETS[name]
     split = dataset.evaluation_split if held_out else "train"
     try:
@@ -166,7 +166,7 @@ def _dataset_rows(name: str, held_out: bool) -> Iterator[dict[str, Any]]:
         else:
             yield from (dict(row) for row in stream.take(_STREAMED_ROWS) if str(row.get("text", "")).strip())
     except Exception as error:  # network, hub and format failures have no common type
-        raise _unreadable(f"dataset {name!r}", error) from None
+        raise _unreadable(f"dataset {quoted(name)}", error) from None
 
 
 def _datasets(what: str) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from gisp.data.rows import check_messages
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 from gisp.evaluate.pairs import Request, RequestEncoder, log_likelihoods
 from gisp.evaluate.perplexity import from_total
 
@@ -107,20 +107,20 @@ def read_question(row: dict[str, Any], encoder: RequestEncoder, where: str) -> Q
             _text(row, "context", where)
     answer = row.get("answer")
     if type(answer) is not int or not 0 <= answer < len(texts):
-        raise GispError(f"{where} has answer {answer!r}: give the index of one of {len(texts)} choices")
+        raise GispError(f"{where} has answer {quoted(answer)}: give the index of one of {len(texts)} choices")
     return Question(tuple(encoder.request(*pair, where) for pair in encoder.choices(row, where)), texts, answer)
 
 
 def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     values = row.get(key)
     if not isinstance(values, (list, tuple)) or len(values) < 2:
-        raise GispError(f"{where} has {key} {values!r}: give a list of at least two texts")
+        raise GispError(f"{where} has {key} {quoted(values)}: give a list of at least two texts")
     if any(isinstance(value, (list, dict)) or value is None or value == "" for value in values):
-        raise GispError(f"{where} has {key} {values!r}: every one must be a text")
+        raise GispError(f"{where} has {key} {quoted(values)}: every one must be a text")
     return tuple(str(value) for value in values)
 
 
 def _text(row: dict[str, Any], key: str, where: str) -> None:
     if not isinstance(row.get(key), str):
         keys = ", ".join(map(str, row))
-        raise GispError(f"{where} has {key} {row.get(key)!r} and the keys {keys}: give {FORMAT}")
+        raise GispError(f"{where} has {key} {quoted(row.get(key))} and the keys {keys}: give {FORMAT}")

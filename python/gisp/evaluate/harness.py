@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gisp.data.encode import load_tokenizer
-from gisp.errors import GispError, is_out_of_memory
+from gisp.errors import GispError, is_out_of_memory, quoted
 
 _BATCH_SIZE = 16
 _HIDDEN = ("alias", "name", "sample_len", "sample_count")
@@ -61,7 +61,7 @@ class Harness:
             unknown = [name for name in tasks.names if not self._manager.match_tasks([name])]
         if unknown:
             raise GispError(
-                f"lm-eval has no task {unknown[0]!r}: see `lm-eval ls tasks`, or give --lm-eval-include DIR"
+                f"lm-eval has no task {quoted(unknown[0])}: see `lm-eval ls tasks`, or give --lm-eval-include DIR"
             )
         self._names = self._manager.match_tasks(list(tasks.names))
         self._tokenizer = load_tokenizer(tokenizer_from, "--lm-eval")

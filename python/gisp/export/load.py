@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 from gisp.export.modeling_gisp import CLASSES
 from gisp.export.nested.files import is_nested
 from gisp.export.nested.model import load_nested
@@ -58,7 +58,7 @@ def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return None
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise GispError(f"unknown dtype {dtype!r}: give float32, bfloat16, float16 or leave it out")
+        raise GispError(f"unknown dtype {quoted(dtype)}: give float32, bfloat16, float16 or leave it out")
     return kind
 
 

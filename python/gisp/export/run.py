@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from gisp.compensation import Compensation, CompensationRequest, fit_compensation, fold_into_dense, fold_into_pruned
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 from gisp.evaluate import EvalOptions, Perplexity
 from gisp.evaluate.data import prepare
 from gisp.export.folder import export_place
@@ -224,7 +224,7 @@ def measure_quality(
 
 def _check_options(format: str, sizes: SizeOptions, dtype: str | None) -> None:
     if format not in FORMATS:
-        raise GispError(f"format {format!r} is not available: choose one of {', '.join(FORMATS)}")
+        raise GispError(f"format {quoted(format)} is not available: choose one of {', '.join(FORMATS)}")
     if format == "gguf":
         require_gguf()  # before a large model is loaded
     elif dtype is not None:

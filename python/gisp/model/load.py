@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gisp.errors import GispError, is_out_of_memory
+from gisp.errors import GispError, is_out_of_memory, quoted
 from gisp.hub import hub_options, unreachable
 from gisp.model.gguf import dense_options, is_gguf, made_dense, pretrained
 from gisp.model.structures import first_bad_parameter
@@ -27,11 +27,13 @@ def resolve_device(device: str) -> torch.device:
     try:
         result = torch.device(device)
     except RuntimeError:
-        raise GispError(f"unknown device {device!r}: give auto, cpu, cuda or cuda:N") from None
+        raise GispError(f"unknown device {quoted(device)}: give auto, cpu, cuda or cuda:N") from None
     if result.type not in ("cpu", "cuda"):
-        raise GispError(f"device {device!r} is not supported: give auto, cpu, cuda or cuda:N")
+        raise GispError(f"device {quoted(device)} is not supported: give auto, cpu, cuda or cuda:N")
     if result.type == "cuda" and (not torch.cuda.is_available() or (result.index or 0) >= torch.cuda.device_count()):
-        raise GispError(f"device {device!r} is not there: {torch.cuda.device_count()} CUDA devices, use --device cpu")
+        raise GispError(
+            f"device {quoted(device)} is not there: {torch.cuda.device_count()} CUDA devices, use --device cpu"
+        )
     return result
 
 
@@ -40,7 +42,7 @@ def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         return dtype
     if dtype is not None and dtype not in ("bfloat16", "float32"):
-        raise GispError(f"unknown dtype {dtype!r}: choose one of bfloat16, float32")
+        raise GispError(f"unknown dtype {quoted(dtype)}: choose one of bfloat16, float32")
     return getattr(torch, dtype) if dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 

@@ -16,6 +16,7 @@ from word_tokenizer import save_tokenizer
 
 from gisp.data import Sequences, Task, load_sequences
 from gisp.data.batches import StratifiedSampler
+from gisp.data.mixture import read_mixture
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate import perplexity
@@ -227,3 +228,26 @@ def test_yaml_whose_values_do_not_convert(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(GispError, match="is not valid YAML"):
         load_sequences(str(path), vocab_size=9, seq_len=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"tasks: [{{data: a.txt, weight: {10**400}}}]", "give a finite number above 0"),
+        ("tasks: [{data: a.txt, weight: .inf}]", "give a finite number above 0"),
+        ("tasks: [{data: a.txt, weight: 1.0e+308}, {data: b.txt, weight: 1.0e+308}]", "no share of the loss"),
+        ("tasks: [{data: a.txt, weight: 1.0e-320}, {data: b.txt, weight: 1.0e+300}]", "no share of the loss"),
+        (f"tasks: [{{data: a.txt, seq_len: {2**63}}}]", "seq_len 9223372036854775808: give a whole number from 2"),
+        (f"tasks: [{{data: a.txt, tokens: 0x{'f' * 5000}}}]", "tokens a number of thousands of digits"),
+        (f"tasks: [{{data: a.txt, samples: {10**400}}}]", "give a whole number from 1"),
+        (f"tasks: [{{data: a.txt, objective: {'x' * 100000}}}]", "has objective"),
+        (f"tasks: [{{data: a.txt, {'x' * 900}: 1}}]", "choose among"),
+        ("tasks: [{data: a.txt, weight: [&a [x, x], &b [*a, *a], &c [*b, *b], [*c, *c]]}]", "finite number above 0"),
+    ],
+    ids=range(10),
+)
+def test_numbers_out_of_range_and_long_values_are_one_short_line(tmp_path, text, words):
+    (tmp_path / "m.yaml").write_text(text)
+    with pytest.raises(GispError, match=words) as refused:
+        read_mixture(tmp_path / "m.yaml", "lm")
+    assert len(str(refused.value)) < 500

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 from gisp.export.nested.order import LayerOrder, Nesting
-from gisp.run.record import corrupt, is_finite, load_json, require
+from gisp.run.record import INVALID, corrupt, is_count, is_finite, load_json, require
 from gisp.select.schedule import nearest_step
 from gisp_kernels.groups import KINDS
 
@@ -115,10 +115,11 @@ class NestedFiles:
         record = load_json(path / RECORD)
         try:
             _check(record)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except INVALID as error:
             raise corrupt(path / RECORD, error) from None
         for name, described in record["files"].items():
-            _check_file(path / name, described, verify)
+            # Orders and prefixes are small: a wrong one would be another model without a word.
+            _check_file(path / name, described, verify or name == LAYOUT)
         return cls(path, record, _read_nesting(path / LAYOUT, record))
 
     @property
@@ -195,22 +196,22 @@ def _check(record: Any) -> None:
     base = record["base_model"]
     require(isinstance(base["fingerprint"], str), "base_model.fingerprint is not a text")
     for name in _BASE_COUNTS:
-        require(type(base[name]) is int and base[name] > 0, f"base_model.{name} is {base[name]!r}")
+        require(is_count(base[name], 1) and base[name] < 2**31, f"base_model.{name} is {quoted(base[name])}")
     # Before the model is built: that takes as long as it has layers.
     layers = record["base_config"]["num_hidden_layers"]
-    require(layers == base["layers"], f"base_config has {layers!r} layers, base_model {base['layers']}")
+    require(layers == base["layers"], f"base_config has {quoted(layers)} layers, base_model {base['layers']}")
     steps = record["steps"]
     require(isinstance(steps, list) and len(steps) > 0, "it holds no steps")
-    for step in steps:
-        require(is_finite(step["sparsity"]) and is_finite(step["model_sparsity"]), "a sparsity is not a number")
+    for name in ("sparsity", "model_sparsity"):
+        points = [step[name] for step in steps]
+        require(all(map(is_finite, points)), f"a {name} is not a number")
+        require(points[0] == 0 and points == sorted(points) and points[-1] < 1, f"{name} does not rise from 0 below 1")
     require(LAYOUT in record["files"], f"files has no {LAYOUT}")
     for name, described in record["files"].items():
-        require(Path(name).name == name, f"files names {name!r}, which is not in the folder")
-        require(
-            isinstance(described["bytes"], int) and isinstance(described["sha256"], str), f"files.{name} is incomplete"
-        )
+        require(Path(name).name == name, f"files names {quoted(name)}, which is not in the folder")
+        require(is_count(described["bytes"]) and isinstance(described["sha256"], str), f"files.{name} is incomplete")
     for name, file in record["tensors"].items():
-        require(file in record["files"], f"tensor {name} is in {file!r}, which files does not name")
+        require(file in record["files"], f"tensor {name} is in {quoted(file)}, which files does not name")
 
 
 def _read_nesting(path: Path, record: dict[str, Any]) -> Nesting:
@@ -234,7 +235,11 @@ def _read_nesting(path: Path, record: dict[str, Any]) -> Nesting:
         parts = {kind: tensors.get(f"layers.{layer}.{kind}") for kind in (*KINDS, "kv_of_head")}
         for kind, count in zip(KINDS, counts, strict=True):
             part = parts[kind]
-            if part is None or not torch.equal(part.sort().values, torch.arange(count, dtype=torch.int32)):
+            if (
+                part is None
+                or part.shape != (count,)
+                or not torch.equal(part.sort().values, torch.arange(count, dtype=torch.int32))
+            ):
                 raise GispError(f"{path} is corrupt: layers.{layer}.{kind} is no order of {count}")
         reads = parts["kv_of_head"]
         if reads is None or reads.shape != (counts[0],) or not 0 <= int(reads.min()) <= int(reads.max()) < counts[1]:

@@ -233,8 +233,12 @@ def _empty_model(files: NestedFiles) -> Any:
             )
     except Exception as error:  # transformers raises many types for configurations it does not take
         raise corrupt(files.folder / RECORD, ValueError(f"transformers cannot build the model: {error}")) from None
-    if (files.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(files.folder, trust_remote_code=False)
+    settings = files.folder / "generation_config.json"
+    if settings.is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(files.folder, trust_remote_code=False)
+        except Exception as error:  # as many types as files that hold something else
+            raise corrupt(settings, ValueError(str(error))) from None
     model.name_or_path = str(files.folder)
     return model
 

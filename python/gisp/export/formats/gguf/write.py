@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 from gisp.export.card import CardKind, write_card
 from gisp.export.check import weight_dtype
 from gisp.export.folder import new_folder
@@ -54,7 +54,7 @@ def export_gguf(
     check_expressible(base, model_map)
     kind = DTYPES.get(dtype or ("f32" if weight_dtype(base) == torch.float32 else "f16"))
     if kind is None:
-        raise GispError(f"dtype {dtype!r} is not available: choose one of {', '.join(DTYPES)}")
+        raise GispError(f"dtype {quoted(dtype)} is not available: choose one of {', '.join(DTYPES)}")
     vocabulary = read_vocabulary(tokenizer_from, model_map.vocab_size)
     layouts = plan_layers(model_map, spec.keep)
     with new_folder(out) as folder:
