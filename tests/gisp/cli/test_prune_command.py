@@ -143,9 +143,19 @@ def test_what_a_command_ignores_or_cannot_do_is_said(tmp_path, model_folder, tok
 
 def begun(run, model, data):
     """A run of five steps cut after the second, by the command line's options."""
-    options = {"sparsity": 0.3, "steps": 5, "batch_tokens": 64, "align": 4, "seed": 7, "device": "cpu"}
     with pytest.raises(KeyboardInterrupt):
-        gisp.prune(model, data, out=run, on_step=cut_after(2), **options)
+        gisp.prune(
+            model,
+            data,
+            out=run,
+            on_step=cut_after(2),
+            sparsity=0.3,
+            steps=5,
+            batch_tokens=64,
+            align=4,
+            seed=7,
+            device="cpu",
+        )
 
 
 def test_a_run_folder_is_all_that_resuming_takes(tmp_path, model_folder, token_file, monkeypatch):
