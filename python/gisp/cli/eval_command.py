@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,7 +120,9 @@ def _what(lm_eval: str | None, include: Path | None, flags: dict[str, Any]) -> d
 
 def _show(result: dict[str, Any], plot: Path | None, out: Path | None, as_json: bool) -> None:
     """Write and print the figures."""
-    written = json.dumps(_plain(result))
+    from gisp.run.evaluations import finite_json
+
+    written = json.dumps(finite_json(result))
     if out is not None:
         write_atomic(out, written.encode())
     if plot is not None:
@@ -145,21 +146,12 @@ def _numbers(text: str) -> list[float]:
         ) from None
 
 
-def _plain(value: Any) -> Any:
-    """JSON has neither infinity nor NaN: ``null`` stands for both."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _progress(point: dict[str, Any]) -> None:
     print(f"sparsity {point['sparsity']:.4f}: {_figures_line(point)}", file=sys.stderr)
 
 
 def _figures_line(result: dict[str, Any]) -> str:
-    from gisp.report.figures import figures
+    from gisp.run.evaluations import figures
 
     return ", ".join(f"{name} {_number(value, error)}" for name, value, error in figures(result))
 
@@ -188,7 +180,7 @@ def _print_one(result: dict[str, Any]) -> None:
 
 
 def _print_points(points: list[dict[str, Any]]) -> None:
-    from gisp.report.figures import figures
+    from gisp.run.evaluations import figures
 
     names = [name for name, _, _ in figures(points[0])]
     table = Table()

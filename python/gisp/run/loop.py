@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.run.folder import RunFolder
 from gisp.run.metrics import PhaseClock, histogram_record, score_histogram
+from gisp.run.record import library_versions
 from gisp.run.setup import Setup, check_scores
 from gisp.run.step import StepWriter, Transfer
 from gisp.run.trajectory import StepRecord, Trajectory, move_to
@@ -64,7 +63,7 @@ class PruningLoop:
             base_model={"path": base_path, "fingerprint": self.shrinkable.fingerprint, **model_map.describe()},
             config=config.to_dict(),
             data=_describe(data, spec),
-            versions=_versions(),
+            versions=library_versions(),
             model=model_map.model,
         )
 
@@ -222,13 +221,3 @@ def _describe(data: Sequences, spec: str) -> dict[str, Any]:
     if data.tasks:
         described["tasks"] = [dataclasses.asdict(task) for task in data.tasks]
     return described
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("gisp-kernels", "torch", "transformers", "triton", "safetensors", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,17 @@ def is_finite(value: Any) -> bool:
 def is_count(value: Any, least: int = 0) -> bool:
     """Whether a JSON value is a whole number of at least ``least``, and one arithmetic is safe on."""
     return type(value) is int and least <= value <= _MOST
+
+
+def library_versions() -> dict[str, str]:
+    """Name and version of what a figure may depend on; what is not installed is left out."""
+    versions = {"python": platform.python_version()}
+    for name in ("gisp-kernels", "torch", "transformers", "triton", "safetensors", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def _check(record: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gisp.compensation import CompensationRequest
@@ -12,6 +13,7 @@ from gisp.evaluate.harness import Harness, LmEvalTasks
 from gisp.export.nested.files import is_nested
 from gisp.model.load import check_model_path
 from gisp.target.open import Target, is_run, open_target
+from gisp.target.record import EvaluationRecorder
 
 
 def evaluate_target(
@@ -26,7 +28,7 @@ def evaluate_target(
     dtype: str | None = None,
     compensation: CompensationRequest | None = None,
 ) -> dict[str, Any]:
-    """Figures of one model with their conditions.
+    """Figures of one model with their conditions; those of a run are also recorded in its folder.
 
     Args:
         target: dense model or exported folder, hub name, nested checkpoint or run folder.
@@ -41,10 +43,14 @@ def evaluate_target(
     """
     chosen = _checked(target, data, options, window, lm_eval, compensation)
     opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype)
+    recorder = _recorder(target, opened, data, chosen, lm_eval)
     measure = _measure(opened, data, chosen, lm_eval)
     if compensation is not None:
         opened.compensate(compensation)
-    return {**measure(opened.model), **opened.describe(), "data": data}
+    point = {**measure(opened.model), **opened.describe(), "data": data}
+    if recorder is not None:
+        recorder.add(point)
+    return point
 
 
 def evaluate_along(
@@ -61,6 +67,8 @@ def evaluate_along(
     on_point: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """The same for the dense model and each sparsity of a run or nested checkpoint, moving one model.
+
+    Every point of a run is recorded in its folder as soon as it is measured.
 
     Args:
         sparsities: of each the nearest step is taken, every step once.
@@ -81,6 +89,7 @@ def evaluate_along(
         raise GispError(f"--sparsities needs a run folder or a nested checkpoint, {target} is a model: leave it out")
     opened = open_target(target, sparsity=0.0, device=device, dtype=dtype)
     wanted = {0: opened.points[0]} | {p.step or 0: p for p in map(opened.nearest, sparsities)}
+    recorder = _recorder(target, opened, data, chosen, lm_eval)
     measure = _measure(opened, data, chosen, lm_eval)
     points = []
     for _, point in sorted(wanted.items()):
@@ -88,6 +97,8 @@ def evaluate_along(
         if compensation is not None:
             opened.compensate(compensation)
         points.append({**opened.describe(), **measure(opened.model)})
+        if recorder is not None:
+            recorder.add(points[-1])
         if on_point is not None:
             on_point(points[-1])
     return {"target": target, "data": data, "points": points}
@@ -117,3 +128,12 @@ def _measure(opened: Target, data: str | None, options: EvalOptions, lm_eval: Lm
     prepared = None if data is None else prepare(data, options, opened.model, opened.source)
     measures = [measure for measure in (prepared, harness) if measure is not None]
     return lambda model: {name: value for measure in measures for name, value in measure(model).items()}
+
+
+def _recorder(
+    target: str, opened: Target, data: str | None, options: EvalOptions, lm_eval: LmEvalTasks | None
+) -> EvaluationRecorder | None:
+    """What records the figures of a run; a target that is none has no place for them."""
+    if not is_run(target):
+        return None
+    return EvaluationRecorder(Path(target), data, options, lm_eval, str(opened.model.dtype).removeprefix("torch."))

@@ -1,0 +1,220 @@
+"""What was measured on the points of a run: ``evaluations.json`` in its folder, read, checked and added to.
+
+The file is a list of objects. An object holds the figures of one point as ``gisp eval --json`` prints them, beside
+what they were measured under. numpy and torch are not needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gisp.files import write_atomic
+from gisp.run.record import corrupt, is_finite, load_json, require
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover
+    fcntl = None  # type: ignore[assignment]
+
+EVALUATIONS = "evaluations.json"
+THIS_RUN = "gisp"
+"""Label of the points of the run itself; any other label is a method it is compared with."""
+
+_METRICS = ("perplexity", "acc", "acc_norm", "exact_match")
+_TEXTS = ("data", "compensation", "fingerprint")
+_COUNTS = ("step", "window", "stride", "tokens", "examples")
+# What makes two entries one: measured again under these, the new figures replace the old ones.
+_CONDITIONS = ("label", "fingerprint", "step", "sparsity", "data", "window", "stride", "protocol", "compensation")
+
+
+class Figure(NamedTuple):
+    """One number of an evaluation; ``value`` is ``None`` where it is not finite, ``stderr`` where it has none."""
+
+    name: str
+    value: float | None
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured at one point of a run, or of a method it is compared with.
+
+    Attributes:
+        label: ``gisp`` for the run itself, else the method's name.
+        sparsity: removed / all parameters of the decoder layers.
+        figures: at least one, in the order of the file.
+        data: file or name of the data; empty where lm-eval's tasks alone were run.
+        step: of the run; ``None`` where it is not known.
+        window, stride, tokens, examples: of the data, where they apply.
+        compensation: what was done to the pruned model first; empty for nothing.
+        protocol: further options of the evaluation by name, those that were given.
+    """
+
+    label: str
+    sparsity: float
+    figures: tuple[Figure, ...]
+    data: str = ""
+    step: int | None = None
+    window: int | None = None
+    stride: int | None = None
+    tokens: int | None = None
+    examples: int | None = None
+    compensation: str = ""
+    protocol: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def source(self) -> str:
+        """The data in a word: the last part of a path, or a name."""
+        if not self.data:
+            return "lm-eval"
+        # A name of the hub has a slash, too.
+        is_path = self.data.startswith("/") or "\\" in self.data
+        return self.data.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] if is_path else self.data
+
+    @property
+    def method(self) -> str:
+        """The compensation's method, its first word."""
+        return self.compensation.split(maxsplit=1)[0].rstrip(",") if self.compensation else ""
+
+    @property
+    def conditions(self) -> str:
+        """Window, stride and further options in one line; two evaluations that differ here are not compared."""
+        parts = [] if self.window is None else [f"window {self.window:,}"]
+        if self.stride not in (None, self.window):
+            parts.append(f"stride {self.stride:,}")
+        return ", ".join([*parts, *(f"{name} {value}" for name, value in self.protocol)])
+
+
+def figures(point: dict[str, Any]) -> Iterator[Figure]:
+    """Everything measured at a point that is to be shown.
+
+    Args:
+        point: as ``gisp eval --json`` prints it.
+    """
+    for name in _METRICS:
+        if name in point:
+            yield Figure(name, point[name], point.get(f"{name}_stderr"))
+    for task, metrics in point.get("lm_eval", {}).items():
+        for name, value in metrics.items():
+            if "_stderr" not in name:
+                metric, comma, filter_name = name.partition(",")
+                yield Figure(f"{task} {name}", value, metrics.get(f"{metric}_stderr{comma}{filter_name}"))
+
+
+def read_evaluations(run: Path, fingerprint: str) -> list[Evaluation]:
+    """The evaluations of a run, in the order they were made; empty where there are none.
+
+    Args:
+        fingerprint: of the run's base model.
+
+    Raises:
+        GispError: the file is corrupt, or holds evaluations of another model.
+    """
+    path = run / EVALUATIONS
+    return [_evaluation(path, number, entry, fingerprint) for number, entry in enumerate(_entries(path), start=1)]
+
+
+def add_evaluations(run: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """Add entries to the run's file, which appears whole; one measured under equal conditions is replaced.
+
+    Args:
+        entries: ``label``, ``sparsity`` and figures, with as much of the conditions as is known.
+
+    Raises:
+        GispError: the file is corrupt or cannot be written; it stays as it was.
+    """
+    path = run / EVALUATIONS
+    plain = [finite_json(entry) for entry in entries]
+    with _one_at_a_time(run):
+        replaced = [_identity(entry) for entry in plain]
+        kept = [entry for entry in _entries(path) if _identity(entry) not in replaced]
+        write_atomic(path, (json.dumps([*kept, *plain], indent=1) + "\n").encode())
+
+
+def finite_json(value: Any) -> Any:
+    """JSON has neither infinity nor NaN: ``null`` stands for both."""
+    if isinstance(value, dict):
+        return {key: finite_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found = load_json(path)
+    if not isinstance(found, list):
+        raise corrupt(path, ValueError("it is not a list"))
+    for number, entry in enumerate(found, start=1):
+        if not isinstance(entry, dict):
+            raise corrupt(path, ValueError(f"entry {number} is not an object"))
+    return found
+
+
+def _evaluation(path: Path, number: int, entry: dict[str, Any], fingerprint: str) -> Evaluation:
+    try:
+        require(is_finite(entry["sparsity"]) and 0 <= entry["sparsity"] <= 1, f"sparsity is {entry['sparsity']!r}")
+        require(isinstance(entry["label"], str), f"label is {entry['label']!r}")
+        for name in _TEXTS:
+            require(isinstance(entry.get(name), (str, type(None))), f"{name} is {entry.get(name)!r}")
+        for name in _COUNTS:
+            value = entry.get(name)
+            counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            require(value is None or counts, f"{name} is {value!r}")
+        given = entry.get("fingerprint")
+        require(given in (None, fingerprint), "it holds evaluations of another base model")
+        protocol = entry.get("protocol") or {}
+        require(isinstance(protocol, dict), f"protocol is {protocol!r}")
+        return Evaluation(
+            label=entry["label"],
+            sparsity=float(entry["sparsity"]),
+            figures=_checked_figures(entry),
+            data=entry.get("data") or "",
+            compensation=entry.get("compensation") or "",
+            protocol=tuple((str(name), str(value)) for name, value in protocol.items()),
+            **{name: entry.get(name) for name in _COUNTS},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise corrupt(path, error, where=f", entry {number},") from None
+
+
+def _checked_figures(entry: dict[str, Any]) -> tuple[Figure, ...]:
+    found = tuple(figures(entry))
+    require(bool(found), "it holds no figure")
+    for figure in found:
+        for value in (figure.value, figure.stderr):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(value is None or number, f"{figure.name} is {value!r}")
+    return tuple(Figure(f.name, _finite(f.value), _finite(f.stderr)) for f in found)
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _identity(entry: dict[str, Any]) -> str:
+    return json.dumps([entry.get(name) for name in _CONDITIONS], sort_keys=True)
+
+
+@contextmanager
+def _one_at_a_time(run: Path) -> Iterator[None]:
+    """Let evaluations that end together add one after the other; file systems without locks go without."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(run, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
