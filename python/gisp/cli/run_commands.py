@@ -121,7 +121,9 @@ def inspect(
         _show_nested(console, target)
         return
     if is_run(target):
-        _show_run(console, Trajectory.load(target))
+        trajectory = Trajectory.load(target)
+        _show_run(console, trajectory)
+        _show_evaluations(console, Path(target), str(trajectory.base_model["fingerprint"]))
         return
     import torch
 
@@ -149,6 +151,21 @@ def _show_run(console: Console, trajectory: Any) -> None:
         steps = [int(at[at > 0].min()) for at in removed if bool((at > 0).any())]
         cells = [f"{int((at == 0).sum())} / {len(at)}" for at in removed]
         table.add_row(str(layer), *cells, str(min(steps)) if steps else "-")
+    console.print(table)
+
+
+def _show_evaluations(console: Console, run: Path, fingerprint: str) -> None:
+    """What was measured on points of the run."""
+    from gisp.report.evaluations import HEADER, evaluation_rows
+    from gisp.run.evaluations import read_evaluations
+
+    rows = evaluation_rows(read_evaluations(run, fingerprint))
+    if not rows:
+        console.print(f"not evaluated yet: gisp eval {run} --sparsities 0.2,0.3 --data HELDOUT", soft_wrap=True)
+        return
+    table = Table(*HEADER, title="evaluations")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 

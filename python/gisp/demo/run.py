@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from gisp.demo import demo_files
 from gisp.errors import GispError
 from gisp.evaluate.perplexity import Perplexity, perplexity
 from gisp.export.run import export_run
-from gisp.files import write_atomic
 from gisp.model.load import load_dense, resolve_device
 from gisp.report.write import write_report
+from gisp.run.evaluations import THIS_RUN, add_evaluations
 from gisp.run.loop import OnStep
 from gisp.run.one_shot import one_shot
 from gisp.run.prune import prune
+from gisp.run.record import library_versions
+from gisp.run.trajectory import Trajectory
 
 SPARSITIES = (0.2, 0.3, 0.4, 0.5)
 WINDOW = 128
@@ -75,7 +76,7 @@ def run_demo(
     spent = sum(step.tokens for step in trajectory.steps)
     result = perplexity(dense, held_out, WINDOW)
     rows = [DemoRow(0.0, sum(p.numel() for p in dense.parameters()), result.perplexity, None)]
-    found = [_evaluation("gisp", 0.0, result)]
+    found = [_evaluation(trajectory, THIS_RUN, 0.0, result)]
     exports = []
     say(f"one-shot pruning for comparison, on the same {spent:,} calibration tokens")
     baselines = _one_shot(spent, held_out, place)
@@ -85,12 +86,12 @@ def run_demo(
         exports.append(folder)
         model = _reload(folder).to(place)
         result = perplexity(model, held_out, WINDOW)
-        found.append(_evaluation("gisp", done.spec.sparsity, result))
-        found.append(_evaluation("one-shot", reached, baseline))
+        found.append(_evaluation(trajectory, THIS_RUN, done.spec.sparsity, result))
+        found.append(_evaluation(trajectory, "one-shot", reached, baseline))
         parameters = sum(p.numel() for p in model.parameters())
         rows.append(DemoRow(done.spec.sparsity, parameters, result.perplexity, baseline.perplexity))
         say(f"exported {folder}, reloaded in plain transformers, perplexity {result.perplexity:.2f}")
-    write_atomic(run / "evaluations.json", json.dumps(found, indent=1).encode())
+    add_evaluations(run, found)
     return DemoResult(tuple(rows), result.tokens, WINDOW, tuple(exports), write_report(run).html)
 
 
@@ -114,12 +115,15 @@ def _one_shot(tokens: int, held_out: Sequences, device: torch.device) -> list[tu
     return [(reached, perplexity(smaller, held_out, WINDOW)) for reached, smaller in pruned]
 
 
-def _evaluation(label: str, sparsity: float, result: Perplexity) -> dict[str, Any]:
+def _evaluation(trajectory: Trajectory, label: str, sparsity: float, result: Perplexity) -> dict[str, Any]:
     return {
+        **asdict(result),
         "label": label,
+        "fingerprint": trajectory.base_model["fingerprint"],
         "sparsity": sparsity,
-        "perplexity": result.perplexity,
-        "tokens": result.tokens,
-        "window": result.window,
-        "data": "held-out text",
+        "step": trajectory.step_for(sparsity) if label == THIS_RUN else None,
+        "stride": result.window,
+        "data": str(demo_files().heldout),
+        "protocol": {"rows": _HELD_OUT_ROWS, "dtype": "float32"},
+        "versions": library_versions(),
     }

@@ -6,7 +6,7 @@ Only numpy is needed here: a report can be made where neither the model nor a GP
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,13 @@ from typing import Any
 import numpy as np
 
 from gisp.errors import quoted
-from gisp.run.record import INVALID, RECORD, corrupt, is_count, is_finite, load_json, read_trajectory, require
+from gisp.run.evaluations import Evaluation, read_evaluations
+from gisp.run.record import INVALID, RECORD, corrupt, is_count, is_finite, read_trajectory, require
 
 METRICS = "metrics.jsonl"
-EVALUATIONS = "evaluations.json"
 
 _BINS = 40
-_EVALUATION: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("label", "data"), str),
-    **dict.fromkeys(("sparsity", "perplexity"), float),
-    **dict.fromkeys(("tokens", "window"), int),
-}
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Perplexity of one point of one method; ``perplexity`` may be infinite."""
-
-    label: str
-    sparsity: float
-    perplexity: float
-    tokens: int
-    window: int
-    data: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +34,7 @@ class RunData:
         steps: one record per finished step, at least one.
         heads, channels: per layer int32 [original count]: 0 = kept, t = removed at step t.
         metrics: step -> its line of ``metrics.jsonl``; steps may be missing.
-        evaluations: empty when none were made.
+        evaluations: in the order they were made; empty when none were.
     """
 
     path: Path
@@ -138,7 +121,7 @@ def read_run(path: Path) -> RunData:
         heads=[removed_at[f"layers.{layer}.heads"] for layer in layers],
         channels=[removed_at[f"layers.{layer}.channels"] for layer in layers],
         metrics=_load_metrics(path / METRICS, steps),
-        evaluations=_load_evaluations(path / EVALUATIONS),
+        evaluations=read_evaluations(path, record["base_model"]["fingerprint"]),
     )
 
 
@@ -182,18 +165,6 @@ def _check_metrics(entry: Any, steps: list[dict[str, Any]]) -> None:
     for name in ("loss", "sparsity") if 1 <= entry["step"] <= len(steps) else ():
         value = steps[entry["step"] - 1][name]
         require(entry[name] == value, f"{name} is {quoted(entry[name])}, {RECORD} says {value}")
-
-
-def _load_evaluations(path: Path) -> list[Evaluation]:
-    if not path.is_file():
-        return []
-    entries = load_json(path)
-    try:
-        require(isinstance(entries, list), "it is not a list")
-        require(_all_numbers([entry["sparsity"] for entry in entries]), "a sparsity is not a number")
-        return [Evaluation(**{name: kind(entry[name]) for name, kind in _EVALUATION.items()}) for entry in entries]
-    except INVALID as error:
-        raise corrupt(path, error) from None
 
 
 def _all_numbers(values: Sequence[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The report page: ``page.html`` with pictures and tables inside, no script, nothing fetched."""
+"""The report page: ``page.html`` with pictures and tables inside; its script moves the slider, nothing is fetched."""
 
 from __future__ import annotations
 
@@ -13,9 +13,21 @@ from typing import Any
 import numpy as np
 
 from gisp.config.options import criterion_text
-from gisp.report.data import METRICS, RunData, basename
-from gisp.report.plots import PICTURES
+from gisp.report.data import RunData, basename
+from gisp.report.evaluations import HEADER, TEXTS, evaluation_rows
+from gisp.report.plots import PICTURES, Picture
+from gisp.report.sizes import sizes_section
 
+_NARROW = "(max-width: 40rem)"
+_DARK = "(prefers-color-scheme: dark)"
+# The first that fits is shown, the last one on paper, too.
+LOOKS = {
+    "dark narrow": f"screen and {_DARK} and {_NARROW}",
+    "dark": f"screen and {_DARK}",
+    "light narrow": f"screen and {_NARROW}",
+    "light": "",
+}
+"""Looks of a picture, and the media each is for."""
 _STEP_ROWS = 25
 _ABSENT = "not recorded"
 _IN_MEMORY = "model in memory"
@@ -43,17 +55,21 @@ _STEP_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 )
 
 
-def build_page(run: RunData, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> str:
+def build_page(run: RunData, looks: Mapping[str, Mapping[str, bytes]]) -> str:
     """The whole page.
 
     Args:
-        light, dark: PNG bytes by picture name, the same names in both; the reader's colour scheme picks.
+        looks: PNG bytes by picture name, the same names in each, by a name of :data:`LOOKS`; the reader's colour
+            scheme and width pick.
     """
+    sections = {picture.name: _picture_section(run, picture, looks) for picture in PICTURES}
     parts = [
         _tiles(run),
-        _section("Summary", "", _pairs(summary_rows(run))),
-        *_picture_sections(run, light, dark),
+        sections.pop("quality"),
         _evaluations(run),
+        sizes_section(run),
+        *sections.values(),
+        _section("Summary", "", _pairs(summary_rows(run))),
         _details("Steps", _steps_table(run)),
         _details("Options", _pairs([(name, _plain(value)) for name, value in run.config.items()])),
     ]
@@ -103,44 +119,47 @@ def _tiles(run: RunData) -> str:
     base, last = run.base_model, run.last
     after = base["parameters"] - last["removed_parameters"]
     tiles = [
-        (_percent(last["sparsity"], 1), "of the decoder's parameters removed"),
-        (f"{_short(base['parameters'], 'kMB')} → {_short(after, 'kMB')}", "parameters of the model"),
+        ((_percent(last["sparsity"], 1),), "of the decoder's parameters removed"),
+        (_arrow(_short(base["parameters"], "kMB"), _short(after, "kMB")), "parameters of the model"),
     ]
     kv = run.dense_kv_bytes()
     if kv:
         after = last["kv_bytes_per_token"]
-        tiles.append((f"{_short(kv, 'kMG')}B → {_short(after, 'kMG')}B", "KV cache per token"))
+        tiles.append((_arrow(f"{_short(kv, 'kMG')}B", f"{_short(after, 'kMG')}B"), "KV cache per token"))
     seconds = run.total("seconds")
-    tiles.append((_clock(seconds), f"for {len(run.steps):,} step{'s' * (len(run.steps) > 1)}"))
-    cells = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
+    tiles.append(((_clock(seconds),), f"for {len(run.steps):,} step{'s' * (len(run.steps) > 1)}"))
+    # A line may break between numbers, never within one.
+    cells = "".join(
+        f'<div class="tile"><b>{" ".join(f"<span>{escape(part)}</span>" for part in big)}</b>'
+        f"<small>{escape(small)}</small></div>"
+        for big, small in tiles
+    )
     return f'<div class="tiles">{cells}</div>'
 
 
-def _picture_sections(run: RunData, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> list[str]:
-    sections = []
-    for picture in PICTURES:
-        note, body = f"Not shown: this run has no {METRICS}.", ""
-        if picture.name in light:
-            note = picture.note
-            alt = escape(f"{picture.title}. {note}")
-            body = (
-                '<figure><picture><source media="screen and (prefers-color-scheme: dark)" '
-                f'srcset="{_data_uri(dark[picture.name])}">'
-                f'<img src="{_data_uri(light[picture.name])}" alt="{alt}"></picture></figure>'
-            )
-        sections.append(_section(picture.title, note, body))
-    return sections
+def _arrow(before: str, after: str) -> tuple[str, str]:
+    return before.strip(), f"→ {after.strip()}"
+
+
+def _picture_section(run: RunData, picture: Picture, looks: Mapping[str, Mapping[str, bytes]]) -> str:
+    if picture.name not in looks["light"]:
+        return _section(picture.title, picture.absent, "")
+    note = " ".join(filter(None, (picture.note, picture.reading(run))))
+    sources = "".join(
+        f'<source media="{media}" srcset="{_data_uri(looks[look][picture.name])}">'
+        for look, media in LOOKS.items()
+        if media
+    )
+    alt = escape(f"{picture.title}. {note}")
+    image = f'<img src="{_data_uri(looks["light"][picture.name])}" alt="{alt}">'
+    return _section(picture.title, note, f"<figure><picture>{sources}{image}</picture></figure>")
 
 
 def _evaluations(run: RunData) -> str:
     if not run.evaluations:
         return ""
-    header = ("Method", "Decoder sparsity", "Perplexity", "Tokens", "Window", "Data")
-    rows = []
-    for e in sorted(run.evaluations, key=lambda e: (e.label, e.data, e.window, e.sparsity)):
-        perplexity = f"{e.perplexity:,.4f}" if math.isfinite(e.perplexity) else str(e.perplexity)
-        rows.append((e.label, _percent(e.sparsity), perplexity, _WHOLE(e.tokens), _WHOLE(e.window), e.data))
-    return _section("Evaluations", "", _table(header, rows, text=(0, 5)))
+    rows = evaluation_rows(run.evaluations)
+    return _details(f"All {len(rows):,} figures" if len(rows) > 1 else "The figure", _table(HEADER, rows, text=TEXTS))
 
 
 def _steps_table(run: RunData) -> str:

@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gisp.report.data import RunData, basename
-from gisp.report.style import PERCENT, Theme, draw_lines, log_where_wide, new_figure, sparsity_axis, themed, to_png
+from gisp.report.data import METRICS, RunData
+from gisp.report.points import draw_evaluations, has_points
+from gisp.report.style import PERCENT, Theme, new_figure, new_panels, sparsity_axis, themed, to_png
 
 # Phases in order of time, each with its place in the theme's series.
 _PHASES = {"forward_backward": 0, "select": 2, "compact": 3, "write": 1}
@@ -23,6 +24,23 @@ _NONE_HEIGHT = 0.05
 # An axis cut above this multiple of the 98th percentile would otherwise show one slow step and a flat line.
 _OUTLIER = 4
 _DASHED = (0, (4, 2))
+_NLL = "It is the mean negative log-likelihood of a token: lower is better."
+# What the loss of an objective is, and how it is read.
+_LOSSES = {
+    "lm": ("nats per token", _NLL),
+    "completion": ("nats per token", _NLL),
+    "margin": (
+        "margin, nats per token",
+        "It is the mean negative log-likelihood of right answers minus that of wrong ones. Below 0 the model holds "
+        "right answers for more likely, and a rise towards 0 means that it loses this preference.",
+    ),
+    "choice": (
+        "nats per question",
+        "It is minus the log of the share that the right answer has in the likelihood of all answers of a question: "
+        "0 is certain, ln(K) is a guess among K answers.",
+    ),
+    "mixture": ("weighted tasks", "It is the weighted sum of the losses of the mixture's tasks."),
+}
 
 
 @dataclass(frozen=True)
@@ -33,53 +51,35 @@ class Picture:
         name: of the PNG file, without suffix.
         title, note: heading and one sentence on how to read it.
         draw: the drawing function.
-        from_metrics: whether it shows ``metrics.jsonl``.
+        reading: what more there is to say of a run's picture.
+        has: whether a run has what it shows.
+        absent: what stands in its place otherwise.
     """
 
     name: str
     title: str
     note: str
     draw: Callable[[RunData, Theme], Figure]
-    from_metrics: bool = False
+    reading: Callable[[RunData], str] = lambda run: ""
+    has: Callable[[RunData], bool] = lambda run: True
+    absent: str = ""
 
 
 def render(run: RunData, theme: Theme) -> dict[str, bytes]:
     """PNG bytes of every picture this run has data for, by name."""
     with themed(theme):
-        return {p.name: to_png(p.draw(run, theme)) for p in PICTURES if run.metrics or not p.from_metrics}
+        return {p.name: to_png(p.draw(run, theme)) for p in PICTURES if p.has(run)}
 
 
 def draw_quality(run: RunData, theme: Theme) -> Figure:
-    """Perplexity (when evaluated) and calibration loss against decoder sparsity."""
-    figure = new_figure(3.9)
-    if any(np.isfinite(e.perplexity) for e in run.evaluations):
-        left, right = figure.subplots(1, 2)
-        _draw_perplexity(left, run, theme)
-    else:
-        right = figure.subplots()
-    _draw_loss(right, run, theme)
-    return figure
+    """Every evaluated point against decoder sparsity."""
+    return draw_evaluations(run.evaluations, theme)
 
 
-def _draw_perplexity(ax: Axes, run: RunData, theme: Theme) -> None:
-    conditions = list(dict.fromkeys((e.data, e.window) for e in run.evaluations))
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    for e in run.evaluations:
-        if np.isfinite(e.perplexity):
-            # Perplexities on other text or windows are no points of the same line.
-            label = e.label if len(conditions) == 1 else f"{e.label}: {basename(e.data)}, window {e.window}"
-            lines.setdefault(label, []).append((e.sparsity, e.perplexity, 0.0))
-    draw_lines(ax, lines, theme)
-    log = log_where_wide(ax, [y for points in lines.values() for _, y, _ in points])
-    ax.set(title="Perplexity", ylabel="perplexity (log scale)" if log else "perplexity")
-    if len(conditions) == 1:
-        data, window = conditions[0]
-        _aside(ax, f"{basename(data)}, window {window} tokens", theme)
-    ax.legend(loc="upper left")
-    sparsity_axis(ax)
-
-
-def _draw_loss(ax: Axes, run: RunData, theme: Theme) -> None:
+def draw_loss(run: RunData, theme: Theme) -> Figure:
+    """Calibration loss of the model each step started from."""
+    figure = new_figure(3.4, theme)
+    ax = figure.subplots()
     xs, ys = run.sparsity_before(), run.column("loss")
     window = max(1, len(ys) // 20)
     # A step of the stream engine sees one fresh batch: its loss is noisy, its running mean is not.
@@ -91,17 +91,29 @@ def _draw_loss(ax: Axes, run: RunData, theme: Theme) -> None:
         ax.legend(loc="upper left")
     else:
         ax.plot(xs, ys, color=theme.series[0], marker="o" if len(ys) < 40 else None, markersize=4)
-    objective = "mixture" if run.data.get("tasks") else run.config.get("objective", "lm")
-    unit = "nats per token" if objective in ("lm", "completion") else objective
-    ax.set(title="Calibration loss", ylabel=f"loss ({unit})")
+    ax.set(title="Calibration loss", ylabel=f"loss ({loss_unit(run)})")
     sparsity_axis(ax)
+    return figure
+
+
+def loss_unit(run: RunData) -> str:
+    """What the run's loss is, in two or three words."""
+    return _LOSSES.get(_objective(run), (_objective(run), ""))[0]
+
+
+def loss_reading(run: RunData) -> str:
+    """How the run's loss is read, one or two sentences; empty for a loss of the user's own."""
+    return _LOSSES.get(_objective(run), ("", ""))[1]
+
+
+def _objective(run: RunData) -> str:
+    return "mixture" if run.data.get("tasks") else str(run.config.get("objective", "lm"))
 
 
 def draw_kept_over_steps(run: RunData, theme: Theme) -> Figure:
     """Two heat maps, layer by step: fraction of heads and of channels kept."""
     layers, steps = len(run.heads), len(run.steps)
-    figure = new_figure(min(3.2 + 0.06 * layers, 7.5))
-    axes = figure.subplots(1, 2, sharey=True)
+    figure, axes = new_panels(2, min(3.2 + 0.06 * layers, 7.5), theme, sharey=True)
     none_kept = any(bool((run.kept_fraction(kind)[:, -1] <= 0).any()) for kind in ("heads", "channels"))
     for ax, kind in zip(axes, ("heads", "channels"), strict=True):
         kept = run.kept_fraction(kind)
@@ -115,7 +127,7 @@ def draw_kept_over_steps(run: RunData, theme: Theme) -> Figure:
         _sparsity_on_top(ax, run, theme)
     axes[0].set_ylabel("layer (0 = input end)")
     ends: dict[str, Any] = {"extend": "min" if none_kept else "neither", "extendrect": True, "extendfrac": _NONE_HEIGHT}
-    bar = figure.colorbar(image, ax=list(axes), pad=0.02, aspect=30, label="fraction kept", **ends)
+    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=30, label="fraction kept", **ends)
     bar.ax.yaxis.set_major_formatter(PERCENT)
     bar.set_ticks([0.25, 0.5, 0.75, 1] if none_kept else [1e-9, 0.25, 0.5, 0.75, 1])
     if none_kept:
@@ -138,7 +150,8 @@ def draw_scores(run: RunData, theme: Theme) -> Figure:
     """Distribution of the positive scores of heads and channels at the first, middle and last step."""
     known = list(run.metrics)
     shown = list(dict.fromkeys((known[0], known[len(known) // 2], known[-1])))
-    figure = new_figure(1.1 + 1.75 * len(shown))
+    narrow = theme.columns == 1
+    figure = new_figure(1.1 + (2.4 if narrow else 1.75) * len(shown), theme)
     axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for ax, step in zip(axes, shown, strict=True):
         entry = run.metrics[step]
@@ -159,8 +172,10 @@ def draw_scores(run: RunData, theme: Theme) -> Figure:
         ax.set(title=f"Step {step}")
         _aside(ax, f"scored at {100 * run.sparsity_before()[step - 1]:.1f} % sparsity", theme)
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.05))
-        ax.set_ylim(bottom=0)
+            # Beside the axes where there is room, else over them.
+            place = {"loc": "upper left"} if narrow else {"loc": "upper left", "bbox_to_anchor": (1.0, 1.05)}
+            ax.legend(**place)
+        ax.set_ylim(0, (1.8 if narrow else 1.0) * ax.get_ylim()[1])
         ax.grid(axis="y")
     axes[-1].set_xlabel("log10 of the normalised score, of those above 0")
     figure.supylabel("density: share of these heads or channels per decade", fontsize=10)
@@ -171,8 +186,8 @@ def draw_seconds(run: RunData, theme: Theme) -> Figure:
     """Seconds of each phase, stacked over the steps, and their totals."""
     seconds = phase_seconds(run)
     colours = {phase: theme.series[_PHASES.get(phase, _OTHER_PHASE)] for phase in seconds}
-    figure = new_figure(3.9)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    ratios = {"width_ratios": (3, 2)} if theme.columns == 2 else {"height_ratios": (3, 2)}
+    figure, (left, right) = new_panels(2, 3.9 if theme.columns == 2 else 3.0, theme, **ratios)
     edges = np.arange(len(run.steps) + 1) + 0.5
     base = np.zeros(len(run.steps))
     for phase, values in seconds.items():
@@ -219,27 +234,6 @@ def _cut_outliers(ax: Axes, totals: np.ndarray, theme: Theme) -> None:
         ax.set_ylim(0, 1.05 * totals[highest])
 
 
-def draw_kept_per_layer(run: RunData, theme: Theme) -> Figure:
-    """Bars: fraction of heads and of channels each layer keeps at the end."""
-    figure = new_figure(4.8)
-    axes = figure.subplots(2, 1, sharex=True)
-    layers = np.arange(len(run.heads))
-    for ax, kind, colour in zip(axes, ("heads", "channels"), theme.series, strict=False):
-        kept = run.kept_fraction(kind)[:, -1]
-        left, whole = run.kept_count(kind)
-        ax.bar(layers, kept, color=colour, width=0.78)
-        ax.axhline(left / whole, color=theme.ink, ls=_DASHED, lw=1)
-        for layer in layers[kept <= 0]:
-            ax.text(layer, 0.02, "0", ha="center", va="bottom", color=theme.ink, fontsize=9, weight="bold")
-        ax.set(title=kind.capitalize(), ylabel="fraction kept", ylim=(0, 1.04), yticks=[0, 0.25, 0.5, 0.75, 1])
-        _aside(ax, f"{left:,} of {whole:,} kept, {100 * left / whole:.1f} % (dashed)", theme)
-        ax.yaxis.set_major_formatter(PERCENT)
-        ax.grid(axis="y")
-    axes[-1].set(xlabel="layer (0 = input end)", xlim=(-0.6, len(layers) - 0.4))
-    axes[-1].xaxis.set_major_locator(MaxNLocator(20, integer=True))
-    return figure
-
-
 def _aside(ax: Axes, text: str, theme: Theme) -> None:
     """A quiet remark at the right end of a title line."""
     ax.set_title(text, loc="right", fontsize=9, color=theme.muted, weight="normal")
@@ -249,12 +243,28 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _has_metrics(run: RunData) -> bool:
+    return bool(run.metrics)
+
+
+_NO_METRICS = f"Not shown: this run has no {METRICS}."
 PICTURES = (
     Picture(
         "quality",
         "Quality against sparsity",
-        "Perplexity where the run was evaluated, and the calibration loss of the model each step started from.",
+        "Every point that was evaluated, the dense model at 0 %, with what it is compared with. "
+        "Bars are standard errors.",
         draw_quality,
+        has=lambda run: has_points(run.evaluations),
+        absent="Not evaluated yet. This command adds the figures of the dense model and of two sizes, here and in gisp "
+        "inspect: gisp eval RUN --sparsities 0.2,0.3 --data HELDOUT",
+    ),
+    Picture(
+        "loss",
+        "Calibration loss",
+        "Loss on the calibration data of the model each step started from, before its removal.",
+        draw_loss,
+        loss_reading,
     ),
     Picture(
         "kept_over_steps",
@@ -263,23 +273,19 @@ PICTURES = (
         draw_kept_over_steps,
     ),
     Picture(
-        "kept_per_layer",
-        "What is kept at the end",
-        "Fraction of its original heads and channels every layer keeps after the last step.",
-        draw_kept_per_layer,
-    ),
-    Picture(
         "scores",
         "Scores of heads and channels",
         "Heads and channels are ranked together; the threshold is the highest score removed at that step.",
         draw_scores,
-        from_metrics=True,
+        has=_has_metrics,
+        absent=_NO_METRICS,
     ),
     Picture(
         "seconds",
         "Where the time goes",
         "Wall seconds of each phase of a step, stacked, and summed over the run.",
         draw_seconds,
-        from_metrics=True,
+        has=_has_metrics,
+        absent=_NO_METRICS,
     ),
 )

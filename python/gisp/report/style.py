@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from matplotlib import style
@@ -14,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-WIDTH = 9.0
-"""Inches of every picture, so that text has one size down the page."""
+_WIDTHS = {1: 4.4, 2: 9.0}
+"""Inches of every picture by its columns, so that text has one size down the page."""
 _DPI = 144
 
 
@@ -28,6 +29,7 @@ class Theme:
         ink, muted, grid: text, axes and quiet text, grid lines.
         none_kept: a heat map cell of a layer that lost everything.
         series: lines and phases, in order of use; heads and channels have the first two in every picture.
+        columns: axes side by side, 1 for narrow pages.
     """
 
     surface: str
@@ -36,6 +38,12 @@ class Theme:
     grid: str
     none_kept: str
     series: tuple[str, ...]
+    columns: int = 2
+
+    @property
+    def narrow(self) -> Theme:
+        """The same colours for a narrow page."""
+        return replace(self, columns=1)
 
 
 _BRIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -76,11 +84,27 @@ def themed(theme: Theme) -> Iterator[None]:
         yield
 
 
-def new_figure(height: float) -> Figure:
+def new_figure(height: float, theme: Theme) -> Figure:
     """An empty figure that no global state knows of; ``height`` in inches."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(_WIDTHS[theme.columns], height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def new_panels(count: int, height: float, theme: Theme, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with axes in rows of the theme's columns; a single one takes the whole width.
+
+    Args:
+        height: of a row, in inches.
+        options: of matplotlib's ``subplots``.
+    """
+    columns = min(theme.columns, count)
+    rows = math.ceil(count / columns)
+    figure = new_figure(height * rows, theme)
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return figure, axes[:count]
 
 
 def draw_lines(ax: Axes, lines: Mapping[str, Sequence[tuple[float, float, float]]], theme: Theme) -> None:

@@ -14,6 +14,7 @@ from gisp.report.style import DARK, LIGHT
 
 HTML = "report.html"
 PLOTS = "plots"
+_THEMES = {"light": LIGHT, "dark": DARK, "light narrow": LIGHT.narrow, "dark narrow": DARK.narrow}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def write_report(run: Path) -> ReportFiles:
     """Write ``report.html`` and ``plots/*.png`` into a run folder, finished or not.
 
     Reads ``trajectory.json``, ``trajectory.safetensors`` and, where there, ``metrics.jsonl`` (scores, seconds) and
-    ``evaluations.json`` (perplexities). The same run gives the same files. Every file appears whole or not at all,
+    ``evaluations.json`` (quality). The same run gives the same files. Every file appears whole or not at all,
     the page last.
 
     Raises:
@@ -41,15 +42,15 @@ def write_report(run: Path) -> ReportFiles:
     """
     run = Path(run)
     data = read_run(run)
-    light, dark = render(data, LIGHT), render(data, DARK)
-    page = build_page(data, light, dark)
+    looks = {name: render(data, theme) for name, theme in _THEMES.items()}
+    page = build_page(data, looks)
     plots = run / PLOTS
     try:
         plots.mkdir(exist_ok=True)
     except OSError as error:
         raise GispError(disk_message(plots, error)) from None
     pngs = []
-    for name, png in light.items():
+    for name, png in looks["light"].items():
         pngs.append(plots / f"{name}.png")
         write_atomic(pngs[-1], png)
     write_atomic(run / HTML, page.encode())

@@ -82,8 +82,8 @@ def test_no_run_folder(tmp_path: Path, kind: str) -> None:
 def test_failed_write_keeps_the_old_page(tmp_path: Path) -> None:
     make_run(tmp_path, steps=2)
     (tmp_path / "report.html").write_text("old page")
-    (tmp_path / "plots" / "quality.png").mkdir(parents=True)
-    with pytest.raises(GispError, match=r"cannot write .*quality\.png"):
+    (tmp_path / "plots" / "loss.png").mkdir(parents=True)
+    with pytest.raises(GispError, match=r"cannot write .*loss\.png"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_text() == "old page"
     assert not list((tmp_path / "plots").glob(".*"))

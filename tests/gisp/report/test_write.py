@@ -18,13 +18,15 @@ from safetensors.numpy import load_file, save_file
 from gisp.errors import GispError
 from gisp.report.data import read_run
 from gisp.report.html import step_rows
-from gisp.report.plots import PICTURES, draw_scores, phase_seconds
+from gisp.report.plots import PICTURES, draw_scores, loss_reading, phase_seconds
+from gisp.report.sizes import size_of
 from gisp.report.style import LIGHT
 from gisp.report.write import ReportFiles, write_report
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-FROM_METRICS = {picture.name for picture in PICTURES if picture.from_metrics}
+FROM_METRICS = {picture.name for picture in PICTURES if "metrics.jsonl" in picture.absent}
 ALL = [picture.name for picture in PICTURES]
+UNEVALUATED = [name for name in ALL if name != "quality"]
 
 
 def rows_of(html: str) -> dict[str, str]:
@@ -66,15 +68,18 @@ def test_full_run_writes_page_and_all_pictures(made: Made) -> None:
     html = check_written(made.files, made.folder, ALL)
     inputs = {"trajectory.json", "trajectory.safetensors", "metrics.jsonl", "evaluations.json"}
     assert {path.name for path in made.folder.iterdir()} == inputs | {"report.html", "plots"}
+    assert html.index('alt="Quality against') < html.index('alt="Calibration loss')
     assert {"one-shot", "12.3300", "64.0000"} <= set(re.findall(r"<td[^>]*>(.*?)</td>", html))
 
 
 def test_page_refers_to_nothing_outside(made: Made) -> None:
     html = made.html
     references = re.findall(r"""\b(?:src|srcset|href|action|data)\s*=\s*["']?([^"'\s>]+)""", html)
-    assert len(references) == 2 * len(ALL)
+    # Light and dark, wide and narrow.
+    assert len(references) == 4 * len(ALL)
     assert all(reference.startswith("data:image/png;base64,") for reference in references)
-    for word in ("<script", "<link", "@import", "url(", "http:", "https:"):
+    assert "default-src 'none'" in html
+    for word in ("<script src", "<link", "@import", "url(", "http:", "https:"):
         assert word not in html
     assert "<decoder>" not in html
 
@@ -132,7 +137,7 @@ def test_kept_fractions_follow_the_removal_steps(tmp_path: Path) -> None:
 
 def test_layer_without_heads_is_drawn(tmp_path: Path) -> None:
     make_run(tmp_path, empty_layer=1)
-    check_written(write_report(tmp_path), tmp_path, ALL)
+    check_written(write_report(tmp_path), tmp_path, UNEVALUATED)
 
 
 def test_loss_belongs_to_the_sparsity_before_the_step(tmp_path: Path) -> None:
@@ -143,7 +148,8 @@ def test_loss_belongs_to_the_sparsity_before_the_step(tmp_path: Path) -> None:
 
 def test_single_step(tmp_path: Path) -> None:
     make_run(tmp_path, steps=1)
-    html = check_written(write_report(tmp_path), tmp_path, ALL)
+    html = check_written(write_report(tmp_path), tmp_path, UNEVALUATED)
+    assert "Not evaluated yet." in html
     assert rows_of(html)["Steps"] == "1"
 
 
@@ -155,14 +161,14 @@ def test_cut_run_ignores_what_is_ahead_of_its_last_step(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "trajectory.safetensors")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 2.')
-    html = check_written(write_report(tmp_path), tmp_path, ALL)
+    html = check_written(write_report(tmp_path), tmp_path, UNEVALUATED)
     assert rows_of(html)["Status"] == "unfinished after step 5 of 20"
     assert sorted(read_run(tmp_path).metrics) == [1, 2, 3, 4, 5]
 
 
 def test_without_metrics_the_page_says_so(tmp_path: Path) -> None:
     make_run(tmp_path, metrics=False)
-    html = check_written(write_report(tmp_path), tmp_path, [name for name in ALL if name not in FROM_METRICS])
+    html = check_written(write_report(tmp_path), tmp_path, [name for name in UNEVALUATED if name not in FROM_METRICS])
     assert html.count("Not shown: this run has no metrics.jsonl.") == len(FROM_METRICS)
 
 
@@ -177,7 +183,7 @@ def test_unusual_metrics_and_evaluations_are_drawn(tmp_path: Path) -> None:
     evaluations = [*made_evaluations(), {**made_evaluations()[-1], "perplexity": float("inf"), "window": 256}]
     (tmp_path / "evaluations.json").write_text(json.dumps(evaluations))
     html = check_written(write_report(tmp_path), tmp_path, ALL)
-    assert ">inf</td>" in html
+    assert ">not finite</td>" in html
     assert phase_seconds(read_run(tmp_path))["sync"].tolist() == [0.0, 0.0, 0.5]
     labels = draw_scores(read_run(tmp_path), LIGHT).axes[1].get_legend_handles_labels()[1]
     assert labels[:2] == ["heads (36 scored, 36 at or below 0)", "channels (7 scored, 7 at or below 0)"]
@@ -194,6 +200,35 @@ def test_same_run_gives_the_same_files_and_leaves_settings_alone(made: Made) -> 
     second = write_report(made.folder)
     assert [path.read_bytes() for path in (second.html, *second.pngs)] == contents
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("step", [0, 7, 12])
+def test_slider_holds_what_each_layer_keeps(tmp_path: Path, step: int) -> None:
+    record = make_run(tmp_path, evaluations=True)
+    run = read_run(tmp_path)
+    size = size_of(run, step)
+    tensors = load_file(tmp_path / "trajectory.safetensors")
+    for kind in ("heads", "channels"):
+        left = [tensors[f"layers.{layer}.{kind}.removed_at"] for layer in range(LAYERS)]
+        assert size[kind] == [int(((at == 0) | (at > step)).sum()) for at in left]
+    removed = record["steps"][step - 1]["removed_parameters"] if step else 0
+    assert size["parameters"] == f"{PARAMETERS - removed:,}"
+    assert size["figures"] == (
+        "gisp: perplexity 5.8125 (texts/heldout.jsonl)" if not step else "Not evaluated at this size."
+    )
+
+
+@pytest.mark.parametrize(
+    "objective, words", [("lm", "lower is better"), ("margin", "right answers minus that of wrong"), ("mine.loss", "")]
+)
+def test_the_loss_is_explained(tmp_path: Path, objective: str, words: str) -> None:
+    make_run(tmp_path, steps=2, metrics=False)
+    record = json.loads((tmp_path / "trajectory.json").read_text())
+    record["config"]["objective"] = objective
+    (tmp_path / "trajectory.json").write_text(json.dumps(record))
+    run = read_run(tmp_path)
+    assert words in loss_reading(run)
+    assert bool(loss_reading(run)) == bool(words)
 
 
 @pytest.mark.parametrize("steps, expected", [(1, [0]), (3, [0, 1, 2]), (49, list(range(0, 49, 2)))])

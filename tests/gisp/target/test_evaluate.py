@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from gisp.config.options import GQA_MODES
 from gisp.errors import GispError
 from gisp.export.nested.export import export_nested
 from gisp.report.points import draw_points
+from gisp.report.write import write_report
+from gisp.run.evaluations import EVALUATIONS, read_evaluations
 from gisp.target import evaluate_along, evaluate_target
 
 ROWS = [
@@ -196,3 +199,54 @@ def test_paths_are_checked_before_anything_is_computed(
     model = ["eval", str(places / "model"), "--data", "x.jsonl", "--sparsities", "0.2"]
     assert main(model) == 2
     assert "needs a run folder or a nested checkpoint" in capfd.readouterr().err
+
+
+def test_what_is_measured_on_a_run_reaches_its_folder(
+    places: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(places / "run", run)
+    (run / EVALUATIONS).unlink(missing_ok=True)
+    tokens, rows = str(places / "tokens.safetensors"), str(places / "rows.jsonl")
+    capfd.readouterr()
+    assert main(["eval", str(run), "--data", tokens, "--sparsities", "0.2,0.4", "--window", "8", "--json", *CPU]) == 0
+    points = json.loads(capfd.readouterr().out)["points"]
+    assert main(["eval", str(run), "--data", rows, "--sparsity", "0.2", "--limit", "4", "--json", *CPU]) == 0
+    choices = json.loads(capfd.readouterr().out)
+    assert set(choices) == set(evaluate_target(str(run), rows, sparsity=0.2, device="cpu")), "what is printed stays"
+    fingerprint = gisp.Trajectory.load(run).base_model["fingerprint"]
+    found = read_evaluations(run, fingerprint)
+    for point, evaluation in zip(points, found, strict=False):
+        assert (evaluation.step, evaluation.sparsity) == (point["step"], point["sparsity"])
+        assert evaluation.figures[0].value == pytest.approx(point["perplexity"])
+        assert evaluation.conditions == "window 8, dtype float32"
+        assert (evaluation.label, evaluation.data) == ("gisp", tokens)
+    limited = found[len(points)]
+    assert ("limit", "4") in limited.protocol
+    assert {figure.name for figure in limited.figures} == {"perplexity", "acc", "acc_norm"}
+    stored = json.loads((run / EVALUATIONS).read_text())[0]
+    assert stored["fingerprint"] == fingerprint
+    assert {"torch", "gisp-kernels"} <= set(stored["versions"])
+
+    assert main(["inspect", str(run)]) == 0
+    shown = capfd.readouterr().out
+    assert "evaluations" in shown and f"{points[0]['perplexity']:,.4f}"[:5] in shown
+    html = write_report(run).html.read_text()
+    assert all(f">{point['perplexity']:,.4f}</td>" in html for point in points)
+    assert f"{choices['acc']:,.4f}" in html
+
+    before = (run / EVALUATIONS).read_text()
+    (run / EVALUATIONS).write_text("{")
+    assert main(["eval", str(run), "--data", tokens, *CPU]) == 2
+    assert "evaluations.json is corrupt" in capfd.readouterr().err
+    (run / EVALUATIONS).write_text(before)
+
+
+def test_figures_are_given_where_they_cannot_be_recorded(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise GispError("cannot write evaluations.json: the disk is full")
+
+    monkeypatch.setattr("gisp.target.record.add_evaluations", full)
+    with pytest.warns(UserWarning, match="the figures are not recorded: .*disk is full"):
+        found = evaluate_target(str(places / "run"), str(places / "tokens.safetensors"), device="cpu")
+    assert found["perplexity"] > 1
