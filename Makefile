@@ -6,13 +6,14 @@ JOBS ?= 2
 
 SOURCES := setup.py pyproject.toml CMakeLists.txt tests/constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup demo test lint types docs format hooks bench bench-quick bench-pytest clean
+.PHONY: help setup browser demo test lint types docs format hooks bench bench-quick bench-pytest clean
 help:
 	@echo "make setup   .venv with the package and its development tools"
 	@echo "make demo    prune the shipped decoder to 50 %, export, reload, evaluate"
 	@echo "make test    all tests that run on this machine"
 	@echo "make lint    ruff, read-only          make types   mypy over the packages, benchmarks and tests"
 	@echo "make format  ruff, rewriting files    make docs    the documentation as a site, in strict mode"
+	@echo "make browser   Chromium for the tests of the report (Debian and Ubuntu, as root)"
 	@echo "make hooks   lint, types and commit subjects checked before every commit"
 	@echo "make bench   kernels and whole runs, with goals and plots (GPU)"
 	@echo "make bench-quick   a few kernels      make bench-pytest   the same under pytest-benchmark"
@@ -30,6 +31,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+browser:
+	command -v chromium || (apt-get update -q && apt-get install -qy --no-install-recommends chromium)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -119,7 +119,7 @@ def draw_kept_over_steps(run: RunData, theme: Theme) -> Figure:
         kept = run.kept_fraction(kind)
         # Exactly zero falls below the scale and takes its own colour.
         colours = matplotlib.colormaps["cividis"].with_extremes(under=theme.none_kept)
-        place = {"aspect": "auto", "origin": "lower", "extent": (-0.5, steps + 0.5, -0.5, layers - 0.5)}
+        place: dict[str, Any] = {"aspect": "auto", "origin": "lower", "extent": (-0.5, steps + 0.5, -0.5, layers - 0.5)}
         image = ax.imshow(kept, cmap=colours, vmin=1e-9, vmax=1, interpolation="nearest", **place)
         ax.set(title=f"{kind.capitalize()} kept", xlabel="step (0 = dense)")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -173,7 +173,9 @@ def draw_scores(run: RunData, theme: Theme) -> Figure:
         _aside(ax, f"scored at {100 * run.sparsity_before()[step - 1]:.1f} % sparsity", theme)
         if ax.get_legend_handles_labels()[0]:
             # Beside the axes where there is room, else over them.
-            place = {"loc": "upper left"} if narrow else {"loc": "upper left", "bbox_to_anchor": (1.0, 1.05)}
+            place: dict[str, Any] = (
+                {"loc": "upper left"} if narrow else {"loc": "upper left", "bbox_to_anchor": (1.0, 1.05)}
+            )
             ax.legend(**place)
         ax.set_ylim(0, (1.8 if narrow else 1.0) * ax.get_ylim()[1])
         ax.grid(axis="y")
@@ -243,6 +245,12 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _measured_on(run: RunData) -> str:
+    """The conditions that all lines share; where there are several, the lines name theirs."""
+    found = {", ".join(filter(None, (e.source, e.conditions))) for e in run.evaluations}
+    return f"Measured on {found.pop()}." if len(found) == 1 else ""
+
+
 def _has_metrics(run: RunData) -> bool:
     return bool(run.metrics)
 
@@ -255,6 +263,7 @@ PICTURES = (
         "Every point that was evaluated, the dense model at 0 %, with what it is compared with. "
         "Bars are standard errors.",
         draw_quality,
+        _measured_on,
         has=lambda run: has_points(run.evaluations),
         absent="Not evaluated yet. This command adds the figures of the dense model and of two sizes, here and in gisp "
         "inspect: gisp eval RUN --sparsities 0.2,0.3 --data HELDOUT",

@@ -84,7 +84,7 @@ def themed(theme: Theme) -> Iterator[None]:
         yield
 
 
-def new_figure(height: float, theme: Theme) -> Figure:
+def new_figure(height: float, theme: Theme = LIGHT) -> Figure:
     """An empty figure that no global state knows of; ``height`` in inches."""
     figure = Figure(figsize=(_WIDTHS[theme.columns], height), layout="constrained")
     FigureCanvasAgg(figure)
