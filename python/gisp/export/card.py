@@ -7,16 +7,40 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from gisp.config.options import criterion_text
+from gisp.export.provenance import BaseCard
 from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec
+from gisp.run.evaluations import THIS_RUN, Evaluation, amount_text, figure_text, method_text
 
 _RELAID = (
     "Query heads stored may exceed the heads kept: key/value heads must serve equally many query heads, so some are "
     "stored twice and missing query heads are zero. This changes no output."
 )
+_NOT_EVALUATED = "Not measured: `gisp eval RUN --sparsity S --data DATA` before the export puts figures here."
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+# What stands for the names in the texts of `cards`.
+_WITH_TOKENIZER = {
+    "torch": "",
+    "tokenizer_class": ", AutoTokenizer",
+    "tokenizer_import": "from transformers import AutoTokenizer\n",
+    "generate": """\
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+inputs = tokenizer("The ", return_tensors="pt")
+output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=32)
+print(tokenizer.decode(output[0], skip_special_tokens=True))""",
+}
+_WITH_IDS = {
+    "torch": "import torch\n",
+    "tokenizer_class": "",
+    "tokenizer_import": "",
+    "generate": """\
+input_ids = torch.tensor([[1, 2, 3]])  # the base model came without a tokenizer
+print(model.generate(input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=32))""",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +54,7 @@ class CardKind:
         load: name of the text in ``cards`` on how to load it.
         layers: what to know of the table of layers.
         facts: more lines for the table of facts: what, value.
+        exact: whether it holds the point of the run itself.
     """
 
     load: str
@@ -38,27 +63,34 @@ class CardKind:
     tags: tuple[str, ...] = ()
     layers: str = _RELAID
     facts: tuple[tuple[str, str], ...] = ()
+    exact: bool = True
 
 
 PRUNED = CardKind("hf")
 MASKED = CardKind("masked", title="masked", layers="Shapes are those of the base model.")
-UNIFORM = CardKind("uniform", title="one size for all layers", layers="All layers store the same, with real weights.")
+UNIFORM = CardKind(
+    "uniform", title="one size for all layers", layers="All layers store the same, with real weights.", exact=False
+)
 
 
 def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, kind: CardKind = PRUNED) -> None:
     """Write ``README.md``: where the model comes from, what was removed, how exact the export is, how to load it."""
-    name = base_name(base, spec.base_path)
-    title = f"{name}, pruned by {spec.sparsity:.0%}" + (f" ({kind.title})" if kind.title else "")
-    lines = head(name, title, kind.library, kind.tags)
+    source, calibration = BaseCard.of(base, spec.base_path), spec.run.get("data") or {}
+    title = f"{source.name}, pruned by {spec.sparsity:.0%}" + (f" ({kind.title})" if kind.title else "")
+    lines = head(source.front(calibration), title, kind.library, kind.tags)
     lines += [
-        f"`{name}` with attention heads and MLP channels removed by iterative structured pruning "
+        f"`{source.name}` with attention heads and MLP channels removed by iterative structured pruning "
         "(after [GISP](https://arxiv.org/abs/2510.18030), scores by the criterion below).",
         "",
-        *_facts(spec, report, kind),
+        *facts_table([*source.facts(calibration), *_facts(spec, report, kind)]),
         "",
-        "## Load",
+        "## Use",
         "",
-        load_text(kind.load),
+        load_text(kind.load, folder),
+        "## Quality",
+        "",
+        *_quality(spec, kind),
+        "",
         "## Layers",
         "",
         *_table(report, kind),
@@ -67,19 +99,27 @@ def write_card(folder: Path, base: Any, spec: PrunedSpec, report: ExportReport, 
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def load_text(name: str) -> str:
-    """A text of ``cards``, Markdown."""
-    return (files("gisp.export") / "cards" / f"{name}.md").read_text(encoding="utf-8")
+def load_text(name: str, folder: Path, **values: str) -> str:
+    """A text of ``cards``, Markdown, whose code goes through the folder's tokenizer if it has one.
+
+    Args:
+        values: what stands for further names of the text.
+    """
+    has_tokenizer = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    kind = _WITH_TOKENIZER if has_tokenizer else _WITH_IDS
+    text = (files("gisp.export") / "cards" / f"{name}.md").read_text(encoding="utf-8")
+    return Template(text).substitute(kind, **values)
 
 
-def head(name: str, title: str, library: str, tags: Sequence[str]) -> list[str]:
-    """Lines of a card's front matter and its title."""
-    front = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["gisp", "pruned", *tags]}
+def head(front: dict[str, Any], title: str, library: str, tags: Sequence[str]) -> list[str]:
+    """Lines of a card's front matter and its title.
+
+    Args:
+        front: entries beside library and tags.
+    """
+    front = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["gisp", "pruned", *tags], **front}
     # JSON values are YAML values, quoted where a model's name needs it.
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items())]
-    if "/" in name:
-        lines.append(f"base_model: {json.dumps(name)}")
-    return [*lines, "---", "", f"# {title}", ""]
+    return ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {title}", ""]
 
 
 def facts_table(facts: Iterable[tuple[str, Any]]) -> list[str]:
@@ -87,19 +127,32 @@ def facts_table(facts: Iterable[tuple[str, Any]]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts)]
 
 
-def base_name(base: Any, path: str) -> str:
-    """The base model's hub name, or the last part of its folder: a card should not tell local paths."""
-    path = path or str(getattr(base.config, "_name_or_path", "") or "")
-    if not path:
-        return type(base).__name__
-    is_hub_name = path.count("/") == 1 and not path.startswith(("/", ".", "~")) and not Path(path).exists()
-    return path if is_hub_name else Path(path).name
+def quality_table(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Every figure beside the dense model's under the same conditions, where that was measured."""
+    own = [e for e in evaluations if e.label == THIS_RUN]
+    dense = {(e.source, e.conditions, f.name): figure_text(f) for e in own if e.sparsity == 0 for f in e.figures}
+    rows = []
+    for e in own:
+        for figure in e.figures if e.sparsity else ():
+            at_dense = dense.get((e.source, e.conditions, figure.name), "-")
+            rows.append((method_text(e), figure.name, figure_text(figure), at_dense, amount_text(e), e.conditions))
+    head = ("method", "figure", "value", "dense model", "measured on", "conditions")
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)] if rows else []
 
 
-def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[str]:
+def _quality(spec: PrunedSpec, kind: CardKind) -> list[str]:
+    table = quality_table(spec.evaluations)
+    if not table:
+        return [_NOT_EVALUATED]
+    changed = spec.options or not kind.exact
+    about = "the exact point of the run; sizes were changed for this export" if changed else "this size"
+    return [f"Figures of {about}, measured by `gisp eval` on the run.", "", *table]
+
+
+def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[tuple[str, Any]]:
     config = spec.run.get("config") or {}
     versions = spec.run.get("versions") or {}
-    facts = [
+    return [
         ("sparsity of the decoder layers", f"{spec.sparsity:.4f} (step {spec.step})"),
         ("sparsity of the whole model", f"{spec.model_sparsity:.4f}"),
         *([("options", f"`{option_text(spec.options)}`")] if spec.options else []),
@@ -119,7 +172,6 @@ def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[str]:
         ),
         *kind.facts,
     ]
-    return facts_table(facts)
 
 
 def _table(report: ExportReport, kind: CardKind) -> list[str]:

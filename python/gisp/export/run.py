@@ -25,6 +25,7 @@ from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
 from gisp.model.gguf import tokenizer_folder
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
+from gisp.run.evaluations import read_evaluations
 from gisp.run.trajectory import Trajectory
 
 
@@ -137,7 +138,10 @@ def _export(
 ) -> RunExport:
     """:func:`export_run` with its options checked and ``out`` reserved."""
     trajectory = Trajectory.load(run)
-    point = PrunedSpec.at(trajectory, trajectory.step_for(sparsity))
+    step = trajectory.step_for(sparsity)
+    measured = read_evaluations(Path(run), str(trajectory.base_model["fingerprint"]))
+    here = tuple(e for e in measured if e.step in (0, step) or e.sparsity in (0.0, trajectory.sparsity_at(step)))
+    point = replace(PrunedSpec.at(trajectory, step), evaluations=here)
 
     def rounded(base: Any, spec: PrunedSpec) -> PrunedSpec:
         if format == "uniform":

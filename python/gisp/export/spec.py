@@ -11,6 +11,7 @@ import torch
 from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.structures import ModelMap, channels_name, fingerprint, heads_name, map_model
+from gisp.run.evaluations import Evaluation
 from gisp.run.trajectory import Trajectory
 
 FORMAT_VERSION = 1
@@ -57,11 +58,13 @@ class PrunedSpec:
         sparsity: removed parameters / parameters of the decoder layers.
         model_sparsity: removed parameters / parameters of the whole model.
         step: number of the step, 0 = dense.
-        run: ``base_model``, ``config`` and ``versions`` of the run, for the model card.
+        run: ``base_model``, ``config``, ``data`` and ``versions`` of the run, for the model card; ``data`` with the
+            ``tokens`` scored on the way.
         ranking: of every layer, for exports that round sizes; empty where it is not known.
         options: sizes asked for (``round_mlp``, ``align_heads``, ``min_heads``), for the model card.
         notes: further rows of the model card, (what, value).
         compensation: what was done to the output projections of the base model given to the exporter.
+        evaluations: of the point and of the dense model, for the model card.
     """
 
     keep: Keep
@@ -73,6 +76,7 @@ class PrunedSpec:
     options: dict[str, int] = field(default_factory=dict)
     notes: tuple[tuple[str, str], ...] = ()
     compensation: str = ""
+    evaluations: tuple[Evaluation, ...] = ()
 
     @property
     def base_path(self) -> str:
@@ -82,12 +86,14 @@ class PrunedSpec:
     @classmethod
     def at(cls, trajectory: Trajectory, step: int) -> PrunedSpec:
         """The state of a run after ``step``."""
+        run = {name: getattr(trajectory, name) for name in ("base_model", "config", "versions")}
+        tokens = sum(record.tokens for record in trajectory.steps[:step])
         return cls(
             keep=trajectory.keep(step),
             sparsity=trajectory.sparsity_at(step),
             model_sparsity=trajectory.model_sparsity_at(step),
             step=step,
-            run={name: getattr(trajectory, name) for name in ("base_model", "config", "versions")},
+            run={**run, "data": {**trajectory.data, "tokens": tokens}},
             ranking=tuple(LayerRanking.of(trajectory, layer) for layer in range(trajectory.layers)),
         )
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gisp.run.evaluations import Evaluation, Figure
+from gisp.run.evaluations import Evaluation, amount_text, figure_text, method_text
 
 HEADER = ("Method", "Sparsity", "Figure", "Value", "Measured on", "Conditions")
 TEXTS = (0, 2, 4, 5)
 """Columns of :data:`HEADER` that are no numbers."""
-_NOT_FINITE = "not finite"
 
 
 def evaluation_rows(evaluations: Iterable[Evaluation]) -> list[tuple[str, ...]]:
@@ -27,21 +26,3 @@ def evaluation_rows(evaluations: Iterable[Evaluation]) -> list[tuple[str, ...]]:
         )
         for evaluation, figure in found
     ]
-
-
-def method_text(evaluation: Evaluation) -> str:
-    """The method, with the compensation where there was one."""
-    return evaluation.label + (f" + {evaluation.method}" if evaluation.method else "")
-
-
-def figure_text(figure: Figure) -> str:
-    """Value and standard error."""
-    if figure.value is None:
-        return _NOT_FINITE
-    return f"{figure.value:,.4f}" if figure.stderr is None else f"{figure.value:,.4f} ± {figure.stderr:.4f}"
-
-
-def amount_text(evaluation: Evaluation) -> str:
-    """The data and how much of it."""
-    counts = [("examples", evaluation.examples), ("tokens", evaluation.tokens)]
-    return ", ".join([evaluation.source, *(f"{count:,} {what}" for what, count in counts if count is not None)])

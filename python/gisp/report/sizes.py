@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from gisp.report.data import RunData
-from gisp.report.evaluations import figure_text, method_text
-from gisp.run.evaluations import THIS_RUN
+from gisp.run.evaluations import THIS_RUN, figure_text, method_text
 
 NOTE = (
     "Move the slider through the sizes that the run passed. A bar is what a layer keeps of its heads or channels; "

@@ -109,6 +109,24 @@ def figures(point: dict[str, Any]) -> Iterator[Figure]:
                 yield Figure(f"{task} {name}", value, metrics.get(f"{metric}_stderr{comma}{filter_name}"))
 
 
+def method_text(evaluation: Evaluation) -> str:
+    """The method, with the compensation where there was one."""
+    return evaluation.label + (f" + {evaluation.method}" if evaluation.method else "")
+
+
+def figure_text(figure: Figure) -> str:
+    """Value and standard error."""
+    if figure.value is None:
+        return "not finite"
+    return f"{figure.value:,.4f}" if figure.stderr is None else f"{figure.value:,.4f} ± {figure.stderr:.4f}"
+
+
+def amount_text(evaluation: Evaluation) -> str:
+    """The data and how much of it."""
+    counts = [("examples", evaluation.examples), ("tokens", evaluation.tokens)]
+    return ", ".join([evaluation.source, *(f"{count:,} {what}" for what, count in counts if count is not None)])
+
+
 def read_evaluations(run: Path, fingerprint: str) -> list[Evaluation]:
     """The evaluations of a run, in the order they were made; empty where there are none.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gisp.export.card import base_name, facts_table, head, load_text
+from gisp.export.card import facts_table, head, load_text
 from gisp.export.check import TOLERANCE
 from gisp.export.nested.order import Nesting
+from gisp.export.provenance import BaseCard
 from gisp.export.spec import NestedReport
 from gisp.run.trajectory import Trajectory
 
@@ -17,10 +18,13 @@ _SHOWN = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: Nesting, report: NestedReport) -> None:
     """Write ``README.md``: what the folder holds, how exact it is, how to load it, and some of its sizes."""
     last = len(trajectory.steps)
-    name = base_name(base, str(trajectory.base_model["path"]))
+    data = {**trajectory.data, "tokens": sum(step.tokens for step in trajectory.steps)}
+    source = BaseCard.of(base, str(trajectory.base_model["path"]))
+    name, end = source.name, trajectory.sparsity_at(last)
     parity = ", ".join(f"{found:.1e} at {sparsity:.2f}" for sparsity, found in report.relative_differences.items())
     versions = ", ".join(f"{key} {value}" for key, value in trajectory.versions.items())
     facts = (
+        *source.facts(data),
         ("sparsities", f"0 to {trajectory.sparsity_at(last):.4f} of the decoder layers, {report.steps} steps"),
         ("weight files", f"{report.bytes / 1e6:,.1f} MB"),
         ("preset", trajectory.config.get("preset", "not recorded")),
@@ -32,15 +36,15 @@ def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: 
         ),
     )
     lines = [
-        *head(name, f"{name}, nested", "gisp-kernels", ("nested",)),
+        *head(source.front(data), f"{name}, nested", "gisp-kernels", ("nested",)),
         f"`{name}` and its subnetworks of one pruning run (after [GISP](https://arxiv.org/abs/2510.18030)): every size "
         "is a prefix of the same matrices.",
         "",
         *facts_table(facts),
         "",
-        "## Load",
+        "## Use",
         "",
-        load_text("nested"),
+        load_text("nested", folder, small=f"{0.7 * end:.3f}", large=f"{0.4 * end:.3f}"),
         "## Sizes",
         "",
         "| sparsity | of the whole model | query heads | key/value heads | MLP channels |",

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from gisp.errors import GispError
-from gisp.export.card import base_name
 from gisp.export.folder import check_room
 from gisp.export.formats.gguf.tokenizer import Vocabulary, add_vocabulary
 from gisp.export.modeling_gisp import CLASSES
+from gisp.export.provenance import base_name
 from gisp.export.spec import PrunedSpec, gisp_record
 from gisp.model.structures import ModelMap
 
@@ -224,7 +224,7 @@ def _add_metadata(
 ) -> None:
     """Everything the file says but the widths of the layers and the tokenizer."""
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(f"{base_name(base, spec.base_path)}, pruned by {spec.sparsity:.0%}")
+    writer.add_name(f"{base_name(base, spec.base_path)[0]}, pruned by {spec.sparsity:.0%}")
     writer.add_file_type(gguf.LlamaFileType[_TYPES[dtype][1]])
     writer.add_block_count(len(model_map.layers))
     writer.add_context_length(base.config.max_position_embeddings)
