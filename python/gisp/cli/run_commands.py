@@ -13,6 +13,8 @@ from gisp.cli.compensation_options import COMPENSATION, compensation_request
 from gisp.cli.flags import with_flags
 from gisp.errors import GispError
 
+_HUB = "Hub"
+
 
 @with_flags(COMPENSATION)
 def export(
@@ -30,19 +32,23 @@ def export(
     window: Annotated[int | None, typer.Option(help="Tokens per window of the evaluation, as for eval.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="Repository of the Hugging Face hub to upload the export to.", rich_help_panel=_HUB),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everyone read it; else it is private.", rich_help_panel=_HUB)
+    ] = False,
     **compensation: Any,
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
+    if public and push_to_hub is None:
+        raise GispError("--public is about --push-to-hub: give a repository or leave it out")
+    hub = {"push_to_hub": push_to_hub, "private": not public}
     if nested is not None:
-        if compensation["compensate"] is not None:
-            raise GispError(
-                f"--compensate {compensation['compensate']} fits the weights to one sparsity, --nested holds one set "
-                "of weights for all: leave one of them out"
-            )
-        others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data, window, *compensation.values())
-        if format != "hf" or any(other is not None for other in others):
-            raise GispError("--nested has a form of its own for every sparsity: leave the other options out")
-        _export_nested(run, nested, device)
+        others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data, window)
+        _check_nested(format, others, compensation)
+        _export_nested(run, nested, device, hub)
         return
     if sparsity is None or out is None:
         missing = "--sparsity" if sparsity is None else "--out"
@@ -65,20 +71,33 @@ def export(
         window=window,
         dtype=dtype,
         compensation=compensation_request(compensation),
+        **hub,
     )
     own = [f"format {format}"] if format != "hf" else []
     own += [option_text(sizes.given())] if sizes.given() else []
     _print_export(done, out, own)
 
 
-def _export_nested(run: Path, folder: Path, device: str) -> None:
+def _check_nested(format: str, others: tuple[Any, ...], compensation: dict[str, Any]) -> None:
+    """Refuse options that are about one size."""
+    if compensation["compensate"] is not None:
+        raise GispError(
+            f"--compensate {compensation['compensate']} fits the weights to one sparsity, --nested holds one set "
+            "of weights for all: leave one of them out"
+        )
+    if format != "hf" or any(other is not None for other in (*others, *compensation.values())):
+        raise GispError("--nested has a form of its own for every sparsity: leave the other options out")
+
+
+def _export_nested(run: Path, folder: Path, device: str, hub: dict[str, Any]) -> None:
     from gisp.export.run import export_nested_run
 
-    written = export_nested_run(run, folder, device=device)
+    written = export_nested_run(run, folder, device=device, **hub)
     print(
         f"{folder}: dense and {written.steps} sparsities in {written.bytes / 1e6:,.1f} MB, "
         f"logits differ by {max(written.relative_differences.values()):.1e} relative"
     )
+    _print_url(written.url)
 
 
 def _print_export(done: Any, out: Path, own: list[str]) -> None:
@@ -97,6 +116,12 @@ def _print_export(done: Any, out: Path, own: list[str]) -> None:
         print(f"  compensation: {done.spec.compensation}")
     for what, value in done.spec.notes:
         print(f"  {what}: {value}")
+    _print_url(done.url)
+
+
+def _print_url(url: str) -> None:
+    if url:
+        print(f"  pushed to {url}")
 
 
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:

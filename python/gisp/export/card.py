@@ -21,14 +21,16 @@ _RELAID = (
     "stored twice and missing query heads are zero. This changes no output."
 )
 _NOT_EVALUATED = "Not measured: `gisp eval RUN --sparsity S --data DATA` before the export puts figures here."
+FOLDER_ON_CARD = "path/to/this/folder"
+"""What stands for the folder in the code of a card."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 # What stands for the names in the texts of `cards`.
 _WITH_TOKENIZER = {
     "torch": "",
     "tokenizer_class": ", AutoTokenizer",
     "tokenizer_import": "from transformers import AutoTokenizer\n",
-    "generate": """\
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+    "generate": f"""\
+tokenizer = AutoTokenizer.from_pretrained("{FOLDER_ON_CARD}")
 inputs = tokenizer("The ", return_tensors="pt")
 output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=32)
 print(tokenizer.decode(output[0], skip_special_tokens=True))""",

@@ -19,6 +19,7 @@ from gisp.export.formats.gguf.write import export_gguf
 from gisp.export.formats.hf import export_hf
 from gisp.export.formats.masked import export_masked
 from gisp.export.formats.uniform import export_uniform, uniform_spec
+from gisp.export.hub import check_push, push_folder
 from gisp.export.nested.export import export_nested
 from gisp.export.rounding import SizeOptions, option_text, round_mlp
 from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
@@ -84,12 +85,14 @@ class RunExport:
         point: the point of the run.
         spec: what the export holds; other than the point where sizes were rounded.
         quality: perplexities of both, where asked for.
+        url: where on the hub it is, where asked for.
     """
 
     point: PrunedSpec
     spec: PrunedSpec
     report: ExportReport
     quality: Quality | None = None
+    url: str = ""
 
 
 def export_run(
@@ -104,6 +107,8 @@ def export_run(
     window: int | None = None,
     dtype: str | None = None,
     compensation: CompensationRequest | None = None,
+    push_to_hub: str | None = None,
+    private: bool = True,
 ) -> RunExport:
     """Export the step of a run whose sparsity is nearest to ``sparsity`` (``None`` = its end).
 
@@ -113,15 +118,20 @@ def export_run(
         window: longest input of the evaluation in tokens, as for ``gisp eval``.
         dtype: of the matrices of a ``gguf`` export: ``f32``, ``f16`` or ``bf16``.
         compensation: of what is exported, fitted in the dtype of the run and rounded to the base model's.
+        push_to_hub: repository of the Hugging Face hub to upload the export to, ``private`` unless told otherwise.
 
     Raises:
         GispError: no run there, unknown format, an option the format does not follow, ``out`` taken, another base
-            model, unreadable data, a compensation the format cannot hold, or logits that do not agree.
+            model, unreadable data, a compensation the format cannot hold, logits that do not agree, or a hub that
+            does not take the export, which then stays at ``out``.
     """
     sizes = sizes or SizeOptions()
     _check_options(format, sizes, dtype)
+    if push_to_hub is not None:
+        check_push(push_to_hub, private)
     with export_place(Path(out)) as place:
-        return _export(run, sparsity, place, format, device, sizes, data, window, dtype, compensation)
+        found = _export(run, sparsity, place, format, device, sizes, data, window, dtype, compensation)
+        return found if push_to_hub is None else replace(found, url=push_folder(place, push_to_hub, private))
 
 
 def _export(
@@ -138,10 +148,7 @@ def _export(
 ) -> RunExport:
     """:func:`export_run` with its options checked and ``out`` reserved."""
     trajectory = Trajectory.load(run)
-    step = trajectory.step_for(sparsity)
-    measured = read_evaluations(Path(run), str(trajectory.base_model["fingerprint"]))
-    here = tuple(e for e in measured if e.step in (0, step) or e.sparsity in (0.0, trajectory.sparsity_at(step)))
-    point = replace(PrunedSpec.at(trajectory, step), evaluations=here)
+    point = _point(trajectory, Path(run), trajectory.step_for(sparsity))
 
     def rounded(base: Any, spec: PrunedSpec) -> PrunedSpec:
         if format == "uniform":
@@ -168,6 +175,13 @@ def _export(
     with tokenizer_folder(source) as folder:
         report = FORMATS[format].write(base, spec, out, tokenizer_from=folder, **options)
     return RunExport(point, spec, report, quality)
+
+
+def _point(trajectory: Trajectory, run: Path, step: int) -> PrunedSpec:
+    """A point of a run with what was measured there and on the dense model."""
+    measured = read_evaluations(run, str(trajectory.base_model["fingerprint"]))
+    here = tuple(e for e in measured if e.step in (0, step) or e.sparsity in (0.0, trajectory.sparsity_at(step)))
+    return replace(PrunedSpec.at(trajectory, step), evaluations=here)
 
 
 def measure_quality(
@@ -241,17 +255,26 @@ def _check_options(format: str, sizes: SizeOptions, dtype: str | None) -> None:
             )
 
 
-def export_nested_run(run: str | Path, out: str | Path, *, device: str = "auto") -> NestedReport:
+def export_nested_run(
+    run: str | Path, out: str | Path, *, device: str = "auto", push_to_hub: str | None = None, private: bool = True
+) -> NestedReport:
     """Write the nested checkpoint of a run: every sparsity it passed in one set of weights.
 
+    Args:
+        push_to_hub, private: as for :func:`export_run`.
+
     Raises:
-        GispError: no run there, ``out`` taken, another base model, or logits that do not agree.
+        GispError: no run there, ``out`` taken, another base model, logits that do not agree, or a hub that does not
+            take the checkpoint, which then stays at ``out``.
     """
+    if push_to_hub is not None:
+        check_push(push_to_hub, private)
     with export_place(Path(out)) as place:
         trajectory = Trajectory.load(run)
         base, source = _base_of(trajectory, device)
         with tokenizer_folder(source) as folder:
-            return export_nested(base, trajectory, place, tokenizer_from=folder)
+            report = export_nested(base, trajectory, place, tokenizer_from=folder)
+        return report if push_to_hub is None else replace(report, url=push_folder(place, push_to_hub, private))
 
 
 def _base_of(trajectory: Trajectory, device: str) -> tuple[Any, Path | None]:

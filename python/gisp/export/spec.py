@@ -166,12 +166,14 @@ class NestedReport:
         relative_differences: by sparsity, largest difference over the largest logit.
         bytes: of the weight files.
         steps: sparsities the checkpoint holds beside the dense model.
+        url: where on the hub it is, where asked for.
     """
 
     path: Path
     relative_differences: dict[float, float]
     bytes: int
     steps: int
+    url: str = ""
 
 
 def map_checked(base: Any, keep: Keep) -> ModelMap:

@@ -91,7 +91,7 @@ def test_without_data_the_card_says_so(places: tuple[Path, Path], tmp_path: Path
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| perplexity | not measured; `gisp export RUN --sparsity S --format uniform --data DATA`" in card
     export_run(places[0], 0.4, tmp_path / "hf", device="cpu")
-    assert "perplexity" not in (tmp_path / "hf" / "README.md").read_text()
+    assert "| perplexity | not measured" not in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_the_exact_point_has_one_perplexity(
