@@ -60,7 +60,7 @@ def decoder_parameters(model: Model, layers: list[LayerShape]) -> int:
 
 def build_pruned(model: Model, layers: list[LayerShape], device: torch.device, dtype: torch.dtype) -> Any:
     """A language model of these sizes, of the classes that exports bring along."""
-    from gisp.export.modeling_gisp import CLASSES
+    from gisp.export.modeling_gisp import classes_of
 
     widths = {
         number: {
@@ -71,5 +71,5 @@ def build_pruned(model: Model, layers: list[LayerShape], device: torch.device, d
         for number, item in enumerate(layers)
     }
     settings = {**llama_settings(model), "per_layer_config": widths}
-    config, _, language_model = CLASSES["gisp_llama"]
+    config, _, language_model, _ = classes_of("gisp_llama")
     return built(language_model, config(**settings), device, dtype)

@@ -177,11 +177,12 @@ def _deterministic_mode(model: Any) -> Iterator[None]:
 def _float32_rotary(model: Any) -> Iterator[None]:
     """Rotary frequencies as loading computes them: ``model.to(bfloat16)`` rounds them, and no checkpoint holds them."""
     rotary: Any = getattr(model.model, "rotary_emb", None)
-    frequencies = getattr(rotary, "inv_freq", None)
-    if frequencies is None or frequencies.dtype == torch.float32:
+    frequencies = [] if rotary is None else [b for b in rotary.buffers() if b.is_floating_point()]
+    if all(buffer.dtype == torch.float32 for buffer in frequencies):
         yield
         return
-    model.model.rotary_emb = type(rotary)(config=model.config).to(frequencies.device)
+    # Its own configuration: that of an export has no number of heads for the whole model.
+    model.model.rotary_emb = type(rotary)(config=rotary.config).to(frequencies[0].device)
     try:
         yield
     finally:

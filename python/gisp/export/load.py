@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gisp.errors import GispError, quoted
-from gisp.export.modeling_gisp import CLASSES
+from gisp.export.modeling_gisp import AUTO_CLASSES, FAMILIES, classes_of
 from gisp.export.nested.files import is_nested
 from gisp.export.nested.model import load_nested
 from gisp.model.load import check_model_path, load_dense, resolve_device
@@ -64,9 +64,11 @@ def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def register_models() -> None:
     """Tell transformers' Auto classes about the pruned model types."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    import transformers
 
-    for model_type, (config, model, causal_lm) in CLASSES.items():
-        AutoConfig.register(model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    autos = [getattr(transformers, name) for name in AUTO_CLASSES]
+    for name in FAMILIES:
+        config, *models = classes_of(f"gisp_{name}")
+        autos[0].register(config.model_type, config, exist_ok=True)
+        for auto, model in zip(autos[1:], models, strict=True):
+            auto.register(config, model, exist_ok=True)

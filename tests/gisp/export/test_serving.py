@@ -22,7 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import gisp
 from gisp.export.formats.hf import export_hf
-from gisp.export.modeling_gisp import CLASSES
+from gisp.export.modeling_gisp import FAMILIES as MODEL_TYPES
+from gisp.export.modeling_gisp import classes_of
 from gisp.export.rounding import round_mlp
 from gisp.export.spec import ExportReport, LayerSizes
 from gisp.model.structures import map_model
@@ -86,7 +87,7 @@ def test_the_decoder_is_built_from_the_configuration_alone(
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         decoder: Any = AutoModel.from_config(config)
-    assert type(decoder) is CLASSES[raw["model_type"]][1]
+    assert type(decoder) is classes_of(raw["model_type"])[1]
     assert decoder.get_decoder() is decoder
     assert decoder._can_set_attn_implementation()
     for index, (layer, item) in enumerate(zip(decoder.layers, exported[1][f"{family}-exact"].sizes, strict=True)):
@@ -100,10 +101,10 @@ def test_the_decoder_is_built_from_the_configuration_alone(
     assert {"embed_tokens", "layers", "norm"} <= set(decoder._pp_plan)
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
-def test_no_annotation_of_a_decoder_is_text(model_type: str) -> None:
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_no_annotation_of_a_decoder_is_text(family: str) -> None:
     """vLLM asks ``isinstance(argument, annotation)`` of a decoder's positional arguments: text raises TypeError."""
-    parameters = inspect.signature(CLASSES[model_type][1].__init__).parameters
+    parameters = inspect.signature(classes_of(f"gisp_{family}")[1].__init__).parameters
     assert list(parameters) == ["self", "config"]
     assert not [name for name, item in parameters.items() if isinstance(item.annotation, str)]
 

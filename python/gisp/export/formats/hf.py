@@ -11,14 +11,12 @@ import torch
 
 from gisp.errors import GispError
 from gisp.export.check import weight_dtype, write_checked
-from gisp.export.modeling_gisp import CLASSES, auto_map
+from gisp.export.modeling_gisp import FAMILIES, auto_map, classes_of
 from gisp.export.relayout import ZEROED, AttentionLayout, plan_layers, stored_state
 from gisp.export.rounding import option_text
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
 from gisp.model.keep import Keep
 from gisp.model.structures import ModelMap
-
-FAMILIES = tuple(name.removeprefix("gisp_") for name in CLASSES)
 
 
 def export_hf(
@@ -86,7 +84,7 @@ def config_values(base: Any, model_map: ModelMap) -> dict[str, Any]:
 def pruned_config(base: Any, model_map: ModelMap, spec: PrunedSpec, layouts: list[AttentionLayout]) -> Any:
     """The base model's configuration with per-layer widths; global widths stay the dense ones."""
     model_type = f"gisp_{model_map.model_type}"
-    config_class, _, causal_lm = CLASSES[model_type]
+    config_class, _, causal_lm, _ = classes_of(model_type)
     values = {
         **config_values(base, model_map),
         "architectures": [causal_lm.__name__],

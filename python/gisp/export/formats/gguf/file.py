@@ -16,7 +16,7 @@ import torch
 from gisp.errors import GispError
 from gisp.export.folder import check_room
 from gisp.export.formats.gguf.tokenizer import Vocabulary, add_vocabulary
-from gisp.export.modeling_gisp import CLASSES
+from gisp.export.modeling_gisp import classes_of
 from gisp.export.provenance import base_name
 from gisp.export.spec import PrunedSpec, gisp_record
 from gisp.model.structures import ModelMap
@@ -130,7 +130,7 @@ def read_model(path: Path, base: Any) -> Any:
     heads, kv_heads, channels = map(field, ("attention.head_count", "attention.head_count_kv", "feed_forward_length"))
     head_dim = field("attention.key_length")
     frequencies = _frequencies(field("rope.freq_base"), head_dim) / stored.pop(_ROPE_FREQS, torch.ones(1))
-    config_class, _, model_class = CLASSES[f"gisp_{base.config.model_type}"]
+    config_class, _, model_class, _ = classes_of(f"gisp_{base.config.model_type}")
     values = {key: value for key, value in base.config.to_dict().items() if key not in _OWN_KEYS}
     values.update(
         num_hidden_layers=field("block_count"),
