@@ -16,6 +16,7 @@ from gisp.evaluate.choices import ChoiceAccuracy, read_question
 from gisp.evaluate.completions import CompletionPerplexity, ExactMatch, read_completion
 from gisp.evaluate.pairs import RequestEncoder
 from gisp.evaluate.perplexity import check_stride, perplexity
+from gisp.model.checks import warn_beyond_positions
 
 DEFAULT_WINDOW = 128
 _DEFAULT_MAX_LENGTH = 2048
@@ -135,6 +136,7 @@ def _perplexity(data: str, options: EvalOptions, vocab_size: int, tokenizer_from
     ).first(options.limit)
 
     def measure(model: Any) -> dict[str, Any]:
+        warn_beyond_positions(model.config, min(window, max(len(ids) for ids, _ in sequences.rows)))
         found = perplexity(model, sequences, window, stride, batch_size=options.batch_size)
         return {**asdict(found), "stride": stride}
 

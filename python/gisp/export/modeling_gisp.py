@@ -81,6 +81,10 @@ class PrunedConfigMixin:
                     f"{config.intermediate_size} MLP channels"
                 )
 
+    def validate_rope(self: Any) -> None:
+        """Position encodings are checked against the heads of the dense model: there is one head_dim for all layers."""
+        super(PrunedConfigMixin, dense_config(self)).validate_rope()  # type: ignore[misc]
+
 
 class PrunedModelMixin:
     """Saving that keeps a pruned model loadable: transformers copies this file, ``auto_map`` is made complete here."""
@@ -127,7 +131,7 @@ class PrunedHeadMixin(PrunedModelMixin):
 
     def build(self: Any, config: Any) -> None:
         """Everything but the decoder."""
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
 
 
 class PrunedCausalLMMixin(PrunedHeadMixin):
@@ -232,4 +236,6 @@ def __getattr__(name: str) -> Any:
 
 def auto_map(model_type: str) -> dict[str, str]:
     """The ``auto_map`` of a model type; AutoModel is part of it because serving engines ask for it."""
-    return {name: f"modeling_gisp.{item.__name__}" for name, item in zip(AUTO_CLASSES, classes_of(model_type), strict=True)}
+    return {
+        name: f"modeling_gisp.{item.__name__}" for name, item in zip(AUTO_CLASSES, classes_of(model_type), strict=True)
+    }

@@ -72,6 +72,13 @@ def set_kv_index(attention: nn.Module, index: torch.Tensor | None) -> None:
     attention.register_buffer(KV_INDEX, index, persistent=False)
 
 
+def set_head_counts(attention: nn.Module, heads: int, kv_heads: int) -> None:
+    """Tell an attention module that keeps the numbers of its heads what they are now."""
+    for name, count in (("num_heads", heads), ("num_key_value_heads", kv_heads)):
+        if hasattr(attention, name):
+            setattr(attention, name, count)
+
+
 class NoHeads(nn.Module):
     """Stands in for an attention that lost every head: it contributes its output bias alone.
 

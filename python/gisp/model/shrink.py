@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Container, Iterator
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import nn
 
 from gisp.errors import GispError
-from gisp.model.attention import NoHeads, set_kv_index, use_indexed_attention
+from gisp.model.attention import NoHeads, set_head_counts, set_kv_index, use_indexed_attention
 from gisp.model.keep import Keep, Removal, block_columns
 from gisp.model.structures import ModelMap, fingerprint
 from gisp_kernels import Compactor
@@ -38,6 +40,8 @@ class ShrinkableModel:
         if model_map.shares_kv:
             use_indexed_attention(model_map.model)
         setattr(model_map.model, self._ATTRIBUTE, self)
+        if hasattr(model_map.model, "save_pretrained"):
+            model_map.model.save_pretrained = MethodType(_save_pretrained, model_map.model)
 
     @classmethod
     def of(cls, model: nn.Module) -> ShrinkableModel | None:
@@ -114,6 +118,11 @@ class ShrinkableModel:
         self._settle()
         self._restore = restore
 
+    @property
+    def compensated(self) -> bool:
+        """Whether weights were written into the pruned model, to be taken back before it moves."""
+        return self._restore is not None
+
     def _settle(self) -> None:
         if self._restore is not None:
             restore, self._restore = self._restore, None
@@ -144,6 +153,8 @@ class ShrinkableModel:
         for item in layers:
             current = item.layer.self_attn
             kept = self.kept(item.heads.name)
+            widths = (getattr(item.attention, name).out_features for name in ("q_proj", "k_proj"))
+            set_head_counts(item.attention, *(width // self.map.head_dim for width in widths))
             if kept == 0 and current is item.attention:
                 item.layer.self_attn = NoHeads(item.attention)
             elif kept and current is not item.attention:
@@ -156,3 +167,15 @@ class ShrinkableModel:
                 whole = self.kept(item.heads.name) == self.map.num_heads
                 index = None if whole else shared[self._compactor.kept_span(item.heads.name)]
                 set_kv_index(item.attention, index)
+
+
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
+    """Save a model as its class does, unless it is pruned: its configuration is the dense one's, and would not load.
+
+    Raises:
+        GispError: the model is pruned.
+    """
+    shrinkable = ShrinkableModel.of(model)
+    if shrinkable is not None and shrinkable.history:
+        raise GispError("a pruned model is not saved by save_pretrained: use gisp.export_model(model, DIR)")
+    type(model).save_pretrained(model, *args, **kwargs)

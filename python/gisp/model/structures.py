@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gisp.errors import GispError
+from gisp.model.checks import SUPPORTED, check_layer, check_linear, check_model
 from gisp_kernels.groups import (
     PROJECTIONS,
     LayerProjection,
@@ -25,7 +26,6 @@ from gisp_kernels.groups import (
     projections_of,
 )
 
-SUPPORTED = "Llama, Mistral, Qwen2 and Qwen3 layouts are supported"
 _FINGERPRINT_SAMPLES = 256
 
 
@@ -160,13 +160,14 @@ def map_model(model: Any, gqa: str = "query") -> ModelMap:
     pruned = getattr(config, "gisp", None) or {}
     if pruned and not (pruned.get("masked") or pruned.get("uniform")):
         raise GispError("an exported model of pruned shapes is not pruned again: give its dense base model")
+    check_model(model)
     model_type = str(getattr(config, "model_type", type(model).__name__))
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise GispError(f"model type {model_type!r} has no decoder layers at model.layers: {SUPPORTED}")
     maps = tuple(_map_layer(i, layer, model_type) for i, layer in enumerate(layers))
     for item in maps:
-        _check_parameters(item, f"layer {item.index} of model type {model_type!r}")
+        check_layer(item.layer, f"layer {item.index} of model type {model_type!r}")
     first = maps[0].attention
     head_dim = int(first.head_dim)
     num_heads = first.q_proj.out_features // head_dim
@@ -219,7 +220,7 @@ def _map_layer(index: int, layer: nn.Module, model_type: str) -> LayerMap:
     for block in blocks:
         for name, linear in block.named_modules():
             if isinstance(linear, nn.Linear):
-                _check_linear(linear, f"{where}: {name}")
+                check_linear(linear, f"{where}: {name}")
     if not hasattr(attention, "head_dim"):
         raise GispError(f"{where}: self_attn has no head_dim: {SUPPORTED}")
     try:
@@ -228,36 +229,6 @@ def _map_layer(index: int, layer: nn.Module, model_type: str) -> LayerMap:
     except ValueError as error:
         raise GispError(f"{where}: {error}: {SUPPORTED}") from None
     return LayerMap(index, layer, attention, heads, channels)
-
-
-def _check_linear(linear: nn.Linear, where: str) -> None:
-    if linear.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise GispError(f"{where} holds {linear.weight.dtype} weights: give a model that is not quantised")
-    if type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
-        raise GispError(f"{where} is a {type(linear).__name__} with its own forward: remove adapters and hooks first")
-
-
-def _check_parameters(item: LayerMap, where: str) -> None:
-    """Refuse parameters that span heads or channels and no group moves: the layer would fail once it is pruned.
-
-    Norms of single heads (``q_norm``, ``k_norm``: one weight for each of ``head_dim``) are the same for all heads.
-    """
-    head_dim = int(item.attention.head_dim)
-    queries, keys = item.attention.q_proj.out_features, item.attention.k_proj.out_features
-    channels = item.channels.count
-    hidden = item.attention.q_proj.in_features
-    attention = {queries, keys, queries // head_dim, keys // head_dim} - {1}
-    # Outside the two blocks vectors of the hidden size are the layer's own norms.
-    spans = {"self_attn": attention, "mlp": {channels}}
-    moved = {f"{p.module}.{p.name}.{part}" for p in PROJECTIONS for part in ("weight", "bias")}
-    for name, parameter in item.layer.named_parameters():
-        module, _, rest = name.partition(".")
-        shape = tuple(parameter.shape)
-        of_one_head = module == "self_attn" and "." in rest and shape == (head_dim,)
-        if name in moved or of_one_head:
-            continue
-        if spans.get(module, {queries, keys, channels} - {hidden}).intersection(shape):
-            raise GispError(f"{where}: {name} {list(shape)} spans heads or channels: {SUPPORTED}")
 
 
 def protected_layers(layers: int, first: float, last: int) -> frozenset[int]:

@@ -12,7 +12,9 @@ from torch import nn
 from gisp.config.options import IN_MEMORY, OPTIONS, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
+from gisp.model.checks import check_writable, warn_beyond_positions
 from gisp.model.load import check_model_path, load_dense, resolve_device, resolve_dtype
+from gisp.model.probe import PROVEN
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import first_bad_parameter, map_model
 from gisp.run.folder import RunFolder
@@ -78,6 +80,8 @@ def prune(
         GispError: bad input or an impossible request, before anything is written.
     """
     options = {name: value for name, value in locals().items() if name in OPTIONS}
+    if torch.is_inference_mode_enabled():
+        raise GispError("torch.inference_mode is on, in which no gradient is computed: prune outside of it")
     loss = objective if callable(objective) else None
     if loss is not None:
         options["objective"] = objective_name(loss)
@@ -110,6 +114,12 @@ def _start(model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: 
             seed=config.seed,
         )
     sequences = check_objective(sequences.first(config.samples), config)
+    warn_beyond_positions(dense.config, max(len(ids) for ids, _ in sequences.rows))
+    if model_map.model_type not in PROVEN:
+        warnings.warn(
+            f"model type {model_map.model_type!r} can be exported with --format masked alone, which is no smaller",
+            stacklevel=3,
+        )
     spec = IN_MEMORY if isinstance(data, (torch.Tensor, Sequences)) else str(data)
     return PruningLoop(model_map, sequences, config, spec, path, loss)
 
@@ -127,6 +137,7 @@ def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[An
         if previous is not None and previous.history:
             raise GispError("this model is already pruned: take it back with its trajectory's at(0), or load it anew")
         map_model(model)
+        check_writable(model)
         bad = first_bad_parameter(model)
         if bad is not None:
             raise GispError(f"the model holds NaN or infinite weights in {bad}: give a sound model")

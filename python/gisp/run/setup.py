@@ -10,6 +10,7 @@ import torch
 from gisp.config.options import PruneConfig
 from gisp.data import Sequences
 from gisp.errors import GispError
+from gisp.model.probe import PROVEN, check_independence
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap, protected_layers
 from gisp.score.average import in_original_numbering
@@ -46,6 +47,8 @@ class Setup:
         for sparsity in sparsities:
             self.selector.check_reach(config, sparsity)
         self.shrinkable = ShrinkableModel(model_map)
+        if model_map.model_type not in PROVEN:
+            check_independence(self.shrinkable)
         context = Context(self.shrinkable, data, config, loss)
         self.scorer = make_scorer(context)
         self._config, self._outliers = config, layer_outliers(context, self.selector)

@@ -11,7 +11,7 @@ from torch import nn
 from gisp.errors import GispError
 from gisp.export.nested.files import RECORD, NestedFiles
 from gisp.export.nested.order import stored_name
-from gisp.model.attention import NoHeads, set_kv_index, use_indexed_attention
+from gisp.model.attention import NoHeads, set_head_counts, set_kv_index, use_indexed_attention
 from gisp.model.load import quiet
 from gisp.model.structures import structure_parameters
 from gisp.run.record import corrupt
@@ -154,6 +154,7 @@ class _Prefixes:
                 module.self_attn = NoHeads(attention)
             return
         module.self_attn = attention
+        set_head_counts(attention, heads, kv_heads)
         index = self.files.nesting.layers[layer].kv_of_head[:heads]
         if heads % kv_heads == 0 and torch.equal(index, torch.arange(heads) // (heads // kv_heads)):
             attention.num_key_value_groups = heads // kv_heads

@@ -63,7 +63,7 @@ def _layer_reason(item: Any, length: int) -> str | None:
     extra = {name for name, _ in layer.named_children()} - _PARTS
     if extra:
         return f"it also has {', '.join(sorted(extra))}"
-    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
     head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     if not all(is_rms_norm(norm) for norm in norms):
         return "its norms are no RMS norms"

@@ -38,6 +38,7 @@ from transformers import (
 import gisp
 from gisp.export.formats.hf import export_hf
 from gisp.export.formats.masked import export_masked
+from gisp.export.modeling_gisp import AUTO_CLASSES
 from gisp.export.spec import ExportReport
 
 WEIGHTS = "model.safetensors"
@@ -104,7 +105,7 @@ def test_a_process_without_this_package_can_use_the_export(
     assert result["checkpointing"] <= 1e-6
     assert result["attention_heads"] == [layer.query_heads for layer in exported[1][family].sizes]
     for saved in ("causal", "decoder"):
-        assert result[f"auto_map_{saved}"] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
+        assert result[f"auto_map_{saved}"] == sorted(AUTO_CLASSES)
         assert result[f"decoder_from_{saved}"] == 0.0
 
 
@@ -285,6 +286,7 @@ def test_saving_points_at_the_copied_code(
         "AutoConfig": "modeling_gisp.GispQwen2Config",
         "AutoModel": "modeling_gisp.GispQwen2Model",
         "AutoModelForCausalLM": "modeling_gisp.GispQwen2ForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_gisp.GispQwen2ForSequenceClassification",
     }
     source = exported[0] / "qwen2" / "modeling_gisp.py"
     assert (tmp_path / "modeling_gisp.py").read_bytes() == source.read_bytes()

@@ -1,0 +1,107 @@
+"""What a model must be so that its heads and channels can be removed; each refusal names what to do."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from gisp.errors import GispError
+from gisp_kernels.groups import PROJECTIONS
+
+SUPPORTED = "layers with Llama's projections (Llama, Mistral, Qwen2, Qwen3, Gemma and more) are supported"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what wraps a causal language model, is only a part of it, or attends in a way of its own.
+
+    Raises:
+        GispError: names which.
+    """
+    name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise GispError("the model is compiled by torch.compile: give the model that was compiled, model._orig_mod")
+    if hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False):
+        raise GispError(f"the model carries peft adapters ({name}): merge them first, model.merge_and_unload()")
+    if isinstance(getattr(model, "layers", None), nn.ModuleList):
+        raise GispError(f"{name} is a decoder without output embeddings: give the causal language model it is part of")
+    config = getattr(model, "config", None)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if capped or getattr(model, "_supports_sdpa", True) is False:
+        raise GispError(other_attention(str(getattr(config, "model_type", name))))
+
+
+def other_attention(model_type: str) -> str:
+    """Why a model type whose attention is not the common one is refused."""
+    return (
+        f"model type {model_type!r} caps its attention scores or adds sinks to them, which scaled dot-product "
+        "attention cannot: such models are not supported"
+    )
+
+
+def check_writable(model: nn.Module) -> None:
+    """Refuse weights that cannot be changed in place.
+
+    Raises:
+        GispError: the model was made in inference mode.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise GispError(f"{name} was made in torch.inference_mode and cannot be changed: load the model outside it")
+
+
+def check_linear(linear: nn.Linear, where: str) -> None:
+    """Refuse weights of another dtype, and layers that compute more than a product.
+
+    Raises:
+        GispError: names the layer.
+    """
+    dtype = linear.weight.dtype
+    if dtype == torch.float64:
+        raise GispError(f"{where} holds float64 weights: convert the model first, model.float()")
+    if dtype not in _DTYPES:
+        raise GispError(f"{where} holds {dtype} weights: give a model that is not quantised")
+    if type(linear).forward is not nn.Linear.forward or "forward" in linear.__dict__:
+        raise GispError(f"{where} is a {type(linear).__name__} with its own forward: remove adapters and hooks first")
+
+
+def check_layer(layer: Any, where: str) -> None:
+    """Account for every parameter of a layer: it belongs to a projection or is the same whatever is removed.
+
+    The same are the layer's own norms, of hidden size, and norms that all heads share, one weight for each of
+    ``head_dim``. Whatever spans heads or channels and is moved by no group would fail once the layer is pruned.
+
+    Raises:
+        GispError: names the parameter.
+    """
+    attention = layer.self_attn
+    head_dim = int(attention.head_dim)
+    queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
+    channels, hidden = layer.mlp.gate_proj.out_features, attention.q_proj.in_features
+    # Outside the two blocks vectors of the hidden size are the layer's own norms.
+    spans = {"self_attn": {queries, keys, queries // head_dim, keys // head_dim} - {1}, "mlp": {channels}}
+    moved = {f"{p.module}.{p.name}.{part}" for p in PROJECTIONS for part in ("weight", "bias")}
+    for name, parameter in layer.named_parameters():
+        module, _, rest = name.partition(".")
+        shape = tuple(parameter.shape)
+        shared = module == "self_attn" and shape == (head_dim,) and rest.count(".") == 1
+        if name in moved or shared:
+            continue
+        # A list of modules has one for each head.
+        listed = module == "self_attn" and any(part.isdigit() for part in rest.split("."))
+        if listed or spans.get(module, {queries, keys, channels} - {hidden}).intersection(shape):
+            raise GispError(f"{where}: {name} {list(shape)} spans heads or channels: {SUPPORTED}")
+
+
+def warn_beyond_positions(config: Any, tokens: int) -> None:
+    """Warn of sequences longer than what a model was made for."""
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and tokens > most:
+        warnings.warn(
+            f"sequences of {tokens} tokens are longer than the {most} positions this model was made for "
+            "(max_position_embeddings): give shorter ones",
+            stacklevel=2,
+        )
