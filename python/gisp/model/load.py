@@ -14,7 +14,9 @@ import torch
 
 from gisp.errors import GispError, is_out_of_memory, quoted
 from gisp.hub import hub_options, unreachable
+from gisp.model.checks import other_attention
 from gisp.model.gguf import dense_options, is_gguf, made_dense, pretrained
+from gisp.model.stored import check_stored, left_out
 from gisp.model.structures import first_bad_parameter
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -74,14 +76,12 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     kind = str(stored.get("model_type"))
     if kind.startswith("gisp_") and kind not in CONFIG_MAPPING:
         raise GispError(f"model {path} is already pruned ({kind}): give its dense base model")
-    quantisation = _quantisation(stored)
-    if quantisation:
-        raise GispError(f"model {path} is quantised ({quantisation}): give its unquantised weights")
+    check_stored(Path(path), path, stored)
     limits = hub_options(path)
     try:
-        folder, options = pretrained(path)
+        source, options = pretrained(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+            source,
             dtype=dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
@@ -97,13 +97,18 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
             raise
         if limits and isinstance(error, OSError):
             raise GispError(unreachable(f"model {path}")) from None
+        if "scaled_dot_product_attention" in str(error):
+            raise GispError(other_attention(kind)) from None
         raise GispError(f"model {path} cannot be loaded: {_one_line(error)}") from None
     model, info = loaded
+    folder = None if Path(path).exists() else snapshot(path)
+    if folder is not None:
+        # Of a hub name the files are known now.
+        check_stored(folder, path, _stored_config(str(folder)))
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         keys = sorted(map(str, info.get(problem) or ()))
         if problem == "unexpected_keys":
-            # Checkpoints may carry buffers the model no longer has; a layer it would leave out is another matter.
-            keys = [key for key in keys if ".layers." in key and key.endswith(("_proj.weight", "norm.weight"))]
+            keys = left_out(keys)
         if keys:
             raise GispError(f"model {path} does not fit its config.json: {problem.replace('_', ' ')}, first {keys[0]}")
     made_dense(model, path)
@@ -113,18 +118,20 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     return model.to(device).eval()
 
 
+def snapshot(name: str) -> Path | None:
+    """The folder in the cache with the files of a hub name that were read before; ``None`` if there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json") if _HUB_NAME.fullmatch(name) else None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _stored_config(path: str) -> dict[str, Any]:
     """A model folder's config.json; empty where it is unreadable, which is left to the loader."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     return {}
-
-
-def _quantisation(stored: dict[str, Any]) -> str | None:
-    """The quantisation a config.json names, if any."""
-    found = stored.get("quantization_config")
-    return str(found.get("quant_method", "unknown method")) if isinstance(found, dict) and found else None
 
 
 def quiet() -> None:
