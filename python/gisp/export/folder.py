@@ -17,21 +17,6 @@ from safetensors import SafetensorError
 from gisp.errors import GispError
 from gisp.files import lock_beside, one_writer, remove_stale, temporary_path
 
-_BASE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-
 
 def check_place(out: Path) -> Path:
     """The absolute path of a folder to be written.
@@ -113,16 +98,6 @@ def dense_state(base: Any) -> dict[str, torch.Tensor]:
     if base.get_output_embeddings().weight is base.get_input_embeddings().weight:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("lm_head.")}
     return state
-
-
-def copy_base_files(folder: Path, base: Any, source: Path | None) -> None:
-    """Tokenizer and generation settings of the base model, as far as it has them."""
-    for name in _BASE_FILES:
-        if source is not None and (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    generation = folder / "generation_config.json"
-    if not generation.exists() and getattr(base, "generation_config", None) is not None:
-        base.generation_config.to_json_file(generation)
 
 
 def _write_message(out: Path, error: Exception) -> str:

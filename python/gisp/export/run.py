@@ -13,6 +13,7 @@ from gisp.compensation import Compensation, CompensationRequest, fit_compensatio
 from gisp.errors import GispError, quoted
 from gisp.evaluate import EvalOptions, Perplexity
 from gisp.evaluate.data import prepare
+from gisp.export.beside import base_folder
 from gisp.export.folder import export_place
 from gisp.export.formats.gguf.file import require_gguf
 from gisp.export.formats.gguf.write import export_gguf
@@ -279,5 +280,5 @@ def export_nested_run(
 
 def _base_of(trajectory: Trajectory, device: str) -> tuple[Any, Path | None]:
     """The base model of a run in its own dtype, and its folder or file if it has one."""
-    source = Path(str(trajectory.base_model["path"]))
-    return trajectory.load_base(device=device, dtype="auto"), source if source.exists() else None
+    base = trajectory.load_base(device=device, dtype="auto")
+    return base, base_folder(str(trajectory.base_model["path"]))

@@ -16,7 +16,8 @@ from gisp.run.trajectory import Trajectory
 
 FORMAT_VERSION = 1
 TOLERANCE = 1e-5
-"""Largest relative difference of logits between an export and the masked dense model, both in float32."""
+"""Relative difference of logits between an export and the masked dense model, both in float32, that is no rounding of a
+deep model (gisp.export.check)."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class NestedReport:
         relative_differences: by sparsity, largest difference over the largest logit.
         bytes: of the weight files.
         steps: sparsities the checkpoint holds beside the dense model.
+        tolerance: relative difference up to which it was accepted.
         url: where on the hub it is, where asked for.
     """
 
@@ -173,6 +175,7 @@ class NestedReport:
     relative_differences: dict[float, float]
     bytes: int
     steps: int
+    tolerance: float = TOLERANCE
     url: str = ""
 
 

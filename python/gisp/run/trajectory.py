@@ -147,7 +147,10 @@ class Trajectory:
         place = resolve_device(device)
         path = str(self.base_model["path"])
         if not path:
-            raise GispError("this trajectory was made from a model in memory: pass it as at(sparsity, model)")
+            raise GispError(
+                "this trajectory was made from a model in memory: Trajectory.at(sparsity, model) moves it, "
+                "gisp.export_model(model, DIR) exports it"
+            )
         if Path(path).is_absolute() and not Path(path).exists():
             raise GispError(
                 f"the base model of this run, {path}, is not there: put it back or correct base_model.path in {RECORD}"

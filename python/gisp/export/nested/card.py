@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from gisp.export.card import facts_table, head, load_text
-from gisp.export.check import TOLERANCE
 from gisp.export.nested.order import Nesting
 from gisp.export.provenance import BaseCard
 from gisp.export.spec import NestedReport
@@ -32,7 +31,7 @@ def write_nested_card(folder: Path, base: Any, trajectory: Trajectory, nesting: 
         ("versions", versions),
         (
             "logits against the masked dense model (float32)",
-            f"differ by {parity} relative (accepted up to {TOLERANCE:.0e})",
+            f"differ by {parity} relative (accepted up to {report.tolerance:.0e})",
         ),
     )
     lines = [

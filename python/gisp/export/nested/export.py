@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from gisp.export.check import compare_logits, float32_logits, wanted_logits, weight_dtype
-from gisp.export.folder import check_room, copy_base_files, dense_state, new_folder
+from gisp.export.beside import copy_beside
+from gisp.export.check import Reference, weight_dtype
+from gisp.export.folder import check_room, dense_state, new_folder
 from gisp.export.nested.card import write_nested_card
 from gisp.export.nested.files import MODEL_TYPE, write_nesting, write_record, write_shards
 from gisp.export.nested.model import load_nested
 from gisp.export.nested.order import Nesting, nest, stored_name
-from gisp.export.spec import NestedReport, map_checked
+from gisp.export.spec import TOLERANCE, NestedReport, map_checked
 from gisp.model.keep import block_columns
 from gisp.model.structures import ModelMap, structure_parameters
 from gisp.run.trajectory import Trajectory
@@ -50,10 +51,10 @@ def export_nested(base: Any, trajectory: Trajectory, out: Path, *, tokenizer_fro
         # A model type that no stock class has: nothing takes this folder for a plain checkpoint.
         stub = {"model_type": MODEL_TYPE, "base_model_type": config["model_type"]}
         (folder / "config.json").write_text(json.dumps(stub, indent=1) + "\n", encoding="utf-8")
-        copy_base_files(folder, base, tokenizer_from)
-        differences = _check(base, model_map, trajectory, folder)
+        copy_beside(folder, base, tokenizer_from)
+        differences, tolerance = _check(base, model_map, trajectory, folder)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        report = NestedReport(out, differences, size, len(trajectory.steps))
+        report = NestedReport(out, differences, size, len(trajectory.steps), tolerance)
         write_nested_card(folder, base, trajectory, nesting, report)
     return report
 
@@ -71,15 +72,17 @@ def reordered(base: Any, model_map: ModelMap, nesting: Nesting) -> Iterator[tupl
     yield from state.items()
 
 
-def _check(base: Any, model_map: ModelMap, trajectory: Trajectory, folder: Path) -> dict[float, float]:
-    """Relative differences of logits at a few sparsities, one model resized from each to the next."""
+def _check(base: Any, model_map: ModelMap, trajectory: Trajectory, folder: Path) -> tuple[dict[float, float], float]:
+    """Relative differences of logits at a few sparsities, one model resized from each to the next, and the bound."""
     device = base.get_input_embeddings().weight.device
     last = trajectory.sparsity_at(len(trajectory.steps))
     model = load_nested(folder, last, device=device)
     found: dict[float, float] = {}
+    tolerance = TOLERANCE
     for fraction in _CHECKED:
         step = trajectory.step_for(fraction * last)
-        tokens, wanted = wanted_logits(base, model_map, trajectory.keep(step))
+        reference = Reference(base, model_map, trajectory.keep(step))
         model.resize(trajectory.sparsity_at(step))
-        found[trajectory.sparsity_at(step)] = compare_logits(wanted, float32_logits(model, tokens))[1]
-    return found
+        _, found[trajectory.sparsity_at(step)], accepted = reference.compare(model)
+        tolerance = max(tolerance, accepted)
+    return found, tolerance

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from gisp.errors import GispError
-from gisp.export.check import TOLERANCE, compare_logits, float32_logits, wanted_logits, weight_dtype
+from gisp.export.check import TOLERANCE, Reference, compare_logits, exact_logits, weight_dtype
 from gisp.export.formats.gguf.file import count_parameters, read_model
 from gisp.export.formats.gguf.tokenizer import CHECK_TEXTS, Vocabulary
 from gisp.export.relayout import AttentionLayout
@@ -58,13 +58,17 @@ def checked_gguf_report(
     Raises:
         GispError: llama.cpp does not load the file, the logits do not agree, or the tokenizer gives other ids.
     """
-    tokens, wanted = wanted_logits(base, model_map, spec.keep)
+    reference = Reference(base, model_map, spec.keep)
     # Weights of a bfloat16 model that float16 does not hold exactly are too small to show here; else it is refused.
     rounded = (dtype, weight_dtype(base)) in _ROUNDED
-    tolerance = rounding_error(dtype, model_map) if rounded else TOLERANCE
-    absolute, relative = compare_logits(wanted, float32_logits(read_model(file, base), tokens), tolerance)
+    stored = read_model(file, base)
+    if rounded:
+        tolerance = rounding_error(dtype, model_map)
+        absolute, relative = compare_logits(reference.logits, exact_logits(stored, reference.tokens), tolerance)
+    else:
+        absolute, relative, tolerance = reference.compare(stored)
     facts = [("matrices stored as", _storage(dtype, weight_dtype(base)))]
-    facts += _llama_cpp_facts(file, model_map, dtype, tokens, wanted, vocabulary)
+    facts += _llama_cpp_facts(file, model_map, dtype, reference.tokens, reference.logits, vocabulary)
     kv_head_bytes = 2 * model_map.head_dim * _CACHE_BYTES
     report = ExportReport(
         path=out,

@@ -1,0 +1,56 @@
+"""Exporting a model that was pruned in memory, without a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gisp.errors import GispError
+from gisp.export.formats.hf import export_hf
+from gisp.export.formats.masked import export_masked
+from gisp.export.spec import ExportReport, PrunedSpec
+from gisp.model.shrink import ShrinkableModel
+
+_WRITERS = {"hf": export_hf, "masked": export_masked}
+
+
+def export_model(
+    model: Any, out: str | Path, *, format: str = "hf", tokenizer_from: str | Path | None = None
+) -> ExportReport:
+    """Write the model that ``gisp.prune`` pruned, as it is now, into a folder that loads.
+
+    The model is grown back for the time of writing, so that its logits can be compared, and is pruned again afterwards.
+
+    Args:
+        model: pruned by :func:`gisp.prune` in this process.
+        out: folder to write; must be absent or empty.
+        format: ``hf`` or ``masked``.
+        tokenizer_from: folder whose tokenizer and other files beside the weights are copied.
+
+    Raises:
+        GispError: the model is not pruned, was compensated or packed, ``out`` is taken, or the logits do not agree.
+    """
+    shrinkable = ShrinkableModel.of(model)
+    if shrinkable is None or not shrinkable.history:
+        raise GispError("this model is not pruned: use its own save_pretrained")
+    if format not in _WRITERS:
+        raise GispError(f"format {format!r} needs a run folder: choose hf or masked, or gisp.export_run")
+    if shrinkable.compensated:
+        raise GispError("this model is compensated, which growing it back undoes: gisp export RUN --compensate instead")
+    history, model_map, keep = list(shrinkable.history), shrinkable.map, shrinkable.keep()
+    left = sum(p.numel() for p in model.parameters())
+    folder = None if tokenizer_from is None else Path(tokenizer_from)
+    shrinkable.rollback(len(history))
+    try:
+        removed = model_map.parameters - left
+        spec = PrunedSpec(
+            keep=keep,
+            sparsity=removed / model_map.decoder_parameters,
+            model_sparsity=removed / model_map.parameters,
+            step=len(history),
+            run={"base_model": {"path": getattr(model, "name_or_path", ""), "fingerprint": shrinkable.fingerprint}},
+        )
+        return _WRITERS[format](model, spec, Path(out), tokenizer_from=folder)
+    finally:
+        for removal in history:
+            shrinkable.remove(removal)
