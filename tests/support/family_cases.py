@@ -122,7 +122,8 @@ def build(case: Case) -> Any:
     parts = {key: _rope(value, case.rope, head_dim) for key, value in plain.items()} if per_type else None
     settings["rope_parameters"] = parts or _rope(plain, case.rope, head_dim)
     torch.manual_seed(3)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config_class(**settings)).eval()
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    model = classes[config_class](config_class(**settings)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("bias", "norm.weight")):

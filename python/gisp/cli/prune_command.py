@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,7 +78,9 @@ def prune(
 
     from gisp.run.prune import prune as run_prune
 
-    with StepProgress("pruning") as progress:
+    with StepProgress("pruning") as progress, warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_: progress.say(f"warning: {message}")
         if options.get("ratio") is not None and options.get("sparsity") is not None:
             progress.say("warning: --sparsity is ignored beside --ratio, which alone says where the schedule ends")
         try:

@@ -45,25 +45,32 @@ _SHARE_OF_CHANGE = 0.25
 
 @torch.no_grad()
 def check_independence(shrinkable: ShrinkableModel) -> None:
-    """Remove half of every layer and compare with the same structures masked; the model is afterwards as before.
+    """Remove half of all heads, then half of all channels, and compare each with the same ones masked.
 
     Layers can have Llama's parts and combine heads with one another, as differential attention does, or share keys and
-    values across layers: removing one is then something else than masking it.
+    values across layers: removing one is then something else than masking it. The model is afterwards as before.
 
     Raises:
         GispError: removal and masking differ.
     """
     model_map = shrinkable.map
-    removal = {}
-    for group in model_map.groups:
-        members = shrinkable.members(group.name)
-        removal[group.name] = members[(group.count + 1) // 2 * model_map.members(group) :]
+    for kind in ("heads", "channels"):
+        removal = {}
+        for group in (group for group in model_map.groups if group.kind == kind):
+            members = shrinkable.members(group.name)
+            removal[group.name] = members[(group.count + 1) // 2 * model_map.members(group) :]
+        if not _same(shrinkable, removal):
+            raise GispError(
+                f"model type {model_map.model_type!r} has Llama's projections but uses them in another way: removing "
+                f"{kind} changes those that stay, such models are not supported"
+            )
+
+
+def _same(shrinkable: ShrinkableModel, removal: dict[str, torch.Tensor]) -> bool:
+    """Whether removing comes nearer to masking than masking to doing nothing."""
+    model_map = shrinkable.map
     device = next(model_map.model.parameters()).device
     tokens = (torch.arange(_TOKENS, device=device) * 7 + 1)[None] % model_map.vocab_size
-    refusal = GispError(
-        f"model type {model_map.model_type!r} has Llama's projections but uses them in another way: removing heads "
-        "changes those that stay, such models are not supported"
-    )
 
     def logits() -> torch.Tensor:
         with evaluation_mode(model_map.model):
@@ -77,18 +84,18 @@ def check_independence(shrinkable: ShrinkableModel) -> None:
     try:
         shrunk = logits()
     except (RuntimeError, ValueError, IndexError):
-        raise refusal from None
+        return False
     finally:
         shrinkable.rollback()
-    if not float((shrunk - masked).norm()) <= _SHARE_OF_CHANGE * float((masked - dense).norm()):
-        raise refusal
+    return float((shrunk - masked).norm()) <= _SHARE_OF_CHANGE * float((masked - dense).norm())
 
 
 @contextmanager
 def _masked(model_map: ModelMap, removal: dict[str, torch.Tensor]) -> Iterator[None]:
     """The removed structures' columns of every output projection read as zero."""
     with ExitStack() as stack:
-        for name, (linear, block) in model_map.outputs.items():
+        for name in removal:
+            linear, block = model_map.outputs[name]
             keep = torch.ones(linear.in_features // block, dtype=linear.weight.dtype, device=linear.weight.device)
             keep[removal[name].to(keep.device)] = 0
             stack.callback(linear.register_forward_pre_hook(_times(keep.repeat_interleave(block))).remove)

@@ -101,11 +101,11 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_unsupported_models_and_foreign_specs_are_refused(tmp_path: Path) -> None:
     base = dense("llama-mha")
     renamed = deepcopy(base)
-    renamed.config.model_type = "granite"
+    renamed.config.model_type = "internlm3"
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     for model, spec, message in (
         (gpt2, spec_of(), "gpt2"),
-        (renamed, spec_of(), "'granite' cannot be exported"),
+        (renamed, spec_of(), "'internlm3' cannot be exported"),
         (base, spec_of(KEPT[:3]), "3 layers, the base 4"),
         (base, spec_of((Kept((0, 8), (0,)), *KEPT[1:])), "kept heads of layer 0"),
         (base, spec_of((KEPT[0], Kept((0,), (3, 2)), *KEPT[2:])), "kept channels of layer 1"),

@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import MistralConfig, MistralForCausalLM
 
 from gisp.errors import GispError
@@ -133,13 +135,11 @@ def stock_config(base: Any, model_map: ModelMap, spec: PrunedSpec, size: Uniform
     """The base model's configuration with other sizes.
 
     Raises:
-        GispError: no stock class takes that many heads.
+        GispError: no stock class takes that many heads of that size.
     """
     classes = _stock_classes(base, size.heads)
     if classes is None:
-        raise GispError(
-            f"no stock model has {size.heads} heads, hidden size {model_map.hidden_size} and biases: use --format hf"
-        )
+        raise _no_stock(model_map, size, "with biases")
     config_class, model_class = classes
     values = config_values(base, model_map)
     if config_class is not type(base.config):
@@ -153,7 +153,21 @@ def stock_config(base: Any, model_map: ModelMap, spec: PrunedSpec, size: Uniform
         architectures=[model_class.__name__],
         gisp={**gisp_record(base, spec), "uniform": True},
     )
-    return config_class(**values)
+    try:
+        config = config_class(**values)
+        with torch.device("meta"):
+            attention = model_class(config).model.layers[0].self_attn
+    except (ValueError, StrictDataclassError):
+        raise _no_stock(model_map, size, f"of type {model_map.model_type!r}") from None
+    if attention.q_proj.out_features != size.heads * model_map.head_dim:
+        # Its classes take the size of a head from the number of heads.
+        raise _no_stock(model_map, size, f"of {model_map.head_dim}, of type {model_map.model_type!r}")
+    return config
+
+
+def _no_stock(model_map: ModelMap, size: UniformSize, what: str) -> GispError:
+    hidden = model_map.hidden_size
+    return GispError(f"no stock model has {size.heads} heads {what} and hidden size {hidden}: use --format hf")
 
 
 def _stock_classes(base: Any, heads: int) -> tuple[type, type] | None:

@@ -1,0 +1,123 @@
+"""What is no prunable model is refused by a line that names what was given and what to do."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokens
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+import gisp
+from gisp.errors import GispError
+from gisp.model.structures import map_model
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.15,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+PRUNE: dict[str, Any] = {"sparsity": 0.2, "steps": 1, "align": 1, "protect_first": 0, "protect_last": 0}
+
+
+def model_of(model_type: str, **settings: Any) -> Any:
+    config_class = CONFIG_MAPPING[model_type]
+    torch.manual_seed(0)
+    classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return classes[config_class](config_class(**{**SIZES, **settings})).eval()
+
+
+def test_compiled_models_name_the_model_inside() -> None:
+    with pytest.raises(GispError, match=r"compiled by torch.compile: give the model .* model._orig_mod"):
+        map_model(torch.compile(tiny_model()))
+
+
+def test_models_with_adapters_are_to_be_merged() -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(GispError, match=r"carries peft adapters .*merge_and_unload"):
+        map_model(adapted)
+    assert map_model(adapted.merge_and_unload()).num_heads == 4
+
+
+def test_a_bare_decoder_is_told_from_a_language_model() -> None:
+    with pytest.raises(GispError, match=r"LlamaModel is a decoder without output embeddings"):
+        map_model(tiny_model().model)
+
+
+def test_float64_is_not_called_quantised() -> None:
+    with pytest.raises(GispError, match=r"holds float64 weights: convert the model first, model.float\(\)"):
+        map_model(tiny_model().double())
+
+
+def test_inference_mode_is_named() -> None:
+    model = tiny_model()
+    with torch.inference_mode(), pytest.raises(GispError, match=r"torch.inference_mode is on"):
+        gisp.prune(model, tiny_tokens(), **PRUNE)
+    with torch.inference_mode():
+        made_inside = tiny_model()
+    with pytest.raises(GispError, match=r"was made in torch.inference_mode .* load the model outside it"):
+        gisp.prune(made_inside, tiny_tokens(), **PRUNE)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "vaultgemma"])
+def test_capped_attention_is_named(model_type: str, tmp_path: Path) -> None:
+    model = model_of(model_type, head_dim=8)
+    with pytest.raises(GispError, match=f"'{model_type}' caps its attention scores"):
+        map_model(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(GispError, match=f"'{model_type}' caps its attention scores"):
+        gisp.prune(tmp_path, tiny_tokens(), **PRUNE)
+
+
+def test_heads_that_depend_on_one_another_are_refused_and_the_model_is_as_before() -> None:
+    model = model_of("diffllama", head_dim=16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(GispError, match="'diffllama' has Llama's projections but uses them in another way"):
+        gisp.prune(model, tiny_tokens(), **PRUNE)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_lists_of_norms_one_for_each_head_are_refused() -> None:
+    with pytest.raises(GispError, match=r"self_attn.q_layernorm.norms.0.weight \[8\] spans heads"):
+        map_model(model_of("stablelm", qk_layernorm=True))
+
+
+@pytest.mark.parametrize("gqa", ["query", "group"])
+def test_a_kind_never_tried_is_pruned_with_a_word_on_its_exports(gqa: str) -> None:
+    """It is Llama by another name: the trial pruning must change nothing of the run."""
+    known = gisp.prune(tiny_model(), tiny_tokens(), gqa=gqa, **PRUNE)
+    model = tiny_model()
+    model.config.model_type = "never-tried"
+    with pytest.warns(UserWarning, match="'never-tried' can be exported with --format masked alone"):
+        found = gisp.prune(model, tiny_tokens(), gqa=gqa, **PRUNE)
+    assert all(torch.equal(at, known.removed_at[name]) for name, at in found.removed_at.items())
+    assert found.steps[0].loss == known.steps[0].loss
+
+
+def test_sequences_beyond_the_positions_of_a_model_are_told() -> None:
+    with pytest.warns(UserWarning, match=r"sequences of 65 tokens are longer than the 64 positions"):
+        gisp.prune(tiny_model(), tiny_tokens(length=65), **PRUNE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gisp.prune(tiny_model(), tiny_tokens(length=64), **PRUNE)
+
+
+def test_modules_that_keep_the_number_of_heads_are_told() -> None:
+    model = model_of("stablelm")
+    trajectory = gisp.prune(model, tiny_tokens(), **{**PRUNE, "sparsity": 0.4, "steps": 2})
+    assert len(trajectory.steps) == 2
+    heads = [getattr(layer.self_attn, "num_heads", None) for layer in model.model.layers]
+    assert heads == [layer.self_attn.q_proj.out_features // 8 for layer in model.model.layers]
+    assert sum(heads) < 8
