@@ -109,7 +109,7 @@ def _task(item: Any, path: Path, where: str, objective: str, share: int | None) 
         raise GispError(f"{where} is {quoted(item)}: give it data, a file or the name of a dataset")
     _check_keys(item, _TASK_KEYS, where)
     own = item.get("objective", objective)
-    if own not in OBJECTIVES:
+    if not isinstance(own, str) or own not in OBJECTIVES:
         raise GispError(f"{where} has objective {quoted(own)}: choose one of {', '.join(OBJECTIVES)}")
     weight = item.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= sys.float_info.max:

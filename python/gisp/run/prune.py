@@ -82,7 +82,19 @@ def prune(
     options = {name: value for name, value in locals().items() if name in OPTIONS}
     if torch.is_inference_mode_enabled():
         raise GispError("torch.inference_mode is on, in which no gradient is computed: prune outside of it")
-    loss = objective if callable(objective) else None
+    return _run(model, data, out, resume, on_step, options)
+
+
+def _run(
+    model: nn.Module | str | Path,
+    data: Any,
+    out: str | Path | None,
+    resume: bool,
+    on_step: OnStep | None,
+    options: dict[str, Any],
+) -> Trajectory:
+    """:func:`prune` with its options in one mapping."""
+    loss = options["objective"] if callable(options["objective"]) else None
     if loss is not None:
         options["objective"] = objective_name(loss)
     config = make_config(**options)

@@ -111,7 +111,8 @@ def read_removed_at(folder: Path, record: dict[str, Any]) -> dict[str, np.ndarra
     path = folder / TENSORS
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, *INVALID) as error:
+        # Among them dtypes that numpy has not.
         raise corrupt(path, error) from None
     base, steps = record["base_model"], record["steps"]
     found: dict[str, np.ndarray] = {}
