@@ -143,7 +143,7 @@ def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[An
             warnings.warn(
                 "the model is float16: gradients of large calibration sets underflow and blur the scores, "
                 "load it in bfloat16 or float32",
-                stacklevel=4,
+                stacklevel=5,
             )
         previous = ShrinkableModel.of(model)
         if previous is not None and previous.history:
