@@ -27,7 +27,7 @@ from gisp.model.modes import evaluation_mode, exact_products
 from gisp.model.structures import ModelMap
 
 ROUNDING = 2
-"""Errors of the masked model in float32 that an export may differ by: each of the two may be one away from the truth."""
+"""Errors of the masked float32 model that an export may differ by: each of the two may be one away from the truth."""
 _ROWS, _TOKENS, _SEED = 2, 64, 20251018
 
 
