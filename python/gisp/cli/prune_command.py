@@ -59,8 +59,8 @@ def prune(
 ) -> None:
     """Prune a model step by step; every sparsity passed on the way stays available."""
     options: dict[str, Any] = read_yaml(config) if config else {}
-    if resume and model is not None and out is None and data is None and config is None:
-        model, out = None, Path(model)
+    if resume and model is not None and (out, data, config) == (None, None, None):
+        out, model = Path(model), None
     places: dict[str, Any] = {"model": model, "data": data, "out": out}
     if resume and out is not None:
         options = {**_recorded(out, places), **options}

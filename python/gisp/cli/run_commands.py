@@ -44,7 +44,7 @@ def export(
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     if public and push_to_hub is None:
         raise GispError("--public is about --push-to-hub: give a repository or leave it out")
-    hub = {"push_to_hub": push_to_hub, "private": not public}
+    hub: dict[str, Any] = {"push_to_hub": push_to_hub, "private": not public}
     if nested is not None:
         others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data, window)
         _check_nested(format, others, compensation)

@@ -117,7 +117,7 @@ def test_a_file_loads_as_the_folder_of_its_values(files: Path, caplog: pytest.Lo
 def test_a_run_on_a_file_is_that_on_the_folder_and_exports_carry_its_tokenizer(files: Path, tmp_path: Path) -> None:
     removed = {}
     for name in ("m.gguf", "dense"):
-        options = {"sparsity": 0.3, "steps": 3, "batch_tokens": 256, "align": 1, "device": "cpu"}
+        options: dict[str, Any] = {"sparsity": 0.3, "steps": 3, "batch_tokens": 256, "align": 1, "device": "cpu"}
         run = gisp.prune(str(files / name), str(files / "text.jsonl"), out=tmp_path / name, seq_len=32, **options)
         removed[name] = run.removed_at
         assert run.base_model["fingerprint"] == gisp.Trajectory.load(tmp_path / name).base_model["fingerprint"]
