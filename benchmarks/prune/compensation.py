@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gisp import compensate
-from gisp.compensation import CompensationOptions
+from gisp.compensation import CompensationOptions, Stage
 
 
 def timed_compensation(model: Any, tokens: torch.Tensor, options: CompensationOptions) -> dict[str, Any]:
@@ -28,14 +28,20 @@ def timed_compensation(model: Any, tokens: torch.Tensor, options: CompensationOp
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    blocks = [update.after / update.before for update in done.updates if update.before > 0]
+    fits = [stage for stage in done.stages if stage.blocks]
+    blocks = [block.after / block.before for stage in fits for block in stage.blocks if block.before > 0]
     return {
         "method": options.method,
         "seconds": seconds,
         "fit_seconds": ends[-1] - start if ends else seconds,
-        "fit_tokens": done.tokens,
+        "fit_tokens": sum(stage.tokens for stage in fits),
         "blocks": len(done.updates),
         "squares_left": sum(blocks) / len(blocks) if blocks else None,
-        "steps": [{"tokens": s.tokens, "size": s.size, "before": s.before, "after": s.after} for s in done.steps],
+        "steps": [step for stage in done.stages if stage not in fits for step in _steps(stage)],
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }
+
+
+def _steps(stage: Stage) -> list[dict[str, Any]]:
+    """Steps on the loss."""
+    return [{"tokens": s.tokens, "size": s.size, "before": s.before, "after": s.after} for s in stage.steps]

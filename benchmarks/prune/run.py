@@ -194,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--no-paper", dest="paper", action="store_false", help="leave the paper's way out")
     options.add_argument("--compensate", choices=METHODS, help="also compensate what the run left")
     options.add_argument("--compensation-steps", type=count, help="of kfac (4)")
-    options.add_argument("--calibration-tokens", type=count, help="of the compensation, and of each step (131072)")
+    options.add_argument("--calibration-tokens", type=count, help="of a fit and of a step of kfac (131072)")
     add_result_options(options, plots=True)
     options.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     return options

@@ -202,8 +202,7 @@ def fast_cells(seeds: range, sizes: Sizes) -> list[Cell]:
 def compensation_cells(seeds: range, sizes: Sizes) -> list[Cell]:
     """Methods, targets, damping and calibration size of compensation, all on one run of ``fast``."""
     variants: list[dict[str, Any]] = [BIAS, AFFINE, RESCALE, LSQ, KFAC]
-    variants += [{"method": method, "target": "dense"} for method in ("bias", "affine")]
-    variants += [{"method": method, "target": "local"} for method in ("rescale", "lsq")]
+    variants += [{"method": method, "target": "dense"} for method in ("bias", "affine", "rescale", "lsq", "kfac")]
     variants += [{"method": "lsq", "intercept": True}]
     variants += [{"method": "lsq", "damping": damping} for damping in (0.0, 0.001, 0.1)]
     variants += [{"method": "lsq", "tokens": tokens} for tokens in (8192, 32768, 524288)]

@@ -171,7 +171,7 @@ class Runner:
             began = time.perf_counter()
             done = compensate(model, drawn(self.calibration, None, cell.seed), **options)
             cost = {
-                "compensation_tokens": done.tokens + sum(step.tokens for step in done.steps),
+                "compensation_tokens": done.seen,
                 "compensation_seconds": time.perf_counter() - began,
                 "compensation_told": done.describe(),
             }

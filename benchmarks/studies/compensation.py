@@ -96,9 +96,10 @@ def _described(done: Compensation) -> dict[str, Any]:
     return {
         "method": options.method,
         "target": options.target,
-        "intercept": options.intercept,
-        "damping": options.damping if options.method == "lsq" else None,
-        "calibration_tokens": done.tokens,
+        "intercept": any(map(options.biases, options.stages)),
+        "damping": options.damping,
+        "calibration_tokens": done.seen,
+        "kept": [stage.name for stage in done.stages if stage.kept],
     }
 
 

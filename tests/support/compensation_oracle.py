@@ -7,9 +7,12 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from tiny import tiny_tokens
 
-from gisp.compensation import BlockUpdate
+from gisp.compensation import BlockUpdate, Compensation
 from gisp.compensation.fits import Solution
+from gisp.compensation.held_out import hold_out
+from gisp.data import Sequences
 
 # What tests remove from a tiny model: blocks that lost heads, channels, both, nothing.
 REMOVED = {
@@ -30,6 +33,39 @@ def kept_of(model: Any, removed: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 def projection(model: Any, name: str) -> tuple[Any, int]:
     layer = model.model.layers[int(name.split(".")[1])]
     return (layer.self_attn.o_proj, layer.self_attn.head_dim) if name.endswith("heads") else (layer.mlp.down_proj, 1)
+
+
+def rows(lengths: tuple[int, ...] = (16, 9, 12, 16, 5, 16, 11, 16, 7, 16, 13, 16)) -> Sequences:
+    """Rows of different lengths: batches of them are padded."""
+    ids = tiny_tokens(len(lengths), max(lengths), seed=5)
+    return Sequences.plain([(row[:n], row[:n].clone()) for row, n in zip(ids, lengths, strict=True)])
+
+
+def masked(model: Any, found: Compensation) -> Any:
+    """A float64 copy with the compensated weights; the removed columns are zero."""
+    copy = deepcopy(model).double()
+    for update in found.updates:
+        linear, _ = projection(copy, update.name)
+        with torch.no_grad():
+            linear.weight.zero_()
+            linear.weight[:, update.columns] = weight_of(update).double()
+    return copy
+
+
+def divergence(dense: Any, pruned: Any, data: list[torch.Tensor]) -> torch.Tensor:
+    """Sum over tokens, each row alone."""
+    total = torch.zeros((), dtype=torch.float64)
+    for ids in data:
+        with torch.no_grad():
+            wanted = dense(ids[None]).logits.softmax(-1)
+        total = total + (wanted * (wanted.log() - pruned(ids[None]).logits.log_softmax(-1))).sum()
+    return total
+
+
+def seen_rows(tokens: torch.Tensor) -> torch.Tensor:
+    """Those rows of tokens [N, S] that fits see, the others are held out."""
+    seen, _ = hold_out(Sequences.plain([(ids, ids) for ids in tokens]))
+    return torch.stack([ids for ids, _ in seen.rows])
 
 
 def weight_of(found: BlockUpdate | Solution) -> torch.Tensor:

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 _flag = partial(flag, panel="Compensation")
 COMPENSATION = (
-    _flag("compensate", "Refit output projections: kfac, lsq, affine, rescale or bias."),
+    _flag("compensate", "Refit output projections: bias, affine, rescale, lsq, kfac, or A+B in turn."),
     _flag("calibration", "Data to compensate with, as for prune."),
-    _flag("calibration_tokens", "Calibration tokens, the first of the data (131072).", kind=int),
-    _flag("damping", "Ridge of lsq and kfac, relative to the mean diagonal.", kind=float),
-    _flag("compensation_target", "What to fit to: local (default of affine and bias) or dense.", names=("--target",)),
+    _flag("calibration_tokens", "Calibration tokens of fits and of a step of kfac (131072).", kind=int),
+    _flag("damping", "Ridge of lsq and kfac, relative to the mean diagonal (0.5).", kind=float),
+    _flag("compensation_target", "What fits aim at: local (default) or dense.", names=("--target",)),
     _flag("compensation_steps", "Steps of kfac (4).", kind=int),
 )
 

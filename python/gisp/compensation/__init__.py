@@ -5,18 +5,22 @@ It composes with any way of choosing structures and ends in plain weights (and b
 
 from __future__ import annotations
 
+from gisp.compensation.acceptance import BlockFit, Stage, Step
 from gisp.compensation.apply import Compensation, compensate, fit_compensation, fold_into_dense, fold_into_pruned
 from gisp.compensation.options import METHODS, TARGETS, CompensationOptions
 from gisp.compensation.request import CompensationRequest, make_request
-from gisp.compensation.sweep import BlockUpdate
+from gisp.compensation.stages import BlockUpdate
 
 __all__ = [
     "METHODS",
     "TARGETS",
+    "BlockFit",
     "BlockUpdate",
     "Compensation",
     "CompensationOptions",
     "CompensationRequest",
+    "Stage",
+    "Step",
     "compensate",
     "fit_compensation",
     "fold_into_dense",

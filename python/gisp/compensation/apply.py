@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gisp.compensation.held_out import hold_out, interleaved
-from gisp.compensation.kfac import KfacStep, kfac_updates
+from gisp.compensation.acceptance import Stage
 from gisp.compensation.options import ONLY, CompensationOptions
-from gisp.compensation.sweep import BlockUpdate, OnBlock, fit_updates
+from gisp.compensation.stages import BlockUpdate, run_stages
+from gisp.compensation.sweep import OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep, block_columns
@@ -22,40 +22,65 @@ from gisp.model.structures import ModelMap
 
 @dataclass(frozen=True)
 class Compensation:
-    """What was fitted.
+    """What was done.
 
     Attributes:
         updates: of every output projection that changes, in the order of the layers.
-        tokens: calibration tokens of the fit (those of ``kfac``'s steps are in ``steps``).
-        steps: of ``kfac``.
+        stages: what every stage did; none where nothing was removed.
+        texts, tokens: of what is held out; a text is a document, a question or, where there are few, a sequence.
     """
 
     options: CompensationOptions
     updates: tuple[BlockUpdate, ...]
+    stages: tuple[Stage, ...]
+    texts: int
     tokens: int
-    steps: tuple[KfacStep, ...] = ()
+
+    @property
+    def seen(self) -> int:
+        """Calibration tokens of all stages; one seen twice counts twice."""
+        return sum(stage.tokens for stage in self.stages)
 
     def describe(self) -> str:
-        """Method and options in one line."""
-        options = self.options
-        extra = f", damping {options.damping:g}" if options.method in ONLY["damping"] else ""
-        if options.method != "bias" and options.intercept != (options.method == "affine"):
-            extra += ", with biases" if options.intercept else ", without biases"
-        raised = [update.damping for update in self.updates if update.damping > options.damping]
-        if raised:
-            extra += f" (raised up to {max(raised):g} in {len(raised)} blocks that were not solvable with it)"
-        stiff = [step for step in self.steps if step.raised]
-        if stiff:
-            most = max(step.raised for step in stiff)
-            extra += f" (in steps raised up to {max(step.damping for step in stiff):g} in {most} blocks)"
-        tokens = f"{self.tokens:,}"
-        if self.steps:
-            fell = f"{self.steps[0].before:.3g} to {self.steps[-1].after:.3g}"
-            taken = sum(step.size > 0 for step in self.steps)
-            count = f"{taken} of {len(self.steps)} steps taken"
-            extra += f", {count} (divergence from the dense model {fell} nats a token)"
-            tokens += f" + {sum(step.tokens for step in self.steps):,}"
-        return f"{options.method}, target {options.target}{extra}, {tokens} calibration tokens"
+        """Every stage with its options and what was kept of it, in one line."""
+        if not self.stages:
+            return f"{self.options.method}: nothing was removed, nothing is changed"
+        parts = [_described(stage, self.options) for stage in self.stages]
+        first, last = self.stages[0].before, self.stages[-1].after
+        fell = f"{first:.4g} to {last:.4g}" if self.updates else f"stays {first:.4g}"
+        held_out = f"{self.tokens:,} held-out tokens of {self.texts} texts"
+        end = "" if self.updates else "; nothing is kept, the weights stay as they were"
+        return "; ".join([*parts, f"divergence from the dense model {fell} nats a token on {held_out}"]) + end
+
+
+def _described(stage: Stage, options: CompensationOptions) -> str:
+    facts = []
+    if stage.name in ONLY["target"]:
+        facts.append(f"target {options.target}")
+    if stage.name in ONLY["damping"]:
+        facts.append(f"damping {options.damping:g}" + _raised(stage, float(options.damping or 0)))
+    if stage.name in ("affine", "lsq") and options.biases(stage.name) != (stage.name == "affine"):
+        facts.append("with biases" if options.biases(stage.name) else "without biases")
+    if stage.kept:
+        if stage.blocks:
+            accepted = sum(block.accepted for block in stage.blocks)
+            facts.append(f"size {stage.size:.3g} in {accepted} of {len(stage.blocks)} blocks")
+        else:
+            facts.append(f"{sum(step.size > 0 for step in stage.steps)} of {len(stage.steps)} steps taken")
+    facts.append(f"{stage.tokens:,} calibration tokens")
+    if not stage.kept:
+        gain = stage.before - stage.reached
+        facts.append(f"dropped as the fall of {gain:.2g} nats does not exceed its standard error {stage.error:.2g}")
+    return f"{stage.name} ({', '.join(facts)})"
+
+
+def _raised(stage: Stage, damping: float) -> str:
+    """Where a stage needed more damping than was asked for."""
+    raised = [block.damping for block in stage.blocks if block.damping > damping]
+    if raised:
+        return f" (raised up to {max(raised):g} in {len(raised)} blocks that were not solvable with it)"
+    most = max((step.raised for step in stage.steps), default=0)
+    return f" (raised up to {max(step.damping for step in stage.steps):g} in {most} blocks)" if most else ""
 
 
 def fit_compensation(
@@ -76,20 +101,12 @@ def fit_compensation(
         tokenizer_from: model folder or name whose tokenizer reads text.
 
     Raises:
-        GispError: unreadable data, a single sequence (``kfac``), a model built otherwise, or activations that are not
-            finite.
+        GispError: unreadable data, too few sequences, a model built otherwise, or activations that are not finite.
     """
-    sequences = interleaved(calibration_sequences(model_map, data, tokenizer_from))
-    held_out: Sequences | None = None
-    if options.method == "kfac":
-        sequences, held_out = hold_out(sequences)
-    steps: list[KfacStep] = []
-    # Steps take gradients of what was fitted, whatever mode the caller is in.
-    with torch.inference_mode(False):
-        updates, tokens = fit_updates(model_map, keep, sequences, options, on_block)
-        if held_out is not None:
-            updates, steps = kfac_updates(model_map, updates, sequences, held_out, options)
-    return Compensation(options, tuple(updates), tokens, tuple(steps))
+    sequences = calibration_sequences(model_map, data, tokenizer_from)
+    updates, stages, held_out = run_stages(model_map, keep, sequences, options, on_block)
+    tokens = int(held_out.tokens.sum())
+    return Compensation(options, tuple(updates), tuple(stages), len(held_out.tokens), tokens)
 
 
 def calibration_sequences(model_map: ModelMap, data: Any, tokenizer_from: str | None) -> Sequences:
@@ -110,7 +127,7 @@ def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, 
     Args:
         model: pruned by :func:`gisp.prune`, ``Trajectory.at`` or ``ShrinkableModel.remove``, not packed.
         data: calibration data, as for :func:`gisp.prune`.
-        on_block: called with every block's update.
+        on_block: called with every block's fit.
         **options: see :class:`CompensationOptions`.
 
     Raises:
@@ -165,7 +182,7 @@ def fold_into_pruned(shrinkable: ShrinkableModel, compensation: Compensation) ->
         # Columns of the update stand in original order, those of the model in the order of its swaps.
         places.append((linear, update, torch.searchsorted(update.columns.cpu(), order).to(linear.weight.device)))
     for linear, update, position in places:
-        undo.append(_overwrite(linear, None if update.weight is None else update.weight[:, position], update.bias))
+        undo.append(_overwrite(linear, update.weight[:, position], update.bias))
 
     def restore() -> None:
         for step in reversed(undo):
@@ -183,8 +200,7 @@ def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
     with torch.no_grad():
         for update in compensation.updates:
             linear, _ = outputs[update.name]
-            if update.weight is not None:
-                linear.weight[:, update.columns] = update.weight.to(linear.weight.dtype)
+            linear.weight[:, update.columns] = update.weight.to(linear.weight.dtype)
             _set_bias(linear, update.bias)
         if any(update.bias is not None for update in compensation.updates):
             # A checkpoint has them in all layers or in none.
@@ -193,18 +209,16 @@ def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
 
 
 @torch.no_grad()
-def _overwrite(linear: nn.Linear, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Callable[[], None]:
+def _overwrite(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[], None]:
     """Give a layer other values in place; the returned call brings the old ones back."""
-    old_weight = None if weight is None else linear.weight.detach().clone()
+    old_weight = linear.weight.detach().clone()
     old_bias, old_values = linear.bias, None if linear.bias is None else linear.bias.detach().clone()
-    if weight is not None:
-        linear.weight.copy_(weight)
+    linear.weight.copy_(weight)
     _set_bias(linear, bias)
 
     def restore() -> None:
         with torch.no_grad():
-            if old_weight is not None:
-                linear.weight.copy_(old_weight)
+            linear.weight.copy_(old_weight)
             linear.bias = old_bias
             if old_values is not None:
                 old_bias.copy_(old_values)

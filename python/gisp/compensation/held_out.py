@@ -7,6 +7,8 @@ from gisp.errors import GispError
 
 # So many tokens are held out, or about this part of the data.
 _TOKENS, _PART = 32768, 5
+# So many units are held out, or half of fewer than twice as many; fewer than these are too few for both sides.
+_LEAST = 4
 
 
 def interleaved(data: Sequences) -> Sequences:
@@ -23,20 +25,27 @@ def interleaved(data: Sequences) -> Sequences:
 
 
 def hold_out(data: Sequences) -> tuple[Sequences, Sequences]:
-    """Sequences to fit to, and those held out, spread evenly over the data.
+    """Sequences to fit to, and those held out, spread evenly over the data, in units that stay on one side.
 
-    The answers of one question, which share their text, stay on one side. About 32,768 tokens are held out, or a fifth
-    of fewer than five times as many; the shortest sequence where all are too long.
+    A unit is a document where there are at least 8: pieces of one document are alike, and would make held-out text look
+    like text that was fitted to. It is a question with its answers, and otherwise a single sequence. About 32,768
+    tokens are held out, or a fifth of fewer than five times as many. At least 4 units are, or half of fewer than 8: a
+    difference over fewer has no standard error worth the name.
+
+    Returns:
+        Both with their units as examples.
 
     Raises:
-        GispError: a single sequence, or a single question.
+        GispError: fewer than 4 units.
     """
     questions = min(data.signs, default=1) < 0
-    units = data.examples if questions else tuple((row,) for row in range(len(data.rows)))
-    if len(units) < 2:
+    whole = questions or len(data.examples) >= 2 * _LEAST
+    units = data.examples if whole else tuple((row,) for row in range(len(data.rows)))
+    if len(units) < _LEAST:
+        what = "question" if questions else "sequence"
         raise GispError(
-            f"--compensate kfac needs at least 2 calibration sequences, one is held out for the step size; here is "
-            f"{len(units)} {'question' if questions else 'sequence'}: give more text or shorter rows"
+            f"a compensation needs at least {_LEAST} calibration {what}s, half of them are held out to hold it "
+            f"against; here is {len(units)} {what}{'s' * (len(units) > 1)}: give more text or shorter rows"
         )
     data = Sequences(data.rows, data.signs, units)
     sizes = [sum(len(data.rows[row][0]) for row in unit) for unit in units]
@@ -46,10 +55,12 @@ def hold_out(data: Sequences) -> tuple[Sequences, Sequences]:
     chosen = []
     for number, size in enumerate(sizes):
         passed += size
-        # Held out is the part of the tokens so far that is wanted of all, to half a sequence.
+        # Held out is the part of the tokens so far that is wanted of all, to half a unit.
         if (2 * held + size) * total <= 2 * wanted * passed:
             chosen.append(number)
             held += size
-    chosen = chosen or [min(range(len(sizes)), key=sizes.__getitem__)]
+    least = min(_LEAST, len(units) // 2)
+    if len(chosen) < least:
+        chosen = [(2 * number + 1) * len(units) // (2 * least) for number in range(least)]
     out = set(chosen)
     return data.chosen([number for number in range(len(sizes)) if number not in out]), data.chosen(chosen)

@@ -7,17 +7,24 @@ from dataclasses import dataclass
 
 from gisp.errors import GispError, quoted
 
-METHODS = ("bias", "affine", "rescale", "lsq", "kfac")
-# Methods an option is for, where it is not for all.
-ONLY = {"damping": ("lsq", "kfac"), "steps": ("kfac",)}
+FITS = ("bias", "affine", "rescale", "lsq")
+METHODS = (*FITS, "kfac")
+# Stages an option is for.
+ONLY = {
+    "target": FITS,
+    "damping": ("lsq", "kfac"),
+    "tokens": (*FITS, "kfac"),
+    "intercept": ("bias", "affine", "lsq"),
+    "steps": ("kfac",),
+}
 TARGETS = ("local", "dense")
-# By method, as measured after GISP's scores (docs/compensation.md): a mean or a slope gains nothing reliable from the
-# dense stream, a scale helps only towards it.
-DEFAULT_TARGET = {"bias": "local", "affine": "local", "rescale": "dense", "lsq": "dense", "kfac": "dense"}
-DEFAULT_DAMPING = 0.5
-DEFAULT_TOKENS = 131072
-DEFAULT_STEPS = 4
-_FLAGS = {"method": "--compensate", "tokens": "--calibration-tokens", "steps": "--compensation-steps"}
+DEFAULTS = {"target": "local", "damping": 0.5, "tokens": 131072}
+STEPS = {"kfac": 4}
+_FLAGS = {
+    "method": "--compensate",
+    "tokens": "--calibration-tokens",
+    "steps": "--compensation-steps",
+}
 
 
 def flag(option: str) -> str:
@@ -27,50 +34,86 @@ def flag(option: str) -> str:
 
 @dataclass(frozen=True)
 class CompensationOptions:
-    """Options of one compensation.
+    """Options of one compensation; one that changes nothing in its method is refused.
 
     Attributes:
-        method: ``bias``, ``affine``, ``rescale`` or ``lsq``, see :mod:`gisp.compensation.fits`; or ``kfac``, steps on
-            the loss after ``lsq``, see :mod:`gisp.compensation.kfac`.
-        target: output every block is fitted to: ``local``, that of the unpruned block on the same input; ``dense``,
-            the one that brings the residual stream back to the dense model's, so that errors do not add up. ``None``
-            is ``local`` for ``bias`` and ``affine``, ``dense`` for the others.
-        damping: of ``lsq`` and ``kfac``: multiple of the mean diagonal of a Gram matrix added to its diagonal.
-        tokens: calibration tokens used, the first of the data; a step of ``kfac`` uses as many of those behind them.
-        intercept: whether output biases are fitted. ``None`` is no for ``lsq``, which gains next to nothing by them and
-            so fits every format, and for ``rescale`` and ``kfac``, which have none; yes for the others.
-        steps: of ``kfac``.
+        method: a stage or several joined by ``+``, which follow each other: ``bias``, ``affine``, ``rescale`` and
+            ``lsq``, see :mod:`gisp.compensation.fits`; ``kfac``, see :mod:`gisp.compensation.kfac`, which begins with
+            ``lsq`` where it comes first.
+        target: output a block is fitted to: ``local`` (the default), that of the unpruned block on the same input;
+            ``dense``, the one that brings the residual stream back to the dense model's.
+        damping: of ``lsq`` and ``kfac``: multiple of the mean diagonal of a Gram matrix added to its diagonal (0.5).
+        tokens: calibration tokens of fits, the first of the data (131,072); a step of ``kfac`` uses as many further
+            ones.
+        intercept: whether output biases are fitted. ``None`` is yes for ``bias`` and ``affine``, and no for ``lsq``,
+            which gains next to nothing by them and so fits every format.
+        steps: of ``kfac`` (4).
 
     Raises:
-        GispError: a value that is not one of these.
+        GispError: a value that is not one of these, or an option for other methods.
     """
 
     method: str = "lsq"
     target: str | None = None
-    damping: float = DEFAULT_DAMPING
-    tokens: int = DEFAULT_TOKENS
+    damping: float | None = None
+    tokens: int | None = None
     intercept: bool | None = None
-    steps: int = DEFAULT_STEPS
+    steps: int | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("method", METHODS), ("target", (None, *TARGETS))):
-            if getattr(self, name) not in choices:
-                known = ", ".join(filter(None, choices))
-                raise GispError(f"{flag(name)} is {quoted(getattr(self, name))}: choose one of {known}")
-        if not (isinstance(self.damping, (int, float)) and math.isfinite(self.damping) and self.damping >= 0):
+        if not isinstance(self.method, str) or not set(self.method.split("+")) <= set(METHODS):
+            known = ", ".join(METHODS)
+            raise GispError(f"--compensate is {quoted(self.method)}: choose one of {known}, or several joined by +")
+        self._check_values()
+        self._check_use()
+        for name, value in DEFAULTS.items():
+            if getattr(self, name) is None and self._users(name):
+                object.__setattr__(self, name, value)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What is done in turn."""
+        names = tuple(self.method.split("+"))
+        return ("lsq", *names) if names[0] == "kfac" else names
+
+    def biases(self, stage: str) -> bool:
+        """Whether a stage fits output biases."""
+        if stage not in ONLY["intercept"]:
+            return False
+        return stage != "lsq" if self.intercept is None else self.intercept
+
+    def steps_of(self, stage: str) -> int:
+        """Steps of a stage that has some."""
+        return STEPS[stage] if self.steps is None else self.steps
+
+    def _users(self, option: str) -> list[str]:
+        return sorted({stage for stage in self.stages if stage in ONLY[option]})
+
+    def _check_values(self) -> None:
+        if self.target not in (None, *TARGETS):
+            raise GispError(f"--target is {quoted(self.target)}: choose one of {', '.join(TARGETS)}")
+        if self.damping is not None and not (
+            isinstance(self.damping, (int, float)) and math.isfinite(self.damping) and self.damping >= 0
+        ):
             raise GispError(f"--damping is {self.damping}: give a number of at least 0")
         for name in ("tokens", "steps"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value is not None and (not isinstance(value, int) or value < 1):
                 least = "at least 1" if isinstance(value, int) else "a whole number"
                 raise GispError(f"{flag(name)} is {quoted(value)}: give {least}")
-        if self.target is None:
-            object.__setattr__(self, "target", DEFAULT_TARGET[self.method])
-        if self.intercept is None:
-            object.__setattr__(self, "intercept", self.method in ("bias", "affine"))
-        if self.method == "bias" and not self.intercept:
-            raise GispError("--compensate bias fits output biases alone: choose affine or lsq where they have no place")
-        if self.method in ("rescale", "kfac") and self.intercept:
-            raise GispError(
-                f"--compensate {self.method} fits no output biases: choose affine or lsq, or leave intercept out"
-            )
+
+    def _check_use(self) -> None:
+        for name, methods in ONLY.items():
+            value = getattr(self, name)
+            if value is None or (name == "intercept" and not value and "bias" not in self.stages):
+                continue
+            users = self._users(name)
+            if name == "intercept" and not value:
+                raise GispError(
+                    "--compensate bias fits output biases alone: choose affine or lsq where they have no place"
+                )
+            if not users:
+                raise GispError(
+                    f"{flag(name)} {value} changes nothing in --compensate {self.method}: leave it out, or use "
+                    f"{' or '.join(methods)}"
+                )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gisp.compensation.apply import Compensation, make_options
-from gisp.compensation.options import ONLY, CompensationOptions, flag
+from gisp.compensation.options import CompensationOptions, flag
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 
@@ -28,36 +29,31 @@ class CompensationRequest:
             GispError: ``bias``, where output biases have no place.
         """
         has_biases = all(linear.bias is not None for linear, _ in model_map.outputs.values())
-        if format in ADDS_BIASES or has_biases or not self.options.intercept:
-            return self.options
-        if self.options.method == "bias":
+        options = self.options
+        if format in ADDS_BIASES or has_biases or not any(map(options.biases, options.stages)):
+            return options
+        if "bias" in options.stages:
             raise GispError(
-                f"--compensate bias needs output biases, which format {format} of this model has not: "
+                f"--compensate {options.method} needs output biases, which format {format} of this model has not: "
                 "give --compensate lsq, or --format hf"
             )
-        return replace(self.options, intercept=False)
+        return replace(options, intercept=False)
 
     def describe(self, done: Compensation) -> str:
         """What was done with which data, in one line; a path is told by its last part."""
         data = Path(self.calibration).name if Path(self.calibration).exists() else self.calibration
-        return f"{done.describe()} of {data}"
+        return f"{done.describe()}; calibration {data}"
 
 
-def make_request(
-    method: str | None,
-    calibration: str | None,
-    *,
-    tokens: int | None = None,
-    damping: float | None = None,
-    target: str | None = None,
-    steps: int | None = None,
-) -> CompensationRequest | None:
+def make_request(method: str | None, calibration: str | None, **given: Any) -> CompensationRequest | None:
     """The request that options of the command line make up, None for none.
 
+    Args:
+        given: further options of :class:`CompensationOptions`, None where not given.
+
     Raises:
-        GispError: a bad value, an option without ``--compensate``, or no calibration data.
+        GispError: a bad value, an option without ``--compensate`` or for other methods, or no calibration data.
     """
-    given = {"tokens": tokens, "damping": damping, "target": target, "steps": steps}
     given = {name: value for name, value in given.items() if value is not None}
     if method is None:
         for name, value in {"calibration": calibration, **given}.items():
@@ -65,10 +61,6 @@ def make_request(
                 raise GispError(f"{flag(name)} {value} is for --compensate METHOD: give both or leave it out")
         return None
     options = make_options(method=method, **given)
-    for name, methods in ONLY.items():
-        if name in given and method not in methods:
-            unused = f"{flag(name)} {given[name]} changes nothing in --compensate {method}"
-            raise GispError(f"{unused}: leave it out, or use {' or '.join(methods)}")
     if calibration is None:
         raise GispError(f"--compensate {method} needs --calibration DATA, as for gisp prune --data")
     return CompensationRequest(options, calibration)

@@ -26,14 +26,29 @@ class Batch:
     Attributes:
         ids: int64 [B, S] on the model's device.
         real: bool [B, S], False for padding; None where there is none.
+        rows: number of every row in the data.
     """
 
     ids: torch.Tensor
     real: torch.Tensor | None
+    rows: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of real tokens."""
+        return self.ids.numel() if self.real is None else int(self.real.sum())
 
     def tokens(self, states: torch.Tensor) -> torch.Tensor:
         """The states [B, S, n] of the real tokens, [T, n]."""
         return states.flatten(0, 1) if self.real is None else states[self.real]
+
+    def row_sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums over the real tokens of every row, float64 [B], of values [T]."""
+        if self.real is None:
+            return values.double().view(self.ids.shape).sum(1)
+        table = torch.zeros(self.ids.shape, dtype=torch.float64, device=values.device)
+        table[self.real] = values.double()
+        return table.sum(1)
 
 
 @dataclass(frozen=True)
@@ -60,17 +75,18 @@ class ResidualBlock:
 
 def make_batches(data: Sequences, tokens: int, device: torch.device, per_batch: int | None = None) -> list[Batch]:
     """The first ``tokens`` tokens of the data, long rows first, ``per_batch`` of them in a batch."""
-    rows = sorted(_first_tokens(data.rows, tokens), key=len, reverse=True)
+    rows = sorted(enumerate(_first_tokens(data.rows, tokens)), key=lambda row: len(row[1]), reverse=True)
     most = per_batch or _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
     batches = []
     while rows:
-        length = len(rows[0])
+        length = len(rows[0][1])
         count = max(1, most // length)
         chosen, rows = rows[:count], rows[count:]
-        ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True).to(device)
-        lengths = torch.tensor([len(row) for row in chosen])
+        ids = nn.utils.rnn.pad_sequence([row for _, row in chosen], batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for _, row in chosen])
         real = (torch.arange(length)[None] < lengths[:, None]).to(device)
-        batches.append(Batch(ids, None if bool((lengths == length).all()) else real))
+        numbers = tuple(number for number, _ in chosen)
+        batches.append(Batch(ids, None if bool((lengths == length).all()) else real, numbers))
     return batches
 
 
@@ -122,7 +138,7 @@ class Decoder:
 
         with contextlib.ExitStack() as stack:
             for item in self._layers:
-                stack.enter_context(_replaced_forward(item.layer, record(item.index)))
+                stack.enter_context(replaced_forward(item.layer, record(item.index)))
             model.model(input_ids=ids, use_cache=False)
         return held[0]
 
@@ -142,7 +158,8 @@ class Decoder:
 
 
 @contextlib.contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Another ``forward`` of a module for a while."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:

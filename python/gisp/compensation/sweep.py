@@ -1,155 +1,182 @@
-"""Fitting all blocks of a pruned model in the order of its layers, so that later ones see the compensated stream."""
+"""Fitting all blocks of a pruned model in the order of its layers, so that later ones see the fitted stream."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
+from gisp.compensation.acceptance import BlockFit, HeldOut, Stage, difference, search
 from gisp.compensation.fits import Solution, make_fit
-from gisp.compensation.options import CompensationOptions
-from gisp.compensation.streams import Batch, Decoder, ResidualBlock, make_batches
-from gisp.data import Sequences
+from gisp.compensation.streams import Batch, Decoder, ResidualBlock
+from gisp.compensation.student import NO_MOVE, Move, Projection, Student
 from gisp.errors import GispError
-from gisp.model.keep import Keep
-from gisp.model.modes import evaluation_mode, exact_products
 from gisp.model.structures import ModelMap
 
-OnBlock = Callable[["BlockUpdate"], None]
+OnBlock = Callable[[BlockFit], None]
 
 
 @dataclass(frozen=True)
-class BlockUpdate:
-    """New weights of one output projection.
+class Fit:
+    """How a stage fits: a method of :mod:`gisp.compensation.fits`, its target and its options."""
 
-    Attributes:
-        name: of the block's group, ``layers.{i}.heads`` or ``layers.{i}.channels``.
-        columns: original input columns of the projection that stay, int64 [K].
-        weight: [D, K] for these columns, in the dtype of the model; None = as it was.
-        bias: the whole bias [D] in the dtype of the model; None = as it was.
-        before, after: what the block's output lacked to its target over the calibration tokens, as a fraction of the
-            target's sum of squares, without and with the update (of ``kfac``: with the least squares it starts from).
-        damping: what the solver needed.
-    """
-
-    name: str
-    columns: torch.Tensor
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    before: float
-    after: float
+    method: str
+    target: str
+    intercept: bool
     damping: float
 
 
-@torch.no_grad()
-def fit_updates(
+def fit_stage(
     model_map: ModelMap,
-    keep: Keep,
-    data: Sequences,
-    options: CompensationOptions,
+    student: Student,
+    batches: list[Batch],
+    held_out: HeldOut,
+    fit: Fit,
     on_block: OnBlock | None = None,
-) -> tuple[list[BlockUpdate], int]:
-    """Updates of every output projection that needs one, and the number of calibration tokens.
+) -> Stage:
+    """Fit every output projection of a student, and move it as far as that helps on held-out text.
 
-    Memory beside the model: the residual stream of all calibration tokens ([tokens, D] in the model's dtype; twice that
-    for the target ``dense``) and the kept inputs of one output projection ([tokens, K]), one batch's activations, and
-    the sums of one block (see :mod:`gisp.compensation.fits`). Time: two forward passes at the dense width, one for the
-    target ``local``.
+    A block whose residual does not fall on held-out tokens keeps its weights. One size in (0, 1] on all accepted moves
+    is searched by the divergence from the dense model, and is 0 where none makes it fall.
 
-    Args:
-        model_map: map of the dense model, which is left as it was.
-        keep: what stays.
-        data: calibration sequences; every token counts, scored or not.
+    Memory beside the student: the moves in float32, the residual streams of all tokens ([tokens, D] in the model's
+    dtype; twice that for the target ``dense``), the kept inputs of one output projection ([tokens, K]), one batch's
+    activations, and the sums of one block (see :mod:`gisp.compensation.fits`). Time: two forward passes at the dense
+    width, one for the target ``local``, and a forward pass over the held-out text for every size.
 
     Raises:
         GispError: a model built otherwise, or activations that are not finite.
     """
-    model = model_map.model
-    batches = make_batches(data, options.tokens, model.get_input_embeddings().weight.device)
-    tokens = sum(int(batch.ids.numel() if batch.real is None else batch.real.sum()) for batch in batches)
-    with exact_products(), evaluation_mode(model):
-        sweep = _Sweep(model_map, batches, options)
-        for item in model_map.layers:
-            kept = keep.columns(item.index, model_map.head_dim)
-            for block, columns in zip(sweep.decoder.blocks(item), kept, strict=True):
-                sweep.advance(block, columns, on_block)
-    return sweep.updates, tokens
+    before = student.divergences(held_out)
+    blocks, moves = fit_blocks(model_map, student, batches, held_out, fit, on_block)
+    after, size = before, 0.0
+    if any(block.accepted for block in blocks):
+
+        def tried(size: float) -> torch.Tensor:
+            return student.divergences(held_out, student.values(moves, size))
+
+        size, after = search(tried, 1.0, before, most=1.0)
+    tokens = sum(batch.count for batch in batches)
+    stage = Stage.ended(fit.method, tokens, held_out, before, after, size=size, blocks=tuple(blocks))
+    if stage.kept:
+        student.move(moves, size)
+    return stage
+
+
+@torch.no_grad()
+def fit_blocks(
+    model_map: ModelMap,
+    student: Student,
+    batches: list[Batch],
+    held_out: HeldOut,
+    fit: Fit,
+    on_block: OnBlock | None = None,
+) -> tuple[list[BlockFit], list[Move]]:
+    """Fits of every projection of a student, and the moves to them; none where held-out tokens speak against it."""
+    projections = {projection.name: projection for projection in student.projections}
+    sweep = _Sweep(model_map, batches, held_out, fit)
+    blocks, moves = [], []
+    for item in model_map.layers:
+        for block in sweep.decoder.blocks(item):
+            projection = projections.get(block.name)
+            if projection is None:
+                sweep.pass_by(block)
+                continue
+            found, move = sweep.fit(block, projection)
+            blocks.append(found)
+            moves.append(move if found.accepted else NO_MOVE)
+            if on_block:
+                on_block(found)
+    return blocks, moves
 
 
 class _Sweep:
-    """The two residual streams between blocks: the pruned model's and, for the target ``dense``, the dense one's."""
+    """The two residual streams between blocks: the pruned model's and, for the target ``dense``, the dense one's.
 
-    def __init__(self, model_map: ModelMap, batches: list[Batch], options: CompensationOptions) -> None:
-        self.batches, self.options = batches, options
-        self.decoder = Decoder(model_map, batches)
+    Behind the batches of the fit stand those held out, whose streams go along.
+    """
+
+    def __init__(self, model_map: ModelMap, batches: list[Batch], held_out: HeldOut, how: Fit) -> None:
+        self.batches, self.held_out, self.how = [*batches, *held_out.batches], held_out, how
+        self.fitted = len(batches)
+        self.decoder = Decoder(model_map, self.batches)
         self.pruned = self.decoder.embedded
         # The dense stream is kept once the pruned one departs from it.
         self.dense: list[torch.Tensor] | None = None
-        self.updates: list[BlockUpdate] = []
 
-    def advance(self, block: ResidualBlock, columns: torch.Tensor, on_block: OnBlock | None) -> None:
-        """Fit one block and move both streams past it."""
-        if len(columns) == block.projection.in_features:
-            # Blocks that lost nothing stay as they are: corrected for errors of others they do worse on other text.
-            for stream in (self.pruned, self.dense or []):
-                stream[:] = [states + block.run(states)[1] for states in stream]
-            return
-        if self.options.target == "dense" and self.dense is None:
+    def pass_by(self, block: ResidualBlock) -> None:
+        """Move both streams past a block that lost nothing: corrected for errors of others it does worse elsewhere."""
+        for stream in (self.pruned, self.dense or []):
+            stream[:] = [states + block.run(states)[1] for states in stream]
+
+    def fit(self, block: ResidualBlock, projection: Projection) -> tuple[BlockFit, Move]:
+        """The fit of one block and the move to it; both streams move past the block, with the fit where accepted."""
+        if self.how.target == "dense" and self.dense is None:
             self.dense = list(self.pruned)
-        columns = columns.to(block.projection.weight.device)
-        update, inputs = self._fit(block, columns)
-        self.updates.append(update)
-        weight = block.projection.weight[:, columns] if update.weight is None else update.weight
-        bias = block.projection.bias if update.bias is None else update.bias
-        for number, (states, left) in enumerate(zip(self.pruned, inputs, strict=True)):
-            self.pruned[number] = states + functional.linear(left, weight, bias)
-        if on_block:
-            on_block(update)
-
-    def _fit(self, block: ResidualBlock, columns: torch.Tensor) -> tuple[BlockUpdate, list[torch.Tensor]]:
-        """The block's update, and the kept inputs [B, S, K] of its projection by batch; the dense stream moves on."""
-        projection, options = block.projection, self.options
-        weight = projection.weight[:, columns].float()
-        fit = make_fit(options.method, weight, intercept=bool(options.intercept), damping=options.damping)
+        own = projection.value()
+        weight, bias = own.weight.float(), projection.bias_of(own)
+        fit = make_fit(self.how.method, weight, intercept=self.how.intercept, damping=self.how.damping)
+        inputs: list[torch.Tensor] = []
+        lacking: list[torch.Tensor] = []
         wanted = 0.0
-        held = []
         for number, batch in enumerate(self.batches):
-            inputs, output = block.run(self.pruned[number])
-            target = batch.tokens(output).float()
-            if self.dense is not None:
-                after = self.dense[number] + block.run(self.dense[number])[1]
-                target = batch.tokens(after).float() - batch.tokens(self.pruned[number]).float()
-                self.dense[number] = after
-            if projection.bias is not None:
-                target = target - projection.bias.float()
-            held.append(inputs[..., columns])
-            left = batch.tokens(held[-1]).float()
-            fit.add(left, target - left @ weight.T)
+            kept, target = self._inputs_and_target(number, block, projection)
+            inputs.append(kept)
+            if bias is not None:
+                target = target - bias.float()
+            left = batch.tokens(kept).float()
+            residual = target - left @ weight.T
+            if number >= self.fitted:
+                lacking.append(residual)
+                continue
             wanted += float(target.square().sum(dtype=torch.float64))
+            fit.add(left, residual)
         try:
             solution = fit.solve()
         except ArithmeticError as error:
             raise GispError(f"{block.name} cannot be compensated: {error}") from None
-        return _update(block, columns, weight, solution, wanted), held
+        move = _checked_move(block.name, solution)
+        accepted = self._falls(projection, move, inputs[self.fitted :], lacking)
+        value = projection.value(move) if accepted else own
+        for number, (states, left) in enumerate(zip(self.pruned, inputs, strict=True)):
+            self.pruned[number] = states + functional.linear(left, value.weight, projection.bias_of(value))
+        scale = max(wanted, 1e-30)
+        return BlockFit(block.name, solution.before / scale, solution.after / scale, solution.damping, accepted), move
+
+    def _inputs_and_target(
+        self, number: int, block: ResidualBlock, projection: Projection
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kept inputs [B, S, K] of a batch and what the output should be, float32 [T, D]; the dense stream moves on."""
+        batch = self.batches[number]
+        inputs, output = block.run(self.pruned[number])
+        target = batch.tokens(output).float()
+        if self.dense is not None:
+            after = self.dense[number] + block.run(self.dense[number])[1]
+            target = batch.tokens(after).float() - batch.tokens(self.pruned[number]).float()
+            self.dense[number] = after
+        return inputs[..., projection.columns], target
+
+    def _falls(
+        self, projection: Projection, move: Move, inputs: list[torch.Tensor], lacking: list[torch.Tensor]
+    ) -> bool:
+        """Whether the move brings held-out outputs nearer to their targets."""
+        own, value = projection.value(), projection.value(move)
+        change = value.weight.float() - own.weight.float()
+        old, new = (projection.bias_of(each) for each in (own, value))
+        shift = 0 if new is None else new.float() - (0 if old is None else old.float())
+        before, after = self.held_out.zeros(), self.held_out.zeros()
+        for batch, kept, residual in zip(self.held_out.batches, inputs, lacking, strict=True):
+            rest = residual - batch.tokens(kept).float() @ change.T - shift
+            self.held_out.add(before, batch, residual.square().sum(1))
+            self.held_out.add(after, batch, rest.square().sum(1))
+        return difference(before, after, self.held_out.tokens).falls
 
 
-def _update(
-    block: ResidualBlock, columns: torch.Tensor, weight: torch.Tensor, found: Solution, wanted: float
-) -> BlockUpdate:
-    projection: nn.Linear = block.projection
-    new_weight = None if found.weight is None else (weight.double() + found.weight).to(projection.weight.dtype)
-    new_bias: Any = None
-    if found.bias is not None:
-        old = 0 if projection.bias is None else projection.bias.double()
-        new_bias = (old + found.bias).to(projection.weight.dtype)
-    for name, tensor in (("weights", new_weight), ("biases", new_bias)):
+def _checked_move(name: str, found: Solution) -> Move:
+    move = Move(*(None if tensor is None else tensor.float() for tensor in (found.weight, found.bias)))
+    for what, tensor in (("weights", move.weight), ("biases", move.bias)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise GispError(f"compensated {name} of {block.name} are not finite: check the weights and the data")
-    scale = max(wanted, 1e-30)
-    return BlockUpdate(
-        block.name, columns, new_weight, new_bias, found.before / scale, found.after / scale, found.damping
-    )
+            raise GispError(f"compensated {what} of {name} are not finite: check the weights and the data")
+    return move

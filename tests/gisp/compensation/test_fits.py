@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from compensation_oracle import REMOVED, Masked, columns, kept_of, oracle, projection, weight_of
+from compensation_oracle import REMOVED, Masked, columns, kept_of, oracle, projection, seen_rows, weight_of
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
 import gisp
 from gisp.compensation import (
-    BlockUpdate,
+    BlockFit,
     Compensation,
     CompensationOptions,
+    Stage,
     compensate,
     fit_compensation,
     fold_into_dense,
 )
 from gisp.compensation.apply import make_options
 from gisp.compensation.fits import LeastSquaresFit, RescaleFit, ridge
+from gisp.compensation.held_out import hold_out
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
@@ -28,6 +30,7 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 
 TOKENS = tiny_tokens(24, 16)
+SEEN = seen_rows(TOKENS)
 
 
 def pruned(model: Any, removed: dict[str, torch.Tensor], gqa: str = "query") -> ShrinkableModel:
@@ -46,6 +49,7 @@ def logits(model: Any) -> torch.Tensor:
         return model(tiny_tokens(4, 16, seed=9)).logits
 
 
+@pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "llama-bias", "qwen3"])
 @pytest.mark.parametrize(
     ("method", "target", "options"),
@@ -66,7 +70,7 @@ def test_every_method_is_its_formula(family: str, method: str, target: str, opti
     removed = dict(REMOVED)
     if family == "llama-mha":
         removed["layers.3.heads"] = torch.tensor([1])
-    wanted = logits(oracle(model, removed, TOKENS, method, target, **options).model)
+    wanted = logits(oracle(model, removed, SEEN, method, target, **options).model)
     pruned(model, removed)
     plain = logits(model)
     found = compensate(model, TOKENS, method=method, target=target, **options)
@@ -76,6 +80,7 @@ def test_every_method_is_its_formula(family: str, method: str, target: str, opti
     assert float((plain - wanted).abs().max()) > 1e-2 * scale
 
 
+@pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("gqa", ["query", "balanced", "group"])
 def test_modes_of_shared_heads(gqa: str) -> None:
     model = tiny_model("llama-gqa")
@@ -83,12 +88,13 @@ def test_modes_of_shared_heads(gqa: str) -> None:
     removed = {**REMOVED, "layers.1.heads": torch.tensor(heads)}
     if gqa == "group":
         removed["layers.2.heads"] = torch.tensor([0, 1])
-    wanted = logits(oracle(model, removed, TOKENS, "lsq", "dense", damping=0.1).model)
+    wanted = logits(oracle(model, removed, SEEN, "lsq", "dense", damping=0.1).model)
     pruned(model, removed, gqa)
-    compensate(model, TOKENS, damping=0.1)
+    compensate(model, TOKENS, damping=0.1, target="dense")
     assert torch.allclose(logits(model).double(), wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
+@pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_empty_blocks(family: str) -> None:
     model = tiny_model(family)
@@ -98,14 +104,17 @@ def test_empty_blocks(family: str) -> None:
     found = compensate(model, TOKENS, method="lsq", target="local", intercept=True, damping=0.1)
     empty = [u for u in found.updates if len(u.columns) == 0]
     assert [u.name for u in empty] == ["layers.1.heads", "layers.2.channels"]
-    assert all(u.after < u.before for u in empty)
+    assert all(u.weight.shape[1] == 0 and u.bias is not None for u in empty)
+    fits = {fit.name: fit for fit in found.stages[0].blocks}
+    assert all(fits[u.name].after < fits[u.name].before for u in empty)
     assert torch.isfinite(logits(model)).all()
     shrinkable.rollback(0)
     assert torch.equal(logits(model), before)
     # Without an intercept there is nothing an empty block could change.
     for options in ({"method": "lsq", "damping": 0.1}, {"method": "rescale"}):
         found = compensate(model, TOKENS, target="local", **options)
-        assert all(u.before == pytest.approx(u.after) for u in found.updates if len(u.columns) == 0)
+        fits = {fit.name: fit for fit in found.stages[0].blocks}
+        assert all(fits[u.name].before == pytest.approx(fits[u.name].after) for u in empty)
 
 
 def test_least_squares_is_the_best_fit() -> None:
@@ -114,7 +123,7 @@ def test_least_squares_is_the_best_fit() -> None:
         # One block only: later ones see other inputs.
         pruned(model, {"layers.1.channels": REMOVED["layers.1.channels"]})
         found = compensate(model, TOKENS, method=method, target="local", **options)
-        return {"before": found.updates[0].before, "after": found.updates[0].after}
+        return {"before": found.stages[0].blocks[0].before, "after": found.stages[0].blocks[0].after}
 
     bias, affine = left("bias"), left("affine")
     lsq = left("lsq", damping=0, intercept=True)
@@ -155,24 +164,27 @@ def test_rescale_leaves_an_output_of_zeros_and_passes_on_what_is_not_finite() ->
     assert not torch.isfinite(weight_of(fit.solve())).any()
 
 
+@pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("options", [{"method": "rescale"}, {"method": "lsq", "damping": 0.1}])
 def test_the_reported_errors_are_those_of_the_activations(options: dict[str, Any]) -> None:
     model = tiny_model("llama-mha")
     name = "layers.2.channels"
     removed = {name: torch.tensor([0, 7, 9])}
     masked = Masked(model)
-    x, before, after = masked.stream(masked.model, name, TOKENS)
+    x, before, after = masked.stream(masked.model, name, SEEN)
     wanted = after - before
     pruned(model, removed)
-    update = compensate(model, TOKENS, target="local", **options).updates[0]
+    found = compensate(model, TOKENS, target="local", **options)
+    (update,), (fit,) = found.updates, found.stages[0].blocks
     linear, _ = projection(masked.dense, name)
     plain = wanted - x[:, update.columns] @ linear.weight[:, update.columns].detach().T
     rest = wanted - x[:, update.columns] @ weight_of(update).double().T
-    assert update.before == pytest.approx(float(plain.square().sum() / wanted.square().sum()), rel=1e-4)
-    assert update.after == pytest.approx(float(rest.square().sum() / wanted.square().sum()), rel=1e-4)
-    assert update.after <= update.before
+    assert fit.before == pytest.approx(float(plain.square().sum() / wanted.square().sum()), rel=1e-4)
+    assert fit.after == pytest.approx(float(rest.square().sum() / wanted.square().sum()), rel=1e-4)
+    assert fit.after <= fit.before
 
 
+@pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("target", ["local", "dense"])
 def test_blocks_that_lost_nothing_stay(target: str) -> None:
     model = tiny_model("llama-bias")
@@ -190,9 +202,18 @@ def test_blocks_that_lost_nothing_stay(target: str) -> None:
     } | {f"model.layers.1.mlp.{n}_proj.bias" for n in ("gate", "up", "down")}
 
 
+@pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize(
     "options",
-    [{"method": "bias"}, {"method": "affine"}, {"method": "rescale"}, {"method": "kfac"}, {"intercept": True}, {}],
+    [
+        {"method": "bias"},
+        {"method": "affine"},
+        {"method": "rescale"},
+        {"method": "kfac"},
+        {"method": "bias+kfac"},
+        {"intercept": True},
+        {},
+    ],
 )
 def test_moving_takes_it_back_bit_for_bit(options: dict[str, Any]) -> None:
     model = tiny_model("llama-gqa")
@@ -223,6 +244,7 @@ def test_moving_takes_it_back_bit_for_bit(options: dict[str, Any]) -> None:
     assert torch.equal(logits(model), compensated)
 
 
+@pytest.mark.usefixtures("accept_all")
 def test_bfloat16_models_are_solved_wider() -> None:
     wide, narrow = tiny_model("llama-gqa"), tiny_model("llama-gqa").bfloat16()
     for parameter in wide.parameters():
@@ -238,23 +260,19 @@ def test_bfloat16_models_are_solved_wider() -> None:
     assert float((changes[0] - changes[1]).norm() / changes[0].norm()) < 0.03
 
 
+@pytest.mark.usefixtures("accept_all")
 def test_padding_and_the_number_of_tokens() -> None:
     rows = [(ids[:n], ids[:n]) for ids, n in zip(TOKENS, [16, 5, 9, 16, 3, 12] * 4, strict=True)]
-    updates = []
-    for data in (Sequences.plain(rows), Sequences.plain(rows[::-1])):
-        model = tiny_model("llama-gqa")
-        pruned(model, REMOVED)
-        updates.append(compensate(model, data, damping=0.1))
-    assert updates[0].tokens == sum(len(ids) for ids, _ in rows) == 244
-    for one, other in zip(*(u.updates for u in updates), strict=True):
-        assert torch.allclose(weight_of(one), weight_of(other), atol=1e-5)
+    seen, held_out = hold_out(Sequences.plain(rows))
     # Rows one by one give the same as padded together.
     model = tiny_model("llama-gqa")
-    masked = oracle_rows(model, rows)
+    masked = oracle_rows(model, list(seen.rows))
     pruned(model, {"layers.0.channels": REMOVED["layers.0.channels"]})
-    found = compensate(model, Sequences.plain(rows), target="local", damping=0.1).updates[0]
-    assert torch.allclose(weight_of(found).double(), masked, atol=1e-5)
-    assert compensate(model, TOKENS, tokens=100).tokens == 100
+    found = compensate(model, Sequences.plain(rows), target="local", damping=0.1)
+    assert torch.allclose(weight_of(found.updates[0]).double(), masked, atol=1e-5)
+    assert found.tokens + found.seen == sum(len(ids) for ids, _ in rows) == 244
+    assert found.tokens == sum(len(ids) for ids, _ in held_out.rows) and found.texts == len(held_out.rows)
+    assert compensate(model, TOKENS, tokens=100).seen == 100
 
 
 def oracle_rows(model: Any, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
@@ -269,6 +287,7 @@ def oracle_rows(model: Any, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> to
     return w + torch.linalg.solve(gram, xk.T @ (wanted - xk @ w.T)).T
 
 
+@pytest.mark.usefixtures("accept_all")
 def test_a_dense_model_is_left_as_it_was_and_takes_the_update() -> None:
     model, moved = tiny_model("qwen2"), tiny_model("qwen2")
     state = {name: t.clone() for name, t in model.state_dict().items()}
@@ -295,9 +314,10 @@ def test_damping_rises_until_the_matrix_can_be_factored() -> None:
     assert torch.allclose(solution @ gram, column[None], atol=1e-5)
     with pytest.raises(ArithmeticError, match="no Cholesky"):
         ridge(torch.diag(torch.tensor([3.0, -1.0], dtype=torch.float64)), torch.ones(1, 2, dtype=torch.float64), 0.0)
-    update = BlockUpdate("layers.0.heads", torch.arange(4), None, None, 1.0, 0.5, damping)
-    note = Compensation(CompensationOptions(damping=0.0), (update,), 9).describe()
-    assert note.startswith(f"lsq, target dense, damping 0 (raised up to {damping:g} in 1 blocks")
+    fit = BlockFit("layers.0.heads", 1.0, 0.5, damping, True)
+    stage = Stage("lsq", 9, 1.0, 0.5, 0.1, True, 1.0, (fit,))
+    note = Compensation(CompensationOptions(damping=0.0), (), (stage,), 4, 9).describe()
+    assert note.startswith(f"lsq (target local, damping 0 (raised up to {damping:g} in 1 blocks")
     silent = LeastSquaresFit(torch.ones(2, 3), damping=0.1)
     silent.add(torch.zeros(5, 3), torch.ones(5, 2))
     assert float(weight_of(silent.solve()).abs().max()) == 0
@@ -312,7 +332,7 @@ def test_damping_rises_until_the_matrix_can_be_factored() -> None:
         ({"damping": math.nan}, "--damping is nan"),
         ({"tokens": 0}, "--calibration-tokens is 0"),
         ({"method": "bias", "intercept": False}, "fits output biases alone"),
-        ({"method": "rescale", "intercept": True}, "--compensate rescale fits no output biases"),
+        ({"method": "rescale", "intercept": True}, "--intercept True changes nothing in --compensate rescale"),
         ({"ridge": 1.0}, "compensation has method, target, damping, tokens, intercept"),
     ],
 )

@@ -25,10 +25,10 @@ def numbers(data: Sequences) -> list[int]:
     ("lengths", "wanted"),
     [
         ((4,) * 20, [2, 7, 12, 17]),
-        ((4, 4), [0]),
-        ((1000, 10), [1]),
-        ((10, 1000), [0]),
-        ((16,) * 3 + (4,) * 3, [2]),
+        ((4,) * 4, [1, 3]),
+        ((1000, 10, 1000, 10, 10), [1, 3, 4]),
+        ((16,) * 3 + (4,) * 3, [1, 3, 5]),
+        ((16,) * 12, [1, 4, 7, 10]),
         ((256,) * 2000, [7 + round(15.625 * i) for i in range(128)]),
     ],
 )
@@ -46,22 +46,30 @@ def test_the_rows_of_an_example_stay_together() -> None:
         tuple((row, row) for row in ids), (1, -1, -1, -1) * 6, tuple(tuple(range(4 * i, 4 * i + 4)) for i in range(6))
     )
     seen, held_out = hold_out(data)
-    assert (len(seen.examples), len(held_out.examples)) == (5, 1)
-    assert all(torch.equal(a[0], b) for a, b in zip(held_out.rows, ids[8:12], strict=True))
+    assert (len(seen.examples), len(held_out.examples)) == (3, 3)
+    assert all(torch.equal(a[0], b) for a, b in zip(held_out.rows[4:8], ids[12:16], strict=True))
 
 
-def test_a_single_example_cannot_be_split() -> None:
-    with pytest.raises(GispError, match=r"at least 2 calibration sequences, .* here is 1 sequence:"):
-        hold_out(rows((16,)))
+@pytest.mark.parametrize("number", [1, 3])
+def test_few_examples_cannot_be_split(number: int) -> None:
+    with pytest.raises(GispError, match=rf"at least 4 calibration sequences, .* here is {number} sequence"):
+        hold_out(rows((16,) * number))
     one = Sequences(rows((8, 8)).rows, (1, -1), ((0, 1),))
-    with pytest.raises(GispError, match="here is 1 question:"):
+    with pytest.raises(GispError, match=r"at least 4 calibration questions, .* here is 1 question:"):
         hold_out(one)
 
 
 def test_the_pieces_of_a_long_text_are_parted() -> None:
     pieces = Sequences(rows((8,) * 10).rows, (1,) * 10, (tuple(range(10)),))
     seen, held_out = hold_out(pieces)
-    assert (numbers(held_out), len(seen.rows)) == ([2, 7], 8)
+    assert (numbers(held_out), len(seen.rows)) == ([1, 3, 6, 8], 6)
+
+
+def test_the_pieces_of_one_document_stay_together() -> None:
+    documents = Sequences(rows((8,) * 20).rows, (1,) * 20, tuple((2 * i, 2 * i + 1) for i in range(10)))
+    seen, held_out = hold_out(documents)
+    assert numbers(held_out) == [2, 3, 6, 7, 12, 13, 16, 17]
+    assert (len(seen.examples), len(held_out.examples)) == (6, 4)
 
 
 def test_tasks_of_a_mixture_are_taken_in_turn() -> None:

@@ -8,28 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from compensation_oracle import REMOVED, columns, kept_of, projection, weight_of
+from compensation_oracle import REMOVED, columns, divergence, kept_of, masked, projection, rows, weight_of
 from recorder_oracle import grad_of
-from tiny import FAMILIES, VOCAB, tiny_model, tiny_tokens
+from tiny import FAMILIES, tiny_model, tiny_tokens
 
-from gisp.compensation import Compensation, CompensationOptions, compensate, fit_compensation
-from gisp.compensation import kfac as module
-from gisp.compensation.held_out import hold_out
-from gisp.compensation.kfac import _batches, _behind, _search
+from gisp.compensation import Compensation, CompensationOptions, Step, compensate, fit_compensation, kfac, student
+from gisp.compensation.acceptance import search
+from gisp.compensation.kfac import behind
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 
-LENGTHS = (16, 9, 12, 16, 5, 16, 11, 16, 7, 16, 13, 16)
-HELD_OUT = (1, 6, 10)
-
-
-def rows(lengths: tuple[int, ...] = LENGTHS) -> Sequences:
-    """Rows of different lengths: batches of them are padded."""
-    ids = tiny_tokens(len(lengths), max(lengths), seed=5)
-    return Sequences.plain([(row[:n], row[:n].clone()) for row, n in zip(ids, lengths, strict=True)])
+HELD_OUT = (1, 4, 7, 10)
+HELD_OUT_TOKENS = 43
 
 
 def fitted(model: Any, data: Sequences, removed: dict[str, torch.Tensor] | None = None, **options: Any) -> Compensation:
@@ -37,43 +30,28 @@ def fitted(model: Any, data: Sequences, removed: dict[str, torch.Tensor] | None 
     return fit_compensation(map_model(model), Keep.of(kept), data, CompensationOptions(**options))
 
 
-def masked(model: Any, found: Compensation) -> Any:
-    """A float64 copy with the compensated weights; the removed columns are zero."""
-    copy = deepcopy(model).double()
-    for update in found.updates:
-        linear, _ = projection(copy, update.name)
-        with torch.no_grad():
-            linear.weight.zero_()
-            linear.weight[:, update.columns] = weight_of(update).double()
-    return copy
+def steps_of(found: Compensation) -> tuple[Step, ...]:
+    return found.stages[-1].steps
 
 
-def divergence(dense: Any, pruned: Any, data: list[torch.Tensor]) -> torch.Tensor:
-    """Sum over tokens, each row alone."""
-    total = torch.zeros((), dtype=torch.float64)
-    for ids in data:
-        with torch.no_grad():
-            wanted = dense(ids[None]).logits.softmax(-1)
-        total = total + (wanted * (wanted.log() - pruned(ids[None]).logits.log_softmax(-1))).sum()
-    return total
-
-
+@pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "llama-bias", "qwen3"])
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_step_is_its_formula(family: str, number: int) -> None:
+def test_a_step_is_its_formula(family: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kfac, "search", lambda value, first, _: (first, value(first)))
     model, data = tiny_model(family), rows()
     options: dict[str, Any] = {"damping": 0.2, "tokens": 40}
     found = fitted(model, data, method="kfac", steps=number, **options)
-    # Rows 1, 6 and 10 are held out; least squares takes 0, 2 and 3, a step the next four, one behind it two and the
-    # first again.
-    seen_by_step = (4, 5, 7, 8) if number == 1 else (9, 11, 0)
+    # Rows 1, 4, 7 and 10 are held out; least squares takes 0, 2 and 3, a step the next four, one behind it the last and
+    # the first two again.
+    seen_by_step = (5, 6, 8, 9) if number == 1 else (11, 0, 2)
     taken, held_out = ([data.rows[i][0] for i in numbers] for numbers in (seen_by_step, HELD_OUT))
-    start = fitted(model, hold_out(data)[0], method="lsq", **options)
+    start = fitted(model, data, method="lsq", **options)
     if number == 2:
         start = fitted(model, data, method="kfac", steps=1, **options)
-    step = found.steps[-1]
-    assert len(found.steps) == number and step.size > 0
-    assert step.tokens == sum(len(ids) for ids in taken) == (44 if number == 1 else 48)
+    step = steps_of(found)[-1]
+    assert len(steps_of(found)) == number and step.size > 0
+    assert step.tokens == sum(len(ids) for ids in taken) == (50 if number == 1 else 44)
     dense, pruned = deepcopy(model).double(), masked(model, start)
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {update.name: [] for update in start.updates}
     for name, pairs in seen.items():
@@ -97,28 +75,34 @@ def test_a_step_is_its_formula(family: str, number: int) -> None:
         change = weight_of(new).double() - weight_of(old).double()
         assert float(wanted.abs().max()) > 1e-4
         assert float((change - wanted).abs().max()) < 2e-3 * float(wanted.abs().max())
-    before, after = (float(divergence(dense, masked(model, f), held_out).detach()) / 33 for f in (start, found))
+    before, after = (
+        float(divergence(dense, masked(model, f), held_out).detach()) / HELD_OUT_TOKENS for f in (start, found)
+    )
     assert step.before == pytest.approx(before, rel=1e-4)
     assert step.after == pytest.approx(after, rel=1e-4)
-    assert step.after < step.before
 
 
+@pytest.mark.usefixtures("accept_all")
 def test_steps_follow_each_other_through_the_data() -> None:
     model, data = tiny_model("llama-gqa"), rows()
     found = fitted(model, data, method="kfac", steps=3, tokens=40)
-    # Rows 4, 5, 7 and 8, then 9, 11 and 0, then 2 to 5.
-    assert [step.tokens for step in found.steps] == [44, 48, 49]
-    assert all(b.before == a.after for a, b in zip(found.steps, found.steps[1:], strict=False))
-    assert all(step.after <= step.before for step in found.steps)
+    fit, stage = found.stages
+    # Rows 5, 6, 8 and 9, then 11, 0 and 2, then 3, 5 and 6.
+    assert [step.tokens for step in stage.steps] == [50, 44, 43] and stage.tokens == 137
+    assert stage.steps[0].before == stage.before == fit.after and stage.steps[-1].after == stage.after
+    assert all(b.before == a.after for a, b in zip(stage.steps, stage.steps[1:], strict=False))
+    assert all(step.after <= step.before for step in stage.steps)
     again = fitted(model, data, method="kfac", steps=3, tokens=40)
     assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(found.updates, again.updates, strict=True))
-    described, taken = found.describe(), sum(step.size > 0 for step in found.steps)
-    fell = f"divergence from the dense model {found.steps[0].before:.3g} to {found.steps[-1].after:.3g} nats a token"
-    assert (
-        described == f"kfac, target dense, damping 0.5, {taken} of 3 steps taken ({fell}), 40 + 141 calibration tokens"
+    taken = sum(step.size > 0 for step in stage.steps)
+    assert found.describe() == (
+        "lsq (target local, damping 0.5, size 1 in 4 of 4 blocks, 40 calibration tokens); "
+        f"kfac (damping 0.5, {taken} of 3 steps taken, 137 calibration tokens); divergence from the dense model "
+        f"{fit.before:.4g} to {stage.after:.4g} nats a token on 43 held-out tokens of 4 texts"
     )
 
 
+@pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_empty_blocks_and_a_model_pruned_in_place(family: str) -> None:
     model, data = tiny_model(family), rows()
@@ -134,7 +118,7 @@ def test_empty_blocks_and_a_model_pruned_in_place(family: str) -> None:
     with torch.no_grad():
         plain = model(tiny_tokens(4, 16, seed=9)).logits
     found = compensate(model, data, method="kfac", steps=2, tokens=64)
-    assert found.steps == wanted.steps
+    assert found.stages == wanted.stages
     with torch.no_grad():
         logits = model(tiny_tokens(4, 16, seed=9)).logits
     with torch.no_grad():
@@ -145,52 +129,29 @@ def test_empty_blocks_and_a_model_pruned_in_place(family: str) -> None:
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.usefixtures("accept_all")
 def test_what_lost_nothing_stays_and_nothing_removed_is_no_error() -> None:
     model = tiny_model("llama-mha")
     found = fitted(model, rows(), {"layers.1.channels": torch.tensor([2])}, method="kfac", tokens=64)
     assert [update.name for update in found.updates] == ["layers.1.channels"]
-    assert fitted(model, rows(), {}, method="kfac").updates == ()
+    found = fitted(model, rows(), {}, method="kfac")
+    assert found.updates == () and found.describe() == "kfac: nothing was removed, nothing is changed"
 
 
-def test_updates_it_starts_from_stay_as_they_are() -> None:
-    model, data = tiny_model("llama-gqa"), rows()
-    data, held_out = hold_out(data)
-    start = list(fitted(model, data, method="lsq", tokens=64).updates)
-    weights = [weight_of(update).clone() for update in start]
-    options = CompensationOptions(method="kfac", steps=1, tokens=64)
-    moved, steps = module.kfac_updates(map_model(model), start, data, held_out, options)
-    assert steps[0].size > 0
-    for old, new, weight in zip(start, moved, weights, strict=True):
-        assert torch.equal(weight_of(old), weight) and not torch.equal(weight_of(new), weight)
-
-
+@pytest.mark.usefixtures("accept_all")
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama-gqa")
     whole = fitted(model, rows(), method="kfac", steps=2, tokens=64)
-    monkeypatch.setattr(module, "_TOKENS_PER_BATCH", 16)
+    monkeypatch.setattr(student, "_TOKENS_PER_BATCH", 16)
+    monkeypatch.setattr(student, "_LOGITS", {"cpu": 5 * 96})
     parts = fitted(model, rows(), method="kfac", steps=2, tokens=64)
     for a, b in zip(whole.updates, parts.updates, strict=True):
         assert torch.allclose(weight_of(a), weight_of(b), atol=1e-5 * float(weight_of(b).abs().max()))
 
 
-@pytest.mark.parametrize("room", [0, 16 * VOCAB * 4])
-def test_room_for_logits_does_not_matter(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    model = tiny_model("llama-gqa")
-    monkeypatch.setattr(module, "_TOKENS_PER_BATCH", 16)
-    kept = fitted(model, rows(), method="kfac", steps=2, tokens=64)
-    monkeypatch.setattr(module, "_LOGITS_BYTES", room)
-    batches = _batches(map_model(model), rows().rows)
-    held = [logits is not None for _, logits in module._Student(map_model(model), []).beside_dense(batches)]
-    # Rows of 16 tokens come first, each a batch of its own.
-    assert held == [room > 0] + [False] * (len(batches) - 1)
-    anew = fitted(model, rows(), method="kfac", steps=2, tokens=64)
-    assert kept.steps == anew.steps
-    assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(kept.updates, anew.updates, strict=True))
-
-
 def test_steps_go_round_the_rows() -> None:
     seen = rows((16,) * 3).rows
-    assert _behind(seen, 0, 17) == 2 and _behind(seen, 2, 17) == 4 and _behind(seen, 1, 1000) == 4
+    assert behind(seen, 0, 17) == 2 and behind(seen, 2, 17) == 4 and behind(seen, 1, 1000) == 4
 
 
 @pytest.mark.parametrize(
@@ -200,26 +161,24 @@ def test_steps_go_round_the_rows() -> None:
 def test_the_search_for_a_size(lowest: float, first: float, wanted: float) -> None:
     tried = []
 
-    def value(size: float) -> float:
+    def value(size: float) -> torch.Tensor:
         tried.append(size)
-        return (size - lowest) ** 2 if size < 3 else math.nan
+        return torch.tensor([0.0, (size - lowest) ** 2 if size < 3 else math.nan], dtype=torch.float64)
 
-    size, after = _search(value, first, lowest**2)
+    before = torch.tensor([lowest**2, 0.0], dtype=torch.float64)
+    size, after = search(value, first, before)
     assert size == pytest.approx(wanted)
-    assert after == ((size - lowest) ** 2 if size else lowest**2)
+    assert float(after.sum()) == ((size - lowest) ** 2 if size else lowest**2)
     assert len(tried) == len(set(tried)) <= 12
+    assert search(value, min(first, 0.5), before, most=0.5)[0] <= 0.5
 
 
 def test_bad_input() -> None:
     model = tiny_model("llama-mha")
-    with pytest.raises(GispError, match="kfac needs at least 2 calibration sequences"):
+    with pytest.raises(GispError, match="a compensation needs at least 4 calibration sequences"):
         fitted(model, rows((16,)), method="kfac")
-    for options, message in (
-        ({"steps": 0}, "--compensation-steps is 0: give at least 1"),
-        ({"intercept": True}, "--compensate kfac fits no output biases"),
-    ):
-        with pytest.raises(GispError, match=message):
-            CompensationOptions(method="kfac", **options)
+    with pytest.raises(GispError, match="--compensation-steps is 0: give at least 1"):
+        CompensationOptions(method="kfac", steps=0)
 
 
 def test_weights_that_are_not_finite() -> None:
@@ -237,16 +196,16 @@ def test_weights_that_are_not_finite() -> None:
 def test_the_dense_model_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     model = tiny_model("llama-gqa")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    logits = module._Student._logits
+    states = student.Student._states
     left = [calls]
 
     def interrupted(self: Any, batch: Any) -> torch.Tensor:
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
-        return logits(self, batch)
+        return states(self, batch)
 
-    monkeypatch.setattr(module._Student, "_logits", interrupted)
+    monkeypatch.setattr(student.Student, "_states", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fitted(model, rows(), method="kfac", tokens=64)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
@@ -254,42 +213,44 @@ def test_the_dense_model_survives_an_interrupt(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_direction_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama-gqa")
-    monkeypatch.setattr(module._Moments, "direction", lambda self, *_: (torch.full_like(self.cross, math.inf), 0.5))
+    monkeypatch.setattr(kfac._Moments, "direction", lambda self, *_: (torch.full_like(self.cross, math.inf), 0.5))
     found = fitted(model, rows(), method="kfac", steps=2, tokens=64)
-    start = fitted(model, hold_out(rows())[0], method="lsq", tokens=64)
-    assert [step.size for step in found.steps] == [0, 0]
+    start = fitted(model, rows(), method="lsq", tokens=64)
+    assert [step.size for step in steps_of(found)] == [0, 0] and not found.stages[-1].kept
     assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(found.updates, start.updates, strict=True))
-    assert "0 of 2 steps taken" in found.describe()
+    assert "dropped as the fall of 0 nats does not exceed its standard error 0" in found.describe()
 
 
+@pytest.mark.usefixtures("accept_all")
 def test_a_step_behind_one_that_failed_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tried, search = tiny_model("llama-gqa"), [], module._search
+    model, tried = tiny_model("llama-gqa"), []
 
-    def recorded(value: Any, first: float, before: float) -> tuple[float, float]:
+    def recorded(value: Any, first: float, before: torch.Tensor) -> tuple[float, torch.Tensor]:
         tried.append(first)
         return (0.0, before) if len(tried) == 1 else search(value, first, before)
 
-    monkeypatch.setattr(module, "_search", recorded)
-    found = fitted(model, rows(), method="kfac", steps=3, tokens=64)
-    first, second, third = found.steps
+    monkeypatch.setattr(kfac, "search", recorded)
+    found = fitted(model, rows(), method="kfac", steps=3, tokens=150, damping=2.0)
+    first, second, third = steps_of(found)
     assert first.size == 0 and first.after == first.before == second.before
     assert tried[0] == tried[1] == 0.5 / len(found.updates) and tried[2] == (second.size or tried[0])
     assert second.after < second.before and third.after <= second.after
 
 
+@pytest.mark.usefixtures("accept_all")
 def test_raised_damping_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    ridge = module.ridge
-    monkeypatch.setattr(module, "ridge", lambda gram, cross, damping: (ridge(gram, cross, damping)[0], 10 * damping))
+    ridge = kfac.ridge
+    monkeypatch.setattr(kfac, "ridge", lambda gram, cross, damping: (ridge(gram, cross, damping)[0], 10 * damping))
     found = fitted(tiny_model("llama-gqa"), rows(), method="kfac", steps=2, tokens=64, damping=0.25)
-    assert [(step.damping, step.raised) for step in found.steps] == [(2.5, 4), (2.5, 4)]
-    assert "damping 0.25 (in steps raised up to 2.5 in 4 blocks)," in found.describe()
+    assert [(step.damping, step.raised) for step in steps_of(found)] == [(2.5, 4), (2.5, 4)]
+    assert "kfac (damping 0.25 (raised up to 2.5 in 4 blocks)," in found.describe()
 
 
 def test_moments_without_a_factorisation_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama-gqa")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    add = module._Moments.add
-    monkeypatch.setattr(module._Moments, "add", lambda self, inputs, gradients: add(self, inputs * math.nan, gradients))
+    add = kfac._Moments.add
+    monkeypatch.setattr(kfac._Moments, "add", lambda self, inputs, gradients: add(self, inputs * math.nan, gradients))
     with pytest.raises(GispError, match=r"layers\.0\.channels cannot be compensated: no Cholesky factorisation"):
         fitted(model, rows(), method="kfac", tokens=64)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
@@ -297,14 +258,10 @@ def test_moments_without_a_factorisation_are_one_line(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("target", ["local", "dense"])
 def test_the_target_is_that_of_the_least_squares_it_starts_from(target: str) -> None:
-    model, data = tiny_model("llama-gqa"), rows()
-    start = fitted(model, hold_out(data)[0], method="lsq", tokens=64, target=target)
-    found = fitted(model, data, method="kfac", steps=1, tokens=64, target=target)
-    assert f"kfac, target {target}, " in found.describe()
-    assert [(u.before, u.after) for u in found.updates] == [(u.before, u.after) for u in start.updates]
-    held_out = [data.rows[i][0] for i in HELD_OUT]
-    apart = float(divergence(deepcopy(model).double(), masked(model, start), held_out).detach()) / 33
-    assert found.steps[0].before == pytest.approx(apart, rel=1e-4)
+    options: dict[str, Any] = {"tokens": 64, "target": target}
+    start = fitted(tiny_model("llama-gqa"), rows(), method="lsq", **options)
+    found = fitted(tiny_model("llama-gqa"), rows(), method="kfac", steps=1, **options)
+    assert found.stages[0] == start.stages[0] and f"lsq (target {target}, " in found.describe()
 
 
 def test_any_mode_of_the_caller() -> None:
@@ -313,7 +270,7 @@ def test_any_mode_of_the_caller() -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             found = fitted(model, rows(), method="kfac", steps=1, tokens=64)
-        assert found.steps == wanted.steps
+        assert found.stages == wanted.stages
         assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(found.updates, wanted.updates, strict=True))
 
 
@@ -329,5 +286,5 @@ def test_tokens_a_model_rules_out() -> None:
     head = Head(model.lm_head.in_features, model.lm_head.out_features, bias=False)
     head.load_state_dict(model.lm_head.state_dict())
     model.lm_head = head
-    (step,) = fitted(model, rows(), method="kfac", steps=1, tokens=64).steps
+    (step,) = steps_of(fitted(model, rows(), method="kfac", steps=1, tokens=150, damping=2.0))
     assert 0 < step.after < step.before

@@ -22,6 +22,10 @@ from gisp.export.run import export_run
 from gisp.run.trajectory import move_to
 from gisp.target import evaluate_target
 
+# The tiny models here are random: what held-out text says of a compensation is not the subject.
+pytestmark = pytest.mark.usefixtures("accept_all")
+
+FEW: dict[str, dict[str, Any]] = {"kfac+affine": {"steps": 1}}
 OPTIONS = {"preset": "paper", "steps": 6, "sparsity": 0.6, "device": "cpu", "dtype": "float32", "protect_last": 0}
 
 
@@ -62,20 +66,21 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
 
 
 @pytest.mark.parametrize("family", ["llama-mha", "llama-bias", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("method", ["kfac", "lsq", "rescale", "affine", "bias"])
+@pytest.mark.parametrize("method", ["kfac", "lsq", "rescale", "affine", "bias", *FEW])
 def test_hf_exports_hold_what_was_fitted(tmp_path: Path, family: str, method: str) -> None:
     run = make_run(tmp_path, family)
-    wanted = compensated(run, 0.4, method=method)
-    done = export_run(run, 0.4, tmp_path / "out", compensation=make_request(method, data_of(run)), device="cpu")
+    few = FEW.get(method, {})
+    wanted = compensated(run, 0.4, method=method, **few)
+    request = make_request(method, data_of(run), **few)
+    done = export_run(run, 0.4, tmp_path / "out", compensation=request, device="cpu")
     assert close(logits(gisp.load(tmp_path / "out")), logits(wanted))
-    assert not close(logits(gisp.load(tmp_path / "out")), logits(compensated(run, 0.4, method=method, tokens=64)), 1e-3)
-    assert done.spec.compensation.startswith(f"{method}, target {'local' if method in ('affine', 'bias') else 'dense'}")
-    # Six of 32 rows are held out, the others are seen once and once by each of four steps.
-    tokens = "416 + 1,664" if method == "kfac" else "512"
-    assert done.spec.compensation.endswith(f" {tokens} calibration tokens of tokens.safetensors")
+    other = {"tokens": 64}
+    assert not close(logits(gisp.load(tmp_path / "out")), logits(compensated(run, 0.4, method=method, **other)), 1e-3)
+    assert done.spec.compensation.startswith({"kfac": "lsq", "kfac+affine": "lsq"}.get(method, method) + " (")
+    assert done.spec.compensation.endswith(" held-out tokens of 6 texts; calibration tokens.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["gisp"]["compensation"] == done.spec.compensation
-    assert bool(config.get("output_bias")) == (method in ("affine", "bias") and family != "llama-bias")
+    assert bool(config.get("output_bias")) == (method in ("affine", "bias", "kfac+affine") and family != "llama-bias")
     assert f"| compensation | {done.spec.compensation} |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -96,17 +101,17 @@ def test_output_biases_load_without_this_package(run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("format", ["masked", "uniform", "gguf"])
-@pytest.mark.parametrize("method", ["kfac", "lsq", "rescale", "affine"])
+@pytest.mark.parametrize("method", ["kfac", "lsq", "rescale", "affine", *FEW])
 def test_formats_without_output_biases(run: Path, tmp_path: Path, format: str, method: str) -> None:
     if format == "gguf":
         pytest.importorskip("gguf")
-    request = make_request(method, data_of(run))
+    few = FEW.get(method, {})
+    request = make_request(method, data_of(run), **few)
     done = export_run(run, 0.4, tmp_path / "out", format=format, compensation=request, device="cpu")
-    assert done.spec.compensation.startswith(f"{method}, target")
-    assert (", without biases" in done.spec.compensation) == (method == "affine")
+    assert (", without biases" in done.spec.compensation) == ("affine" in method)
     if format == "masked":
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-        assert close(logits(model), logits(compensated(run, 0.4, method=method, intercept=False)))
+        assert close(logits(model), logits(compensated(run, 0.4, method=method, intercept=False, **few)))
         assert not [name for name in model.state_dict() if name.endswith("bias")]
 
 
@@ -115,7 +120,7 @@ def test_biases_go_where_the_model_has_them(tmp_path: Path) -> None:
     done = export_run(
         run, 0.4, tmp_path / "out", format="masked", compensation=make_request("bias", data_of(run)), device="cpu"
     )
-    assert done.spec.compensation.startswith("bias, target local, 512")
+    assert done.spec.compensation.startswith("bias (target local, size 1 in ")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert close(logits(model), logits(compensated(run, 0.4, method="bias")))
 
@@ -137,13 +142,13 @@ def test_the_command_line_measures_what_it_exports(
     chosen = ["--compensate", "lsq", "--calibration", data, "--calibration-tokens", "300", "--damping", "0.2"]
     assert main(["export", str(run), *common, *chosen, "--target", "local", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    line = "lsq, target local, damping 0.2, 300 calibration tokens of tokens.safetensors"
-    assert f"  compensation: {line}\n" in printed
+    line = re.search(r"  compensation: (.*)\n", printed)
+    assert line and re.match(r"lsq \(target local, damping 0.2, size 1 in \d+ of \d+ blocks, 300 calibr", line[1])
     assert main(["eval", str(run), *common, *chosen, "--target", "local", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["compensation"] == line
-    assert main(["eval", str(run), *common, *chosen]) == 0
-    assert "  compensation: lsq, target dense, damping 0.2, 300 " in capsys.readouterr().out
+    assert found["compensation"] == line[1]
+    assert main(["eval", str(run), *common, *chosen, "--target", "dense"]) == 0
+    assert "  compensation: lsq (target dense, damping 0.2, size " in capsys.readouterr().out
     here = evaluate_target(str(out), data, window=8, device="cpu")
     plain = evaluate_target(str(run), data, sparsity=0.4, window=8, device="cpu")
     assert here["perplexity"] == pytest.approx(found["perplexity"], rel=1e-5)
@@ -162,7 +167,10 @@ def test_kfac_on_the_command_line(run: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["eval", str(run), *common, *chosen, "--sparsity", "0.4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert re.match(r"kfac, target dense, damping 0.5, [12] of 2 steps taken .* 160 \+ 320 ", found["compensation"])
+    assert re.match(
+        r"lsq \(target local, .*, 160 calibration tokens\); kfac \(damping 0.5, [012] of 2 steps taken, 320 ",
+        found["compensation"],
+    )
     assert evaluate_target(str(out), data, window=8, device="cpu")["perplexity"] == pytest.approx(
         found["perplexity"], rel=1e-5
     )

@@ -1,0 +1,81 @@
+"""The stages of a compensation in turn, each held against the one before it on the same held-out text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gisp.compensation.acceptance import HeldOut, Stage
+from gisp.compensation.held_out import hold_out, interleaved
+from gisp.compensation.kfac import behind, kfac_stage
+from gisp.compensation.options import FITS, CompensationOptions
+from gisp.compensation.streams import make_batches
+from gisp.compensation.student import Student
+from gisp.compensation.sweep import Fit, OnBlock, fit_stage
+from gisp.data import Sequences
+from gisp.model.keep import Keep
+from gisp.model.modes import deterministic, exact_products, frozen
+from gisp.model.structures import ModelMap
+
+
+@dataclass(frozen=True)
+class BlockUpdate:
+    """New weights of one output projection.
+
+    Attributes:
+        name: of the block's group, ``layers.{i}.heads`` or ``layers.{i}.channels``.
+        columns: original input columns of the projection that stay, int64 [K].
+        weight: [D, K] for these columns, in the dtype of the model.
+        bias: the whole bias [D] in the dtype of the model; None = as it was.
+    """
+
+    name: str
+    columns: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def run_stages(
+    model_map: ModelMap, keep: Keep, data: Sequences, options: CompensationOptions, on_block: OnBlock | None = None
+) -> tuple[list[BlockUpdate], list[Stage], HeldOut]:
+    """What the output projections become, what every stage did, and the text it was held against.
+
+    Args:
+        model_map: map of the dense model, which is left as it was.
+        keep: what stays.
+        data: calibration sequences; every token counts, scored or not.
+
+    Raises:
+        GispError: too few sequences, a model built otherwise, or activations that are not finite.
+    """
+    seen, unseen = hold_out(interleaved(data))
+    done: list[Stage] = []
+    # Stages take gradients, whatever mode the caller is in.
+    with torch.inference_mode(False), torch.no_grad(), deterministic(), frozen(model_map.model), exact_products():
+        student = Student(model_map, keep)
+        held_out = student.hold_out(unseen)
+        begin = 0
+        for name in options.stages:
+            if not (student.movable or (student.projections and options.biases(name))):
+                continue
+            if name in FITS:
+                tokens = int(options.tokens or 0)
+                fit = Fit(name, str(options.target), options.biases(name), float(options.damping or 0))
+                batches = make_batches(seen, tokens, student.device)
+                done.append(fit_stage(model_map, student, batches, held_out, fit, on_block))
+                begin = behind(seen.rows, 0, tokens)
+            else:
+                done.append(_kfac(student, seen, held_out, options, begin))
+    updates = []
+    for projection in student.projections:
+        if projection.changed:
+            value = projection.value()
+            updates.append(BlockUpdate(projection.name, projection.columns, value.weight, value.bias))
+    return updates, done, held_out
+
+
+def _kfac(student: Student, seen: Sequences, held_out: HeldOut, options: CompensationOptions, begin: int) -> Stage:
+    tokens, damping = int(options.tokens or 0), float(options.damping or 0)
+    steps = options.steps_of("kfac")
+    return kfac_stage(student, seen.rows, held_out, begin=begin, tokens=tokens, steps=steps, damping=damping)

@@ -1,0 +1,172 @@
+"""No compensation leaves a model worse than it found it on held-out text, and it says what it kept."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compensation_oracle import REMOVED, columns, divergence, kept_of, masked, projection, rows, weight_of
+from tiny import tiny_model, tiny_tokens
+
+import gisp
+from gisp.compensation import METHODS, Compensation, CompensationOptions, fit_compensation, make_request
+from gisp.compensation import options as options_module
+from gisp.compensation.acceptance import difference
+from gisp.compensation.student import Student
+from gisp.data import Sequences, load_sequences
+from gisp.errors import GispError
+from gisp.evaluate import perplexity
+from gisp.model.keep import Keep
+from gisp.model.load import load_dense
+from gisp.model.shrink import ShrinkableModel
+from gisp.model.structures import map_model
+
+HELD_OUT = (1, 4, 7, 10)
+CHAINS = (*METHODS, "rescale+kfac", "kfac+lsq", "lsq+kfac+bias")
+
+
+def fitted(model: Any, data: Sequences, **options: Any) -> Compensation:
+    return fit_compensation(map_model(model), Keep.of(kept_of(model, REMOVED)), data, CompensationOptions(**options))
+
+
+def test_a_difference_is_paired_and_weighs_sequences_by_their_tokens() -> None:
+    before, after, tokens = (torch.tensor(v).double() for v in ([4.0, 9.0, 2.0], [3.0, 9.5, 1.0], [2, 4, 2]))
+    found = difference(before, after, tokens)
+    mean = -1.5 / 8
+    spread = (-1 - 2 * mean) ** 2 + (0.5 - 4 * mean) ** 2 + (-1 - 2 * mean) ** 2
+    assert found.mean == pytest.approx(mean) and found.error == pytest.approx(math.sqrt(1.5 * spread) / 8)
+    assert not found.falls
+    assert difference(before, before - 0.1 * tokens, tokens).falls
+    assert not difference(before, before, tokens).falls
+    assert not difference(before, before + math.nan, tokens).falls
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-bias"])
+@pytest.mark.parametrize("method", CHAINS)
+def test_every_stage_ends_below_what_it_began_with_or_is_dropped(
+    family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options_module, "STEPS", {"kfac": 2})
+    model = tiny_model(family)
+    found = fitted(model, rows(), method=method)
+    held_out = [rows().rows[number][0] for number in HELD_OUT]
+    dense = deepcopy(model).double()
+    bare = deepcopy(dense)
+    kept = kept_of(model, REMOVED)
+    for name in REMOVED:
+        linear, width = projection(bare, name)
+        gone = torch.ones(linear.in_features, dtype=torch.bool)
+        gone[columns(kept[name], width)] = False
+        linear.weight.data[:, gone] = 0
+    after = deepcopy(bare)
+    for update in found.updates:
+        linear, _ = projection(after, update.name)
+        linear.weight.data[:, update.columns] = update.weight.double()
+        if update.bias is not None:
+            linear.bias = torch.nn.Parameter(update.bias.double())
+    first, last = (float(divergence(dense, m, held_out).detach()) / 43 for m in (bare, after))
+    assert found.stages[0].before == pytest.approx(first, rel=1e-4)
+    assert found.stages[-1].after == pytest.approx(last, rel=1e-4)
+    for stage, following in zip(found.stages, found.stages[1:], strict=False):
+        assert following.before == pytest.approx(stage.after, rel=1e-6)
+    for stage in found.stages:
+        assert stage.kept == (stage.before - stage.reached > stage.error)
+        assert (f"{stage.name} (" in found.describe()) and ("dropped" in found.describe() or stage.kept)
+    assert bool(found.updates) == any(stage.kept for stage in found.stages)
+    assert bool(found.updates) != ("nothing is kept" in found.describe())
+
+
+def test_blocks_that_do_worse_on_held_out_text_keep_their_weights() -> None:
+    model = tiny_model("llama-gqa", intermediate_size=24)
+    # Fewer tokens than columns: undamped least squares fits them all and fails elsewhere.
+    found = fitted(model, rows(), tokens=12, damping=1e-6)
+    (stage,) = found.stages
+    assert all(block.after < 0.5 * block.before for block in stage.blocks)
+    refused = {block.name for block in stage.blocks if not block.accepted}
+    assert refused and not refused & {update.name for update in found.updates}
+
+
+def test_the_size_of_fits_is_searched_below_one() -> None:
+    model = tiny_model("llama-gqa")
+    sizes = [fitted(model, rows(), tokens=tokens).stages[0] for tokens in (30, 100)]
+    assert all(0 < stage.size <= 1 for stage in sizes if stage.kept)
+    stage, (update, *_) = sizes[1], fitted(model, rows(), tokens=100).updates
+    assert stage.kept
+    old = projection(model, update.name)[0].weight.detach()[:, update.columns]
+    assert not torch.equal(weight_of(update), old)
+
+
+def test_a_fit_that_raises_the_divergence_is_dropped_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Student.divergences
+    first: list[torch.Tensor] = []
+
+    def measured(self: Any, *args: Any) -> torch.Tensor:
+        first.append(plain(self, *args))
+        return first[0] * (1 if len(first) == 1 else 1.01)
+
+    monkeypatch.setattr(Student, "divergences", measured)
+    model = tiny_model("llama-gqa")
+    found = fitted(model, rows(), tokens=100)
+    assert found.updates == () and found.stages[0].size == 0 and not found.stages[0].kept
+    assert found.describe().endswith("; nothing is kept, the weights stay as they were")
+    assert torch.equal(
+        masked(model, found)(tiny_tokens(1, 8)).logits, deepcopy(model).double()(tiny_tokens(1, 8)).logits
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "bias", "damping": 0.5}, "--damping 0.5 changes nothing in --compensate bias: leave it out"),
+        ({"method": "lsq", "steps": 3}, "--compensation-steps 3 changes nothing in --compensate lsq"),
+        ({"method": "rescale", "intercept": True}, "--intercept True changes nothing in --compensate rescale"),
+        ({"method": "lsq+"}, r"--compensate is 'lsq\+': choose one of bias, .*, or several joined by \+"),
+        ({"method": "lsq+bias", "intercept": False}, "fits output biases alone"),
+    ],
+)
+def test_options_that_change_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(GispError, match=message):
+        CompensationOptions(**options)
+    given = {name: value for name, value in options.items() if name not in ("method", "intercept")}
+    if "intercept" not in options:
+        with pytest.raises(GispError, match=message):
+            make_request(options["method"], "text.txt", **given)
+
+
+def test_stages_of_a_name() -> None:
+    assert CompensationOptions("kfac").stages == ("lsq", "kfac") == CompensationOptions("lsq+kfac").stages
+    assert CompensationOptions("bias+kfac").stages == ("bias", "kfac")
+    assert CompensationOptions("bias").damping is None and CompensationOptions("kfac").target == "local"
+
+
+@pytest.mark.parametrize("method", ["bias", "affine", "rescale", "lsq", "lsq dense", "kfac"])
+def test_little_text_leaves_the_demo_decoder_no_worse(method: str) -> None:
+    folder = Path(gisp.__file__).parent / "demo"
+    model = load_dense(str(folder / "decoder"), torch.device("cpu"), "float32")
+    model_map = map_model(model)
+
+    def beginnings(name: str, documents: int) -> Sequences:
+        found = load_sequences(
+            str(folder / name), vocab_size=model_map.vocab_size, seq_len=128, tokenizer_from=str(folder / "decoder")
+        )
+        return Sequences.plain([found.rows[pieces[0]] for pieces in found.examples[:documents]])
+
+    shrinkable = ShrinkableModel(model_map)
+    step = 3 if method != "kfac" else 2
+    shrinkable.remove(
+        {item.channels.name: torch.arange(0, item.channels.count, step) for item in model_map.layers[1:-1]}
+        | {item.heads.name: torch.tensor([2]) for item in model_map.layers[1:-1]}
+    )
+    text = beginnings("heldout.jsonl", 24)
+    before = perplexity(model, text, 128).perplexity
+    name, *target = method.split()
+    options: dict[str, Any] = {}
+    if target:
+        options["target"] = target[0]
+    found = gisp.compensate(model, beginnings("calibration.jsonl", 16), method=name, **options)
+    assert found.texts == 4 and 200 < found.tokens < 800
+    assert perplexity(model, text, 128).perplexity <= before * (1 + 1e-6)
