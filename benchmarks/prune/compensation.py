@@ -43,5 +43,7 @@ def timed_compensation(model: Any, tokens: torch.Tensor, options: CompensationOp
 
 
 def _steps(stage: Stage) -> list[dict[str, Any]]:
-    """Steps on the loss."""
+    """Steps on the loss; of training all of them as one."""
+    if not stage.steps:
+        return [{"tokens": stage.tokens, "size": float(stage.kept), "before": stage.before, "after": stage.after}]
     return [{"tokens": s.tokens, "size": s.size, "before": s.before, "after": s.after} for s in stage.steps]

@@ -193,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--criterion", choices=("second-order", "gisp"), help="of the scores (that of preset fast)")
     options.add_argument("--no-paper", dest="paper", action="store_false", help="leave the paper's way out")
     options.add_argument("--compensate", choices=METHODS, help="also compensate what the run left")
-    options.add_argument("--compensation-steps", type=count, help="of kfac (4)")
+    options.add_argument("--compensation-steps", type=count, help="of kfac (4), gates (150) or distil (300)")
     options.add_argument("--calibration-tokens", type=count, help="of a fit and of a step of kfac (131072)")
     add_result_options(options, plots=True)
     options.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)

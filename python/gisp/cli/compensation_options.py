@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 
 _flag = partial(flag, panel="Compensation")
 COMPENSATION = (
-    _flag("compensate", "Refit output projections: bias, affine, rescale, lsq, kfac, or A+B in turn."),
+    _flag("compensate", "Refit output projections: bias, affine, rescale, lsq, kfac, gates, distil, or A+B in turn."),
     _flag("calibration", "Data to compensate with, as for prune."),
     _flag("calibration_tokens", "Calibration tokens of fits and of a step of kfac (131072).", kind=int),
     _flag("damping", "Ridge of lsq and kfac, relative to the mean diagonal (0.5).", kind=float),
     _flag("compensation_target", "What fits aim at: local (default) or dense.", names=("--target",)),
-    _flag("compensation_steps", "Steps of kfac (4).", kind=int),
+    _flag("compensation_steps", "Steps of kfac (4), gates (150) or distil (300).", kind=int),
+    _flag("learning_rate", "Highest rate of gates (0.01) or of distil's weights (0.0002).", kind=float),
+    _flag("compensation_batch_tokens", "Tokens of a step of gates and distil (8192).", kind=int),
 )
 
 
@@ -36,4 +38,6 @@ def compensation_request(flags: dict[str, Any]) -> CompensationRequest | None:
         damping=flags["damping"],
         target=flags["compensation_target"],
         steps=flags["compensation_steps"],
+        learning_rate=flags["learning_rate"],
+        batch_tokens=flags["compensation_batch_tokens"],
     )

@@ -159,6 +159,7 @@ class Stage:
         size: of fits: the factor on all accepted moves.
         blocks: of fits, all pruned blocks.
         steps: of ``kfac``.
+        count: of training: steps behind which the divergence was lowest.
     """
 
     name: str
@@ -170,6 +171,7 @@ class Stage:
     size: float = 0.0
     blocks: tuple[BlockFit, ...] = ()
     steps: tuple[Step, ...] = ()
+    count: int = 0
 
     @property
     def after(self) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gisp.compensation.acceptance import Stage
-from gisp.compensation.options import ONLY, CompensationOptions
+from gisp.compensation.options import ONLY, TRAINED, CompensationOptions
 from gisp.compensation.stages import BlockUpdate, run_stages
 from gisp.compensation.sweep import OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
@@ -61,12 +61,16 @@ def _described(stage: Stage, options: CompensationOptions) -> str:
         facts.append(f"damping {options.damping:g}" + _raised(stage, float(options.damping or 0)))
     if stage.name in ("affine", "lsq") and options.biases(stage.name) != (stage.name == "affine"):
         facts.append("with biases" if options.biases(stage.name) else "without biases")
+    if stage.name in TRAINED:
+        facts.append(f"learning rate {options.rate_of(stage.name):g}")
     if stage.kept:
         if stage.blocks:
             accepted = sum(block.accepted for block in stage.blocks)
             facts.append(f"size {stage.size:.3g} in {accepted} of {len(stage.blocks)} blocks")
-        else:
+        elif stage.steps:
             facts.append(f"{sum(step.size > 0 for step in stage.steps)} of {len(stage.steps)} steps taken")
+        else:
+            facts.append(f"best after {stage.count} of {options.steps_of(stage.name)} steps")
     facts.append(f"{stage.tokens:,} calibration tokens")
     if not stage.kept:
         gain = stage.before - stage.reached

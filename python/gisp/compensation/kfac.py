@@ -124,7 +124,7 @@ def _directions(student: Student, batches: list[Batch], tokens: int, damping: fl
     found: list[_Moments | None] = [_Moments(p) if len(p.columns) else None for p in student.projections]
     for batch in batches:
         forwards = [
-            traced_forward(projection, None if moments is None else moments.observer(batch))
+            traced_forward(projection, observe=None if moments is None else moments.observer(batch))
             for projection, moments in zip(student.projections, found, strict=True)
         ]
         student.backward(batch, forwards, 1.0)

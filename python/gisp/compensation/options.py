@@ -5,25 +5,34 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gisp.compensation.train import GATE_RATE
 from gisp.errors import GispError, quoted
 
 FITS = ("bias", "affine", "rescale", "lsq")
-METHODS = (*FITS, "kfac")
+TRAINED = ("gates", "distil")
+METHODS = (*FITS, "kfac", *TRAINED)
 # Stages an option is for.
 ONLY = {
     "target": FITS,
     "damping": ("lsq", "kfac"),
     "tokens": (*FITS, "kfac"),
     "intercept": ("bias", "affine", "lsq"),
-    "steps": ("kfac",),
+    "steps": ("kfac", *TRAINED),
+    "learning_rate": TRAINED,
+    "batch_tokens": TRAINED,
 }
+# What differs from stage to stage can be given for one.
+SINGLE = ("steps", "learning_rate")
 TARGETS = ("local", "dense")
-DEFAULTS = {"target": "local", "damping": 0.5, "tokens": 131072}
-STEPS = {"kfac": 4}
+DEFAULTS = {"target": "local", "damping": 0.5, "tokens": 131072, "batch_tokens": 8192}
+STEPS = {"kfac": 4, "gates": 150, "distil": 300}
+RATES = {"gates": GATE_RATE, "distil": 2e-4}
 _FLAGS = {
     "method": "--compensate",
     "tokens": "--calibration-tokens",
     "steps": "--compensation-steps",
+    "batch_tokens": "--compensation-batch-tokens",
+    "learning_rate": "--learning-rate",
 }
 
 
@@ -38,8 +47,8 @@ class CompensationOptions:
 
     Attributes:
         method: a stage or several joined by ``+``, which follow each other: ``bias``, ``affine``, ``rescale`` and
-            ``lsq``, see :mod:`gisp.compensation.fits`; ``kfac``, see :mod:`gisp.compensation.kfac`, which begins with
-            ``lsq`` where it comes first.
+            ``lsq``, see :mod:`gisp.compensation.fits`; ``kfac``, see :mod:`gisp.compensation.kfac`; ``gates`` and
+            ``distil``, see :mod:`gisp.compensation.train`. A ``kfac`` that comes first begins with ``lsq``.
         target: output a block is fitted to: ``local`` (the default), that of the unpruned block on the same input;
             ``dense``, the one that brings the residual stream back to the dense model's.
         damping: of ``lsq`` and ``kfac``: multiple of the mean diagonal of a Gram matrix added to its diagonal (0.5).
@@ -47,7 +56,9 @@ class CompensationOptions:
             ones.
         intercept: whether output biases are fitted. ``None`` is yes for ``bias`` and ``affine``, and no for ``lsq``,
             which gains next to nothing by them and so fits every format.
-        steps: of ``kfac`` (4).
+        steps: of ``kfac`` (4), ``gates`` (150) or ``distil`` (300), where the method has one of them.
+        learning_rate: highest one of ``gates`` (0.01) or of the weights of ``distil`` (0.0002).
+        batch_tokens: calibration tokens of a step of ``gates`` and ``distil`` (8,192).
 
     Raises:
         GispError: a value that is not one of these, or an option for other methods.
@@ -59,6 +70,8 @@ class CompensationOptions:
     tokens: int | None = None
     intercept: bool | None = None
     steps: int | None = None
+    learning_rate: float | None = None
+    batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or not set(self.method.split("+")) <= set(METHODS):
@@ -86,17 +99,25 @@ class CompensationOptions:
         """Steps of a stage that has some."""
         return STEPS[stage] if self.steps is None else self.steps
 
+    def rate_of(self, stage: str) -> float:
+        """Highest learning rate of a stage that trains."""
+        return RATES[stage] if self.learning_rate is None else self.learning_rate
+
     def _users(self, option: str) -> list[str]:
         return sorted({stage for stage in self.stages if stage in ONLY[option]})
 
     def _check_values(self) -> None:
         if self.target not in (None, *TARGETS):
             raise GispError(f"--target is {quoted(self.target)}: choose one of {', '.join(TARGETS)}")
-        if self.damping is not None and not (
-            isinstance(self.damping, (int, float)) and math.isfinite(self.damping) and self.damping >= 0
-        ):
-            raise GispError(f"--damping is {self.damping}: give a number of at least 0")
-        for name in ("tokens", "steps"):
+        for name, positive in (("damping", False), ("learning_rate", True)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            if not is_number or value < 0 or (positive and value == 0):
+                least = "above 0" if positive else "of at least 0"
+                raise GispError(f"{flag(name)} is {value}: give a number {least}")
+        for name in ("tokens", "steps", "batch_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 least = "at least 1" if isinstance(value, int) else "a whole number"
@@ -116,4 +137,9 @@ class CompensationOptions:
                 raise GispError(
                     f"{flag(name)} {value} changes nothing in --compensate {self.method}: leave it out, or use "
                     f"{' or '.join(methods)}"
+                )
+            if name in SINGLE and len(users) > 1:
+                raise GispError(
+                    f"{flag(name)} {value} would be for {' and '.join(users)} of --compensate {self.method} alike: "
+                    "leave it out, or compensate with one of them"
                 )

@@ -13,6 +13,7 @@ from gisp.compensation.options import FITS, CompensationOptions
 from gisp.compensation.streams import make_batches
 from gisp.compensation.student import Student
 from gisp.compensation.sweep import Fit, OnBlock, fit_stage
+from gisp.compensation.train import Plan, train_stage
 from gisp.data import Sequences
 from gisp.model.keep import Keep
 from gisp.model.modes import deterministic, exact_products, frozen
@@ -65,8 +66,10 @@ def run_stages(
                 batches = make_batches(seen, tokens, student.device)
                 done.append(fit_stage(model_map, student, batches, held_out, fit, on_block))
                 begin = behind(seen.rows, 0, tokens)
-            else:
+            elif name == "kfac":
                 done.append(_kfac(student, seen, held_out, options, begin))
+            else:
+                done.append(_trained(student, seen, held_out, options, name))
     updates = []
     for projection in student.projections:
         if projection.changed:
@@ -79,3 +82,9 @@ def _kfac(student: Student, seen: Sequences, held_out: HeldOut, options: Compens
     tokens, damping = int(options.tokens or 0), float(options.damping or 0)
     steps = options.steps_of("kfac")
     return kfac_stage(student, seen.rows, held_out, begin=begin, tokens=tokens, steps=steps, damping=damping)
+
+
+def _trained(student: Student, seen: Sequences, held_out: HeldOut, options: CompensationOptions, name: str) -> Stage:
+    steps, rate = options.steps_of(name), options.rate_of(name)
+    rates = {"gate_rate": rate} if name == "gates" else {"weight_rate": rate}
+    return train_stage(student, seen.rows, held_out, Plan(name, steps, int(options.batch_tokens or 0), **rates))

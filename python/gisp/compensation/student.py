@@ -22,6 +22,8 @@ from gisp.data import Row, Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.structures import ModelMap
+from gisp_kernels import gate_grads
+from gisp_kernels.ops.products import add_product, product_total
 
 # Activations of a batch are kept for the backward pass at the dense width: roughly 64 bytes per layer and dimension of
 # the stream.
@@ -256,54 +258,84 @@ def plain_forward(projection: Projection, value: Value) -> Forward:
     return lambda inputs: functional.linear(inputs.index_select(-1, projection.columns), value.weight, bias)
 
 
-def traced_forward(projection: Projection, observe: Observer | None) -> Forward:
+def traced_forward(
+    projection: Projection,
+    *,
+    weight: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+    observe: Observer | None = None,
+) -> Forward:
     """The projection of a pruned block in a pass that has a backward pass.
 
     Args:
+        weight: float32 [D, K] that receives its gradient; None for the projection's own, without one.
+        gates: float32 [K / block], one factor a structure on the inputs, that receive their gradient.
         observe: takes in the kept inputs [B, S, K] and the gradient of the output [B, S, D].
     """
     value = projection.value()
     if not len(projection.columns):
         return plain_forward(projection, value)
+    bias = projection.bias_of(value)
+    rounded = value.weight if weight is None else weight.detach().to(value.weight.dtype)
     # The first block's input needs no gradient: this has autograd come by all the same.
     anchor = torch.zeros((), requires_grad=True)
 
     def forward(inputs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = _Kept.apply(inputs, anchor, value.weight, projection.bias_of(value), projection, observe)
+        found: torch.Tensor = _Kept.apply(inputs, anchor, weight, gates, rounded, bias, projection, observe)
         return found
 
     return forward
 
 
 class _Kept(torch.autograd.Function):
-    """``linear(inputs[..., columns], weight, bias)``; no weight gradient is formed."""
+    """``linear(gates * inputs[..., columns], weight, bias)``; no gradient is formed that nothing asks for."""
 
     @staticmethod
     def forward(
         ctx: Any,
         inputs: torch.Tensor,
         anchor: torch.Tensor,
-        weight: torch.Tensor,
+        weight: torch.Tensor | None,
+        gates: torch.Tensor | None,
+        rounded: torch.Tensor,
         bias: torch.Tensor | None,
         projection: Projection,
         observe: Observer | None,
     ) -> torch.Tensor:
         kept = inputs.index_select(-1, projection.columns)
-        ctx.save_for_backward(kept, weight)
+        ctx.save_for_backward(kept, gates, rounded)
         ctx.projection, ctx.observe = projection, observe
-        return functional.linear(kept, weight, bias)
+        return functional.linear(_gated(kept, gates, projection.block), rounded, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (gradient,) = gradients
-        kept, weight = ctx.saved_tensors
+        kept, gates, rounded = ctx.saved_tensors
+        projection: Projection = ctx.projection
+        wants_inputs, _, wants_weight, wants_gates = ctx.needs_input_grad[:4]
         if ctx.observe is not None:
             ctx.observe(kept, gradient)
-        inputs_grad = None
-        if ctx.needs_input_grad[0]:
+        weight_grad = gates_grad = inputs_grad = None
+        if wants_weight:
+            rows, columns = rounded.shape
+            total = product_total(rows, columns, gradient.device)
+            add_product(total, gradient.flatten(0, 1), _gated(kept, gates, projection.block).flatten(0, 1))
+            weight_grad = total[:rows, :columns].contiguous()
+        if wants_inputs or wants_gates:
+            inner = gradient @ rounded
+            if wants_gates:
+                gates_grad = gate_grads(kept, inner, block=projection.block).sum(0)
+            inner = _gated(inner, gates, projection.block)
             # A gather from one more column of zeros: a scatter would be slow where it must be deterministic.
-            inputs_grad = functional.pad(gradient @ weight, (0, 1)).index_select(-1, ctx.projection.places)
-        return inputs_grad, None, None, None, None, None
+            inputs_grad = functional.pad(inner, (0, 1)).index_select(-1, projection.places)
+        return inputs_grad, None, weight_grad, gates_grad, None, None, None, None
+
+
+def _gated(inputs: torch.Tensor, gates: torch.Tensor | None, block: int) -> torch.Tensor:
+    """Inputs [..., K] times the factor of their structure, in their dtype."""
+    if gates is None:
+        return inputs
+    return (inputs * gates.repeat_interleave(block)).to(inputs.dtype)
 
 
 def _kl_div(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 
 HELD_OUT = (1, 4, 7, 10)
-CHAINS = (*METHODS, "rescale+kfac", "kfac+lsq", "lsq+kfac+bias")
+CHAINS = (*METHODS, "lsq+distil", "gates+kfac", "kfac+gates", "lsq+gates+bias")
 
 
 def fitted(model: Any, data: Sequences, **options: Any) -> Compensation:
@@ -50,9 +50,10 @@ def test_a_difference_is_paired_and_weighs_sequences_by_their_tokens() -> None:
 def test_every_stage_ends_below_what_it_began_with_or_is_dropped(
     family: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(options_module, "STEPS", {"kfac": 2})
+    monkeypatch.setattr(options_module, "STEPS", {"kfac": 2, "gates": 6, "distil": 6})
     model = tiny_model(family)
-    found = fitted(model, rows(), method=method)
+    chosen = {"batch_tokens": 64} if {"gates", "distil"} & set(method.split("+")) else {}
+    found = fitted(model, rows(), method=method, **chosen)
     held_out = [rows().rows[number][0] for number in HELD_OUT]
     dense = deepcopy(model).double()
     bare = deepcopy(dense)
@@ -122,8 +123,16 @@ def test_a_fit_that_raises_the_divergence_is_dropped_whole(monkeypatch: pytest.M
     ("options", "message"),
     [
         ({"method": "bias", "damping": 0.5}, "--damping 0.5 changes nothing in --compensate bias: leave it out"),
+        ({"method": "gates", "tokens": 64}, "--calibration-tokens 64 changes nothing in --compensate gates"),
+        ({"method": "gates+kfac", "target": "local"}, r"--target local changes nothing in --compensate gates\+kfac"),
         ({"method": "lsq", "steps": 3}, "--compensation-steps 3 changes nothing in --compensate lsq"),
-        ({"method": "rescale", "intercept": True}, "--intercept True changes nothing in --compensate rescale"),
+        ({"method": "kfac", "learning_rate": 0.1}, "--learning-rate 0.1 changes nothing in --compensate kfac"),
+        ({"method": "kfac", "batch_tokens": 9}, "--compensation-batch-tokens 9 changes nothing in --compensate kfac"),
+        ({"method": "gates", "intercept": True}, "--intercept True changes nothing in --compensate gates"),
+        ({"method": "gates+kfac", "steps": 3}, "--compensation-steps 3 would be for gates and kfac"),
+        ({"method": "gates+distil", "learning_rate": 0.1}, "--learning-rate 0.1 would be for distil and gates"),
+        ({"method": "distil", "learning_rate": 0}, "--learning-rate is 0: give a number above 0"),
+        ({"method": "distil", "batch_tokens": 0}, "--compensation-batch-tokens is 0: give at least 1"),
         ({"method": "lsq+"}, r"--compensate is 'lsq\+': choose one of bias, .*, or several joined by \+"),
         ({"method": "lsq+bias", "intercept": False}, "fits output biases alone"),
     ],
@@ -139,11 +148,11 @@ def test_options_that_change_nothing_are_refused(options: dict[str, Any], messag
 
 def test_stages_of_a_name() -> None:
     assert CompensationOptions("kfac").stages == ("lsq", "kfac") == CompensationOptions("lsq+kfac").stages
-    assert CompensationOptions("bias+kfac").stages == ("bias", "kfac")
-    assert CompensationOptions("bias").damping is None and CompensationOptions("kfac").target == "local"
+    assert CompensationOptions("gates+kfac").stages == ("gates", "kfac")
+    assert CompensationOptions("gates").target is None and CompensationOptions("kfac").target == "local"
 
 
-@pytest.mark.parametrize("method", ["bias", "affine", "rescale", "lsq", "lsq dense", "kfac"])
+@pytest.mark.parametrize("method", ["bias", "affine", "rescale", "lsq", "lsq dense", "kfac", "gates", "distil"])
 def test_little_text_leaves_the_demo_decoder_no_worse(method: str) -> None:
     folder = Path(gisp.__file__).parent / "demo"
     model = load_dense(str(folder / "decoder"), torch.device("cpu"), "float32")
@@ -164,7 +173,7 @@ def test_little_text_leaves_the_demo_decoder_no_worse(method: str) -> None:
     text = beginnings("heldout.jsonl", 24)
     before = perplexity(model, text, 128).perplexity
     name, *target = method.split()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"steps": 8, "batch_tokens": 512} if name in ("gates", "distil") else {}
     if target:
         options["target"] = target[0]
     found = gisp.compensate(model, beginnings("calibration.jsonl", 16), method=name, **options)

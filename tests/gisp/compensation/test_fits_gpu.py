@@ -26,18 +26,21 @@ def fitted(model: Any, **options: Any) -> Compensation:
     return fit_compensation(map_model(model), Keep.of(kept_of(model, REMOVED)), data, CompensationOptions(**options))
 
 
-@pytest.mark.parametrize("options", [{"method": "lsq"}, {"method": "kfac", "steps": 2}])
+TRAINED = [{"method": name, "steps": 4, "batch_tokens": 256} for name in ("gates", "distil")]
+
+
+@pytest.mark.parametrize("options", [{"method": "lsq"}, {"method": "kfac", "steps": 2}, *TRAINED])
 def test_weights_are_those_of_the_cpu(options: dict[str, Any]) -> None:
     here, there = fitted(tiny_model("llama-gqa"), **options), fitted(tiny_model("llama-gqa").cuda(), **options)
     for a, b in zip(here.updates, there.updates, strict=True):
         assert weight_of(b).is_cuda and torch.equal(a.columns, b.columns.cpu())
         assert float((weight_of(a) - weight_of(b).cpu()).abs().max()) < 2e-3 * float(weight_of(a).abs().max())
     for stage, same in zip(here.stages, there.stages, strict=True):
-        assert (stage.kept, stage.tokens) == (same.kept, same.tokens)
+        assert (stage.kept, stage.tokens, stage.count) == (same.kept, same.tokens, same.count)
         assert (stage.before, stage.reached) == pytest.approx((same.before, same.reached), rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"method": "kfac", "steps": 2, "tokens": 256}])
+@pytest.mark.parametrize("options", [{"method": "kfac", "steps": 2, "tokens": 256}, *TRAINED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_repeat_bit_for_bit(dtype: torch.dtype, options: dict[str, Any]) -> None:
     one, other = (fitted(tiny_model("llama-gqa").to("cuda", dtype), **options) for _ in range(2))

@@ -25,7 +25,11 @@ from gisp.target import evaluate_target
 # The tiny models here are random: what held-out text says of a compensation is not the subject.
 pytestmark = pytest.mark.usefixtures("accept_all")
 
-FEW: dict[str, dict[str, Any]] = {"kfac+affine": {"steps": 1}}
+FEW: dict[str, dict[str, Any]] = {
+    "gates": {"steps": 4, "batch_tokens": 64},
+    "distil": {"steps": 4, "batch_tokens": 64, "learning_rate": 1e-3},
+    "gates+affine": {"steps": 4, "batch_tokens": 64},
+}
 OPTIONS = {"preset": "paper", "steps": 6, "sparsity": 0.6, "device": "cpu", "dtype": "float32", "protect_last": 0}
 
 
@@ -74,13 +78,13 @@ def test_hf_exports_hold_what_was_fitted(tmp_path: Path, family: str, method: st
     request = make_request(method, data_of(run), **few)
     done = export_run(run, 0.4, tmp_path / "out", compensation=request, device="cpu")
     assert close(logits(gisp.load(tmp_path / "out")), logits(wanted))
-    other = {"tokens": 64}
+    other = {"tokens": 64} if method not in FEW else {**few, "steps": 2}
     assert not close(logits(gisp.load(tmp_path / "out")), logits(compensated(run, 0.4, method=method, **other)), 1e-3)
-    assert done.spec.compensation.startswith({"kfac": "lsq", "kfac+affine": "lsq"}.get(method, method) + " (")
+    assert done.spec.compensation.startswith({"kfac": "lsq", "gates+affine": "gates"}.get(method, method) + " (")
     assert done.spec.compensation.endswith(" held-out tokens of 6 texts; calibration tokens.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["gisp"]["compensation"] == done.spec.compensation
-    assert bool(config.get("output_bias")) == (method in ("affine", "bias", "kfac+affine") and family != "llama-bias")
+    assert bool(config.get("output_bias")) == (method in ("affine", "bias", "gates+affine") and family != "llama-bias")
     assert f"| compensation | {done.spec.compensation} |" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -210,6 +214,11 @@ def test_kfac_at_rounded_sizes(run: Path, tmp_path: Path, options: list[str]) ->
             ["--compensate", "lsq", "--calibration", "DATA", "--compensation-steps", "2"],
             "--compensation-steps 2 changes nothing in --compensate lsq",
         ),
+        (
+            ["--compensate", "gates", "--calibration", "DATA", "--calibration-tokens", "9"],
+            "--calibration-tokens 9 changes nothing in --compensate gates",
+        ),
+        (["--learning-rate", "0.1"], "--learning-rate 0.1 is for --compensate METHOD"),
         (["--target", "local"], "--target local is for --compensate METHOD"),
         (["--compensate", "bias", "--calibration", "DATA", "--damping", "1"], "--damping 1.0 changes nothing"),
         (

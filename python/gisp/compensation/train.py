@@ -1,0 +1,150 @@
+"""Training towards the dense model: one factor a kept structure (``gates``), or output projections too (``distil``).
+
+The loss is ``KL(dense || pruned)`` of the next token, all other weights are frozen. A gate multiplies what a head or a
+channel sends through o_proj or down_proj. Its gradient is ``sum X * dX`` (:func:`gisp_kernels.gate_grads`): no weight
+gradient is formed. Gates are folded into the weights. ``distil`` also trains the kept columns of the weights, float32
+copies of them. Adam (Kingma and Ba, arXiv 1412.6980) takes steps at a rate that rises over the first ones and falls to
+0 along a cosine. The divergence on held-out text is watched, and the lowest point is what stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gisp.compensation.acceptance import HeldOut, Stage
+from gisp.compensation.student import Forward, Projection, Student, Value, traced_forward
+from gisp.data import Row
+
+_WARM_UP = 10
+# So many times a stage the held-out divergence is measured.
+_WATCHED = 10
+# Of gates, also those that are trained together with weights.
+GATE_RATE = 1e-2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a stage trains.
+
+    Attributes:
+        name: ``gates`` or ``distil``.
+        steps: optimizer steps.
+        gate_rate: highest learning rate of gates.
+        weight_rate: highest learning rate of weights; 0 leaves them frozen.
+        batch_tokens: tokens of a step.
+    """
+
+    name: str
+    steps: int
+    batch_tokens: int
+    gate_rate: float = GATE_RATE
+    weight_rate: float = 0.0
+
+
+def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: Plan) -> Stage:
+    """Train a student's gates, and with a rate its weights; it keeps the point with the lowest held-out divergence.
+
+    Memory beside the student: a batch's activations for a backward pass and the best weights in the dtype of the model;
+    with weights also their gradients and two moments in float32. Time per step: two forward passes and a backward pass.
+
+    Args:
+        rows: calibration rows, taken in another order every time they are gone through.
+    """
+    trained = _Trained(student, weights=plan.weight_rate > 0)
+    optimizer = torch.optim.Adam(
+        [{"params": trained.gates, "lr": plan.gate_rate}]
+        + ([{"params": trained.weights, "lr": plan.weight_rate}] if trained.weights else []),
+        fused=student.device.type == "cuda",
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, plan.steps))
+    start = best = student.divergences(held_out)
+    kept, count, seen = None, 0, 0
+    every = math.ceil(plan.steps / _WATCHED)
+    steps = _steps(rows, plan.batch_tokens)
+    for number in range(1, plan.steps + 1):
+        chosen = next(steps)
+        tokens = sum(len(ids) for ids, _ in chosen)
+        for batch in student.batches(chosen):
+            student.backward(batch, trained.forwards(), 1 / tokens)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        seen += tokens
+        if number % every and number != plan.steps:
+            continue
+        values = trained.values()
+        found = student.divergences(held_out, values)
+        if not bool(torch.isfinite(found).all()):
+            break
+        if float(found.sum()) < float(best.sum()):
+            kept, best, count = values, found, number
+    stage = Stage.ended(plan.name, seen, held_out, start, best, count=count)
+    if stage.kept and kept is not None:
+        for projection, value in zip(student.projections, kept, strict=True):
+            if len(projection.columns):
+                projection.weight.copy_(value.weight)
+                projection.changed = True
+    return stage
+
+
+def rate(step: int, steps: int) -> float:
+    """Part of the highest learning rate in a step: a rise over at most 10 steps, then a cosine to 0."""
+    warm_up = min(_WARM_UP, steps // 4)
+    if step < warm_up:
+        return (step + 1) / (warm_up + 1)
+    return (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up))) / 2
+
+
+def _steps(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
+    """Rows of step after step, at least ``tokens`` tokens or all rows once; every round in an order of its own."""
+    generator = torch.Generator().manual_seed(0)
+    order: list[int] = []
+    while True:
+        chosen: list[Row] = []
+        left = tokens
+        while left > 0 and len(chosen) < len(rows):
+            if not order:
+                order = torch.randperm(len(rows), generator=generator).tolist()
+            chosen.append(rows[order.pop()])
+            left -= len(chosen[-1][0])
+        yield chosen
+
+
+class _Trained:
+    """The tensors that are trained, float32: gates of every projection and, where asked for, its kept columns."""
+
+    def __init__(self, student: Student, *, weights: bool) -> None:
+        self._projections = student.projections
+        self.gates = [
+            torch.ones(len(p.columns) // p.block, device=student.device, requires_grad=True) for p in student.movable
+        ]
+        self.weights = [p.weight.clone().requires_grad_() for p in student.movable] if weights else []
+
+    def _each(self) -> Iterator[tuple[Projection, torch.Tensor | None, torch.Tensor | None]]:
+        """Every projection with its gates and its trained weight, None where there is none."""
+        gates, weights = iter(self.gates), iter(self.weights)
+        for projection in self._projections:
+            if len(projection.columns):
+                yield projection, next(gates), next(weights, None)
+            else:
+                yield projection, None, None
+
+    def forwards(self) -> list[Forward]:
+        return [traced_forward(p, weight=weight, gates=gates) for p, gates, weight in self._each()]
+
+    @torch.no_grad()
+    def values(self) -> list[Value]:
+        """What the projections are with the gates folded in."""
+        found = []
+        for projection, gates, weight in self._each():
+            value = projection.value()
+            if gates is not None:
+                own = projection.weight if weight is None else weight
+                folded = own * gates.repeat_interleave(projection.block)
+                value = value._replace(weight=folded.to(value.weight.dtype))
+            found.append(value)
+        return found
