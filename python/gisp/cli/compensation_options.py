@@ -18,7 +18,7 @@ COMPENSATION = (
     _flag("damping", "Ridge of lsq and kfac, relative to the mean diagonal (0.5).", kind=float),
     _flag("compensation_target", "What fits aim at: local (default) or dense.", names=("--target",)),
     _flag("compensation_steps", "Steps of kfac (4), gates (150) or distil (300).", kind=int),
-    _flag("learning_rate", "Highest rate of gates (0.01) or of distil's weights (0.0002).", kind=float),
+    _flag("learning_rate", "Highest rate of gates (0.01) or of distil's weights (0.001).", kind=float),
     _flag("compensation_batch_tokens", "Tokens of a step of gates and distil (8192).", kind=int),
 )
 

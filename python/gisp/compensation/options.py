@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from gisp.compensation.train import GATE_RATE
 from gisp.errors import GispError, quoted
 
 FITS = ("bias", "affine", "rescale", "lsq")
@@ -26,7 +25,7 @@ SINGLE = ("steps", "learning_rate")
 TARGETS = ("local", "dense")
 DEFAULTS = {"target": "local", "damping": 0.5, "tokens": 131072, "batch_tokens": 8192}
 STEPS = {"kfac": 4, "gates": 150, "distil": 300}
-RATES = {"gates": GATE_RATE, "distil": 2e-4}
+RATES = {"gates": 1e-2, "distil": 1e-3}
 _FLAGS = {
     "method": "--compensate",
     "tokens": "--calibration-tokens",
@@ -57,7 +56,7 @@ class CompensationOptions:
         intercept: whether output biases are fitted. ``None`` is yes for ``bias`` and ``affine``, and no for ``lsq``,
             which gains next to nothing by them and so fits every format.
         steps: of ``kfac`` (4), ``gates`` (150) or ``distil`` (300), where the method has one of them.
-        learning_rate: highest one of ``gates`` (0.01) or of the weights of ``distil`` (0.0002).
+        learning_rate: highest one of ``gates`` (0.01) or of the weights of ``distil`` (0.001).
         batch_tokens: calibration tokens of a step of ``gates`` and ``distil`` (8,192).
 
     Raises:

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 import torch
 
 from gisp.compensation.acceptance import HeldOut, Stage
+from gisp.compensation.options import RATES
 from gisp.compensation.student import Forward, Projection, Student, Value, traced_forward
 from gisp.data import Row
 
 _WARM_UP = 10
 # So many times a stage the held-out divergence is measured.
 _WATCHED = 10
-# Of gates, also those that are trained together with weights.
-GATE_RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Plan:
     name: str
     steps: int
     batch_tokens: int
-    gate_rate: float = GATE_RATE
+    gate_rate: float = RATES["gates"]
     weight_rate: float = 0.0
 
 
