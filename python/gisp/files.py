@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 
 try:
     import fcntl
@@ -23,6 +23,7 @@ except ImportError:  # pragma: no cover
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9]+-[0-9a-f]{8}\.tmp")
 # What a file system that has no locks answers.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+_LONGEST_NAME = 255
 # Lock files this thread holds: what writes a folder calls what writes parts of it.
 _HELD: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 
@@ -153,6 +154,16 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_names(path: str | Path, what: str) -> None:
+    """Refuse a path with a name longer than file systems take, which they answer with errors of their own.
+
+    Raises:
+        GispError: names it.
+    """
+    if any(len(part.encode(errors="replace")) > _LONGEST_NAME for part in Path(path).parts):
+        raise GispError(f"{what} {quoted(str(path))} is no path: it holds a name of more than {_LONGEST_NAME} bytes")
 
 
 def check_writable(path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from gisp.config.options import CHOOSING
 from gisp.data.cache import cache_entry, read_entry, write_entry
 from gisp.data.encode import PairEncoder, check_vocabulary, load_tokenizer
+from gisp.data.lm_eval_tasks import LM_EVAL
 from gisp.data.mixture import MIXTURE_FILES, Entry, read_mixture
 from gisp.data.rows import kind_of_rows
 from gisp.data.sequences import IGNORED, Sequences, Task
@@ -20,6 +21,7 @@ from gisp.data.sources import is_document, read_rows
 from gisp.data.token_files import from_token_file, from_tokens
 from gisp.data.tokenise import tokenise
 from gisp.errors import GispError
+from gisp.files import check_names
 
 DEFAULT_SEQ_LEN = 256
 
@@ -56,6 +58,8 @@ def load_sequences(
     if not isinstance(spec, torch.Tensor) and Path(spec).suffix in MIXTURE_FILES:
         load = partial(load_sequences, vocab_size=vocab_size, tokenizer_from=tokenizer_from, held_out=held_out)
         return _mixture(read_mixture(Path(spec), objective), load, seq_len, seed)
+    if not isinstance(spec, torch.Tensor) and not str(spec).startswith(LM_EVAL):
+        check_names(spec, "data")
     where = "the token tensor" if isinstance(spec, torch.Tensor) else str(spec)
     if isinstance(spec, torch.Tensor):
         sequences = from_tokens(spec, None, where, vocab_size, seq_len)

@@ -26,6 +26,7 @@ from gisp.config.options import OBJECTIVES
 from gisp.data.lm_eval_tasks import LM_EVAL
 from gisp.data.sequences import Sequences
 from gisp.errors import GispError, quoted
+from gisp.files import check_names
 
 MIXTURE_FILES = (".yaml", ".yml")
 _TASK_KEYS = ("data", "objective", "weight", "tokens", "samples", "seq_len")
@@ -134,6 +135,7 @@ def _located(data: str, path: Path, where: str) -> str:
     if data.startswith(LM_EVAL):
         names, at, folder = data.partition("@")
         return f"{names}@{path.parent / folder}" if at else data
+    check_names(data, f"{where}: data")
     beside = path.parent / data
     # A file that is missing is looked for, and reported, where it should be; anything else may be a dataset's name.
     return str(beside) if beside.exists() or beside.suffix else data

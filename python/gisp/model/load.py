@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from gisp.errors import GispError, is_out_of_memory, quoted
+from gisp.files import check_names
 from gisp.hub import hub_options, unreachable
 from gisp.model.checks import other_attention
 from gisp.model.gguf import dense_options, is_gguf, made_dense, pretrained
@@ -50,6 +51,7 @@ def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
 
 def check_model_path(path: str) -> None:
     """Refuse what is neither a model folder nor a possible hub name, before anything slow happens."""
+    check_names(path, "model")
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -14,6 +14,7 @@ from score_cases import gradient_scorer
 from tiny import VOCAB, tiny_model
 from word_tokenizer import save_tokenizer
 
+import gisp
 from gisp.data import Sequences, Task, load_sequences
 from gisp.data.batches import StratifiedSampler
 from gisp.data.mixture import read_mixture
@@ -251,3 +252,14 @@ def test_numbers_out_of_range_and_long_values_are_one_short_line(tmp_path, text,
     with pytest.raises(GispError, match=words) as refused:
         read_mixture(tmp_path / "m.yaml", "lm")
     assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("what", ["mixture", "data", "model"])
+def test_a_name_longer_than_file_systems_take_is_one_line(tmp_path, what):
+    name = "a" * 300
+    (tmp_path / "m.yaml").write_text(f"tasks: [{{data: {name}}}]")
+    with pytest.raises(GispError, match="is no path: it holds a name of more than 255 bytes"):
+        if what == "model":
+            gisp.load(name)
+        else:
+            load_sequences(str(tmp_path / "m.yaml") if what == "mixture" else name, vocab_size=VOCAB, seq_len=16)

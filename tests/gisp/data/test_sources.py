@@ -60,8 +60,8 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [
-        ({"text": 5}, {}, "row 0 has text '5': give a text"),
-        ({"prompt": "a", "completion": 5}, {}, "row 0 has completion '5': give a text"),
+        ({"text": 5}, {}, "row 0 has text 5: give a text"),
+        ({"prompt": "a", "completion": 5}, {}, "row 0 has completion 5: give a text"),
         ({"context": "a", "choices": ["b"], "answer": 0}, {"objective": "margin"}, "no row has two: give wrong ones"),
     ],
 )
@@ -96,7 +96,7 @@ def test_contexts_differ_and_the_continuation_is_shared(read):
             {"template": "{{ messages[-1].content }} stop", "objective": "completion"},
             "render the last turn behind",
         ),
-        ({"messages": []}, {}, r"row 0 has messages '\[\]'"),
+        ({"messages": []}, {}, r"row 0 has messages \[\]"),
         ({"messages": [{"role": "user"}]}, {}, "row 0 has messages"),
         ({"contexts": ["a"], "choices": ["b", "c"], "answer": 0}, {}, "row 0 has contexts"),
     ],
