@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -148,8 +148,10 @@ def _serve(bench: Bench, pipe: Connection, threads: int) -> None:
     except GispError as error:
         pipe.send(str(error))
         return
-    while True:
-        pipe.send(runner.run(pipe.recv()))
+    # The pipe ends when the process that began this one is gone.
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            pipe.send(runner.run(pipe.recv()))
 
 
 @contextmanager
