@@ -30,6 +30,28 @@ class GateTap(Tap[tuple[torch.Tensor, int]]):
     def __init__(self, *args: Any, factors: Callable[[], tuple[torch.Tensor | None, torch.Tensor | None]]) -> None:
         super().__init__(*args)
         self._factors = factors
+        self._gates: torch.Tensor | None = None
+
+    @property
+    def gates(self) -> torch.Tensor | None:
+        """As of :class:`Tap`."""
+        return self._gates
+
+    def close_gates(self, closed: torch.Tensor) -> None:
+        """Have gates stand at 0 where ``closed``, bool [count], says so.
+
+        Raises:
+            ValueError: the layer is scored by rows, or has another number of structures.
+        """
+        (projection,) = self._projections
+        count = projection.width // projection.block
+        if projection.axis != "column":
+            raise ValueError(f"group {self.name!r}: only structures with an output projection can be closed")
+        if closed.dtype != torch.bool or closed.shape != (count,):
+            raise ValueError(
+                f"closed of group {self.name!r} must be bool [{count}], got {closed.dtype} {list(closed.shape)}"
+            )
+        self._gates = _columns(projection, closed, self.linear.weight.dtype)
 
     @property
     def needs(self) -> Needs:
@@ -101,6 +123,15 @@ def gate_projection(group: StructureGroup) -> Projection:
     if not columns and len(group.projections) > 1:
         raise ValueError(f"group {group.name!r}: second-order scores need its output projection (axis 'column')")
     return columns[0] if columns else group.projections[0]
+
+
+def gate_columns(group: StructureGroup, closed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What gates multiply the columns of a group's output projection with: 0 where ``closed``, bool [count], else 1."""
+    return _columns(gate_projection(group), closed, dtype)
+
+
+def _columns(projection: Projection, closed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (~closed).to(projection.linear.weight.device, dtype).repeat_interleave(projection.block)
 
 
 def _sequences(tensor: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,12 @@ class ImportanceRecorder:
     """
 
     def __init__(
-        self, groups: tuple[StructureGroup, ...], *, mode: Mode = "stream", backend: str | None = None
+        self,
+        groups: tuple[StructureGroup, ...],
+        *,
+        mode: Mode = "stream",
+        backend: str | None = None,
+        closed: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
@@ -65,6 +70,7 @@ class ImportanceRecorder:
                     self._taps[linear] = self._tap(group.name, linear)
                 self._taps[linear].add(projection)
         self._check_sharing()
+        self._close(closed or {})
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._active = False
         self._outermost: int | None = None
@@ -153,6 +159,14 @@ class ImportanceRecorder:
             return SignedTap(*shared)
         return ScoredTap(*shared, exact=self.mode == "exact")
 
+    def _close(self, closed: Mapping[str, torch.Tensor]) -> None:
+        for name, gates in closed.items():
+            if self.mode != "second-order" or name not in self._scored:
+                raise ValueError(f"closed names group {name!r}: give groups that are scored, in mode 'second-order'")
+            tap = self._taps[self._scored[name][0].linear]
+            assert isinstance(tap, GateTap)
+            tap.close_gates(gates)
+
     def _forward_of(self, tap: Tap[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(input: torch.Tensor) -> torch.Tensor:
             backward = current_backward()
@@ -187,7 +201,13 @@ class ImportanceRecorder:
             owners[id(linear.weight)] = tap.name
 
 
-def record_importance(target: Target, *, mode: Mode = "stream", backend: str | None = None) -> ImportanceRecorder:
+def record_importance(
+    target: Target,
+    *,
+    mode: Mode = "stream",
+    backend: str | None = None,
+    closed: Mapping[str, torch.Tensor] | None = None,
+) -> ImportanceRecorder:
     """Recorder of structure scores, a context manager to put around any ``loss.backward()``.
 
     ::
@@ -219,13 +239,17 @@ def record_importance(target: Target, *, mode: Mode = "stream", backend: str | N
             (2 dimensions are one sequence), the loss a sum over sequences, and the forward must run inside the context.
             Set :attr:`ImportanceRecorder.curvature` where the loss is not the mean over all tokens of the batch.
         backend: implementation of the ops, see :mod:`gisp_kernels.backend`.
+        closed: mode ``second-order`` alone: group name -> bool [count], structures whose gate stands at 0 while
+            recording: the model computes as if they were gone, and their gate gradients, ``sum g_b`` of
+            :meth:`ImportanceRecorder.gate_sums`, say how the loss changes as they come back.
 
     Raises:
         TypeError: ``target`` is none of these, or a covered layer is no plain floating-point ``nn.Linear``.
-        ValueError: no group found, repeated names, a weight shared by two covered layers, or an unknown mode.
+        ValueError: no group found, repeated names, a weight shared by two covered layers, an unknown mode, or
+            ``closed`` that does not fit.
         RuntimeError: (on entering) a covered layer is already being recorded; (while active) its width changed.
     """
-    return ImportanceRecorder(_groups_of(target), mode=mode, backend=backend)
+    return ImportanceRecorder(_groups_of(target), mode=mode, backend=backend, closed=closed)
 
 
 def _groups_of(target: Target) -> tuple[StructureGroup, ...]:

@@ -96,6 +96,11 @@ class Tap(ABC, Generic[Pending]):
     def needs(self) -> Needs:
         """What a :class:`Use` is to hold."""
 
+    @property
+    def gates(self) -> torch.Tensor | None:
+        """What the columns of the input are multiplied with, [I]; ``None`` for ones."""
+        return None
+
     @abstractmethod
     def _zero(self) -> None:
         """Make the buffers anew, at the present width."""
@@ -161,7 +166,8 @@ class Tap(ABC, Generic[Pending]):
         # since recording began ran unrecorded, and the hooks of its weight score it.
         unrecorded = inside and not self.called and linear.weight.requires_grad
         if unrecorded or not torch.is_grad_enabled():
-            return F.linear(input, linear.weight, linear.bias)
+            gates = self.gates
+            return F.linear(input if gates is None else input * gates.to(input.dtype), linear.weight, linear.bias)
         if self._anchor is None:
             # An empty tensor costs no kernel to accumulate, yet its hook runs once per backward pass, after the
             # last use of the layer in it.
@@ -211,9 +217,10 @@ class _RecordedLinear(torch.autograd.Function):
         if torch.is_autocast_enabled(device) and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
             # Autocast would make this copy for the product; the backward pass needs the same one.
             input = input.to(torch.get_autocast_dtype(device))
-        output = F.linear(input, weight, bias)
+        gates = tap.gates
+        output = F.linear(input if gates is None else input * gates.to(input.dtype), weight, bias)
         needs = tap.needs
-        ctx.save_for_backward(input if needs.input else None, weight, output if needs.output else None)
+        ctx.save_for_backward(input if needs.input else None, weight, output if needs.output else None, gates)
         return output
 
     @staticmethod
@@ -221,7 +228,7 @@ class _RecordedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None, None
-        input, weight, output = ctx.saved_tensors
+        input, weight, output, gates = ctx.saved_tensors
         grad_input = grad_bias = None
         with torch.autocast(weight.device.type, enabled=False):
             if ctx.needs_input_grad[0] or ctx.tap.needs.grad_input:
@@ -229,5 +236,8 @@ class _RecordedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_bias = as_tokens(grad_output).sum(0)
             ctx.tap.collect(Use(grad_output, input, output, grad_input))
+            # The tap has seen the gradient at the gates; on goes what passes through them.
+            if grad_input is not None and gates is not None:
+                grad_input = grad_input * gates.to(grad_input.dtype)
         grad_input = None if grad_input is None else grad_input.to(ctx.input_dtype)
         return grad_input, grad_bias, weight.new_zeros(0, dtype=torch.float32), None, None

@@ -15,12 +15,17 @@ from gisp_kernels import Projection, StructureGroup, loss_change, record_importa
 
 
 def gate_gradients(
-    model: Block, batch: torch.Tensor, losses: Callable[[torch.Tensor], torch.Tensor]
+    model: Block,
+    batch: torch.Tensor,
+    losses: Callable[[torch.Tensor], torch.Tensor],
+    closed: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Float64 gradients [B, count] of gates on heads and channels, one backward pass for every sequence."""
     model = model.double()
     gates = {"attn": torch.ones(3, dtype=torch.float64), "mlp": torch.ones(21, dtype=torch.float64)}
-    for gate in gates.values():
+    for name, gate in gates.items():
+        if closed and name in closed:
+            gate[closed[name]] = 0
         gate.requires_grad_()
     handles = [
         model.attn.o_proj.register_forward_pre_hook(lambda _, args: (args[0] * gates["attn"].repeat_interleave(8),)),
@@ -183,3 +188,35 @@ def test_a_group_without_an_output_projection_is_refused() -> None:
     layers = [Projection(nn.Linear(4, 4), "row"), Projection(nn.Linear(4, 4), "row")]
     with pytest.raises(ValueError, match="second-order scores need its output projection"):
         record_importance([StructureGroup("it", tuple(layers))], mode="second-order")
+
+
+CLOSED = {"attn": torch.tensor([False, True, False]), "mlp": torch.arange(21) % 3 == 0}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_gates_that_stand_at_zero(frozen: bool) -> None:
+    model, batch = Block(bias=True), torch.randn(3, 7, 16)
+    expected = gate_gradients(model, batch, by_sequence, CLOSED)
+    model.requires_grad_(not frozen)
+    with record_importance(model, mode="second-order", closed=CLOSED) as recorder:
+        output = model(batch)
+        by_sequence(output).sum().backward()
+        with torch.no_grad():
+            assert torch.equal(model(batch), output)
+    for name, grads in expected.items():
+        found = recorder.gate_sums()[name]
+        torch.testing.assert_close(found[0], grads.sum(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[2], grads.square().sum(0), rtol=1e-4, atol=1e-8)
+        assert bool((found[0][CLOSED[name]] != 0).all())
+
+
+def test_closed_gates_that_do_not_fit_are_refused() -> None:
+    model, linear = Block(), nn.Linear(6, 4)
+    with pytest.raises(ValueError, match=r"closed names group 'mlp'.*mode 'second-order'"):
+        record_importance(model, mode="signed", closed={"mlp": CLOSED["mlp"]})
+    with pytest.raises(ValueError, match="closed names group 'other'"):
+        record_importance(model, mode="second-order", closed={"other": CLOSED["mlp"]})
+    with pytest.raises(ValueError, match=r"group 'mlp' must be bool \[21\], got torch.bool \[3\]"):
+        record_importance(model, mode="second-order", closed={"mlp": CLOSED["attn"]})
+    with pytest.raises(ValueError, match="only structures with an output projection"):
+        record_importance({"it": linear}, mode="second-order", closed={"it": torch.zeros(4, dtype=torch.bool)})
