@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -19,6 +21,7 @@ from gisp.score.step_rows import StepRows
 from gisp_kernels import loss_change, record_importance
 from gisp_kernels.groups import StructureGroup
 from gisp_kernels.ops import float8
+from gisp_kernels.record.gates import gate_columns
 from gisp_kernels.record.recorder import Mode
 
 # By group what scores are made of, the loss and the tokens passed.
@@ -82,6 +85,27 @@ class GradientScorer:
                 scores = self._loss_changes(scores, rows, step)
         return StepScores.of(scores, loss + rows.correction, tokens)
 
+    def gate_sums(
+        self, step: int, groups: list[StructureGroup], closed: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, int, int]:
+        """What second-order scores of a step are made of, with some structures' gates at 0.
+
+        Args:
+            closed: group name -> bool [count], gates at 0.
+
+        Returns:
+            Group name -> float64 [3, count] as of :func:`gisp_kernels.gate_sums`, the loss, tokens passed, and how many
+            independent sequences they are sums of.
+        """
+        rows = StepRows.of(self._context.steps, step)
+        with deterministic():
+            fused = self._fused_pass(rows)
+            if fused is not None:
+                sums = self._by_fused_pass(fused, groups, rows, closed)
+            else:
+                sums = self._by_autograd(groups, rows, "second-order", closed)
+        return (*sums, rows.samples)
+
     def _fused_pass(self, rows: StepRows) -> ImportancePass | None:
         """The fused pass, if it computes what the model computes; compared once, on the first sequence."""
         if self._fused is None and self.refused is None:
@@ -128,8 +152,15 @@ class GradientScorer:
         trust = first_order_weights(sums, kinds, rows.samples, batches)
         return {name: loss_change(values, trust[name]) for name, values in sums.items()}
 
-    def _by_fused_pass(self, fused: ImportancePass, groups: list[StructureGroup], rows: StepRows) -> Sums:
-        run = fused.gate_sums if self._kind == "second-order" else fused.score
+    def _by_fused_pass(
+        self,
+        fused: ImportancePass,
+        groups: list[StructureGroup],
+        rows: StepRows,
+        closed: Mapping[str, torch.Tensor] | None = None,
+    ) -> Sums:
+        gates = {g.name: gate_columns(g, closed[g.name], self._context.weight.dtype) for g in groups} if closed else {}
+        run = partial(fused.gate_sums, gates_at=gates) if self._kind == "second-order" else fused.score
         scored = [(group.name, group.count) for group in groups]
         total: dict[str, torch.Tensor] = {}
         loss, tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
@@ -140,9 +171,15 @@ class GradientScorer:
             tokens += micro.ids.numel()
         return total, loss, tokens
 
-    def _by_autograd(self, groups: list[StructureGroup], rows: StepRows, mode: Mode) -> Sums:
+    def _by_autograd(
+        self,
+        groups: list[StructureGroup],
+        rows: StepRows,
+        mode: Mode,
+        closed: Mapping[str, torch.Tensor] | None = None,
+    ) -> Sums:
         total, tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
-        with frozen(self._model), record_importance(groups, mode=mode) as recorder:
+        with frozen(self._model), record_importance(groups, mode=mode, closed=closed) as recorder:
             for micro in rows.micro_batches():
                 if micro.samples is None:
                     weights = torch.tensor(micro.weights, device=self._device)

@@ -42,6 +42,10 @@ def check_objective(data: Sequences, config: PruneConfig) -> Sequences:
             f"of {names_with('sees_loss')}"
         )
     questions = [number for number in range(len(data.examples)) if data.compares(number)]
+    if choosing and config.regrow:
+        raise GispError(
+            f"--regrow takes no task of objective {choosing.objective}, {choosing.name} is one: leave it out"
+        )
     if not questions:
         return data
     if "." in config.objective:

@@ -59,7 +59,7 @@ class AttentionBlock(Block):
         elements = None if wanted is None else wanted.elements
         if elements is not None:
             self._score_leaver(elements, grad, attended.detach())
-        grads = torch.autograd.grad(attended, leaves, grad_attended)
+        grads = torch.autograd.grad(attended, leaves, self._through_gates(grad_attended, batch))
         del attended, leaves, grad_attended
         grad_qkv = self._unrotated(grads, state, inverse_rms, batch)
         del grads, rotated

@@ -6,7 +6,8 @@ them, the leader, passes through the model, and the last tokens of the others, i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class PassBatch:
         shared: int64 [P] and [M], the positions among the sources once each, and which of them each source is.
         cos, sin: [length, hd], rotary tables.
         curvature: float32 [rows], see :func:`gisp.score.objectives.sequence_curvature`.
+        gates: group name -> [columns], what the input of its output projection is multiplied with; absent = 1.
     """
 
     rows: int
@@ -88,6 +90,7 @@ class PassBatch:
     curvature: torch.Tensor
     sources: torch.Tensor | None = None
     shared: tuple[torch.Tensor, torch.Tensor] | None = None
+    gates: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def by_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T, n] as [rows, length, n]."""

@@ -58,6 +58,7 @@ class Block(ABC):
     def __init__(
         self, group: StructureGroup, norm: Any, readers: list[nn.Linear], leaver: nn.Linear, products: Products
     ) -> None:
+        self._name = group.name
         self._norm = norm
         self._readers = readers
         self._leaver = leaver
@@ -85,7 +86,7 @@ class Block(ABC):
             output = None if bias is None else bias.detach().expand_as(x).contiguous()
             return BlockState(x, rstd, normed.new_empty(x.shape[0], 0)), output
         state = BlockState(x, rstd, self._products.forward(normed, self._readers))
-        return state, self._products.forward(self._leaving(state, batch), [self._leaver])
+        return state, self._products.forward(self._through_gates(self._leaving(state, batch), batch), [self._leaver])
 
     @abstractmethod
     def _leaving(self, state: BlockState, batch: PassBatch) -> torch.Tensor:
@@ -110,6 +111,11 @@ class Block(ABC):
         """Gate gradients from what the leaving projection reads and its gradient, [T, columns] each."""
         inputs, grads = batch.by_sequence(leaving), batch.by_sequence(grad_leaving)
         gate_grads(inputs, grads, block=self._widths[self._leaver], out=gates)
+
+    def _through_gates(self, values: torch.Tensor, batch: PassBatch) -> torch.Tensor:
+        """What passes the gates, forward or backward; [T, columns], changed in place."""
+        gates = batch.gates.get(self._name)
+        return values if gates is None else values.mul_(gates)
 
     def _score_leaver(self, elements: torch.Tensor, grad: torch.Tensor, leaving: torch.Tensor) -> None:
         """Add the scores of the leaving projection's elements."""

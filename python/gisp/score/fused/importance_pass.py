@@ -8,8 +8,8 @@ nothing here waits for the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,14 +98,21 @@ class ImportancePass:
 
     @torch.no_grad()
     def gate_sums(
-        self, micro: MicroBatch, scored: Sequence[tuple[str, int]]
+        self,
+        micro: MicroBatch,
+        scored: Sequence[tuple[str, int]],
+        gates_at: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """What second-order scores are made of; no weight gradient is formed.
+
+        Args:
+            scored: as for :meth:`score`.
+            gates_at: group name -> [columns], where gates do not stand at 1.
 
         Returns:
             Group name -> float64 [3, count] on the device, see :func:`gisp_kernels.gate_sums`, and the loss.
         """
-        batch = make_batch(self._model.model, micro)
+        batch = replace(make_batch(self._model.model, micro), gates=gates_at or {})
         gates = torch.zeros(batch.rows, sum(count for _, count in scored), dtype=torch.float32, device=batch.ids.device)
         parts = _parts(scored, gates)
         loss = self._backward(batch, {name: Wanted(gates=part) for name, part in parts.items()})

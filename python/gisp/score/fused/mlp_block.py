@@ -38,6 +38,7 @@ class MLPBlock(Block):
             self._take_gates(wanted.gates, decoder.swiglu(gate, up), activation, batch)
             if not input_grad:
                 return
+        activation = self._through_gates(activation, batch)
         # In place: dL/d(activation) becomes the activation, gate and up become their gradients.
         decoder.swiglu_backward_(gate, up, activation)
         elements = None if wanted is None else wanted.elements
