@@ -149,6 +149,16 @@ class Selector:
         """Decoder parameters removed so far."""
         return int(self._gone @ self._costs)
 
+    def parameters_of(self, removed: np.ndarray) -> int:
+        """Decoder parameters that the structures of a mask hold, bool [structures]."""
+        counts = np.add.reduceat(removed, self._starts[:-1], dtype=np.int64)
+        return int(counts // self._members @ self._costs)
+
+    def structures_at(self, removed_at: Mapping[str, torch.Tensor]) -> np.ndarray:
+        """By structure the step of heads and channels by group, int32 [structures]."""
+        parts = zip(self.groups, self._per_structure, strict=True)
+        return np.concatenate([removed_at[group.name].numpy()[::share] for group, share in parts])
+
     @property
     def removable_parameters(self) -> int:
         """The most that can ever be removed, protection and minima respected."""
@@ -283,6 +293,14 @@ class Selector:
         self._gone += np.diff(np.searchsorted(removal.structures, self._starts)) // self._members
         self._barred |= selection.removed
         self._live -= selection.units
+
+    def restore(self, removed: Mapping[str, torch.Tensor]) -> None:
+        """Forget every removal but one made earlier, from its ``removed``."""
+        self._barred &= ~torch.from_numpy(self.removed).to(self._barred.device)
+        self.removed[:] = False
+        self._gone[:] = 0
+        self._live = self._units.clone()
+        self.apply(*self.given(removed))
 
     def _candidates(self) -> int:
         """Units that are neither removed nor protected."""
