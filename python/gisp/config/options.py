@@ -84,6 +84,17 @@ OFFICIAL_RATIO = 0.7
 # Options that say where a run is computed, not what it computes.
 PLACE_OPTIONS = ("device",)
 
+# What rounds of --regrow go with: they compare structures by second-order scores a parameter, on fresh batches.
+_REGROWING = {
+    "criterion": ("second-order",),
+    "engine": ("stream",),
+    "norm": ("params",),
+    "allocator": ("global",),
+    "schedule": ("parameters",),
+    "gqa": ("query", "group"),
+    "objective": ("lm", "completion"),
+}
+
 _SCORES = "Scores"
 _LIMITS = "What may go"
 _COMPUTE = "Compute"
@@ -126,6 +137,9 @@ class PruneConfig:
     one_shot: bool = option("Remove everything in one step, scored once on all calibration data", False, group=_SCORES)
     norm: str = option("What scores are divided by", choices=NORMS, group=_SCORES)
     engine: str = option("Calibration data of a step", choices=ENGINES, group=_SCORES)
+    regrow: int = option(
+        "Rounds after the last step that bring removed structures back for others", 0, least=0, group=_SCORES
+    )
     schedule: str = option("What goes in equal steps", choices=SCHEDULES, group=_LIMITS)
     protect_first: float = option("Part of the layers protected at the input end", 0.1, least=0, below=1, group=_LIMITS)
     protect_last: int = option("Layers protected at the output end", 1, least=0, group=_LIMITS)
@@ -163,6 +177,14 @@ class PruneConfig:
                 yield f"{criterion} ranks whole layers: leave --allocator and --norm out"
             if self.keep_minimum:
                 yield f"{criterion} removes whole layers: keep_minimum cannot be true"
+        if self.regrow:
+            rounds = f"--regrow {self.regrow}"
+            for name, needed in _REGROWING.items():
+                value = getattr(self, name)
+                if value not in needed:
+                    yield f"{rounds} belongs to --{name} {' or '.join(needed)}, not {value}"
+            if self.one_shot:
+                yield f"{rounds} follows many steps: leave --one-shot out"
         if self.one_shot and (self.steps != 1 or self.ema):
             yield f"--one-shot is one step: leave --steps ({self.steps}) and --ema ({self.ema}) out"
 

@@ -201,7 +201,8 @@ def _data_uri(png: bytes) -> str:
 
 def _status(run: RunData) -> str:
     done, planned = len(run.steps), run.config.get("steps")
-    of = f" of {planned:,}" if isinstance(planned, int) and planned != done else ""
+    rounds = run.config.get("regrow", 0)
+    of = f" of {planned + rounds:,}" if isinstance(planned, int) and planned + rounds != done else ""
     word = "complete" if run.complete else "unfinished"
     return f"{word} after step {done:,}{of}"
 

@@ -25,11 +25,10 @@ from gisp.config.options import CONFIG_FILE
 from gisp.data.sources import located
 from gisp.errors import GispError
 from gisp.files import disk_message, final_name, one_writer, write_atomic
-from gisp.run.record import LOCK, RECORD, TENSORS
+from gisp.run.record import LOCK, RECORD, STATE, TENSORS, earlier_tensors
 from gisp.run.trajectory import Trajectory
 
 METRICS = "metrics.jsonl"
-STATE = "state"
 
 
 class RunFolder:
@@ -75,13 +74,20 @@ class RunFolder:
             )
         return False
 
-    def commit(self, trajectory: Trajectory, metrics: dict[str, Any], state: dict[str, torch.Tensor]) -> None:
+    def commit(
+        self,
+        trajectory: Trajectory,
+        metrics: dict[str, Any],
+        state: dict[str, torch.Tensor],
+        earlier: bytes | None = None,
+    ) -> None:
         """Write one finished step.
 
         Args:
             trajectory: with this step's record last.
             metrics: one JSON object for ``metrics.jsonl``.
             state: tensors a resumed run needs (moving averages).
+            earlier: the file of removal steps before this step, where it changed steps before its own.
         """
         step = len(trajectory.steps)
         try:
@@ -95,9 +101,12 @@ class RunFolder:
                 write_atomic(self.path / CONFIG_FILE, self._config(trajectory))
             with (self.path / METRICS).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
+            if earlier is not None:
+                write_atomic(earlier_tensors(self.path, step - 1), earlier)
             trajectory.state_sha256 = hashlib.sha256(stored).hexdigest()
             trajectory.save(self.path)
             self._state(step - 1).unlink(missing_ok=True)
+            earlier_tensors(self.path, step - 1).unlink(missing_ok=True)
         except OSError as error:
             raise GispError(disk_message(self.path, error)) from None
 
@@ -128,7 +137,7 @@ class RunFolder:
         kept = [line for line in lines if _step_of(line) in range(1, step + 1)]
         write_atomic(metrics, "".join(f"{line}\n" for line in kept).encode())
         for stale in (self.path / STATE).iterdir():
-            if _STATE_FILE.fullmatch(stale.name) and stale != self._state(step):
+            if _STATE_FILE.fullmatch(stale.name) and stale not in (self._state(step), earlier_tensors(self.path, step)):
                 stale.unlink()
         return state
 
@@ -155,7 +164,7 @@ class RunFolder:
 
 # What a run cut before its first commit can leave.
 _BEFORE_FIRST_COMMIT = (METRICS, CONFIG_FILE, STATE, TENSORS, LOCK)
-_STATE_FILE = re.compile(r"step-[0-9]{5,}\.safetensors")
+_STATE_FILE = re.compile(r"(?:step|removed)-[0-9]{5,}\.safetensors")
 
 
 def _step_of(line: str) -> int:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from gisp.config.options import OFFICIAL_RATIO, PLACE_OPTIONS, PruneConfig
+from gisp.config.options import OFFICIAL_RATIO, OPTIONS, PLACE_OPTIONS, PruneConfig
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.run.folder import RunFolder
 from gisp.run.metrics import PhaseClock, histogram_record, score_histogram
 from gisp.run.record import library_versions
+from gisp.run.regrow import Regrowth
 from gisp.run.setup import Setup, check_scores
 from gisp.run.step import StepWriter, Transfer
 from gisp.run.trajectory import StepRecord, Trajectory, move_to
@@ -66,6 +67,7 @@ class PruningLoop:
             versions=library_versions(),
             model=model_map.model,
         )
+        self.regrowth = Regrowth(self.setup, model_map, config, self.trajectory)
 
     def restore(self, done: Trajectory, folder: RunFolder) -> None:
         """Take up a run where it was cut.
@@ -98,9 +100,11 @@ class PruningLoop:
             if then != this:
                 raise GispError(f"{path} was made with another {what}: give the same or another --out")
         for name, value in now.config.items():
-            if name not in PLACE_OPTIONS and done.config.get(name) != value:
+            # A run of an earlier version did what the default of an option it had not does.
+            made_with = done.config.get(name, OPTIONS[name].default)
+            if name not in PLACE_OPTIONS and made_with != value:
                 raise GispError(
-                    f"{path} was made with {name} {done.config.get(name)}, not {value}: "
+                    f"{path} was made with {name} {made_with}, not {value}: "
                     "resume with the same options or give another --out"
                 )
         then, this = ([task["objective"] for task in data.get("tasks", ())] for data in (done.data, now.data))
@@ -113,20 +117,25 @@ class PruningLoop:
     def run(self, folder: RunFolder | None, on_step: OnStep | None) -> Trajectory:
         """All steps that are left."""
         trajectory = self.trajectory
-        steps = self.config.steps
+        steps = self.config.steps + self.config.regrow
         writer = StepWriter(overlap=self._device.type == "cuda")
         try:
             while not trajectory.complete:
                 clock = PhaseClock(self._device)
                 step = len(trajectory.steps) + 1
-                record, metrics, state = self._step(step, steps, clock, writer)
+                earlier = None
+                if step > self.config.steps:
+                    earlier = trajectory.tensors()
+                    record, metrics, state = self._regrow(step, clock, writer)
+                else:
+                    record, metrics, state = self._step(step, self.config.steps, clock, writer)
                 trajectory.steps.append(record)
                 trajectory.complete = step == steps or self._reached(record)
                 if folder:
                     # Its own writing time a step cannot write down; it carries the previous step's.
                     clock.seconds["write"] = writer.held_up
                     metrics["seconds"] = clock.seconds
-                    writer.take(partial(folder.commit, trajectory, metrics, state))
+                    writer.take(partial(folder.commit, trajectory, metrics, state, earlier))
                 if on_step:
                     on_step(record, steps)
         finally:
@@ -166,34 +175,66 @@ class PruningLoop:
             self._removed_at[name][index.numpy()] = step
         self.shrinkable.remove(removal.removed)
         clock.mark("compact")
-        record = self._record(step, target, float(loss), scored.tokens, clock.total())
-        metrics = {
-            "step": step,
-            "loss": record.loss,
-            "sparsity": record.sparsity,
-            "threshold": removal.threshold,
-            "tokens_per_second": scored.tokens / max(clock.seconds["forward_backward"], 1e-9),
-            "score_histogram": histogram_record(edges, counts),
-            "peak_bytes": clock.peak_bytes(),
-        }
+        sizes = self._sizes(self.selector.removed)
+        record = StepRecord(
+            step=step, target=target, loss=float(loss), tokens=scored.tokens, seconds=clock.total(), **sizes
+        )
+        metrics = self._metrics(record, removal.threshold, histogram_record(edges, counts), clock)
         return record, metrics, self.average.state(average)
 
-    def _record(self, step: int, target: float, loss: float, tokens: int, seconds: float) -> StepRecord:
-        removed = self.selector.removed_parameters
-        heads, channels = np.split(self.selector.removed, [self.selector.head_structures])
-        return StepRecord(
+    def _regrow(
+        self, step: int, clock: PhaseClock, writer: StepWriter
+    ) -> tuple[StepRecord, dict[str, Any], dict[str, torch.Tensor]]:
+        """One round after the schedule, as :meth:`_step`; it corrects the sizes of the steps before."""
+        writer.flush()
+        clock.settle()
+        found = self.regrowth.round(step - self.config.steps)
+        clock.mark("forward_backward")
+        if found.returned:
+            starts = self.selector.structures_at(self.trajectory.removed_at)
+            for number, record in enumerate(self.trajectory.steps, start=1):
+                sizes = self._sizes((starts > 0) & (starts <= number))
+                self.trajectory.steps[number - 1] = dataclasses.replace(record, **sizes)
+        record = StepRecord(
             step=step,
-            sparsity=removed / self.map.decoder_parameters,
-            target=target,
-            model_sparsity=removed / self.map.parameters,
-            removed_parameters=removed,
-            heads_removed=int(np.count_nonzero(heads)) * self.map.heads_per_structure,
-            channels_removed=int(np.count_nonzero(channels)),
-            loss=loss,
-            tokens=tokens,
-            seconds=seconds,
-            kv_bytes_per_token=self._kv_bytes(heads),
+            target=float(self.config.sparsity or 0),
+            loss=found.loss,
+            tokens=found.tokens,
+            seconds=clock.total(),
+            **self._sizes(self.selector.removed),
         )
+        histogram = histogram_record(
+            *(part.cpu() for part in score_histogram(found.ranking, self.selector.first_channel))
+        )
+        metrics = self._metrics(record, found.threshold, histogram, clock)
+        metrics |= {"returned": found.returned, "judged": found.judged}
+        return record, metrics, self.average.state(self.average.average.cpu())
+
+    def _metrics(
+        self, record: StepRecord, threshold: float | None, histogram: dict[str, Any], clock: PhaseClock
+    ) -> dict[str, Any]:
+        return {
+            "step": record.step,
+            "loss": record.loss,
+            "sparsity": record.sparsity,
+            "threshold": threshold,
+            "tokens_per_second": record.tokens / max(clock.seconds["forward_backward"], 1e-9),
+            "score_histogram": histogram,
+            "peak_bytes": clock.peak_bytes(),
+        }
+
+    def _sizes(self, removed: np.ndarray[Any, Any]) -> dict[str, Any]:
+        """What a record says of the size without the structures of a mask, bool [structures]."""
+        parameters = self.selector.parameters_of(removed)
+        heads, channels = np.split(removed, [self.selector.head_structures])
+        return {
+            "sparsity": parameters / self.map.decoder_parameters,
+            "model_sparsity": parameters / self.map.parameters,
+            "removed_parameters": parameters,
+            "heads_removed": int(np.count_nonzero(heads)) * self.map.heads_per_structure,
+            "channels_removed": int(np.count_nonzero(channels)),
+            "kv_bytes_per_token": self._kv_bytes(heads),
+        }
 
     def _select(self, ranking: Ranking, step: int, steps: int) -> tuple[float, Selection]:
         if self.config.schedule == "structures":

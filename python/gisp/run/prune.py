@@ -46,6 +46,7 @@ def prune(
     one_shot: bool | None = None,
     norm: str | None = None,
     engine: str | None = None,
+    regrow: int | None = None,
     schedule: str | None = None,
     protect_first: float | None = None,
     protect_last: int | None = None,

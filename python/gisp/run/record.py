@@ -1,7 +1,8 @@
 """The two files of a trajectory as they lie on disk, read and checked; numpy alone is needed.
 
 ``trajectory.safetensors`` is written before ``trajectory.json``, which commits a step: a run cut between the two has
-tensors one step ahead, and what is ahead is left out.
+tensors one step ahead, and what is ahead is left out. A step that changes earlier steps leaves the file of before in
+``state`` until it is committed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ TENSORS = "trajectory.safetensors"
 RECORD = "trajectory.json"
 # Held by the one process that writes a run folder.
 LOCK = ".lock"
+STATE = "state"
 # Kinds of structures, and what in a base model's record counts those of a layer.
 STRUCTURES = {"heads": "num_attention_heads", "channels": "intermediate_size"}
 
@@ -108,7 +110,8 @@ def read_removed_at(folder: Path, record: dict[str, Any]) -> dict[str, np.ndarra
     Raises:
         GispError: a tensor is missing or wrong, or the tensors are not those the record speaks of.
     """
-    path = folder / TENSORS
+    earlier = earlier_tensors(folder, len(record["steps"]))
+    path = earlier if earlier.is_file() else folder / TENSORS
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, *INVALID) as error:
@@ -141,6 +144,11 @@ def read_removed_at(folder: Path, record: dict[str, Any]) -> dict[str, np.ndarra
     if record.get("removed_at_sha256", "") not in ("", removed_at_digest(found)):
         raise GispError(f"{path} is corrupt: the SHA-256 of its values is not the one in {RECORD}")
     return found
+
+
+def earlier_tensors(folder: Path, step: int) -> Path:
+    """Where the tensors as of ``step`` are while the next one, which changes them, is being committed."""
+    return folder / STATE / f"removed-{step:05d}.safetensors"
 
 
 def load_json(path: Path) -> Any:
@@ -269,7 +277,7 @@ def _check_step(number: int, step: dict[str, Any], base: dict[str, Any]) -> None
 def _check_end(complete: Any, steps: list[dict[str, Any]], config: dict[str, Any]) -> None:
     """Whether a run is finished follows from its steps and what it was to do."""
     require(isinstance(complete, bool), "complete is not true or false")
-    done, planned, goal = len(steps), config["steps"], config.get("sparsity")
+    done, planned, goal = len(steps), config["steps"] + (config.get("regrow") or 0), config.get("sparsity")
     require(done <= planned, f"it holds {done} steps of a run of {planned}")
     reached = config.get("schedule") == "structures" and goal is not None and steps[-1]["sparsity"] >= goal
     ended = done == planned or reached

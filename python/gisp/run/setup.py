@@ -28,6 +28,7 @@ class Setup:
         sparsities: those the run is to reach.
 
     Attributes:
+        context: what the scorer was built from.
         open: names of the groups of the layers that may be pruned.
 
     Raises:
@@ -49,9 +50,9 @@ class Setup:
         self.shrinkable = ShrinkableModel(model_map)
         if model_map.model_type not in PROVEN:
             check_independence(self.shrinkable)
-        context = Context(self.shrinkable, data, config, loss)
-        self.scorer = make_scorer(context)
-        self._config, self._outliers = config, layer_outliers(context, self.selector)
+        self.context = Context(self.shrinkable, data, config, loss)
+        self.scorer = make_scorer(self.context)
+        self._config, self._outliers = config, layer_outliers(self.context, self.selector)
         self.open = {group.name for group in self.selector.groups if not group.protected}
 
     def allocate(self, sparsity: float | None = None) -> None:
