@@ -28,7 +28,7 @@ from gisp.select.exchange import resequenced, returning
 from gisp.select.selector import Ranking
 
 # Batches that a round scores with, and that it is judged by.
-SCORED, JUDGED = 4, 4
+SCORED, JUDGED = 8, 8
 # Part of the decoder's parameters that the first round may bring back; it falls to 0 in equal steps.
 LARGEST = 0.02
 
