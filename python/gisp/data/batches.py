@@ -88,10 +88,16 @@ class StepBatches:
     def _examples(self, step: int) -> Sequence[int]:
         return self._sampler.numbers(step) if self._sampler else range(len(self.data.examples))
 
-    def batches(self, numbers: list[int], together: Sequence[range] = ()) -> Iterator[tuple[int, int]]:
-        """Consecutive stretches of ``numbers`` small enough for one pass; positions ``together`` are never parted."""
+    def batches(
+        self, numbers: list[int], together: Sequence[range] = (), *, bounded: bool = False
+    ) -> Iterator[tuple[int, int]]:
+        """Consecutive stretches of ``numbers`` small enough for one pass; positions ``together`` are never parted.
+
+        Args:
+            bounded: without a batch size, keep logits and activations of a fresh batch small as well.
+        """
         size = self._batch_size
-        if size is None and self._kind == "exact":
+        if size is None and (bounded or self._kind == "exact"):
             longest = max(len(self.data.rows[i][0]) for i in numbers)
             kind = "cuda" if self._device.type == "cuda" else "cpu"
             tokens = min(_LOGIT_ELEMENTS[kind] // self._vocab_size, _ACTIVATION_BYTES[kind] // self._token_bytes)
