@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from gisp.config.criteria import ALLOCATORS, CRITERIA, names_with
+from gisp.config.criteria import ALLOCATORS, CRITERIA, GATE_DEFAULTS, names_with
 from gisp.config.declare import declared_options, option
 from gisp.errors import GispError, quoted
 
@@ -134,6 +134,20 @@ class PruneConfig:
         unset="shrunk; plain in one shot and with other criteria",
         group=_SCORES,
     )
+    gate_steps: int | None = option(
+        "Training steps of gates, each on one batch",
+        None,
+        unset=f"{GATE_DEFAULTS['gate_steps']} with criterion learned-gates, which alone takes it",
+        least=1,
+        group=_SCORES,
+    )
+    gate_rate: float | None = option(
+        "Learning rate of gates",
+        None,
+        unset=f"{GATE_DEFAULTS['gate_rate']} with criterion learned-gates, which alone takes it",
+        above=0,
+        group=_SCORES,
+    )
     one_shot: bool = option("Remove everything in one step, scored once on all calibration data", False, group=_SCORES)
     norm: str = option("What scores are divided by", choices=NORMS, group=_SCORES)
     engine: str = option("Calibration data of a step", choices=ENGINES, group=_SCORES)
@@ -185,6 +199,14 @@ class PruneConfig:
                     yield f"{rounds} belongs to --{name} {' or '.join(needed)}, not {value}"
             if self.one_shot:
                 yield f"{rounds} follows many steps: leave --one-shot out"
+        for name in GATE_DEFAULTS:
+            value = getattr(self, name)
+            if not what.trains and value is not None:
+                yield f"{OPTIONS[name].flag} {value} belongs to --criterion learned-gates, not {self.criterion}"
+        if what.trains and self.schedule != "parameters":
+            yield f"{criterion} trains to removed parameters: give --schedule parameters, not {self.schedule}"
+        if what.trains and self.one_shot:
+            yield f"{criterion} is trained, in one step by default: leave --one-shot out"
         if self.one_shot and (self.steps != 1 or self.ema):
             yield f"--one-shot is one step: leave --steps ({self.steps}) and --ema ({self.ema}) out"
 

@@ -43,6 +43,8 @@ def prune(
     criterion: str | None = None,
     allocator: str | None = None,
     first_order: str | None = None,
+    gate_steps: int | None = None,
+    gate_rate: float | None = None,
     one_shot: bool | None = None,
     norm: str | None = None,
     engine: str | None = None,

@@ -26,6 +26,9 @@ def test_presets_are_the_documented_sets():
     assert make_config(one_shot=True).first_order == "plain"
     assert criterion_text(fast.to_dict()) == "second-order, first-order term shrunk"
     assert criterion_text(paper.to_dict()) == "gisp"
+    gates = make_config(criterion="learned-gates")
+    assert (gates.steps, gates.gate_steps, gates.gate_rate, gates.norm, gates.ema) == (1, 1200, 0.02, "none", 0.0)
+    assert make_config(preset="official", criterion="learned-gates").schedule == "parameters"
     assert make_config() == fast
     assert make_config(criterion="gisp", sparsity=0.5).criterion == "gisp"
 
@@ -66,6 +69,11 @@ def test_a_resolved_config_resolves_to_itself():
         ({"ratio": 0.6}, r"belongs to --schedule structures \(preset official\)"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
         ({"preset": "paper", "fp8": True}, "fp8 goes with one batch"),
+        ({"gate_steps": 5}, "--gate-steps 5 belongs to --criterion learned-gates, not second-order"),
+        ({"gate_rate": 0.1, "criterion": "flap"}, "--gate-rate 0.1 belongs to --criterion learned-gates, not flap"),
+        ({"criterion": "learned-gates", "gate_rate": 0.0}, "gate-rate is 0.0: give more than 0"),
+        ({"criterion": "learned-gates", "schedule": "structures"}, "give --schedule parameters, not structures"),
+        ({"criterion": "learned-gates", "one_shot": True}, "leave --one-shot out"),
         ({"preset": ["fast"]}, r"unknown preset \['fast'\]"),
         ({"device": 0}, "--device is 0: give a name"),
         ({"batch_size": "many"}, "--batch-size is 'many': give a whole number or auto"),
@@ -116,6 +124,8 @@ def test_yaml_takes_dashes_and_refuses_what_is_no_mapping(tmp_path):
         ({"criterion": "wanda-sp"}, {"criterion": "gisp"}),
         ({"criterion": "random"}, {"criterion": "second-order"}),
         ({"criterion": "block-influence"}, {"criterion": "flap"}),
+        ({"criterion": "learned-gates"}, {"criterion": "gisp"}),
+        ({}, {"criterion": "learned-gates"}),
         ({}, {"one_shot": True}),
         ({"one_shot": True}, {"criterion": "signed"}),
     ],
