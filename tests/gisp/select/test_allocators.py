@@ -264,9 +264,10 @@ def test_defaults_are_the_published_way() -> None:
     assert {n: c.norm for n, c in found.items() if c.norm != "params"} == {
         "random": "none",
         "flap": "zscore",
+        "learned-gates": "none",
         "block-influence": "none",
     }
-    assert {c.steps for c in found.values()} == {200}
+    assert {n: c.steps for n, c in found.items() if c.steps != 200} == {"learned-gates": 1}
     once = make_config(criterion="flap", one_shot=True)
     assert (once.steps, once.ema, once.engine, once.allocator) == (1, 0.0, "exact", "global")
     assert make_config(one_shot=True, engine="stream").engine == "stream"
