@@ -6,7 +6,15 @@ import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from gisp.run.trajectory import StepRecord
@@ -30,6 +38,8 @@ class StepProgress:
             console=self.console,
         )
         self._live = self.console.is_terminal
+        self._task: TaskID | None = None
+        self._part: TaskID | None = None
         self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> StepProgress:
@@ -44,15 +54,27 @@ class StepProgress:
         """One line beside the bar."""
         self.console.print(message, soft_wrap=True, markup=False)
 
+    def part(self, done: int, parts: int) -> None:
+        """Show how far a step is that takes long."""
+        if self._live:
+            if self._part is None:
+                self._bar.start()
+                self._part = self._bar.add_task("", detail="of the step")
+            if done == 1:
+                self._bar.reset(self._part, total=parts)
+            self._bar.update(self._part, completed=done, visible=done < parts)
+        elif done % max(1, parts // _LINES) == 0:
+            self.say(f"{done}/{parts} of the step")
+
     def step(self, record: StepRecord, steps: int) -> None:
         """Show a finished step."""
         speed = record.tokens / max(record.seconds, 1e-9)
         detail = f"sparsity {record.sparsity:.4f}  loss {record.loss:.4f}  {speed:,.0f} tokens/s"
         if self._live:
-            if not self._bar.tasks:
+            if self._task is None:
                 self._bar.start()
-                self._bar.add_task("", total=steps, completed=record.step - 1, detail=detail)
-            self._bar.update(self._bar.tasks[0].id, completed=record.step, detail=detail)
+                self._task = self._bar.add_task("", total=steps, completed=record.step - 1, detail=detail)
+            self._bar.update(self._task, completed=record.step, detail=detail)
             return
         now = time.perf_counter()
         self._first = self._first or (record.step - 1, now - record.seconds)

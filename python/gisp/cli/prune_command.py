@@ -84,7 +84,7 @@ def prune(
         if options.get("ratio") is not None and options.get("sparsity") is not None:
             progress.say("warning: --sparsity is ignored beside --ratio, which alone says where the schedule ends")
         try:
-            trajectory = run_prune(**places, resume=resume, on_step=progress.step, **options)
+            trajectory = run_prune(**places, resume=resume, on_step=progress.step, on_part=progress.part, **options)
         except KeyboardInterrupt:
             raise InterruptError(_how_to_go_on(Path(places["out"]))) from None
     for line in _shortfalls(trajectory):

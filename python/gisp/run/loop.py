@@ -23,6 +23,7 @@ from gisp.run.setup import Setup, check_scores
 from gisp.run.step import StepWriter, Transfer
 from gisp.run.trajectory import StepRecord, Trajectory, move_to
 from gisp.score.average import ScoreAverage
+from gisp.score.context import OnPart
 from gisp.score.objectives import SequenceLoss
 from gisp.select.schedule import parameter_target, structure_ratio
 from gisp.select.selector import Ranking, Selection
@@ -37,6 +38,7 @@ class PruningLoop:
         spec: what the data are recorded as.
         base_path: where a later session finds the dense model, empty for a model in memory.
         loss: a user's own loss.
+        on_part: as of :class:`gisp.score.context.Context`.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class PruningLoop:
         spec: str,
         base_path: str,
         loss: SequenceLoss | None = None,
+        on_part: OnPart | None = None,
     ) -> None:
         self.map = model_map
         self.config = config
-        self.setup = Setup(config, model_map, data, (float(config.sparsity or 0),), loss)
+        self.setup = Setup(config, model_map, data, (float(config.sparsity or 0),), loss, on_part)
         self.setup.allocate()
         self.selector, self.shrinkable = self.setup.selector, self.setup.shrinkable
         device = next(model_map.model.parameters()).device

@@ -20,6 +20,7 @@ from gisp.model.structures import first_bad_parameter, map_model
 from gisp.run.folder import RunFolder
 from gisp.run.loop import OnStep, PruningLoop
 from gisp.run.trajectory import Trajectory
+from gisp.score.context import OnPart
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
 from gisp.score.questions import check_objective
 
@@ -31,6 +32,7 @@ def prune(
     out: str | Path | None = None,
     resume: bool = False,
     on_step: OnStep | None = None,
+    on_part: OnPart | None = None,
     preset: str | None = None,
     sparsity: float | None = None,
     steps: int | None = None,
@@ -69,10 +71,9 @@ def prune(
         out: run folder to write after every step; none is written for ``None``.
         resume: continue the run in ``out`` if there is one; the result is the undisturbed run's.
         on_step: called with every new record and the number of steps of the schedule.
-        objective: may also be a loss of your own, ``loss(model, input_ids, labels) -> [B]`` (see
-            ``gisp.score.objectives.SequenceLoss``); rows are read as for ``lm``, and the run records the function's
-            qualified name. Second-order scores compare a first with a second power of it: they take it for a mean over
-            the scored tokens, whatever it is.
+        on_part: called within steps that take long (criterion ``learned-gates``), with finished parts and their number.
+        objective: may also be a loss of your own, ``loss(model, input_ids, labels) -> [B]`` (``SequenceLoss`` of
+            ``gisp.score.objectives``): rows are read as for ``lm``, and second-order scores take it for a mean.
 
     The other options are those of the command line; ``python -m gisp.config.reference`` prints what each means.
 
@@ -83,9 +84,7 @@ def prune(
         GispError: bad input or an impossible request, before anything is written.
     """
     options = {name: value for name, value in locals().items() if name in OPTIONS}
-    if torch.is_inference_mode_enabled():
-        raise GispError("torch.inference_mode is on, in which no gradient is computed: prune outside of it")
-    return _run(model, data, out, resume, on_step, options)
+    return _run(model, data, out, resume, on_step, on_part, options)
 
 
 def _run(
@@ -94,9 +93,12 @@ def _run(
     out: str | Path | None,
     resume: bool,
     on_step: OnStep | None,
+    on_part: OnPart | None,
     options: dict[str, Any],
 ) -> Trajectory:
     """:func:`prune` with its options in one mapping."""
+    if torch.is_inference_mode_enabled():
+        raise GispError("torch.inference_mode is on, in which no gradient is computed: prune outside of it")
     loss = options["objective"] if callable(options["objective"]) else None
     if loss is not None:
         options["objective"] = objective_name(loss)
@@ -104,16 +106,22 @@ def _run(
     if loss is None:
         check_built_in(config.objective)
     if out is None:
-        return _start(model, data, config, loss).run(None, on_step)
+        return _start(model, data, config, loss, on_part).run(None, on_step)
     folder = RunFolder(Path(out))
     with folder.writing(resume) as resuming:
-        loop = _start(model, data, config, loss)
+        loop = _start(model, data, config, loss, on_part)
         if resuming:
             loop.restore(Trajectory.load(folder.path), folder)
         return loop.run(folder, on_step)
 
 
-def _start(model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: SequenceLoss | None) -> PruningLoop:
+def _start(
+    model: nn.Module | str | Path,
+    data: Any,
+    config: PruneConfig,
+    loss: SequenceLoss | None,
+    on_part: OnPart | None,
+) -> PruningLoop:
     """A run ready for its first step."""
     dense, path = _dense_model(model, config)
     model_map = map_model(dense, config.gqa)
@@ -136,7 +144,7 @@ def _start(model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: 
             stacklevel=3,
         )
     spec = IN_MEMORY if isinstance(data, (torch.Tensor, Sequences)) else str(data)
-    return PruningLoop(model_map, sequences, config, spec, path, loss)
+    return PruningLoop(model_map, sequences, config, spec, path, loss, on_part)
 
 
 def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[Any, str]:

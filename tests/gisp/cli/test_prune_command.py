@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 
 import pytest
@@ -12,7 +13,9 @@ from tiny import tiny_model, tiny_tokens
 
 import gisp
 from gisp.cli import main
+from gisp.cli.progress import StepProgress
 from gisp.config.options import OPTIONS
+from gisp.run.trajectory import StepRecord
 
 
 def test_a_stored_config_repeats_its_run(tmp_path, model_folder, token_file):
@@ -216,3 +219,26 @@ def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, model_folder, token_fi
     assert line == f"interrupted: finished steps are kept, continue with gisp prune --resume '{out}'"
     monkeypatch.undo()
     assert main(shlex.split(line.partition("continue with gisp ")[2])) == 0
+
+
+def test_a_step_that_takes_long_tells_how_far_it_is(tmp_path, model_folder, token_file, capsys):
+    options = ["--criterion", "learned-gates", "--gate-steps", "20", "--gate-rate", "0.2", "--batch-tokens", "32"]
+    common = ["prune", str(model_folder), "--data", str(token_file), "--sparsity", "0.3", "--align", "4"]
+    assert main([*common, *options, "--out", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().err
+    assert [f"{part}/20 of the step" in told for part in (1, 2, 10, 20)] == [False, True, True, True]
+    assert "1 steps, decoder sparsity" in told
+
+
+def test_the_bar_of_a_step_gives_way_to_the_bar_of_the_run(monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    numbers = {field.name: 1 for field in dataclasses.fields(StepRecord)}
+    with StepProgress("pruning") as progress:
+        assert progress.console.is_terminal
+        for step in (1, 2):
+            for part in (1, 2, 3):
+                progress.part(part, 3)
+                visible = [task for task in progress._bar.tasks if task.visible and task.total == 3]
+                assert [task.completed for task in visible] == ([part] if part < 3 else [])
+            progress.step(StepRecord(**{**numbers, "step": step}), 2)
+            assert [task.completed for task in progress._bar.tasks if task.visible] == [step]

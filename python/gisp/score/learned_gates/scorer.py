@@ -57,6 +57,8 @@ class LearnedGates:
                 budget.step(gates.grad)
                 loss += part / config.gate_steps
                 tokens += passed
+                if context.on_part:
+                    context.on_part(number + 1, config.gate_steps)
         z = budget.z.detach()
         closed = float(budget.costs[z <= 0].sum())
         if closed < _MET * budget.target:

@@ -88,7 +88,12 @@ def test_a_fresh_batch_is_parted_where_logits_are_large(monkeypatch: pytest.Monk
 
 def test_the_same_seed_gives_the_same_run_and_steps_are_nested(tmp_path: Path) -> None:
     options = {**TRAINING, "sparsity": 0.4, "steps": 2}
-    first, again = (gisp.prune(tiny_model(), tiny_tokens(16), out=tmp_path / n, **options) for n in "ab")
+    told: list[tuple[int, int]] = []
+    first, again = (
+        gisp.prune(tiny_model(), tiny_tokens(16), out=tmp_path / n, on_part=lambda *part: told.append(part), **options)
+        for n in "ab"
+    )
+    assert told == [(done, 40) for done in range(1, 41)] * 4
     assert (tmp_path / "a" / "trajectory.safetensors").read_bytes() == (
         tmp_path / "b" / "trajectory.safetensors"
     ).read_bytes()
