@@ -140,7 +140,7 @@ def test_nothing_left_to_gate_is_scored_by_its_loss_alone(monkeypatch: pytest.Mo
 
 def test_on_a_trained_decoder_they_beat_magnitude_and_chance_on_held_out_text() -> None:
     files = demo_files()
-    text = {"vocab_size": 2048, "seq_len": 64, "tokenizer_from": str(files.model)}
+    text: dict[str, Any] = {"vocab_size": 2048, "seq_len": 64, "tokenizer_from": str(files.model)}
     calibration = load_sequences(str(files.calibration), **text)
     held_out = load_sequences(str(files.heldout), **text).first(100)
     training = {**TRAINING, "align": 16, "gate_steps": 100, "gate_rate": 0.06, "batch_tokens": 128}
