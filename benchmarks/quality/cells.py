@@ -9,7 +9,9 @@ from typing import Any, Literal
 from gisp.config.criteria import CRITERIA
 
 Compensations = tuple[dict[str, Any], ...]
-BIAS, AFFINE, RESCALE, LSQ, KFAC = ({"method": name} for name in ("bias", "affine", "rescale", "lsq", "kfac"))
+BIAS, AFFINE, RESCALE, LSQ, KFAC, GATES, DISTIL = (
+    {"method": name} for name in ("bias", "affine", "rescale", "lsq", "kfac", "gates", "distil")
+)
 FREE: dict[str, Any] = {"protect_first": 0.0, "protect_last": 0}
 # Criteria whose published use differs from one shot on text, and what repairs the pruned model in their papers.
 OWN_CELLS = ("gisp", "second-order")
@@ -199,9 +201,30 @@ def fast_cells(seeds: range, sizes: Sizes) -> list[Cell]:
     return cells
 
 
+def default_cells(seeds: range, sizes: Sizes) -> list[Cell]:
+    """Candidates for the defaults of ``fast``: how tokens are spread over steps, and rounds of regrowth."""
+    few, many = sizes.steps // 2, sizes.steps
+    tokens = sizes.batch_tokens
+    grouped: dict[str, Any] = {"protect_last": 0, **({"gqa": "group"} if sizes.gqa else {})}
+    ways: dict[str, dict[str, Any]] = {
+        f"{few} x {4 * tokens:,}, 8 rounds": {"steps": few, "batch_tokens": 4 * tokens, "regrow": 8},
+        f"{few} x {2 * tokens:,}, 8 rounds": {"steps": few, "batch_tokens": 2 * tokens, "regrow": 8},
+        f"{few} x {4 * tokens:,}": {"steps": few, "batch_tokens": 4 * tokens},
+        f"{many} x {2 * tokens:,}": {"steps": many, "batch_tokens": 2 * tokens},
+        f"{few} x {2 * tokens:,}": {"steps": few, "batch_tokens": 2 * tokens},
+        f"{many} x {tokens:,}": {"steps": many, "batch_tokens": tokens},
+    }
+    return [
+        Cell("defaults", name, {"seed": seed, **grouped, **options}, seed)
+        for seed in seeds
+        for name, options in ways.items()
+    ]
+
+
 def compensation_cells(seeds: range, sizes: Sizes) -> list[Cell]:
     """Methods, targets, damping and calibration size of compensation, all on one run of ``fast``."""
-    variants: list[dict[str, Any]] = [BIAS, AFFINE, RESCALE, LSQ, KFAC]
+    variants: list[dict[str, Any]] = [BIAS, AFFINE, RESCALE, LSQ, KFAC, GATES, DISTIL]
+    variants += [{"method": method} for method in ("gates+kfac", "kfac+distil")]
     variants += [{"method": method, "target": "dense"} for method in ("bias", "affine", "rescale", "lsq", "kfac")]
     variants += [{"method": "lsq", "intercept": True}]
     variants += [{"method": "lsq", "damping": damping} for damping in (0.0, 0.001, 0.1)]
@@ -233,6 +256,7 @@ def task_cells(seeds: range, sizes: Sizes) -> list[Cell]:
 STUDIES: dict[str, Callable[[range, Sizes], list[Cell]]] = {
     "criteria": criteria_cells,
     "fast": fast_cells,
+    "defaults": default_cells,
     "compensation": compensation_cells,
     "task": task_cells,
 }
