@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from gisp.errors import quoted
+from gisp.export.stored import StoredSize, element_bytes, stored_sizes
 from gisp.run.evaluations import Evaluation, read_evaluations
 from gisp.run.record import INVALID, RECORD, corrupt, is_count, is_finite, read_trajectory, require
 
 METRICS = "metrics.jsonl"
 
 _BINS = 40
-_DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class RunData:
         layers = getattr(self, kind)
         return sum(int((at == 0).sum()) for at in layers), sum(len(at) for at in layers)
 
+    def stored(self, steps: Sequence[int]) -> list[StoredSize]:
+        """What an export of a step (1-based, 0 = dense) stores, for each of ``steps``."""
+        return stored_sizes(self.base_model, self.heads, self.channels, steps)
+
     def dense_kv_bytes(self) -> int | None:
         """Key/value bytes per token of the dense model in the run's dtype; None when the dtype is unknown."""
         size = self._kv_element_bytes()
@@ -87,16 +91,7 @@ class RunData:
         return None if size is None else 2 * layers * heads * head_dim * size
 
     def _kv_element_bytes(self) -> int | None:
-        # A run may leave the dtype to the device; the recorded cache size then tells it.
-        base = self.base_model
-        shared = int(base["num_attention_heads"]) // int(base["num_key_value_heads"])
-        for record in self.steps:
-            step = record["step"]
-            kept = [np.flatnonzero((at == 0) | (at > step)) // shared for at in self.heads]
-            elements = 2 * int(base["head_dim"]) * sum(len(np.unique(heads)) for heads in kept)
-            if elements and record["kv_bytes_per_token"] in (elements, 2 * elements, 4 * elements):
-                return int(record["kv_bytes_per_token"]) // elements
-        return _DTYPE_BYTES.get(str(self.config.get("dtype")))
+        return element_bytes(self.base_model, self.heads, self.steps, self.config.get("dtype"))
 
 
 def read_run(path: Path) -> RunData:
