@@ -33,8 +33,10 @@ ROOMS = {
         ROOT / "python" / "gisp",
         (
             "errors",
+            "lazy",
             "files",
             "hub",
+            "progress",
             "config",
             "model",
             "data",

@@ -7,10 +7,10 @@ every sparsity passed on the way; ``load`` opens an exported model and ``fuse`` 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gisp.errors import GispError
+from gisp.lazy import lazy
 
 if TYPE_CHECKING:
     from gisp.compensation import compensate
@@ -34,20 +34,16 @@ __all__ = [
     "register_criterion",
 ]
 
-_HOME = {
-    "Trajectory": "gisp.run.trajectory",
-    "compensate": "gisp.compensation",
-    "export_model": "gisp.export.memory",
-    "export_run": "gisp.export.run",
-    "fuse": "gisp.model.fuse",
-    "load": "gisp.export.load",
-    "prune": "gisp.run.prune",
-    "register_criterion": "gisp.score.base",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Public names, imported on first use: torch and transformers take seconds."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'gisp' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "Trajectory": "gisp.run.trajectory",
+        "compensate": "gisp.compensation",
+        "export_model": "gisp.export.memory",
+        "export_run": "gisp.export.run",
+        "fuse": "gisp.model.fuse",
+        "load": "gisp.export.load",
+        "prune": "gisp.run.prune",
+        "register_criterion": "gisp.score.base",
+    },
+)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
+import runpy
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,8 +15,9 @@ import typer
 from gisp.cli.bench_command import bench
 from gisp.cli.demo_command import demo
 from gisp.cli.eval_command import evaluate
+from gisp.cli.export_command import export
+from gisp.cli.inspect_command import inspect, report
 from gisp.cli.prune_command import prune
-from gisp.cli.run_commands import export, inspect, report
 from gisp.cli.stop import InterruptError, unwinding
 from gisp.errors import GispError, is_out_of_memory, quoted, shortened
 
@@ -42,11 +46,16 @@ _OUT_OF_MEMORY = (
 _ParseError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+def _version() -> str:
+    """The version file's, without the package around it, which imports torch."""
+    package = importlib.util.find_spec("gisp_kernels")
+    folder = Path(str(package.origin)).parent if package else Path()
+    return str(runpy.run_path(str(folder / "_version.py"))["__version__"])
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from gisp_kernels import __version__
-
-        print(f"gisp {__version__}")
+        print(f"gisp {_version()}")
         raise typer.Exit
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gisp.cli.flags import flag
-
-if TYPE_CHECKING:
-    from gisp.compensation import CompensationRequest
+from gisp.compensation.request import CompensationRequest, make_request
 
 _flag = partial(flag, panel="Compensation")
 COMPENSATION = (
@@ -29,8 +27,6 @@ def compensation_request(flags: dict[str, Any]) -> CompensationRequest | None:
     Raises:
         GispError: a bad value, or flags that do not go together.
     """
-    from gisp.compensation import make_request
-
     return make_request(
         flags["compensate"],
         flags["calibration"],

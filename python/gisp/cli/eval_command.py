@@ -13,6 +13,8 @@ from rich.table import Table
 
 from gisp.cli.compensation_options import COMPENSATION, compensation_request
 from gisp.cli.flags import flag, with_flags
+from gisp.config.evaluation import EvalOptions, LmEvalTasks
+from gisp.data.sources import check_spec
 from gisp.errors import GispError, quoted
 from gisp.files import check_writable, write_atomic
 
@@ -67,14 +69,16 @@ def evaluate(
     _check_places(sparsity, sparsities, plot, out)
     points = None if sparsities is None else _numbers(sparsities)
 
-    from gisp.target import evaluate_along, evaluate_target
-
     common = {
         **_what(lm_eval, lm_eval_include, flags),
         "device": device,
         "dtype": dtype,
         "compensation": compensation_request(flags),
     }
+    _check_given(target, data, sparsity, points, flags["calibration"])
+
+    from gisp.target import evaluate_along, evaluate_target
+
     if points is None:
         result = evaluate_target(target, data, sparsity=sparsity, **common)
     else:
@@ -93,6 +97,21 @@ def _check_data(data: str | None, lm_eval: str | None, include: Path | None, fla
         raise GispError(f"--lm-eval-include {include} belongs to --lm-eval: add the names of tasks")
 
 
+def _check_given(
+    target: str, data: str | None, sparsity: float | None, points: list[float] | None, calibration: str | None
+) -> None:
+    """Refuse a model, a point or data that are not there."""
+    from gisp.target.check import check_along, check_target
+
+    if points is None:
+        check_target(target, sparsity)
+    else:
+        check_along(target, points)
+    for spec in (data, calibration):
+        if spec is not None:
+            check_spec(spec)
+
+
 def _check_places(sparsity: float | None, sparsities: str | None, plot: Path | None, out: Path | None) -> None:
     """Refuse points and files that do not go together, and files that cannot be written."""
     if sparsities is not None and sparsity is not None:
@@ -108,8 +127,6 @@ def _check_places(sparsity: float | None, sparsities: str | None, plot: Path | N
 
 def _what(lm_eval: str | None, include: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     """Options of an evaluation and its lm-eval tasks."""
-    from gisp.evaluate import EvalOptions, LmEvalTasks
-
     given = {option.name: flags[option.name] for option in _HOW if flags[option.name] is not None}
     given["until"] = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in given.get("until", ()))
     options = EvalOptions(**given)

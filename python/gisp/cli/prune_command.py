@@ -16,7 +16,9 @@ from gisp.cli.stop import InterruptError
 from gisp.config.declare import Option
 from gisp.config.options import CONFIG_FILE, IN_MEMORY, OPTIONS, make_config, read_yaml, without_defaults
 from gisp.config.reference import help_text
+from gisp.data.sources import check_spec
 from gisp.errors import GispError
+from gisp.model.paths import check_model_path
 
 
 def _flag(option: Option) -> Any:
@@ -75,6 +77,13 @@ def prune(
     missing = [shown for shown, value in zip(("MODEL", "--data", "--out"), places.values(), strict=True) if not value]
     if missing:
         raise GispError(f"{missing[0]} is missing: gisp prune MODEL --data SPEC --out RUN")
+
+    from gisp.run.folder import RunFolder
+
+    check_model_path(places["model"])
+    check_spec(places["data"])
+    with RunFolder(Path(places["out"])).writing(resume):
+        pass
 
     from gisp.run.prune import prune as run_prune
 

@@ -5,11 +5,22 @@ It composes with any way of choosing structures and ends in plain weights (and b
 
 from __future__ import annotations
 
-from gisp.compensation.acceptance import BlockFit, Stage, Step
-from gisp.compensation.apply import Compensation, compensate, fit_compensation, fold_into_dense, fold_into_pruned
+from typing import TYPE_CHECKING
+
 from gisp.compensation.options import METHODS, TARGETS, CompensationOptions
 from gisp.compensation.request import CompensationRequest, make_request
-from gisp.compensation.stages import BlockUpdate
+from gisp.lazy import lazy
+
+if TYPE_CHECKING:
+    from gisp.compensation.acceptance import BlockFit, Stage, Step
+    from gisp.compensation.apply import (
+        Compensation,
+        compensate,
+        fit_compensation,
+        fold_into_dense,
+        fold_into_pruned,
+    )
+    from gisp.compensation.stages import BlockUpdate
 
 __all__ = [
     "METHODS",
@@ -27,3 +38,15 @@ __all__ = [
     "fold_into_pruned",
     "make_request",
 ]
+
+__getattr__ = lazy(
+    __name__,
+    {
+        **dict.fromkeys(
+            ("Compensation", "compensate", "fit_compensation", "fold_into_dense", "fold_into_pruned"),
+            "gisp.compensation.apply",
+        ),
+        "BlockUpdate": "gisp.compensation.stages",
+        **dict.fromkeys(("BlockFit", "Stage", "Step"), "gisp.compensation.acceptance"),
+    },
+)

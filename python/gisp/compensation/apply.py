@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gisp.compensation.acceptance import Stage
-from gisp.compensation.options import ONLY, TRAINED, CompensationOptions
+from gisp.compensation.options import ONLY, TRAINED, CompensationOptions, make_options
 from gisp.compensation.stages import BlockUpdate, run_stages
 from gisp.compensation.sweep import OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
@@ -154,19 +154,6 @@ def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, 
             shrinkable.remove(removal)
     fold_into_pruned(shrinkable, found)
     return found
-
-
-def make_options(**options: Any) -> CompensationOptions:
-    """Checked options.
-
-    Raises:
-        GispError: an unknown option or value.
-    """
-    known = CompensationOptions.__dataclass_fields__
-    unknown = next((name for name in options if name not in known), None)
-    if unknown:
-        raise GispError(f"unknown option {unknown}: compensation has {', '.join(known)}")
-    return CompensationOptions(**options)
 
 
 def fold_into_pruned(shrinkable: ShrinkableModel, compensation: Compensation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from gisp.errors import GispError, quoted
 
@@ -142,3 +143,16 @@ class CompensationOptions:
                     f"{flag(name)} {value} would be for {' and '.join(users)} of --compensate {self.method} alike: "
                     "leave it out, or compensate with one of them"
                 )
+
+
+def make_options(**options: Any) -> CompensationOptions:
+    """Checked options.
+
+    Raises:
+        GispError: an unknown option or value.
+    """
+    known = CompensationOptions.__dataclass_fields__
+    unknown = next((name for name in options if name not in known), None)
+    if unknown:
+        raise GispError(f"unknown option {unknown}: compensation has {', '.join(known)}")
+    return CompensationOptions(**options)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gisp.compensation.apply import Compensation, make_options
-from gisp.compensation.options import CompensationOptions, flag
+from gisp.compensation.options import CompensationOptions, flag, make_options
 from gisp.errors import GispError
-from gisp.model.structures import ModelMap
+
+if TYPE_CHECKING:
+    from gisp.compensation.apply import Compensation
+    from gisp.model.structures import ModelMap
 
 # Formats that hold output biases the base model has not: the others take its own biases only.
 ADDS_BIASES = ("hf",)

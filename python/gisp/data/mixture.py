@@ -16,17 +16,18 @@ import sys
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
 from gisp.config.declare import LARGEST
 from gisp.config.options import OBJECTIVES
 from gisp.data.lm_eval_tasks import LM_EVAL
-from gisp.data.sequences import Sequences
 from gisp.errors import GispError, quoted
 from gisp.files import check_names
+
+if TYPE_CHECKING:
+    from gisp.data.sequences import Sequences
 
 MIXTURE_FILES = (".yaml", ".yml")
 _TASK_KEYS = ("data", "objective", "weight", "tokens", "samples", "seq_len")
@@ -64,6 +65,8 @@ class Entry:
         """
         if self.tokens is None and self.samples is None:
             return sequences
+        import torch
+
         generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + number)
         order = torch.randperm(len(sequences.examples), generator=generator).tolist()[: self.samples]
         if self.tokens is not None:

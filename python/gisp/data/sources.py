@@ -34,6 +34,7 @@ NAMED_DATASETS = {
 # Of a dataset of documents; one document is read whole.
 _STREAMED_ROWS = 20000
 _TEXT_FILES = (".jsonl", ".txt", ".parquet")
+_TOKEN_FILES = (".safetensors",)
 _SAVED_DATASET = ("state.json", "dataset_dict.json")
 _HELD_OUT_SPLITS = ("test", "validation")
 
@@ -53,6 +54,7 @@ def read_rows(spec: str, held_out: bool = False) -> Iterator[dict[str, Any]]:
     Raises:
         GispError: not there, not readable, or of no known format.
     """
+    check_spec(spec)
     path = Path(spec)
     if spec.startswith(LM_EVAL) or spec in NAMED_TASKS:
         yield from task_rows(spec, held_out)
@@ -77,14 +79,33 @@ def located(spec: str) -> str:
     return str(path.resolve()) if is_file or any((path / name).is_file() for name in _SAVED_DATASET) else spec
 
 
+def check_spec(spec: str) -> None:
+    """Refuse a SPEC that names nothing, before anything slow happens.
+
+    Raises:
+        GispError: a file that is not there, or a name that is not known.
+    """
+    path = Path(spec)
+    if spec.startswith(LM_EVAL) or spec in NAMED_TASKS or spec in NAMED_DATASETS:
+        return
+    if path.suffix in (*_TEXT_FILES, *_TOKEN_FILES):
+        if not path.is_file():
+            kind = "token file" if path.suffix in _TOKEN_FILES else "data file"
+            raise GispError(f"{kind} {path} does not exist: give an existing .safetensors, .jsonl, .txt or .parquet")
+    elif path.suffix not in MIXTURE_FILES and not any((path / name).is_file() for name in _SAVED_DATASET):
+        known = ", ".join([*NAMED_DATASETS, *NAMED_TASKS])
+        raise GispError(
+            f"data {quoted(spec)} is neither a .safetensors, .jsonl, .txt, .parquet or .yaml file nor a folder saved "
+            f"by datasets, {LM_EVAL}TASK or a named dataset ({known})"
+        )
+
+
 def is_document(spec: str) -> bool:
     """Whether a SPEC's text is one document, not a row each."""
     return Path(spec).suffix == ".txt" or (spec in NAMED_DATASETS and NAMED_DATASETS[spec].one_document)
 
 
 def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        raise GispError(f"data file {path} does not exist: give an existing .safetensors, .jsonl, .txt or .parquet")
     try:
         if path.suffix == ".txt":
             text = path.read_text(encoding="utf-8-sig")
@@ -145,12 +166,6 @@ def _saved_rows(path: Path, held_out: bool) -> Iterator[dict[str, Any]]:
 
 
 def _dataset_rows(name: str, held_out: bool) -> Iterator[dict[str, Any]]:
-    if name not in NAMED_DATASETS:
-        known = ", ".join([*NAMED_DATASETS, *NAMED_TASKS])
-        raise GispError(
-            f"data {quoted(name)} is neither a .safetensors, .jsonl, .txt, .parquet or .yaml file nor a folder saved "
-            f"by datasets, {LM_EVAL}TASK or a named dataset ({known})"
-        )
     datasets = _datasets(f"dataset {quoted(name)}")
     if not is_reachable():
         raise GispError(unreachable(f"dataset {quoted(name)}"))

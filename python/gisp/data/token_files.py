@@ -8,13 +8,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gisp.data.sequences import IGNORED, Row, Sequences
+from gisp.data.sources import check_spec
 from gisp.errors import GispError
 
 
 def from_token_file(path: Path, vocab_size: int, seq_len: int | None) -> Sequences:
     """Sequences of a ``.safetensors`` with ``input_ids`` int [N, S] and optional ``labels`` of the same shape."""
-    if not path.is_file():
-        raise GispError(f"token file {path} does not exist: give an existing .safetensors, .jsonl, .txt or .parquet")
+    check_spec(str(path))
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())

@@ -1,7 +1,6 @@
 """Evaluation of a model in memory: perplexity, choice accuracy, exact match and lm-eval tasks."""
 
-from gisp.evaluate.data import EvalOptions
-from gisp.evaluate.harness import LmEvalTasks
+from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.evaluate.perplexity import Perplexity, perplexity
 
 __all__ = ["EvalOptions", "LmEvalTasks", "Perplexity", "perplexity"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
+from gisp.config.evaluation import DEFAULT_WINDOW, EvalOptions, check_stride
 from gisp.data import Sequences, load_sequences, read_rows
 from gisp.data.encode import load_tokenizer
 from gisp.errors import GispError
@@ -15,59 +15,15 @@ from gisp.evaluate.batches import vocabulary
 from gisp.evaluate.choices import ChoiceAccuracy, read_question
 from gisp.evaluate.completions import CompletionPerplexity, ExactMatch, read_completion
 from gisp.evaluate.pairs import RequestEncoder
-from gisp.evaluate.perplexity import check_stride, perplexity
+from gisp.evaluate.perplexity import perplexity
 from gisp.model.checks import warn_beyond_positions
 
-DEFAULT_WINDOW = 128
 _DEFAULT_MAX_LENGTH = 2048
 # Rows of text come as one stream where windows overlap.
 _WHOLE = 2**40
 
 Measure = Callable[[Any], dict[str, Any]]
 """Figures of a model, ``perplexity``, ``tokens`` and ``window`` among them."""
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """How to evaluate.
-
-    Attributes:
-        window: longest input in tokens; ``None`` = 128 for text and tokens, the model's own limit for choices and
-            completions.
-        stride: see :func:`gisp.evaluate.perplexity.perplexity`; text and tokens only.
-        limit: rows (sequences) used, the first ones; ``None`` = all.
-        batch_size: sequences per forward pass, fewer where their logits are too many; ``None`` = by their tokens.
-        generate: also measure exact match on completions.
-        until, max_new_tokens, extract: see :class:`gisp.evaluate.completions.ExactMatch`.
-    """
-
-    window: int | None = None
-    stride: int | None = None
-    limit: int | None = None
-    batch_size: int | None = None
-    generate: bool = False
-    until: tuple[str, ...] = ()
-    max_new_tokens: int = 256
-    extract: str | None = None
-
-    def __post_init__(self) -> None:
-        check_stride(DEFAULT_WINDOW if self.window is None else self.window, self.stride)
-        for name in ("limit", "batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise GispError(f"--{name.replace('_', '-')} is {value}: give at least 1")
-        if not self.generate and (self.until or self.extract is not None):
-            raise GispError(f"{'--until' if self.until else '--extract'} belongs to --generate: add it")
-        if "" in self.until:
-            raise GispError("--until is empty: give the text that ends an answer")
-        self.pattern()
-
-    def pattern(self) -> re.Pattern[str] | None:
-        """``extract`` compiled."""
-        try:
-            return None if self.extract is None else re.compile(self.extract)
-        except re.error as error:
-            raise GispError(f"--extract {self.extract!r} is no regular expression: {error}") from None
 
 
 def prepare(data: str, options: EvalOptions, model: Any, tokenizer_from: str | None) -> Measure:

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from gisp.config.evaluation import LmEvalTasks
 from gisp.data.encode import load_tokenizer
 from gisp.errors import GispError, is_out_of_memory, quoted
 
 _BATCH_SIZE = 16
 _HIDDEN = ("alias", "name", "sample_len", "sample_count")
-
-
-@dataclass(frozen=True)
-class LmEvalTasks:
-    """What to run.
-
-    Attributes:
-        names: tasks, groups or tags; ``*`` matches any text.
-        include: folder of further task files.
-        limit: examples of each task, the first ones; ``None`` = all.
-        batch_size: sequences per forward pass, ``None`` = 16.
-    """
-
-    names: tuple[str, ...]
-    include: Path | None = None
-    limit: int | None = None
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what needs no model to be refused."""
-        if importlib.util.find_spec("lm_eval") is None:
-            raise GispError("--lm-eval needs lm-eval: pip install 'gisp-kernels[eval]'")
-        if not self.names or not all(self.names):
-            raise GispError("--lm-eval names no task: give task names with commas between them")
-        if self.include is not None and not self.include.is_dir():
-            raise GispError(f"--lm-eval-include {self.include} is no folder: give the folder of the task files")
 
 
 class Harness:

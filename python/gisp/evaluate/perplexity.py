@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from gisp.config.evaluation import check_stride
 from gisp.data import Sequences
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
@@ -77,15 +78,6 @@ def from_total(total: float, tokens: int, window: int) -> Perplexity:
     if math.isnan(mean):
         raise GispError("the loss on the evaluation data is NaN: check the weights, or use --dtype float32")
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, tokens, window)
-
-
-def check_stride(window: int, stride: int | None) -> int:
-    """The stride, ``window`` for ``None``."""
-    if window < 2:
-        raise GispError(f"--window is {window}: give at least 2")
-    if stride is not None and not 1 <= stride <= window:
-        raise GispError(f"--stride is {stride}: give 1 to the window of {window} tokens")
-    return window if stride is None else stride
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

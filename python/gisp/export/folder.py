@@ -8,14 +8,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 
 from gisp.errors import GispError
 from gisp.files import lock_beside, one_writer, remove_stale, temporary_path
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_place(out: Path) -> Path:
@@ -72,6 +73,8 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> int:
     Raises:
         GispError: the disk has too little room.
     """
+    from huggingface_hub import save_torch_state_dict
+
     check_room(folder, sum(t.numel() * t.element_size() for t in state.values()))
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -9,9 +9,10 @@ import torch
 
 from gisp.errors import GispError, quoted
 from gisp.export.modeling_gisp import AUTO_CLASSES, FAMILIES, classes_of
-from gisp.export.nested.files import is_nested
 from gisp.export.nested.model import load_nested
-from gisp.model.load import check_model_path, load_dense, resolve_device
+from gisp.export.nested.place import is_nested
+from gisp.model.load import load_dense, resolve_device
+from gisp.model.paths import check_model_path
 
 
 def load(

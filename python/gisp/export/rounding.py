@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from gisp.errors import GispError
+from gisp.export.options import SizeOptions, option_text
 from gisp.export.spec import PrunedSpec
 from gisp.model.keep import kv_heads
 from gisp.model.structures import ModelMap
-
-
-@dataclass(frozen=True)
-class SizeOptions:
-    """Sizes asked for; ``None`` = not asked for.
-
-    Attributes:
-        round_mlp: MLP widths are multiples of it.
-        align_heads: numbers of query heads are multiples of it (tensor parallelism).
-        min_heads: fewest query heads of a layer.
-    """
-
-    round_mlp: int | None = None
-    align_heads: int | None = None
-    min_heads: int | None = None
-
-    def given(self) -> dict[str, int]:
-        """The options asked for, by name.
-
-        Raises:
-            GispError: a value below 1.
-        """
-        values = {name: value for name, value in vars(self).items() if value is not None}
-        for name, value in values.items():
-            if value < 1:
-                raise GispError(f"{option_text({name: value})}: give 1 or more")
-        return values
-
-
-def option_text(options: dict[str, int]) -> str:
-    """Options as they are typed: ``--round-mlp 64 --align-heads 4``."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
 def kept_parameters(model_map: ModelMap, heads: Sequence[int], channels: int) -> int:

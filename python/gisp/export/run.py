@@ -10,19 +10,16 @@ from typing import Any
 from torch import nn
 
 from gisp.compensation import Compensation, CompensationRequest, fit_compensation, fold_into_dense, fold_into_pruned
-from gisp.errors import GispError, quoted
 from gisp.evaluate import EvalOptions, Perplexity
 from gisp.evaluate.data import prepare
 from gisp.export.beside import base_folder
 from gisp.export.folder import export_place
 from gisp.export.formats.gguf.file import require_gguf
-from gisp.export.formats.gguf.write import export_gguf
-from gisp.export.formats.hf import export_hf
-from gisp.export.formats.masked import export_masked
-from gisp.export.formats.uniform import export_uniform, uniform_spec
+from gisp.export.formats.uniform import uniform_spec
 from gisp.export.hub import check_push, push_folder
 from gisp.export.nested.export import export_nested
-from gisp.export.rounding import SizeOptions, option_text, round_mlp
+from gisp.export.options import FORMATS, SizeOptions, check_options
+from gisp.export.rounding import round_mlp
 from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
 from gisp.model.gguf import tokenizer_folder
 from gisp.model.shrink import ShrinkableModel
@@ -30,21 +27,6 @@ from gisp.model.structures import map_model
 from gisp.run.evaluations import read_evaluations
 from gisp.run.trajectory import Trajectory
 
-
-@dataclass(frozen=True)
-class Format:
-    """A format: what writes it, and the options of :class:`SizeOptions` it follows."""
-
-    write: Callable[..., ExportReport]
-    sizes: tuple[str, ...] = ()
-
-
-FORMATS = {
-    "hf": Format(export_hf, ("round_mlp", "align_heads", "min_heads")),
-    "gguf": Format(export_gguf, ("round_mlp",)),
-    "uniform": Format(export_uniform, ("round_mlp", "align_heads", "min_heads")),
-    "masked": Format(export_masked),
-}
 UNMEASURED = (
     "perplexity",
     "not measured; `gisp export RUN --sparsity S --format uniform --data DATA` measures it here and at the exact "
@@ -127,7 +109,9 @@ def export_run(
             does not take the export, which then stays at ``out``.
     """
     sizes = sizes or SizeOptions()
-    _check_options(format, sizes, dtype)
+    check_options(format, sizes, dtype)
+    if format == "gguf":
+        require_gguf()  # before a large model is loaded
     if push_to_hub is not None:
         check_push(push_to_hub, private)
     with export_place(Path(out)) as place:
@@ -174,7 +158,7 @@ def _export(
     if format == "hf":
         options = {"align_heads": sizes.align_heads or 1, "min_heads": sizes.min_heads or 1}
     with tokenizer_folder(source) as folder:
-        report = FORMATS[format].write(base, spec, out, tokenizer_from=folder, **options)
+        report = FORMATS[format].writer(base, spec, out, tokenizer_from=folder, **options)
     return RunExport(point, spec, report, quality)
 
 
@@ -239,21 +223,6 @@ def measure_quality(
         compensated=compensation is not None,
     )
     return quality, compensation
-
-
-def _check_options(format: str, sizes: SizeOptions, dtype: str | None) -> None:
-    if format not in FORMATS:
-        raise GispError(f"format {quoted(format)} is not available: choose one of {', '.join(FORMATS)}")
-    if format == "gguf":
-        require_gguf()  # before a large model is loaded
-    elif dtype is not None:
-        raise GispError(f"--dtype {dtype} is for --format gguf: {format} keeps the dtype of the base model")
-    for name, value in sizes.given().items():
-        if name not in FORMATS[format].sizes:
-            formats = " or ".join(other for other, each in FORMATS.items() if name in each.sizes)
-            raise GispError(
-                f"{option_text({name: value})} changes nothing in format {format}: leave it out, or --format {formats}"
-            )
 
 
 def export_nested_run(

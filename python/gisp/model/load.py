@@ -6,21 +6,18 @@ import contextlib
 import json
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gisp.errors import GispError, is_out_of_memory, quoted
-from gisp.files import check_names
 from gisp.hub import hub_options, unreachable
 from gisp.model.checks import other_attention
-from gisp.model.gguf import dense_options, is_gguf, made_dense, pretrained
+from gisp.model.gguf import dense_options, made_dense, pretrained
+from gisp.model.paths import HUB_NAME, check_model_path
 from gisp.model.stored import check_stored, left_out
 from gisp.model.structures import first_bad_parameter
-
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -47,21 +44,6 @@ def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
     if dtype is not None and dtype not in ("bfloat16", "float32"):
         raise GispError(f"unknown dtype {quoted(dtype)}: choose one of bfloat16, float32")
     return getattr(torch, dtype) if dtype else (torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
-def check_model_path(path: str) -> None:
-    """Refuse what is neither a model folder nor a possible hub name, before anything slow happens."""
-    check_names(path, "model")
-    folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise GispError(f"{path} is not a model folder: it has no config.json")
-    elif folder.is_file() and is_gguf(folder):
-        pretrained(path)
-    elif folder.exists():
-        raise GispError(f"{path} is a file: give a model folder or a .gguf file")
-    elif not _HUB_NAME.fullmatch(path):
-        raise GispError(f"model {path} does not exist: give a model folder or a hub name like org/name")
 
 
 def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any:
@@ -124,7 +106,7 @@ def snapshot(name: str) -> Path | None:
     """The folder in the cache with the files of a hub name that were read before; ``None`` if there is none."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json") if _HUB_NAME.fullmatch(name) else None
+    found = try_to_load_from_cache(name, "config.json") if HUB_NAME.fullmatch(name) else None
     return Path(found).parent if isinstance(found, str) else None
 
 

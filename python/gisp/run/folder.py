@@ -14,19 +14,21 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 
 from gisp.config.options import CONFIG_FILE
 from gisp.data.sources import located
 from gisp.errors import GispError
 from gisp.files import disk_message, final_name, one_writer, write_atomic
 from gisp.run.record import LOCK, RECORD, STATE, TENSORS, earlier_tensors
-from gisp.run.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import torch
+
+    from gisp.run.trajectory import Trajectory
 
 METRICS = "metrics.jsonl"
 
@@ -89,6 +91,8 @@ class RunFolder:
             state: tensors a resumed run needs (moving averages).
             earlier: the file of removal steps before this step, where it changed steps before its own.
         """
+        from safetensors.torch import save
+
         step = len(trajectory.steps)
         try:
             (self.path / STATE).mkdir(parents=True, exist_ok=True)
@@ -119,6 +123,8 @@ class RunFolder:
         Raises:
             GispError: the state is not there or not the one the run wrote.
         """
+        from safetensors.torch import load
+
         try:
             stored = self._state(step).read_bytes()
             state = load(stored)

@@ -13,7 +13,8 @@ from gisp.config.options import IN_MEMORY, OPTIONS, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
 from gisp.model.checks import check_writable, warn_beyond_positions
-from gisp.model.load import check_model_path, load_dense, resolve_device, resolve_dtype
+from gisp.model.load import load_dense, resolve_device, resolve_dtype
+from gisp.model.paths import check_model_path
 from gisp.model.probe import PROVEN
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import first_bad_parameter, map_model

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gisp.compensation import CompensationRequest
+from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.errors import GispError
-from gisp.evaluate.data import EvalOptions, Measure, prepare
-from gisp.evaluate.harness import Harness, LmEvalTasks
-from gisp.export.nested.files import is_nested
-from gisp.model.load import check_model_path
-from gisp.target.open import Target, is_run, open_target
+from gisp.evaluate.data import Measure, prepare
+from gisp.evaluate.harness import Harness
+from gisp.target.check import check_along, is_run
+from gisp.target.open import Target, open_target
 from gisp.target.record import EvaluationRecorder
 
 
@@ -84,9 +84,7 @@ def evaluate_along(
     chosen = _checked(target, data, options, window, lm_eval, compensation)
     if not sparsities:
         raise GispError("--sparsities is empty: give numbers with commas between them")
-    if not is_run(target) and not is_nested(target):
-        check_model_path(target)
-        raise GispError(f"--sparsities needs a run folder or a nested checkpoint, {target} is a model: leave it out")
+    check_along(target)
     opened = open_target(target, sparsity=0.0, device=device, dtype=dtype)
     wanted = {0: opened.points[0]} | {p.step or 0: p for p in map(opened.nearest, sparsities)}
     recorder = _recorder(target, opened, data, chosen, lm_eval)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from gisp.compensation import CompensationRequest, compensate
-from gisp.errors import GispError
 from gisp.export.load import load
-from gisp.export.nested.files import NestedFiles, is_nested
+from gisp.export.nested.files import NestedFiles
+from gisp.export.nested.place import is_nested
+from gisp.export.stored import StoredSize, stored_sizes
 from gisp.model.attention import KV_INDEX, NoHeads
-from gisp.model.load import check_model_path, resolve_device, resolve_dtype
-from gisp.run.record import RECORD
+from gisp.model.load import resolve_device, resolve_dtype
+from gisp.model.structures import channels_name, heads_name
 from gisp.run.trajectory import Trajectory, move_to
 from gisp.select.schedule import nearest_step
+from gisp.target.check import check_target, is_run
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,26 @@ class Target:
     """
 
     def __init__(
-        self, model: Any, source: str, points: Sequence[Point], point: Point, move: Callable[[Point], None] | None
+        self,
+        model: Any,
+        source: str,
+        points: Sequence[Point],
+        point: Point,
+        move: Callable[[Point], None] | None,
+        stored: Callable[[int], StoredSize] | None = None,
     ) -> None:
         self.model, self.source, self.points, self.point = model, source, points, point
-        self._move = move
+        self._move, self._stored = move, stored
         self._compensation: str | None = None
+        # Biases a compensation adds.
+        self._added = 0
 
     def compensate(self, request: CompensationRequest) -> None:
         """Compensate a run's model where it is; moving takes that back."""
         if self.point.step:
+            before = parameters(self.model)
             done = compensate(self.model, request.calibration, **asdict(request.options))
+            self._added = parameters(self.model) - before
             self._compensation = request.describe(done)
 
     def move(self, point: Point) -> None:
@@ -61,7 +72,7 @@ class Target:
         if self._move is not None:
             self._move(point)
             self.point = point
-            self._compensation = None
+            self._compensation, self._added = None, 0
 
     def nearest(self, sparsity: float) -> Point:
         """The point nearest to a sparsity, the smaller of two equally near.
@@ -75,23 +86,24 @@ class Target:
     def describe(self) -> dict[str, Any]:
         """``sparsity, model_sparsity, step, parameters, kv_bytes_per_token`` of the model as it is.
 
-        After a compensation also ``compensation``: what was done.
+        Of a run's point the last two are what its ``hf`` export stores (:mod:`gisp.export.stored`): the pruned model in
+        memory reads a key/value head by any number of query heads, an export does not. After a compensation also
+        ``compensation``: what was done.
         """
         done = {} if self._compensation is None else {"compensation": self._compensation}
+        count, kv_bytes = parameters(self.model), kv_bytes_per_token(self.model)
+        if self._stored is not None:
+            size = self._stored(int(self.point.step or 0))
+            count = size.parameters + self._added
+            kv_bytes = size.kv_bytes_per_token(next(self.model.parameters()).element_size())
         return {
             "sparsity": self.point.sparsity,
             "model_sparsity": self.point.model_sparsity,
             "step": self.point.step,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "kv_bytes_per_token": kv_bytes_per_token(self.model),
+            "parameters": count,
+            "kv_bytes_per_token": kv_bytes,
             **done,
         }
-
-
-def is_run(target: str) -> bool:
-    """Whether a path is a run folder (or a folder that is no model either, so the error speaks of runs)."""
-    path = Path(target)
-    return path.is_dir() and ((path / RECORD).exists() or not (path / "config.json").exists())
 
 
 def open_target(
@@ -109,11 +121,7 @@ def open_target(
     place = resolve_device(device)
     if is_run(target):
         return _open_run(Trajectory.load(target), sparsity, device, dtype)
-    if sparsity is not None and not is_nested(target):
-        raise GispError(
-            f"--sparsity {sparsity} needs a run folder or a nested checkpoint, {target} is a model: leave it out"
-        )
-    check_model_path(target)
+    check_target(target, sparsity)
     model = load(target, sparsity=sparsity, device=str(place), dtype=resolve_dtype(dtype, place))
     record = getattr(model.config, "gisp", None) or {}
     step = int(record["step"]) if is_nested(target) else None
@@ -139,7 +147,22 @@ def _open_run(trajectory: Trajectory, sparsity: float | None, device: str, dtype
         points,
         points[step],
         lambda point: move_to(shrinkable, trajectory, int(point.step or 0)),
+        lambda step: stored_at(trajectory, [step])[0],
     )
+
+
+def stored_at(trajectory: Trajectory, steps: Sequence[int]) -> list[StoredSize]:
+    """What exports of a run's steps store."""
+    heads, channels = (
+        [trajectory.removed_at[name(layer)].numpy() for layer in range(trajectory.layers)]
+        for name in (heads_name, channels_name)
+    )
+    return stored_sizes(trajectory.base_model, heads, channels, steps)
+
+
+def parameters(model: Any) -> int:
+    """Parameters of a model, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def kv_bytes_per_token(model: Any) -> int | None:

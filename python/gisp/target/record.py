@@ -7,9 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.errors import GispError
-from gisp.evaluate.data import EvalOptions
-from gisp.evaluate.harness import LmEvalTasks
 from gisp.run.evaluations import THIS_RUN, add_evaluations, read_evaluations
 from gisp.run.record import library_versions
 from gisp.run.trajectory import Trajectory

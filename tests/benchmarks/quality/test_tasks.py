@@ -36,7 +36,8 @@ def test_accuracy_is_lm_evals(
     pytest.importorskip("lm_eval")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    from gisp.evaluate.harness import Harness, LmEvalTasks
+    from gisp.evaluate import LmEvalTasks
+    from gisp.evaluate.harness import Harness
 
     definitions = tmp_path / "definitions"
     names = write_definitions(originals, definitions)
@@ -60,9 +61,9 @@ def test_accuracy_is_lm_evals(
 
 
 def _gisp_eval_agrees(definitions: Path, files: Path, model: Any) -> None:
-    from gisp.evaluate import EvalOptions
+    from gisp.evaluate import EvalOptions, LmEvalTasks
     from gisp.evaluate.data import prepare as prepare_evaluation
-    from gisp.evaluate.harness import Harness, LmEvalTasks
+    from gisp.evaluate.harness import Harness
 
     spec = f"lm-eval:hellaswag@{definitions}"
     found = prepare_evaluation(spec, EvalOptions(limit=LIMIT), model, str(files / "model"))(model)

@@ -20,9 +20,9 @@ from gisp.compensation import (
     fit_compensation,
     fold_into_dense,
 )
-from gisp.compensation.apply import make_options
 from gisp.compensation.fits import LeastSquaresFit, RescaleFit, ridge
 from gisp.compensation.held_out import hold_out
+from gisp.compensation.options import make_options
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep

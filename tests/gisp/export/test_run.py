@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import gisp
 from gisp.cli import main
-from gisp.export.rounding import SizeOptions
+from gisp.export.options import SizeOptions
 from gisp.export.run import export_run
 from gisp.export.spec import PrunedSpec, last_to_go
 from gisp.target import evaluate_target

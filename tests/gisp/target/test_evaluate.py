@@ -21,6 +21,7 @@ from gisp.report.points import draw_points
 from gisp.report.write import write_report
 from gisp.run.evaluations import EVALUATIONS, read_evaluations
 from gisp.target import evaluate_along, evaluate_target
+from gisp.target.open import stored_at
 
 ROWS = [
     {"context": f"a {word}", "choices": [" cab", " big bag", " no"], "answer": number % 3}
@@ -74,10 +75,16 @@ def test_every_point_is_that_of_a_model_made_for_it(places: Path, data: str) -> 
             assert one == pytest.approx(point, rel=1e-6)
             assert point["sparsity"] == trajectory.sparsity_at(step)
             assert point["model_sparsity"] == trajectory.model_sparsity_at(step)
+            size = stored_at(trajectory, [step])[0]
             removed = trajectory.steps[step - 1].removed_parameters if step else 0
             kv_bytes = trajectory.steps[step - 1].kv_bytes_per_token if step else KV_BYTES
+            if target == "run":
+                # What an export stores; tests/gisp/export/test_stored.py compares it with exports.
+                assert point["kv_bytes_per_token"] == size.kv_bytes_per_token(4)
+                assert point["parameters"] == size.parameters
+                continue
             assert point["kv_bytes_per_token"] == kv_bytes
-            if target == "nested" and trajectory.config["gqa"] != "group":
+            if trajectory.config["gqa"] != "group":
                 # Keys and values that no query head is left to read are not in the checkpoint's prefixes.
                 removed += (KV_BYTES - kv_bytes) // 4 * HIDDEN
             assert point["parameters"] == trajectory.base_model["parameters"] - removed

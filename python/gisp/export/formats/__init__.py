@@ -1,1 +1,1 @@
-"""Formats of exports, one a module; ``FORMATS`` of :mod:`gisp.export.run` names them."""
+"""Formats of exports, one a module; ``FORMATS`` of :mod:`gisp.export.options` names them."""

@@ -19,23 +19,18 @@ from safetensors.torch import load_file, save_file
 
 from gisp.errors import GispError, quoted
 from gisp.export.nested.order import LayerOrder, Nesting
+from gisp.export.nested.place import RECORD, is_nested
 from gisp.run.record import INVALID, corrupt, is_count, is_finite, load_json, require
 from gisp.select.schedule import nearest_step
 from gisp_kernels.groups import KINDS
 
 FORMAT, VERSION = "gisp-nested", 1
-RECORD = "nested.json"
 LAYOUT = "nested-layout.safetensors"
 MODEL_TYPE = "gisp_nested"
 # Layers, and what KINDS count in a dense one.
 _BASE_COUNTS = ("layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 _SHARD_BYTES = 5 * 10**9
 _READ_BYTES = 2**24
-
-
-def is_nested(path: str | Path) -> bool:
-    """Whether a folder is a nested checkpoint."""
-    return (Path(path) / RECORD).is_file()
 
 
 def write_shards(

@@ -1,4 +1,4 @@
-"""Commands on finished runs and models: export, report, inspect."""
+"""``gisp export``: a point of a run, or all of them, as a folder that loads elsewhere."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from gisp.cli.compensation_options import COMPENSATION, compensation_request
 from gisp.cli.flags import with_flags
+from gisp.data.sources import check_spec
 from gisp.errors import GispError
+from gisp.export.folder import check_place
+from gisp.export.options import SizeOptions, check_options, option_text
 
 _HUB = "Hub"
 
@@ -56,10 +57,13 @@ def export(
             f"{missing} is missing: gisp export RUN --sparsity S --out DIR, or gisp export RUN --nested DIR"
         )
 
-    from gisp.export.rounding import SizeOptions, option_text
+    sizes = SizeOptions(round_mlp, align_heads, min_heads)
+    check_options(format, sizes, dtype)
+    request = compensation_request(compensation)
+    _check_given(run, sparsity, out, (data, compensation["calibration"]))
+
     from gisp.export.run import export_run
 
-    sizes = SizeOptions(round_mlp, align_heads, min_heads)
     done = export_run(
         run,
         sparsity,
@@ -70,7 +74,7 @@ def export(
         data=data,
         window=window,
         dtype=dtype,
-        compensation=compensation_request(compensation),
+        compensation=request,
         **hub,
     )
     own = [f"format {format}"] if format != "hf" else []
@@ -89,7 +93,23 @@ def _check_nested(format: str, others: tuple[Any, ...], compensation: dict[str, 
         raise GispError("--nested has a form of its own for every sparsity: leave the other options out")
 
 
+def _check_given(run: Path, sparsity: float, out: Path, specs: tuple[str | None, ...]) -> None:
+    """Refuse a run, a point or data that are not there, and a place that is taken."""
+    from gisp.target.check import check_run
+
+    check_place(out)
+    check_run(run, sparsity)
+    for spec in specs:
+        if spec is not None:
+            check_spec(spec)
+
+
 def _export_nested(run: Path, folder: Path, device: str, hub: dict[str, Any]) -> None:
+    from gisp.target.check import check_run
+
+    check_place(folder)
+    check_run(run)
+
     from gisp.export.run import export_nested_run
 
     written = export_nested_run(run, folder, device=device, **hub)
@@ -122,84 +142,3 @@ def _print_export(done: Any, out: Path, own: list[str]) -> None:
 def _print_url(url: str) -> None:
     if url:
         print(f"  pushed to {url}")
-
-
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Write report.html and its pictures into the run folder."""
-    from gisp.report.write import write_report
-
-    print(write_report(run).html)
-
-
-def inspect(
-    target: Annotated[str, typer.Argument(help="Run folder, nested checkpoint or dense model.", metavar="RUN|MODEL")],
-) -> None:
-    """Show what a run removed, which sizes a nested checkpoint holds, or what could be removed from a model."""
-    from gisp.export.nested.files import is_nested
-    from gisp.model.load import load_dense, resolve_device
-    from gisp.model.structures import map_model
-    from gisp.run.trajectory import Trajectory
-    from gisp.target.open import is_run
-
-    console = Console(highlight=False)
-    if is_nested(target):
-        _show_nested(console, target)
-        return
-    if is_run(target):
-        trajectory = Trajectory.load(target)
-        _show_run(console, trajectory)
-        _show_evaluations(console, Path(target), str(trajectory.base_model["fingerprint"]))
-        return
-    import torch
-
-    model_map = map_model(load_dense(target, resolve_device("cpu"), torch.float32))
-    table = Table("property", "value", title=target)
-    for key, value in model_map.describe().items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else value)
-    table.add_row("parameters of a removed head", f"{model_map.head_parameters:,}")
-    table.add_row("parameters of a removed channel", f"{model_map.channel_parameters:,}")
-    console.print(table)
-
-
-def _show_run(console: Console, trajectory: Any) -> None:
-    last = len(trajectory.steps)
-    state = "complete" if trajectory.complete else "unfinished"
-    console.print(
-        f"{trajectory.base_model['path'] or 'model in memory'}: preset {trajectory.config['preset']}, "
-        f"{last} steps, {state}, decoder sparsity {trajectory.sparsity_at(last):.4f}",
-        soft_wrap=True,
-    )
-    table = Table("layer", "heads kept", "channels kept", "first removal at step")
-    for layer in range(trajectory.layers):
-        names = (f"layers.{layer}.heads", f"layers.{layer}.channels")
-        removed = [trajectory.removed_at[name] for name in names]
-        steps = [int(at[at > 0].min()) for at in removed if bool((at > 0).any())]
-        cells = [f"{int((at == 0).sum())} / {len(at)}" for at in removed]
-        table.add_row(str(layer), *cells, str(min(steps)) if steps else "-")
-    console.print(table)
-
-
-def _show_evaluations(console: Console, run: Path, fingerprint: str) -> None:
-    """What was measured on points of the run."""
-    from gisp.report.evaluations import HEADER, evaluation_rows
-    from gisp.run.evaluations import read_evaluations
-
-    rows = evaluation_rows(read_evaluations(run, fingerprint))
-    if not rows:
-        console.print(f"not evaluated yet: gisp eval {run} --sparsities 0.2,0.3 --data HELDOUT", soft_wrap=True)
-        return
-    table = Table(*HEADER, title="evaluations")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def _show_nested(console: Console, folder: str) -> None:
-    from gisp.export.nested.files import NestedFiles
-
-    files = NestedFiles.open(folder)
-    table = Table("sparsity", "query heads", "key/value heads", "MLP channels", title=folder)
-    rows = zip(files.sparsities, files.nesting.prefixes.sum(1).tolist(), strict=True)
-    for sparsity, counts in rows:
-        table.add_row(f"{sparsity:.4f}", *(f"{count:,}" for count in counts))
-    console.print(table)

@@ -1,0 +1,138 @@
+"""``gisp inspect`` and ``gisp report``: what a run did, and which sizes are there, as tables and as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+# More steps are shown evenly spaced.
+_POINTS = 21
+
+
+def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Write report.html and its pictures into the run folder."""
+    from gisp.target.check import check_run
+
+    check_run(run)
+
+    from gisp.report.write import write_report
+
+    print(write_report(run).html)
+
+
+def inspect(
+    target: Annotated[str, typer.Argument(help="Run folder, nested checkpoint or dense model.", metavar="RUN|MODEL")],
+) -> None:
+    """Show the sizes a run can be exported at, those a nested checkpoint holds, or what could go of a model."""
+    from gisp.export.nested.place import is_nested
+    from gisp.model.paths import check_model_path
+    from gisp.target.check import is_run
+
+    console = Console(highlight=False)
+    if is_nested(target):
+        _show_nested(console, target)
+    elif is_run(target):
+        _show_run(console, Path(target))
+    else:
+        check_model_path(target)
+        _show_model(console, target)
+
+
+def _show_model(console: Console, target: str) -> None:
+    import torch
+
+    from gisp.model.load import load_dense, resolve_device
+    from gisp.model.structures import map_model
+
+    model_map = map_model(load_dense(target, resolve_device("cpu"), torch.float32))
+    table = Table("property", "value", title=target)
+    for key, value in model_map.describe().items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else value)
+    table.add_row("parameters of a removed head", f"{model_map.head_parameters:,}")
+    table.add_row("parameters of a removed channel", f"{model_map.channel_parameters:,}")
+    console.print(table)
+
+
+def _show_run(console: Console, folder: Path) -> None:
+    """A line about the run, its points and its layers; read without torch."""
+    from gisp.run.record import read_trajectory
+
+    record, removed_at = read_trajectory(folder)
+    steps = record["steps"]
+    state = "complete" if record["complete"] else "unfinished"
+    console.print(
+        f"{record['base_model']['path'] or 'model in memory'}: preset {record['config']['preset']}, "
+        f"{len(steps)} steps, {state}, decoder sparsity {steps[-1]['sparsity']:.4f}",
+        soft_wrap=True,
+    )
+    console.print(_points_table(record, removed_at))
+    console.print(
+        f"gisp export {folder} --sparsity S --out DIR takes the nearest of all {len(steps)} steps; stored is what its "
+        "export holds, with the heads that unevenly shared keys and values need",
+        soft_wrap=True,
+    )
+    table = Table("layer", "heads kept", "channels kept", "first removal at step")
+    for layer in range(record["base_model"]["layers"]):
+        removed = [removed_at[f"layers.{layer}.{kind}"] for kind in ("heads", "channels")]
+        first = [int(at[at > 0].min()) for at in removed if bool((at > 0).any())]
+        cells = [f"{int((at == 0).sum())} / {len(at)}" for at in removed]
+        table.add_row(str(layer), *cells, str(min(first)) if first else "-")
+    console.print(table)
+    _show_evaluations(console, folder, str(record["base_model"]["fingerprint"]))
+
+
+def _show_evaluations(console: Console, run: Path, fingerprint: str) -> None:
+    """What was measured on points of the run."""
+    from gisp.report.evaluations import HEADER, evaluation_rows
+    from gisp.run.evaluations import read_evaluations
+
+    rows = evaluation_rows(read_evaluations(run, fingerprint))
+    if not rows:
+        console.print(f"not evaluated yet: gisp eval {run} --sparsities 0.2,0.3 --data HELDOUT", soft_wrap=True)
+        return
+    table = Table(*HEADER, title="evaluations")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _points_table(record: dict[str, Any], removed_at: dict[str, Any]) -> Table:
+    """Sparsities that can be exported, with what was removed and what is stored."""
+    from gisp.export.stored import element_bytes, stored_sizes
+
+    base, config, steps = record["base_model"], record["config"], record["steps"]
+    last = len(steps)
+    shown = sorted({round(last * place / min(_POINTS, last)) for place in range(min(_POINTS, last) + 1)})
+    heads, channels = (
+        [removed_at[f"layers.{layer}.{kind}"] for layer in range(base["layers"])] for kind in ("heads", "channels")
+    )
+    removed = [step["removed_parameters"] for step in steps]
+    sizes = stored_sizes(base, heads, channels, shown)
+    number_bytes = element_bytes(base, heads, steps, config.get("dtype"))
+    table = Table("sparsity", "step", "removed", "stored", "KV B/token", "loss")
+    for step, size in zip(shown, sizes, strict=True):
+        table.add_row(
+            f"{steps[step - 1]['sparsity'] if step else 0.0:.4f}",
+            str(step),
+            f"{removed[step - 1] if step else 0:,}",
+            f"{size.parameters:,}",
+            f"{size.kv_bytes_per_token(number_bytes):,}" if number_bytes else "-",
+            # The loss of a step is that of the model it began with.
+            f"{steps[step]['loss']:.4f}" if step < last else "-",
+        )
+    return table
+
+
+def _show_nested(console: Console, folder: str) -> None:
+    from gisp.export.nested.files import NestedFiles
+
+    files = NestedFiles.open(folder)
+    table = Table("sparsity", "query heads", "key/value heads", "MLP channels", title=folder)
+    rows = zip(files.sparsities, files.nesting.prefixes.sum(1).tolist(), strict=True)
+    for sparsity, counts in rows:
+        table.add_row(f"{sparsity:.4f}", *(f"{count:,}" for count in counts))
+    console.print(table)

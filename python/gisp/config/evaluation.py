@@ -1,0 +1,90 @@
+"""Options of an evaluation and their checks, which need no model."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gisp.errors import GispError
+
+DEFAULT_WINDOW = 128
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to evaluate.
+
+    Attributes:
+        window: longest input in tokens; ``None`` = 128 for text and tokens, the model's own limit for choices and
+            completions.
+        stride: see :func:`gisp.evaluate.perplexity.perplexity`; text and tokens only.
+        limit: rows (sequences) used, the first ones; ``None`` = all.
+        batch_size: sequences per forward pass, fewer where their logits are too many; ``None`` = by their tokens.
+        generate: also measure exact match on completions.
+        until, max_new_tokens, extract: see :class:`gisp.evaluate.completions.ExactMatch`.
+    """
+
+    window: int | None = None
+    stride: int | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    generate: bool = False
+    until: tuple[str, ...] = ()
+    max_new_tokens: int = 256
+    extract: str | None = None
+
+    def __post_init__(self) -> None:
+        check_stride(DEFAULT_WINDOW if self.window is None else self.window, self.stride)
+        for name in ("limit", "batch_size", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise GispError(f"--{name.replace('_', '-')} is {value}: give at least 1")
+        if not self.generate and (self.until or self.extract is not None):
+            raise GispError(f"{'--until' if self.until else '--extract'} belongs to --generate: add it")
+        if "" in self.until:
+            raise GispError("--until is empty: give the text that ends an answer")
+        self.pattern()
+
+    def pattern(self) -> re.Pattern[str] | None:
+        """``extract`` compiled."""
+        try:
+            return None if self.extract is None else re.compile(self.extract)
+        except re.error as error:
+            raise GispError(f"--extract {self.extract!r} is no regular expression: {error}") from None
+
+
+@dataclass(frozen=True)
+class LmEvalTasks:
+    """What to run.
+
+    Attributes:
+        names: tasks, groups or tags; ``*`` matches any text.
+        include: folder of further task files.
+        limit: examples of each task, the first ones; ``None`` = all.
+        batch_size: sequences per forward pass, ``None`` = 16.
+    """
+
+    names: tuple[str, ...]
+    include: Path | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what needs no model to be refused."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise GispError("--lm-eval needs lm-eval: pip install 'gisp-kernels[eval]'")
+        if not self.names or not all(self.names):
+            raise GispError("--lm-eval names no task: give task names with commas between them")
+        if self.include is not None and not self.include.is_dir():
+            raise GispError(f"--lm-eval-include {self.include} is no folder: give the folder of the task files")
+
+
+def check_stride(window: int, stride: int | None) -> int:
+    """The stride, ``window`` for ``None``."""
+    if window < 2:
+        raise GispError(f"--window is {window}: give at least 2")
+    if stride is not None and not 1 <= stride <= window:
+        raise GispError(f"--stride is {stride}: give 1 to the window of {window} tokens")
+    return window if stride is None else stride

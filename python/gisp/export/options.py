@@ -1,0 +1,88 @@
+"""Formats of an export, the sizes they round to, and their checks, which need no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from gisp.errors import GispError, quoted
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """Sizes asked for; ``None`` = not asked for.
+
+    Attributes:
+        round_mlp: MLP widths are multiples of it.
+        align_heads: numbers of query heads are multiples of it (tensor parallelism).
+        min_heads: fewest query heads of a layer.
+    """
+
+    round_mlp: int | None = None
+    align_heads: int | None = None
+    min_heads: int | None = None
+
+    def given(self) -> dict[str, int]:
+        """The options asked for, by name.
+
+        Raises:
+            GispError: a value below 1.
+        """
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        for name, value in values.items():
+            if value < 1:
+                raise GispError(f"{option_text({name: value})}: give 1 or more")
+        return values
+
+
+def option_text(options: dict[str, int]) -> str:
+    """Options as they are typed: ``--round-mlp 64 --align-heads 4``."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Attributes:
+        home: ``module:function`` that writes it; imported when it is asked for.
+        sizes: the options of :class:`SizeOptions` it follows.
+    """
+
+    home: str
+    sizes: tuple[str, ...] = ()
+
+    @property
+    def writer(self) -> Callable[..., Any]:
+        """Writes a base model and a spec, and returns the report of it."""
+        module, name = self.home.split(":")
+        found: Callable[..., Any] = getattr(import_module(module), name)
+        return found
+
+
+FORMATS = {
+    "hf": Format("gisp.export.formats.hf:export_hf", ("round_mlp", "align_heads", "min_heads")),
+    "gguf": Format("gisp.export.formats.gguf.write:export_gguf", ("round_mlp",)),
+    "uniform": Format("gisp.export.formats.uniform:export_uniform", ("round_mlp", "align_heads", "min_heads")),
+    "masked": Format("gisp.export.formats.masked:export_masked"),
+}
+
+
+def check_options(format: str, sizes: SizeOptions, dtype: str | None) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        GispError: an unknown format, or an option it does not follow.
+    """
+    if format not in FORMATS:
+        raise GispError(f"format {quoted(format)} is not available: choose one of {', '.join(FORMATS)}")
+    if format != "gguf" and dtype is not None:
+        raise GispError(f"--dtype {dtype} is for --format gguf: {format} keeps the dtype of the base model")
+    for name, value in sizes.given().items():
+        if name not in FORMATS[format].sizes:
+            formats = " or ".join(other for other, each in FORMATS.items() if name in each.sizes)
+            raise GispError(
+                f"{option_text({name: value})} changes nothing in format {format}: leave it out, or --format {formats}"
+            )

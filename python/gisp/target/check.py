@@ -1,0 +1,80 @@
+"""What a path names and whether it has the asked points, found without torch: bad input is refused at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gisp.errors import GispError
+from gisp.export.nested.place import RECORD as NESTED
+from gisp.export.nested.place import is_nested
+from gisp.model.paths import check_model_path
+from gisp.run.record import RECORD, load_json, read_record
+from gisp.select.schedule import nearest_step
+
+
+def is_run(target: str) -> bool:
+    """Whether a path is a run folder (or a folder that is no model either, so the error speaks of runs)."""
+    path = Path(target)
+    return path.is_dir() and ((path / RECORD).exists() or not (path / "config.json").exists())
+
+
+def run_points(folder: Path) -> list[float]:
+    """Sparsity of the dense model and after every step of a run.
+
+    Raises:
+        GispError: no run there, or a corrupt one.
+    """
+    return [0.0, *(float(step["sparsity"]) for step in read_record(folder)["steps"])]
+
+
+def check_target(target: str, sparsity: float | None = None, given: str = "sparsity is") -> None:
+    """Refuse a path that names neither model, nested checkpoint nor run, or has no such point.
+
+    Args:
+        given: begins the error about a sparsity, which goes on with its value.
+
+    Raises:
+        GispError: names the path or the sparsity.
+    """
+    points: Sequence[float] = ()
+    if is_run(target):
+        points = run_points(Path(target))
+    elif is_nested(target):
+        # A record that is not sound is refused where it is opened.
+        with contextlib.suppress(GispError, KeyError, TypeError, ValueError):
+            points = [float(step["sparsity"]) for step in load_json(Path(target) / NESTED)["steps"]]
+    elif sparsity is not None:
+        raise GispError(
+            f"--sparsity {sparsity} needs a run folder or a nested checkpoint, {target} is a model: leave it out"
+        )
+    else:
+        check_model_path(target)
+    if sparsity is not None and points:
+        nearest_step(points, sparsity, given)
+
+
+def check_run(folder: Path, sparsity: float | None = None) -> None:
+    """Refuse a folder that holds no run, or none that has such a point.
+
+    Raises:
+        GispError: names the folder or the sparsity.
+    """
+    points = run_points(folder)
+    if sparsity is not None:
+        nearest_step(points, sparsity)
+
+
+def check_along(target: str, sparsities: Sequence[Any] = ()) -> None:
+    """Refuse a path that holds one size only, or lacks one of these points.
+
+    Raises:
+        GispError: names the path or the sparsity.
+    """
+    if not is_run(target) and not is_nested(target):
+        check_model_path(target)
+        raise GispError(f"--sparsities needs a run folder or a nested checkpoint, {target} is a model: leave it out")
+    for sparsity in sparsities:
+        check_target(target, sparsity, "--sparsities holds")

@@ -1,0 +1,57 @@
+"""Sizes told without a model are those of the export, at every point of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import tiny_model, tiny_tokens
+
+import gisp
+from gisp.export.formats.hf import export_hf
+from gisp.export.spec import PrunedSpec
+from gisp.export.stored import element_bytes
+from gisp.report.data import read_run
+from gisp.target.open import open_target, stored_at
+
+CASES = [("llama-gqa", "query"), ("llama-gqa", "group"), ("llama-gqa", "balanced"), ("llama-mha", "query")]
+CASES += [("llama-bias", "query"), ("qwen2", "query"), ("qwen2", "group"), ("qwen3", "query")]
+
+
+@pytest.mark.parametrize(("family", "gqa"), CASES)
+def test_the_sizes_of_a_point_are_those_of_its_export(family: str, gqa: str, tmp_path: Path) -> None:
+    # Three query heads to a key/value head: kept heads are spread unevenly as soon as one goes.
+    heads = (
+        {}
+        if family == "llama-mha"
+        else {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 48}
+    )
+    tiny_model(family, layers=3, **heads).save_pretrained(tmp_path / "model")
+    run = tmp_path / "run"
+    options = {"preset": "paper", "criterion": "random", "protect_last": 0, "dtype": "float32", "device": "cpu"}
+    gisp.prune(tmp_path / "model", tiny_tokens(2, 8), out=run, steps=4, sparsity=0.8, gqa=gqa, **options)
+    trajectory = gisp.Trajectory.load(run)
+    steps = range(len(trajectory.steps) + 1)
+    told = stored_at(trajectory, steps)
+    assert read_run(run).stored(steps) == told
+    more = 0
+    for step, size in zip(steps, told, strict=True):
+        base = trajectory.load_base(device="cpu")
+        report = export_hf(base, PrunedSpec.at(trajectory, step), tmp_path / f"export-{step}")
+        assert (size.parameters, size.kv_bytes_per_token(4)) == (report.parameters_pruned, report.kv_bytes_per_token)
+        point = open_target(str(run), sparsity=trajectory.sparsity_at(step), device="cpu").describe()
+        assert point["parameters"] == report.parameters_pruned
+        assert point["kv_bytes_per_token"] == report.kv_bytes_per_token
+        removed = trajectory.steps[step - 1].removed_parameters if step else 0
+        more += size.parameters > base.num_parameters() - removed
+    assert more > 0 or (family, gqa) != ("llama-gqa", "query")
+
+
+def test_numbers_of_a_cache_have_the_bytes_of_the_run(tmp_path: Path) -> None:
+    tiny_model("llama-gqa").bfloat16().save_pretrained(tmp_path / "model")
+    options = {"preset": "paper", "criterion": "random", "dtype": "bfloat16", "device": "cpu"}
+    gisp.prune(tmp_path / "model", tiny_tokens(2, 8), out=tmp_path / "run", steps=2, sparsity=0.3, **options)
+    run = read_run(tmp_path / "run")
+    assert element_bytes(run.base_model, run.heads, run.steps, None) == 2
+    assert element_bytes(run.base_model, run.heads, [], "float32") == 4
+    assert element_bytes(run.base_model, run.heads, [], None) is None
