@@ -20,7 +20,8 @@ class EvalOptions:
         window: longest input in tokens; ``None`` = 128 for text and tokens, the model's own limit for choices and
             completions.
         stride: see :func:`gisp.evaluate.perplexity.perplexity`; text and tokens only.
-        limit: rows (sequences) used, the first ones; ``None`` = all.
+        limit: rows (sequences) used, the first ones; of text its first windows, the same text with any stride;
+            ``None`` = all.
         batch_size: sequences per forward pass, fewer where their logits are too many; ``None`` = by their tokens.
         generate: also measure exact match on completions.
         until, max_new_tokens, extract: see :class:`gisp.evaluate.completions.ExactMatch`.

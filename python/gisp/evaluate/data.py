@@ -45,7 +45,7 @@ def prepare(data: str, options: EvalOptions, model: Any, tokenizer_from: str | N
     if options.generate and kind != "completion":
         raise GispError(f"--generate needs rows of prompt and completion, {data} has none: leave it out")
     if kind == "sequence":
-        return _perplexity(data, options, vocab_size, tokenizer_from)
+        return _perplexity(data, options, vocab_size, tokenizer_from, "text" in (first or {}))
     if options.stride is not None:
         raise GispError(f"--stride is for text and tokens, {data} holds rows of {kind}s: leave it out")
     tokenizer = load_tokenizer(tokenizer_from, data)
@@ -79,7 +79,9 @@ def _kind(row: dict[str, Any]) -> str:
     return "completion" if "prompt" in row and "completion" in row else "sequence"
 
 
-def _perplexity(data: str, options: EvalOptions, vocab_size: int, tokenizer_from: str | None) -> Measure:
+def _perplexity(
+    data: str, options: EvalOptions, vocab_size: int, tokenizer_from: str | None, one_stream: bool
+) -> Measure:
     window = options.window or DEFAULT_WINDOW
     stride = check_stride(window, options.stride)
     text_length = window if stride == window else _WHOLE
@@ -89,7 +91,13 @@ def _perplexity(data: str, options: EvalOptions, vocab_size: int, tokenizer_from
         seq_len=None if data.endswith(".safetensors") else text_length,
         tokenizer_from=tokenizer_from,
         held_out=True,
-    ).first(options.limit)
+    )
+    if options.limit is not None and one_stream and stride < window:
+        # The text of the first windows without overlap: the same text with any stride.
+        end = options.limit * window
+        sequences = Sequences.plain([(ids[:end], labels[:end]) for ids, labels in sequences.rows])
+    else:
+        sequences = sequences.first(options.limit)
 
     def measure(model: Any) -> dict[str, Any]:
         warn_beyond_positions(model.config, min(window, max(len(ids) for ids, _ in sequences.rows)))

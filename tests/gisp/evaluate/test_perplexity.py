@@ -85,6 +85,11 @@ def test_overlapping_windows_read_text_as_one_stream(tmp_path: Path, capsys: pyt
     assert (found["window"], found["stride"]) == (8, 4)
     assert main(common) == 0
     plain = json.loads(capsys.readouterr().out)
+    # A limit takes the same text, whether windows overlap or not.
+    assert main([*common, "--stride", "4", "--limit", "2"]) == 0
+    limited = json.loads(capsys.readouterr().out)
+    wanted = by_tokens(tiny_model("llama-mha", layers=2), [(stream[:16], stream[:16])], 8, 4)
+    assert (limited["perplexity"], limited["tokens"]) == (pytest.approx(wanted[0], rel=1e-5), 15)
     rows = [(stream[i : i + 8],) * 2 for i in range(0, len(stream) - 7, 8)]
     assert plain["perplexity"] == pytest.approx(by_tokens(tiny_model("llama-mha", layers=2), rows, 8, 8)[0], rel=1e-5)
 
