@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gisp.cli.progress import StepProgress
+from gisp.cli.output import output, shows_progress
 
 
+@shows_progress
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("gisp-demo"),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -19,8 +20,7 @@ def demo(
     """Prune the shipped decoder to 50 %, export, reload and evaluate it beside one-shot pruning."""
     from gisp.demo.run import run_demo
 
-    with StepProgress("pruning") as progress:
-        result = run_demo(out, device=device, on_step=progress.step, say=progress.say)
+    result = run_demo(out, device=device, say=output().say)
     table = Table(
         "decoder sparsity",
         "parameters",

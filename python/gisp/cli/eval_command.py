@@ -13,6 +13,7 @@ from rich.table import Table
 
 from gisp.cli.compensation_options import COMPENSATION, compensation_request
 from gisp.cli.flags import flag, with_flags
+from gisp.cli.output import output, shows_progress
 from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.data.sources import check_spec
 from gisp.errors import GispError, quoted
@@ -34,6 +35,7 @@ _HOW = (
 )
 
 
+@shows_progress
 @with_flags((*_HOW, *COMPENSATION))
 def evaluate(
     target: Annotated[
@@ -164,7 +166,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _progress(point: dict[str, Any]) -> None:
-    print(f"sparsity {point['sparsity']:.4f}: {_figures_line(point)}", file=sys.stderr)
+    output().say(f"sparsity {point['sparsity']:.4f}: {_figures_line(point)}")
 
 
 def _figures_line(result: dict[str, Any]) -> str:

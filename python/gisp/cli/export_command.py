@@ -9,6 +9,7 @@ import typer
 
 from gisp.cli.compensation_options import COMPENSATION, compensation_request
 from gisp.cli.flags import with_flags
+from gisp.cli.output import shows_progress
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.export.folder import check_place
@@ -17,6 +18,7 @@ from gisp.export.options import SizeOptions, check_options, option_text
 _HUB = "Hub"
 
 
+@shows_progress
 @with_flags(COMPENSATION)
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],

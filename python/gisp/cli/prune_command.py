@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gisp.cli.flags import flag, with_flags
-from gisp.cli.progress import StepProgress
+from gisp.cli.output import output, shows_progress
 from gisp.cli.stop import InterruptError
 from gisp.config.declare import Option
 from gisp.config.options import CONFIG_FILE, IN_MEMORY, OPTIONS, make_config, read_yaml, without_defaults
@@ -38,6 +38,7 @@ def _flag(option: Option) -> Any:
     return flag(option.name, help_text(option), panel=option.group or None, parser=parse, metavar=metavar)
 
 
+@shows_progress
 @with_flags([_flag(option) for option in OPTIONS.values()])
 def prune(
     model: Annotated[str | None, typer.Argument(help="Folder or hub name of the dense model.")] = None,
@@ -87,19 +88,19 @@ def prune(
 
     from gisp.run.prune import prune as run_prune
 
-    with StepProgress("pruning") as progress, warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_: progress.say(f"warning: {message}")
-        if options.get("ratio") is not None and options.get("sparsity") is not None:
-            progress.say("warning: --sparsity is ignored beside --ratio, which alone says where the schedule ends")
-        try:
-            trajectory = run_prune(**places, resume=resume, on_step=progress.step, on_part=progress.part, **options)
-        except KeyboardInterrupt:
-            raise InterruptError(_how_to_go_on(Path(places["out"]))) from None
+    if options.get("ratio") is not None and options.get("sparsity") is not None:
+        output().warn("warning: --sparsity is ignored beside --ratio, which alone says where the schedule ends")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: output().warn(f"warning: {message}")
+            trajectory = run_prune(**places, resume=resume, **options)
+    except KeyboardInterrupt:
+        raise InterruptError(_how_to_go_on(Path(places["out"]))) from None
     for line in _shortfalls(trajectory):
-        progress.say(f"warning: {line}")
+        output().warn(f"warning: {line}")
     last = trajectory.steps[-1]
-    progress.say(
+    output().say(
         f"{places['out']}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
         f"whole model {last.model_sparsity:.4f}"
     )

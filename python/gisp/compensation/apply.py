@@ -18,6 +18,8 @@ from gisp.errors import GispError
 from gisp.model.keep import Keep, block_columns
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
+from gisp.progress import reporting
+from gisp.progress.track import Report
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,14 @@ def calibration_sequences(model_map: ModelMap, data: Any, tokenizer_from: str | 
 
 
 @torch.inference_mode(False)
-def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, **options: Any) -> Compensation:
+def compensate(
+    model: nn.Module,
+    data: Any,
+    *,
+    on_block: OnBlock | None = None,
+    progress: bool | Report | None = None,
+    **options: Any,
+) -> Compensation:
     """Compensate a model that was pruned in place, whatever chose its structures.
 
     The output projections (o_proj, down_proj) get new weights and, with an intercept, biases. Moving the model along
@@ -132,6 +141,7 @@ def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, 
         model: pruned by :func:`gisp.prune`, ``Trajectory.at`` or ``ShrinkableModel.remove``, not packed.
         data: calibration data, as for :func:`gisp.prune`.
         on_block: called with every block's fit.
+        progress: who hears how far it is, as for :func:`gisp.prune`.
         **options: see :class:`CompensationOptions`.
 
     Raises:
@@ -148,7 +158,8 @@ def compensate(model: nn.Module, data: Any, *, on_block: OnBlock | None = None, 
     history = list(shrinkable.history)
     shrinkable.rollback(len(history))
     try:
-        found = fit_compensation(model_map, keep, sequences, chosen, on_block=on_block)
+        with reporting(progress):
+            found = fit_compensation(model_map, keep, sequences, chosen, on_block=on_block)
     finally:
         for removal in history:
             shrinkable.remove(removal)

@@ -24,6 +24,7 @@ from gisp.compensation.streams import Batch
 from gisp.compensation.student import NO_MOVE, Move, Observer, Projection, Student, traced_forward
 from gisp.data import Row
 from gisp.errors import GispError
+from gisp.progress import track
 from gisp_kernels.ops.products import add_product, product_total
 
 # The first size tried, divided by the number of blocks.
@@ -57,7 +58,7 @@ def kfac_stage(
     start = before = student.divergences(held_out)
     done: list[Step] = []
     size = 0.0
-    for _ in range(steps):
+    for _ in track(range(steps), "K-FAC steps"):
         end = behind(rows, begin, tokens)
         chosen = [rows[number % len(rows)] for number in range(begin, end)]
         seen = sum(len(ids) for ids, _ in chosen)

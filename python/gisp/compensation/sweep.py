@@ -14,6 +14,7 @@ from gisp.compensation.streams import Batch, Decoder, ResidualBlock
 from gisp.compensation.student import NO_MOVE, Move, Projection, Student
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
+from gisp.progress import track
 
 OnBlock = Callable[[BlockFit], None]
 
@@ -78,7 +79,7 @@ def fit_blocks(
     projections = {projection.name: projection for projection in student.projections}
     sweep = _Sweep(model_map, batches, held_out, fit)
     blocks, moves = [], []
-    for item in model_map.layers:
+    for item in track(model_map.layers, "fitting layers"):
         for block in sweep.decoder.blocks(item):
             projection = projections.get(block.name)
             if projection is None:

@@ -22,6 +22,7 @@ from gisp.data.token_files import from_token_file, from_tokens
 from gisp.data.tokenise import tokenise
 from gisp.errors import GispError
 from gisp.files import check_names
+from gisp.progress import stage
 
 DEFAULT_SEQ_LEN = 256
 
@@ -102,7 +103,8 @@ def _from_rows(
     entry = cache_entry(rows, kind, tokenizer, seq_len, objective)
     sequences = read_entry(entry)
     if sequences is None:
-        sequences = tokenise(rows, kind, PairEncoder(tokenizer), seq_len, objective, spec)
+        with stage(f"tokenising {Path(spec).name}"):
+            sequences = tokenise(rows, kind, PairEncoder(tokenizer), seq_len, objective, spec)
         write_entry(entry, sequences)
     check_vocabulary(max(int(ids.max()) for ids, _ in sequences.rows), vocab_size, spec)
     return sequences

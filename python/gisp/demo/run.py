@@ -18,7 +18,6 @@ from gisp.export.run import export_run
 from gisp.model.load import load_dense, resolve_device
 from gisp.report.write import write_report
 from gisp.run.evaluations import THIS_RUN, add_evaluations
-from gisp.run.loop import OnStep
 from gisp.run.one_shot import one_shot
 from gisp.run.prune import prune
 from gisp.run.record import library_versions
@@ -52,9 +51,7 @@ class DemoResult:
     report: Path
 
 
-def run_demo(
-    out: Path, *, device: str = "auto", on_step: OnStep | None = None, say: Callable[[str], None] = print
-) -> DemoResult:
+def run_demo(out: Path, *, device: str = "auto", say: Callable[[str], None] = print) -> DemoResult:
     """Prune the shipped decoder and compare it with one-shot pruning on held-out text.
 
     Raises:
@@ -72,7 +69,7 @@ def run_demo(
     run = out / "run"
     say(f"pruning {files.model.name} ({sum(p.numel() for p in dense.parameters()):,} parameters) on {place} into {run}")
     options = {**OPTIONS, "device": device, "dtype": "float32"}
-    trajectory = prune(str(files.model), str(files.calibration), out=run, on_step=on_step, **options)
+    trajectory = prune(str(files.model), str(files.calibration), out=run, **options)
     spent = sum(step.tokens for step in trajectory.steps)
     result = perplexity(dense, held_out, WINDOW)
     rows = [DemoRow(0.0, sum(p.numel() for p in dense.parameters()), result.perplexity, None)]

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from gisp.evaluate.batches import length_batches
 from gisp.model.modes import evaluation_mode
+from gisp.progress import task
 
 
 class _Until(StoppingCriteria):
@@ -56,7 +57,7 @@ def generate_greedily(
     )
     answers = [""] * len(prompts)
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), task("generating", len(prompts)) as progress:
         for batch in length_batches(lengths, device, batch_size):
             longest = max(len(prompts[i]) for i in batch)
             ids = torch.full((len(batch), longest), pad)
@@ -74,6 +75,7 @@ def generate_greedily(
                 # What follows is padding, and a tokenizer need not know the model's end tokens as special.
                 end = next((place for place, token in enumerate(new) if token in ends), len(new))
                 answers[i] = _before_first(tokenizer.decode(new[:end], skip_special_tokens=True), until)
+            progress.advance(len(batch))
     return answers
 
 

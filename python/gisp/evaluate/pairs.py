@@ -14,6 +14,7 @@ from gisp.data.encode import PairEncoder, check_vocabulary
 from gisp.errors import GispError
 from gisp.evaluate.batches import length_batches, vocabulary
 from gisp.model.modes import evaluation_mode
+from gisp.progress import task
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def log_likelihoods(model: nn.Module, requests: Sequence[Request], batch_size: i
         numbers.setdefault(request.inputs, []).append(number)
     inputs = list(numbers)
     found = [0.0] * len(requests)
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), task("evaluating", len(inputs)) as progress:
         for batch in length_batches([len(ids) for ids in inputs], device, batch_size, vocabulary(model)):
             rows = [torch.tensor(inputs[i]) for i in batch]
             padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
@@ -102,6 +103,7 @@ def log_likelihoods(model: nn.Module, requests: Sequence[Request], batch_size: i
                 found[number] = value
             # The next forward pass is not to find these beside its own.
             del logits
+            progress.advance(len(batch))
     if any(value != value for value in found):
         raise GispError("a log-probability on the evaluation data is NaN: check the weights, or use --dtype float32")
     return found

@@ -15,6 +15,7 @@ from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate.batches import length_batches, vocabulary
 from gisp.model.modes import evaluation_mode
+from gisp.progress import task
 from gisp.score.objectives import sequence_nll
 
 
@@ -53,7 +54,7 @@ def perplexity(
         if _predicts(labels, *piece)
     ]
     total, tokens = 0.0, 0
-    with evaluation_mode(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad(), task("evaluating", len(pieces)) as progress:
         lengths = [end - begin for _, begin, _, end in pieces]
         for numbers in length_batches(lengths, device, batch_size, vocabulary(model)):
             ids = [data.rows[row][0][begin:end] for row, begin, _, end in (pieces[i] for i in numbers)]
@@ -63,6 +64,7 @@ def perplexity(
             counts = (targets[:, 1:] != IGNORED).sum(1)
             total += float((sequence_nll(model, padded, targets).double() * counts).sum())
             tokens += int(counts.sum())
+            progress.advance(len(numbers))
     return from_total(total, tokens, window)
 
 

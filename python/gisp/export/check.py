@@ -25,6 +25,7 @@ from gisp.model.attention import INDEXED_ATTENTION
 from gisp.model.keep import Keep, block_columns
 from gisp.model.modes import evaluation_mode, exact_products
 from gisp.model.structures import ModelMap
+from gisp.progress import stage
 
 ROUNDING = 2
 """Errors of the masked float32 model that an export may differ by: each of the two may be one away from the truth."""
@@ -75,7 +76,8 @@ def checked_report(base: Any, model_map: ModelMap, keep: Keep, folder: Path, out
     Raises:
         GispError: the folder does not load, or the logits do not agree.
     """
-    reference = Reference(base, model_map, keep)
+    with stage("computing the logits to compare with"):
+        reference = Reference(base, model_map, keep)
     dtype = weight_dtype(base)
     reloaded = load(folder, device=str(base.get_input_embeddings().weight.device), dtype=dtype)
     absolute, relative, tolerance = reference.compare(reloaded)

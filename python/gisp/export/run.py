@@ -24,6 +24,7 @@ from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
 from gisp.model.gguf import tokenizer_folder
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
+from gisp.progress import reporting
 from gisp.run.evaluations import read_evaluations
 from gisp.run.trajectory import Trajectory
 
@@ -78,6 +79,7 @@ class RunExport:
     url: str = ""
 
 
+@reporting(None)
 def export_run(
     run: str | Path,
     sparsity: float | None,
@@ -225,6 +227,7 @@ def measure_quality(
     return quality, compensation
 
 
+@reporting(None)
 def export_nested_run(
     run: str | Path, out: str | Path, *, device: str = "auto", push_to_hub: str | None = None, private: bool = True
 ) -> NestedReport:

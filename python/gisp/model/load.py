@@ -18,6 +18,7 @@ from gisp.model.gguf import dense_options, made_dense, pretrained
 from gisp.model.paths import HUB_NAME, check_model_path
 from gisp.model.stored import check_stored, left_out
 from gisp.model.structures import first_bad_parameter
+from gisp.progress import stage
 
 
 def resolve_device(device: str) -> torch.device:
@@ -64,18 +65,19 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     limits = hub_options(path)
     try:
         source, options = pretrained(path)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            # Told below, by name.
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-            **options,
-            **dense_options(path),
-            **limits,
-        )
+        with stage(f"loading {Path(path).name}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                # Told below, by name.
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **options,
+                **dense_options(path),
+                **limits,
+            )
     except Exception as error:  # transformers raises many types for folders it cannot read
         if is_out_of_memory(error):
             raise

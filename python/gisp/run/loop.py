@@ -15,15 +15,15 @@ from gisp.config.options import OFFICIAL_RATIO, OPTIONS, PLACE_OPTIONS, PruneCon
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
+from gisp.progress import task
 from gisp.run.folder import RunFolder
-from gisp.run.metrics import PhaseClock, histogram_record, score_histogram
+from gisp.run.metrics import PhaseClock, histogram_record, score_histogram, step_details
 from gisp.run.record import library_versions
 from gisp.run.regrow import Regrowth
 from gisp.run.setup import Setup, check_scores
 from gisp.run.step import StepWriter, Transfer
 from gisp.run.trajectory import StepRecord, Trajectory, move_to
 from gisp.score.average import ScoreAverage
-from gisp.score.context import OnPart
 from gisp.score.objectives import SequenceLoss
 from gisp.select.schedule import parameter_target, structure_ratio
 from gisp.select.selector import Ranking, Selection
@@ -38,7 +38,6 @@ class PruningLoop:
         spec: what the data are recorded as.
         base_path: where a later session finds the dense model, empty for a model in memory.
         loss: a user's own loss.
-        on_part: as of :class:`gisp.score.context.Context`.
     """
 
     def __init__(
@@ -49,11 +48,10 @@ class PruningLoop:
         spec: str,
         base_path: str,
         loss: SequenceLoss | None = None,
-        on_part: OnPart | None = None,
     ) -> None:
         self.map = model_map
         self.config = config
-        self.setup = Setup(config, model_map, data, (float(config.sparsity or 0),), loss, on_part)
+        self.setup = Setup(config, model_map, data, (float(config.sparsity or 0),), loss)
         self.setup.allocate()
         self.selector, self.shrinkable = self.setup.selector, self.setup.shrinkable
         device = next(model_map.model.parameters()).device
@@ -122,27 +120,29 @@ class PruningLoop:
         trajectory = self.trajectory
         steps = self.config.steps + self.config.regrow
         writer = StepWriter(overlap=self._device.type == "cuda")
-        try:
-            while not trajectory.complete:
-                clock = PhaseClock(self._device)
-                step = len(trajectory.steps) + 1
-                earlier = None
-                if step > self.config.steps:
-                    earlier = trajectory.tensors()
-                    record, metrics, state = self._regrow(step, clock, writer)
-                else:
-                    record, metrics, state = self._step(step, self.config.steps, clock, writer)
-                trajectory.steps.append(record)
-                trajectory.complete = step == steps or self._reached(record)
-                if folder:
-                    # Its own writing time a step cannot write down; it carries the previous step's.
-                    clock.seconds["write"] = writer.held_up
-                    metrics["seconds"] = clock.seconds
-                    writer.take(partial(folder.commit, trajectory, metrics, state, earlier))
-                if on_step:
-                    on_step(record, steps)
-        finally:
-            writer.flush()
+        with task("pruning", steps, begun=len(trajectory.steps)) as progress:
+            try:
+                while not trajectory.complete:
+                    clock = PhaseClock(self._device)
+                    step = len(trajectory.steps) + 1
+                    earlier = None
+                    if step > self.config.steps:
+                        earlier = trajectory.tensors()
+                        record, metrics, state = self._regrow(step, clock, writer)
+                    else:
+                        record, metrics, state = self._step(step, self.config.steps, clock, writer)
+                    trajectory.steps.append(record)
+                    trajectory.complete = step == steps or self._reached(record)
+                    if folder:
+                        # Its own writing time a step cannot write down; it carries the previous step's.
+                        clock.seconds["write"] = writer.held_up
+                        metrics["seconds"] = clock.seconds
+                        writer.take(partial(folder.commit, trajectory, metrics, state, earlier))
+                    progress.advance(details=step_details(record, self.config.objective))
+                    if on_step:
+                        on_step(record, steps)
+            finally:
+                writer.flush()
         return trajectory
 
     def _step(

@@ -63,6 +63,14 @@ class PhaseClock:
         return event
 
 
+def step_details(record: Any, objective: str) -> tuple[str, ...]:
+    """What a step (a ``StepRecord``) is told by, the most telling first."""
+    # A difference of two losses, below 0 where right answers are likelier.
+    loss = "right minus wrong NLL" if objective == "margin" else "loss"
+    speed = record.tokens / max(record.seconds, 1e-9)
+    return f"sparsity {record.sparsity:.4f}", f"{loss} {record.loss:.4f}", f"{speed:,.0f} tokens/s"
+
+
 def score_histogram(ranking: Ranking, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Histogram of log10 of the live scores that are positive, heads and channels apart, on common edges.
 

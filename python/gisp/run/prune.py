@@ -18,10 +18,11 @@ from gisp.model.paths import check_model_path
 from gisp.model.probe import PROVEN
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import first_bad_parameter, map_model
+from gisp.progress import reporting
+from gisp.progress.track import Report
 from gisp.run.folder import RunFolder
 from gisp.run.loop import OnStep, PruningLoop
 from gisp.run.trajectory import Trajectory
-from gisp.score.context import OnPart
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
 from gisp.score.questions import check_objective
 
@@ -33,7 +34,7 @@ def prune(
     out: str | Path | None = None,
     resume: bool = False,
     on_step: OnStep | None = None,
-    on_part: OnPart | None = None,
+    progress: bool | Report | None = None,
     preset: str | None = None,
     sparsity: float | None = None,
     steps: int | None = None,
@@ -72,7 +73,7 @@ def prune(
         out: run folder to write after every step; none is written for ``None``.
         resume: continue the run in ``out`` if there is one; the result is the undisturbed run's.
         on_step: called with every new record and the number of steps of the schedule.
-        on_part: called within steps that take long (criterion ``learned-gates``), with finished parts and their number.
+        progress: who hears how far it is, see :func:`gisp.progress.reporting`; ``None``: a bar on a terminal.
         objective: may also be a loss of your own, ``loss(model, input_ids, labels) -> [B]`` (``SequenceLoss`` of
             ``gisp.score.objectives``): rows are read as for ``lm``, and second-order scores take it for a mean.
 
@@ -85,7 +86,8 @@ def prune(
         GispError: bad input or an impossible request, before anything is written.
     """
     options = {name: value for name, value in locals().items() if name in OPTIONS}
-    return _run(model, data, out, resume, on_step, on_part, options)
+    with reporting(progress):
+        return _run(model, data, out, resume, on_step, options)
 
 
 def _run(
@@ -94,7 +96,6 @@ def _run(
     out: str | Path | None,
     resume: bool,
     on_step: OnStep | None,
-    on_part: OnPart | None,
     options: dict[str, Any],
 ) -> Trajectory:
     """:func:`prune` with its options in one mapping."""
@@ -107,22 +108,16 @@ def _run(
     if loss is None:
         check_built_in(config.objective)
     if out is None:
-        return _start(model, data, config, loss, on_part).run(None, on_step)
+        return _start(model, data, config, loss).run(None, on_step)
     folder = RunFolder(Path(out))
     with folder.writing(resume) as resuming:
-        loop = _start(model, data, config, loss, on_part)
+        loop = _start(model, data, config, loss)
         if resuming:
             loop.restore(Trajectory.load(folder.path), folder)
         return loop.run(folder, on_step)
 
 
-def _start(
-    model: nn.Module | str | Path,
-    data: Any,
-    config: PruneConfig,
-    loss: SequenceLoss | None,
-    on_part: OnPart | None,
-) -> PruningLoop:
+def _start(model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: SequenceLoss | None) -> PruningLoop:
     """A run ready for its first step."""
     dense, path = _dense_model(model, config)
     model_map = map_model(dense, config.gqa)
@@ -145,7 +140,7 @@ def _start(
             stacklevel=3,
         )
     spec = IN_MEMORY if isinstance(data, (torch.Tensor, Sequences)) else str(data)
-    return PruningLoop(model_map, sequences, config, spec, path, loss, on_part)
+    return PruningLoop(model_map, sequences, config, spec, path, loss)
 
 
 def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[Any, str]:

@@ -15,7 +15,7 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap, protected_layers
 from gisp.score.average import in_original_numbering
 from gisp.score.base import StepScores, make_scorer
-from gisp.score.context import Context, OnPart
+from gisp.score.context import Context
 from gisp.score.objectives import SequenceLoss
 from gisp.select.allocators import group_shares, layer_outliers
 from gisp.select.whole_layers import make_selector
@@ -42,7 +42,6 @@ class Setup:
         data: Sequences,
         sparsities: Iterable[float],
         loss: SequenceLoss | None = None,
-        on_part: OnPart | None = None,
     ) -> None:
         protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
         self.selector = make_selector(config, model_map, protected)
@@ -51,7 +50,7 @@ class Setup:
         self.shrinkable = ShrinkableModel(model_map)
         if model_map.model_type not in PROVEN:
             check_independence(self.shrinkable)
-        self.context = Context(self.shrinkable, data, config, loss, on_part)
+        self.context = Context(self.shrinkable, data, config, loss)
         self.scorer = make_scorer(self.context)
         self._config, self._outliers = config, layer_outliers(self.context, self.selector)
         self.open = {group.name for group in self.selector.groups if not group.protected}

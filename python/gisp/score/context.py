@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,8 +16,6 @@ from gisp.model.modes import deterministic, evaluation_mode
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
 from gisp.score.objectives import SequenceLoss, sequence_nll
-
-OnPart = Callable[[int, int], None]
 
 
 class MaskedRecorder(Protocol):
@@ -40,14 +37,12 @@ class Context:
         data: calibration sequences.
         config: resolved options of the run.
         loss: a user's own loss per sequence instead of the mean NLL.
-        on_part: called by a criterion whose steps take long, with finished parts of a step and their number.
     """
 
     shrinkable: ShrinkableModel
     data: Sequences
     config: PruneConfig
     loss: SequenceLoss | None = None
-    on_part: OnPart | None = None
 
     @property
     def map(self) -> ModelMap:

@@ -11,11 +11,13 @@ from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.errors import GispError
 from gisp.evaluate.data import Measure, prepare
 from gisp.evaluate.harness import Harness
+from gisp.progress import reporting
 from gisp.target.check import check_along, is_run
 from gisp.target.open import Target, open_target
 from gisp.target.record import EvaluationRecorder
 
 
+@reporting(None)
 def evaluate_target(
     target: str,
     data: str | None = None,
@@ -53,6 +55,7 @@ def evaluate_target(
     return point
 
 
+@reporting(None)
 def evaluate_along(
     target: str,
     data: str | None = None,

@@ -19,6 +19,7 @@ from gisp.export.nested.order import Nesting, nest, stored_name
 from gisp.export.spec import TOLERANCE, NestedReport, map_checked
 from gisp.model.keep import block_columns
 from gisp.model.structures import ModelMap, structure_parameters
+from gisp.progress import track
 from gisp.run.trajectory import Trajectory
 
 # Fractions of the run's last sparsity at which logits are compared.
@@ -79,7 +80,7 @@ def _check(base: Any, model_map: ModelMap, trajectory: Trajectory, folder: Path)
     model = load_nested(folder, last, device=device)
     found: dict[float, float] = {}
     tolerance = TOLERANCE
-    for fraction in _CHECKED:
+    for fraction in track(_CHECKED, "comparing sizes"):
         step = trajectory.step_for(fraction * last)
         reference = Reference(base, model_map, trajectory.keep(step))
         model.resize(trajectory.sparsity_at(step))

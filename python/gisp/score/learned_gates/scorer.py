@@ -7,6 +7,7 @@ import warnings
 import torch
 
 from gisp.model.modes import deterministic, frozen
+from gisp.progress import track
 from gisp.score.base import StepScores
 from gisp.score.context import Context
 from gisp.score.learned_gates.budget import Budget
@@ -51,14 +52,12 @@ class LearnedGates:
         )
         loss, tokens = torch.zeros((), dtype=torch.float64, device=context.device), 0
         with deterministic(), frozen(context.model):
-            for number in range(config.gate_steps):
+            for number in track(range(config.gate_steps), "training gates"):
                 gates.values, gates.grad = budget.gates, torch.zeros_like(gates.grad)
                 part, passed = self._train(gates, (step - 1) * config.gate_steps + number + 1)
                 budget.step(gates.grad)
                 loss += part / config.gate_steps
                 tokens += passed
-                if context.on_part:
-                    context.on_part(number + 1, config.gate_steps)
         z = budget.z.detach()
         closed = float(budget.costs[z <= 0].sum())
         if closed < _MET * budget.target:

@@ -20,6 +20,7 @@ from gisp.evaluate.perplexity import perplexity
 from gisp.model.load import load_dense
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
+from gisp.progress import Progress
 from gisp.run.trajectory import Trajectory
 from gisp.score.base import StepScores, make_scorer
 from gisp.score.context import Context
@@ -88,12 +89,14 @@ def test_a_fresh_batch_is_parted_where_logits_are_large(monkeypatch: pytest.Monk
 
 def test_the_same_seed_gives_the_same_run_and_steps_are_nested(tmp_path: Path) -> None:
     options = {**TRAINING, "sparsity": 0.4, "steps": 2}
-    told: list[tuple[int, int]] = []
-    first, again = (
-        gisp.prune(tiny_model(), tiny_tokens(16), out=tmp_path / n, on_part=lambda *part: told.append(part), **options)
-        for n in "ab"
-    )
-    assert told == [(done, 40) for done in range(1, 41)] * 4
+    told: list[int] = []
+
+    def hear(heard: Progress) -> None:
+        if heard.what == "training gates":
+            told.append(heard.done)
+
+    first, again = (gisp.prune(tiny_model(), tiny_tokens(16), out=tmp_path / n, progress=hear, **options) for n in "ab")
+    assert told == [*range(41), 40] * 4
     assert (tmp_path / "a" / "trajectory.safetensors").read_bytes() == (
         tmp_path / "b" / "trajectory.safetensors"
     ).read_bytes()
