@@ -12,6 +12,7 @@ import typer
 
 from gisp.cli.flags import flag, with_flags
 from gisp.cli.output import output, shows_progress
+from gisp.cli.prune_summary import closing_lines
 from gisp.cli.stop import InterruptError
 from gisp.config.declare import Option
 from gisp.config.options import CONFIG_FILE, IN_MEMORY, OPTIONS, make_config, read_yaml, without_defaults
@@ -104,6 +105,9 @@ def prune(
         f"{places['out']}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
         f"whole model {last.model_sparsity:.4f}"
     )
+    if not output().quiet:
+        for line in closing_lines(trajectory, places["out"], places["data"]):
+            output().say(line)
 
 
 def _recorded(run: Path, places: dict[str, Any]) -> dict[str, Any]:

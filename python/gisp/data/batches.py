@@ -55,6 +55,11 @@ class StepBatches:
         """Sequence numbers of a step (1-based)."""
         return [i for example in self._examples(step) for i in self.data.examples[example]]
 
+    def unseen(self, steps: int) -> list[int]:
+        """Numbers of the examples that none of the first ``steps`` steps sees."""
+        seen = {example for step in range(1, steps + 1) for example in self._examples(step)}
+        return [number for number in range(len(self.data.examples)) if number not in seen]
+
     def weights(self, step: int) -> list[float]:
         """Weight in the step's loss of every sequence of :meth:`numbers`."""
         return self.data.weights(self._examples(step))

@@ -77,6 +77,18 @@ class Task:
             self._report(Progress(self._what, self._done, self._total, seconds, self._begun, self._details, ended))
 
 
+def note(message: str) -> None:
+    """A remark in one line, to a bar or lines; a callable of the user's does not hear it."""
+    say = getattr(heard_by.get(), "say", None)
+    if say is not None:
+        say(message)
+
+
+def hears_notes() -> bool:
+    """Whether anyone would hear a remark."""
+    return hasattr(heard_by.get(), "say")
+
+
 @contextmanager
 def task(what: str, total: int | None = None, begun: int = 0) -> Iterator[Task]:
     """Something under way of ``total`` units, to be told how far it is."""

@@ -16,6 +16,7 @@ from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.progress import task
+from gisp.run.estimate import announce
 from gisp.run.folder import RunFolder
 from gisp.run.metrics import PhaseClock, histogram_record, score_histogram, step_details
 from gisp.run.record import library_versions
@@ -38,7 +39,12 @@ class PruningLoop:
         spec: what the data are recorded as.
         base_path: where a later session finds the dense model, empty for a model in memory.
         loss: a user's own loss.
+
+    Attributes:
+        spare: sequences that ``samples`` leaves out, where there are any.
     """
+
+    spare: Sequences | None = None
 
     def __init__(
         self,
@@ -120,6 +126,8 @@ class PruningLoop:
         trajectory = self.trajectory
         steps = self.config.steps + self.config.regrow
         writer = StepWriter(overlap=self._device.type == "cuda")
+        if not trajectory.complete:
+            announce(self.map, self.setup.context.data, self.config, steps - len(trajectory.steps))
         with task("pruning", steps, begun=len(trajectory.steps)) as progress:
             try:
                 while not trajectory.complete:
@@ -143,7 +151,16 @@ class PruningLoop:
                         on_step(record, steps)
             finally:
                 writer.flush()
+        trajectory.unseen = self._unseen(len(trajectory.steps))
         return trajectory
+
+    def _unseen(self, steps: int) -> Sequences | None:
+        """Sequences the run has not seen: left out of its samples, or never drawn; ``None`` of a mixture."""
+        context = self.setup.context
+        if context.data.tasks or self.spare is not None:
+            return self.spare
+        drawn = context.steps.unseen(steps)
+        return context.data.chosen(drawn) if drawn else None
 
     def _step(
         self, step: int, steps: int, clock: PhaseClock, writer: StepWriter

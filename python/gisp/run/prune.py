@@ -132,6 +132,8 @@ def _start(model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: 
             objective="lm" if loss else config.objective,
             seed=config.seed,
         )
+    samples = len(sequences.examples) if config.samples is None else config.samples
+    spare = sequences.chosen(range(samples, len(sequences.examples))) if samples < len(sequences.examples) else None
     sequences = check_objective(sequences.first(config.samples), config)
     warn_beyond_positions(dense.config, max(len(ids) for ids, _ in sequences.rows))
     if model_map.model_type not in PROVEN:
@@ -140,7 +142,9 @@ def _start(model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: 
             stacklevel=3,
         )
     spec = IN_MEMORY if isinstance(data, (torch.Tensor, Sequences)) else str(data)
-    return PruningLoop(model_map, sequences, config, spec, path, loss)
+    loop = PruningLoop(model_map, sequences, config, spec, path, loss)
+    loop.spare = spare
+    return loop
 
 
 def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[Any, str]:

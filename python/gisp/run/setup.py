@@ -30,6 +30,7 @@ class Setup:
     Attributes:
         context: what the scorer was built from.
         open: names of the groups of the layers that may be pruned.
+        context: what scores are made from.
 
     Raises:
         GispError: a sparsity out of reach, or options that do not go with the model or the data.

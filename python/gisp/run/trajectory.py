@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.files import one_writer, write_atomic
 from gisp.model.keep import Keep, Removal
@@ -61,7 +62,7 @@ class StepRecord:
     kv_bytes_per_token: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Trajectory:
     """A (possibly unfinished) run.
 
@@ -75,6 +76,9 @@ class Trajectory:
         versions: of the libraries that made it.
         complete: whether the last step of the schedule was reached.
         state_sha256: of the file a resumed run needs beside the trajectory; empty where there is none.
+        model: what the run pruned; ``None`` for a run that was loaded.
+        unseen: calibration sequences that no step has seen; ``None`` where there are none, of a mixture, and for a run
+            that was loaded.
     """
 
     removed_at: dict[str, torch.Tensor]
@@ -86,6 +90,14 @@ class Trajectory:
     complete: bool = False
     state_sha256: str = ""
     model: nn.Module | None = field(default=None, repr=False, compare=False)
+    unseen: Sequences | None = field(default=None, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """One line: base model, steps and end."""
+        name = Path(str(self.base_model.get("path") or "model in memory")).name
+        end = f"sparsity {self.steps[-1].sparsity:.4f}" if self.steps else "dense"
+        state = "" if self.complete else ", unfinished"
+        return f"<Trajectory of {name}: {len(self.steps)} steps to {end}, {self.config.get('criterion')}{state}>"
 
     @property
     def layers(self) -> int:

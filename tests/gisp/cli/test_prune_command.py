@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 
 import pytest
+import torch
 import yaml
 from run_cases import cut_after
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokens
 
 import gisp
 from gisp.cli import main
-from gisp.cli.progress import StepProgress
 from gisp.config.options import OPTIONS
-from gisp.run.trajectory import StepRecord
+from gisp.data import Sequences
+from gisp.evaluate import perplexity
+from gisp.evaluate.unseen import measure_unseen
+from gisp.score.objectives import sequence_nll
 
 
 def test_a_stored_config_repeats_its_run(tmp_path, model_folder, token_file):
@@ -221,24 +223,44 @@ def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, model_folder, token_fi
     assert main(shlex.split(line.partition("continue with gisp ")[2])) == 0
 
 
-def test_a_step_that_takes_long_tells_how_far_it_is(tmp_path, model_folder, token_file, capsys):
-    options = ["--criterion", "learned-gates", "--gate-steps", "20", "--gate-rate", "0.2", "--batch-tokens", "32"]
-    common = ["prune", str(model_folder), "--data", str(token_file), "--sparsity", "0.3", "--align", "4"]
-    assert main([*common, *options, "--out", str(tmp_path / "run")]) == 0
-    told = capsys.readouterr().err
-    assert [f"{part}/20 of the step" in told for part in (1, 2, 10, 20)] == [False, True, True, True]
-    assert "1 steps, decoder sparsity" in told
+def test_the_end_says_quality_and_what_comes_next(tmp_path, model_folder, token_file, capsys):
+    given = ["prune", str(model_folder), "--data", str(token_file), "--preset", "paper", "--steps", "3"]
+    given += ["--sparsity", "0.4", "--dtype", "float32", "--device", "cpu"]
+    out = tmp_path / "run"
+    assert main([*given, "--out", str(out), "--samples", "3"]) == 0
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if line.startswith("perplexity ")]
+    before, after = (float(line.split()[i]) for i in (1, 3))
+    trajectory = gisp.Trajectory.load(out)
+    rows = load_file(token_file)["input_ids"][3:]
+    for sparsity, value in ((0.0, before), (None, after)):
+        model = trajectory.at(sparsity)
+        found = perplexity(model, Sequences.plain([(row, row) for row in rows.long()]), rows.shape[1])
+        assert value == pytest.approx(found.perplexity, abs=1e-4)
+    last = f"{trajectory.steps[-1].sparsity:.4f}"
+    assert f"next: gisp eval {out} --sparsity {last} --data TEXT" in printed
+    assert main(["eval", str(out), "--sparsity", last, "--data", str(token_file), "--device", "cpu"]) == 0
+    (command,) = [line for line in printed.splitlines() if "gisp export" in line]
+    assert main([*command.split()[1:], "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main([*given, "--out", str(tmp_path / "all")]) == 0
+    assert f"quality not measured: the run has seen all of {token_file}" in capsys.readouterr().err
 
 
-def test_the_bar_of_a_step_gives_way_to_the_bar_of_the_run(monkeypatch, capsys):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    numbers = {field.name: 1 for field in dataclasses.fields(StepRecord)}
-    with StepProgress("pruning") as progress:
-        assert progress.console.is_terminal
-        for step in (1, 2):
-            for part in (1, 2, 3):
-                progress.part(part, 3)
-                visible = [task for task in progress._bar.tasks if task.visible and task.total == 3]
-                assert [task.completed for task in visible] == ([part] if part < 3 else [])
-            progress.step(StepRecord(**{**numbers, "step": step}), 2)
-            assert [task.completed for task in progress._bar.tasks if task.visible] == [step]
+def test_sequences_no_step_has_drawn_are_unseen(model_folder, token_file):
+    options = {"steps": 2, "sparsity": 0.2, "batch_tokens": 32, "device": "cpu", "dtype": "float32"}
+    trajectory = gisp.prune(model_folder, token_file, **options)
+    rows = load_file(token_file)["input_ids"].tolist()
+    drawn = len(rows) - len(trajectory.unseen.rows)
+    assert 0 < drawn == sum(step.tokens for step in trajectory.steps) // len(rows[0])
+    assert all(ids.tolist() in rows for ids, _ in trajectory.unseen.rows)
+    assert len(repr(trajectory)) < 120 and "2 steps to sparsity" in repr(trajectory)
+
+
+def test_questions_are_told_by_their_accuracy():
+    model = tiny_model("llama-gqa")
+    rows = [(row, torch.where(torch.arange(16) < 12, -100, row)) for row in tiny_tokens(6, 16)]
+    data = Sequences.grouped([rows[:3], rows[3:]], [1, -1, -1] * 2)
+    name, value = measure_unseen(model, data)
+    nll = [float(sequence_nll(model, ids[None], labels[None]).detach()) for ids, labels in rows]
+    assert (name, value) == ("accuracy", sum(min(part) == part[0] for part in (nll[:3], nll[3:])) / 2)

@@ -1,0 +1,39 @@
+"""What the end of a run says: quality before and after on text it has not seen, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from gisp.errors import GispError
+
+# A figure of orientation in seconds, not one to publish.
+_TOKENS = {"cpu": 8192, "cuda": 65536}
+
+
+def closing_lines(trajectory: Any, out: str, data: str) -> Iterator[str]:
+    """Quality, or why it was not measured, and the next two commands; the model is dense afterwards."""
+    yield quality_line(trajectory, data)
+    sparsity = f"{trajectory.steps[-1].sparsity:.4f}"
+    run = shlex.quote(out)
+    yield f"next: gisp eval {run} --sparsity {sparsity} --data TEXT"
+    yield f"      gisp export {run} --sparsity {sparsity} --out {shlex.quote(out.rstrip('/') + '-' + sparsity)}"
+
+
+def quality_line(trajectory: Any, data: str) -> str:
+    """One line; a figure that cannot be measured never fails a run that is written."""
+    from gisp.evaluate.unseen import measure_unseen, some
+
+    if trajectory.unseen is None:
+        reason = "a mixture has no one figure" if trajectory.data.get("tasks") else f"the run has seen all of {data}"
+        return f"quality not measured: {reason}, use gisp eval on other data"
+    model = trajectory.model
+    sequences = some(trajectory.unseen, _TOKENS[next(model.parameters()).device.type])
+    try:
+        name, after = measure_unseen(model, sequences)
+        _, before = measure_unseen(trajectory.at(0.0), sequences)
+    except GispError as error:
+        return f"quality not measured: {error}"
+    tokens = sum(len(ids) for ids, _ in sequences.rows)
+    return f"{name} {before:.4f} before, {after:.4f} after, on {tokens:,} tokens of {data} that no step has seen"

@@ -1,0 +1,153 @@
+"""What a run will take, told before it starts: seconds from a timed product and counted ones, memory from a formula."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gisp.config.criteria import CRITERIA
+from gisp.config.options import PruneConfig
+from gisp.data import Sequences
+from gisp.model.structures import ModelMap
+from gisp.progress import hears_notes, note
+from gisp.progress.display import clock
+
+# Of the speed of its largest product a whole pass reaches about this part: attention, norms and the optimum of small
+# shapes. Steps of the demo decoder on a CPU lay between 0.4 and 0.6.
+_EFFICIENCY = 0.45
+_TIMED_TOKENS, _TIMED_SECONDS = 512, 0.05
+# Products of a pass by how a criterion takes its scores: forward, gradients of activations, gradients of weights.
+_PRODUCTS = {"second-order": 2, "weights": 3, "forward": 1}
+_LONG_SECONDS = 30 * 60
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes.
+
+    Attributes:
+        seconds: of all steps.
+        bytes: at the fullest moment: weights, what a pass keeps for its backward, logits, summed gradients.
+    """
+
+    seconds: float
+    bytes: int
+
+
+def step_tokens(data: Sequences, config: PruneConfig) -> int:
+    """Tokens of a step."""
+    total = sum(len(ids) for ids, _ in data.rows)
+    return min(total, config.batch_tokens) if config.engine == "stream" else total
+
+
+def estimate(model_map: ModelMap, data: Sequences, config: PruneConfig) -> Estimate:
+    """Seconds and memory of a run on the device the model lies on; about a twentieth of a second is measured."""
+    tokens = step_tokens(data, config)
+    return Estimate(_seconds(model_map, tokens, config), memory(model_map, data, config))
+
+
+def memory(model_map: ModelMap, data: Sequences, config: PruneConfig) -> int:
+    """Bytes of a run at its fullest moment, on the device of the model."""
+    weight = next(model_map.model.parameters())
+    size, passes = weight.element_size(), _passes(config)
+    longest = max(len(ids) for ids, _ in data.rows)
+    tokens = step_tokens(data, config)
+    if config.batch_size:
+        tokens = min(tokens, config.batch_size * longest)
+    elif config.engine == "exact":
+        # As gisp.data.batches bounds a pass over a whole set.
+        tokens = min(tokens, max(longest, (2**24 if weight.device.type == "cpu" else 2**29) // model_map.vocab_size))
+    heads = (model_map.num_heads + 2 * model_map.num_kv_heads) * model_map.head_dim
+    layer = 2 * model_map.hidden_size + heads + 2 * model_map.intermediate_size
+    # Of a pass without a backward one layer is there at a time.
+    kept = tokens * layer * size * (len(model_map.layers) if passes > 1 else 1)
+    logits = 2 * tokens * model_map.vocab_size * 4
+    sums = model_map.decoder_parameters * 4 if passes == 3 and config.engine == "exact" else 0
+    return model_map.parameters * size + kept + logits + sums
+
+
+def _passes(config: PruneConfig) -> int:
+    """Products of a pass over the data, by matrix."""
+    what = CRITERIA[config.criterion]
+    if what.gradient is None:
+        return _PRODUCTS["forward"]
+    return _PRODUCTS["second-order" if what.gradient == "second-order" else "weights"]
+
+
+def _seconds(model_map: ModelMap, tokens: int, config: PruneConfig) -> float:
+    matrix = model_map.layers[0].layer.mlp.gate_proj.weight.detach()
+    output = model_map.hidden_size * model_map.vocab_size
+    # Widths shrink evenly: on average half of what goes is there.
+    average = model_map.decoder_parameters * (1 - float(config.sparsity or config.ratio or 0) / 2)
+    operations = 2 * tokens * (average * _passes(config) + 2 * output) * config.steps
+    return operations / (_speed(matrix, min(tokens, _TIMED_TOKENS)) * _EFFICIENCY)
+
+
+def _speed(matrix: torch.Tensor, tokens: int) -> float:
+    """Operations per second of a product with a matrix of the model."""
+    states = torch.ones(tokens, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    count, passed = 0, 0.0
+    with torch.no_grad():
+        float((states @ matrix.T)[0, 0])
+        start = time.perf_counter()
+        while passed < _TIMED_SECONDS:
+            # Reading a number waits for the device.
+            float((states @ matrix.T)[0, 0])
+            count += 1
+            passed = time.perf_counter() - start
+    return count * 2 * tokens * matrix.numel() / passed
+
+
+def announce(model_map: ModelMap, data: Sequences, config: PruneConfig, steps_left: int) -> None:
+    """Tell whoever hears of progress what a run will take, and what to do where that is much."""
+    if not hears_notes():
+        return
+    found = estimate(model_map, data, config)
+    device = next(model_map.model.parameters()).device
+    seconds = found.seconds * steps_left / config.steps
+    for line in lines(seconds, found.bytes, device, free_bytes(model_map), busy_cores()):
+        note(line)
+
+
+def lines(seconds: float, size: int, device: torch.device, free: int | None, busy: float) -> list[str]:
+    """What is said of an estimate.
+
+    Args:
+        free: bytes that are free on the device, ``None`` where that is not known.
+        busy: cores that other programs keep busy.
+    """
+    threads = torch.get_num_threads()
+    on = f"{device.type}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
+    said = [f"estimate: {clock(seconds)} and {size / 2**30:.1f} GiB on {on}"]
+    if device.type == "cpu" and seconds > _LONG_SECONDS:
+        said.append("  that is long: time follows --steps times --batch-tokens, give less of one, or run on a GPU")
+    if free is not None and size > free:
+        said.append(f"  {free / 2**30:.1f} GiB are free: give a smaller --batch-size or --batch-tokens")
+    if device.type == "cpu" and threads > 1 and busy >= 1 and busy + threads > (os.cpu_count() or 1):
+        said.append(
+            f"  other programs keep about {busy:.0f} of {os.cpu_count()} cores busy: {threads} threads wait for one "
+            "another, OMP_NUM_THREADS=1 may be faster"
+        )
+    return said
+
+
+def busy_cores() -> float:
+    """Average number of running processes of the last minute; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def free_bytes(model_map: ModelMap) -> int | None:
+    """Memory a run may take on its device, weights included; ``None`` where the system does not tell."""
+    weight = next(model_map.model.parameters())
+    if weight.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(weight.device)[0]) + torch.cuda.memory_reserved(weight.device)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 + model_map.parameters * weight.element_size()
+    return None
