@@ -58,6 +58,7 @@ def prune(
             help="Continue the run in --out if there is one. `gisp prune --resume RUN` takes the rest from RUN.",
         ),
     ] = False,
+    log: Annotated[str | None, typer.Option(help="Also log steps to tensorboard, wandb or trackio.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
     **flags: Any,
 ) -> None:
@@ -81,6 +82,10 @@ def prune(
         raise GispError(f"{missing[0]} is missing: gisp prune MODEL --data SPEC --out RUN")
 
     from gisp.run.folder import RunFolder
+    from gisp.run.log import check_log, logged
+
+    if log is not None:
+        check_log(log)
 
     check_model_path(places["model"])
     check_spec(places["data"])
@@ -92,10 +97,10 @@ def prune(
     if options.get("ratio") is not None and options.get("sparsity") is not None:
         output().warn("warning: --sparsity is ignored beside --ratio, which alone says where the schedule ends")
     try:
-        with warnings.catch_warnings():
+        with logged(log, Path(places["out"])) as on_step, warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: output().warn(f"warning: {message}")
-            trajectory = run_prune(**places, resume=resume, **options)
+            trajectory = run_prune(**places, resume=resume, on_step=on_step, **options)
     except KeyboardInterrupt:
         raise InterruptError(_how_to_go_on(Path(places["out"]))) from None
     for line in _shortfalls(trajectory):

@@ -169,7 +169,7 @@ class RunFolder:
 
 
 # What a run cut before its first commit can leave.
-_BEFORE_FIRST_COMMIT = (METRICS, CONFIG_FILE, STATE, TENSORS, LOCK)
+_BEFORE_FIRST_COMMIT = (METRICS, CONFIG_FILE, STATE, TENSORS, LOCK, "tensorboard")
 _STATE_FILE = re.compile(r"(?:step|removed)-[0-9]{5,}\.safetensors")
 
 
