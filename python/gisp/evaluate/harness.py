@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 from gisp.config.evaluation import LmEvalTasks
 from gisp.data.encode import load_tokenizer
@@ -48,7 +49,8 @@ class Harness:
         from lm_eval.models.huggingface import HFLM
 
         size = self._tasks.batch_size or _BATCH_SIZE
-        with _quiet():
+        # lm-eval asks git for the commit of the folder it runs in, and git complains where that is no checkout.
+        with _quiet(), mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None, create=True):
             try:
                 wrapped = HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=size, trust_remote_code=False)
                 found: Any = lm_eval.simple_evaluate(

@@ -122,6 +122,15 @@ def test_choices(gqa: str | None, places: Path) -> None:
     assert 0 < theirs["gisp_choices"]["acc"] < 1
 
 
+def test_no_checkout_is_asked_for(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    Harness(LmEvalTasks(("gisp_choices",), places / "tasks", limit=1), str(places / "tokenizer"))(shrunken(None))
+    assert "git" not in capfd.readouterr().err
+
+
 def test_rows_built_from_a_task_give_its_figures(places: Path) -> None:
     model = shrunken("query", empty_layer=1)
     for name in ("gisp_choices", "gisp_contexts", "gisp_delimited"):
