@@ -26,6 +26,7 @@ from gisp.errors import GispError
 from gisp.evaluate import Perplexity, perplexity
 from gisp.export.folder import check_place, copy_base_files, new_folder
 from gisp.model.load import resolve_device
+from gisp.progress import reporting
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -104,6 +105,7 @@ def heal(arguments: argparse.Namespace) -> tuple[Perplexity, Perplexity]:
         )
         for spec in (arguments.data, arguments.held_out)
     )
+    held_out = held_out.first(max(1, arguments.held_out_tokens // arguments.seq_len))
     before = perplexity(model, held_out, arguments.seq_len)
     print(f"before: perplexity {before.perplexity:.4f} ({before.tokens:,} tokens, window {before.window})", flush=True)
     batch_size = max(1, arguments.batch_tokens // arguments.seq_len)
@@ -141,6 +143,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("export", help="folder that `gisp export` wrote (hf or uniform)")
     parser.add_argument("--data", required=True, help="training text or tokens, as for `gisp prune`")
     parser.add_argument("--held-out", required=True, help="text or tokens to measure perplexity on")
+    parser.add_argument(
+        "--held-out-tokens", type=int, default=16384, help="the first so many tokens of --held-out are used"
+    )
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -157,7 +162,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, or 2 with one line for bad input."""
     try:
-        heal(parse(argv))
+        with reporting(True):
+            heal(parse(argv))
     except GispError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
