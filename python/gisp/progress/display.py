@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TaskID, TextColumn
@@ -69,7 +70,7 @@ class Bar:
             return
         left = "" if progress.left is None else f"{clock(progress.left)} left"
         room = self.console.width - len(progress.what) - _BAR_WIDTH - _NUMBERS_WIDTH
-        fields = {"details": fitting(progress.details, room), "left": left}
+        fields: dict[str, Any] = {"details": fitting(progress.details, room), "left": left}
         if known is None:
             self._bars.start()
             self._tasks[progress.what] = self._bars.add_task(

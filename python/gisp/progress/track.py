@@ -7,7 +7,7 @@ stands a context variable: no function in between passes anything on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -108,7 +108,7 @@ def stage(what: str) -> Iterator[None]:
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
     """The items, telling how many are done; ``total`` for those without a length."""
-    count = total if total is not None or not hasattr(items, "__len__") else len(items)
+    count = len(items) if total is None and isinstance(items, Sized) else total
     with task(what, count) as running:
         for item in items:
             yield item
