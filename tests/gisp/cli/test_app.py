@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_a_bad_option_is_refused_before_torch_is_imported():
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, model_folder, token_file) -> Path:
     out = tmp_path_factory.mktemp("quick") / "run"
-    options = {"preset": "paper", "steps": 2, "sparsity": 0.3, "device": "cpu", "dtype": "float32"}
+    options: dict[str, Any] = {"preset": "paper", "steps": 2, "sparsity": 0.3, "device": "cpu", "dtype": "float32"}
     gisp.prune(model_folder, token_file, out=out, **options)
     return out
 

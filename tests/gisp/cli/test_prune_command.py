@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 import pytest
 import torch
@@ -248,8 +249,9 @@ def test_the_end_says_quality_and_what_comes_next(tmp_path, model_folder, token_
 
 
 def test_sequences_no_step_has_drawn_are_unseen(model_folder, token_file):
-    options = {"steps": 2, "sparsity": 0.2, "batch_tokens": 32, "device": "cpu", "dtype": "float32"}
+    options: dict[str, Any] = {"steps": 2, "sparsity": 0.2, "batch_tokens": 32, "device": "cpu", "dtype": "float32"}
     trajectory = gisp.prune(model_folder, token_file, **options)
+    assert trajectory.unseen is not None
     rows = load_file(token_file)["input_ids"].tolist()
     drawn = len(rows) - len(trajectory.unseen.rows)
     assert 0 < drawn == sum(step.tokens for step in trajectory.steps) // len(rows[0])

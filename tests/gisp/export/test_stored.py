@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_model, tiny_tokens
@@ -28,7 +29,13 @@ def test_the_sizes_of_a_point_are_those_of_its_export(family: str, gqa: str, tmp
     )
     tiny_model(family, layers=3, **heads).save_pretrained(tmp_path / "model")
     run = tmp_path / "run"
-    options = {"preset": "paper", "criterion": "random", "protect_last": 0, "dtype": "float32", "device": "cpu"}
+    options: dict[str, Any] = {
+        "preset": "paper",
+        "criterion": "random",
+        "protect_last": 0,
+        "dtype": "float32",
+        "device": "cpu",
+    }
     gisp.prune(tmp_path / "model", tiny_tokens(2, 8), out=run, steps=4, sparsity=0.8, gqa=gqa, **options)
     trajectory = gisp.Trajectory.load(run)
     steps = range(len(trajectory.steps) + 1)
@@ -49,7 +56,7 @@ def test_the_sizes_of_a_point_are_those_of_its_export(family: str, gqa: str, tmp
 
 def test_numbers_of_a_cache_have_the_bytes_of_the_run(tmp_path: Path) -> None:
     tiny_model("llama-gqa").bfloat16().save_pretrained(tmp_path / "model")
-    options = {"preset": "paper", "criterion": "random", "dtype": "bfloat16", "device": "cpu"}
+    options: dict[str, Any] = {"preset": "paper", "criterion": "random", "dtype": "bfloat16", "device": "cpu"}
     gisp.prune(tmp_path / "model", tiny_tokens(2, 8), out=tmp_path / "run", steps=2, sparsity=0.3, **options)
     run = read_run(tmp_path / "run")
     assert element_bytes(run.base_model, run.heads, run.steps, None) == 2

@@ -33,6 +33,7 @@ def test_pruning_and_compensation_tell_how_far_they_are(model_folder, token_file
     (last,) = [p for p in heard if p.what == "pruning" and p.done == 3 and not p.ended]
     assert last.details[0] == f"sparsity {trajectory.steps[-1].sparsity:.4f}" and last.left == 0
     heard.clear()
+    assert trajectory.model is not None
     gisp.compensate(trajectory.model, str(token_file), progress=heard.append)
     ends = _ends(heard)
     assert ends and all(done == total for done, total in ends.values())
