@@ -36,7 +36,7 @@ class Task:
     examples: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sequences:
     """Token sequences of any lengths, grouped into examples.
 
@@ -54,6 +54,11 @@ class Sequences:
     examples: tuple[tuple[int, ...], ...]
     tasks: tuple[Task, ...] = ()
     compared: bool = False
+
+    def __repr__(self) -> str:
+        tokens = sum(len(ids) for ids, _ in self.rows)
+        tasks = f", {len(self.tasks)} tasks" if self.tasks else ""
+        return f"<Sequences: {len(self.rows):,} of {tokens:,} tokens, {len(self.examples):,} examples{tasks}>"
 
     @classmethod
     def plain(cls, rows: list[Row]) -> Sequences:

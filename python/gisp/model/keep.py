@@ -13,7 +13,7 @@ Removal = Mapping[str, torch.Tensor]
 """Group name -> original indices (int64) of the heads or channels a step removes; absent = none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Keep:
     """What stays of every layer.
 
@@ -23,6 +23,10 @@ class Keep:
 
     heads: tuple[tuple[int, ...], ...]
     channels: tuple[tuple[int, ...], ...]
+
+    def __repr__(self) -> str:
+        heads, channels = (sum(map(len, layers)) for layers in (self.heads, self.channels))
+        return f"<Keep: {heads:,} heads and {channels:,} channels of {len(self.heads)} layers>"
 
     @classmethod
     def of(cls, kept: Mapping[str, torch.Tensor]) -> Keep:

@@ -59,7 +59,7 @@ class LayerMap:
     channels: StructureGroup
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModelMap:
     """Everything the pruning loop needs to know about a dense model.
 
@@ -85,6 +85,9 @@ class ModelMap:
     decoder_parameters: int
     parameters: int
     gqa: str = "query"
+
+    def __repr__(self) -> str:
+        return f"<ModelMap of {self.model_type}: {len(self.layers)} layers, {self.parameters:,} parameters>"
 
     @property
     def shares_kv(self) -> bool:

@@ -80,7 +80,10 @@ def _passes(config: PruneConfig) -> int:
 
 
 def _seconds(model_map: ModelMap, tokens: int, config: PruneConfig) -> float:
-    matrix = model_map.layers[0].layer.mlp.gate_proj.weight.detach()
+    # A run that is resumed may have layers without a channel.
+    matrix = max((item.layer.mlp.gate_proj.weight.detach() for item in model_map.layers), key=torch.Tensor.numel)
+    if not matrix.numel():
+        return 0.0
     output = model_map.hidden_size * model_map.vocab_size
     # Widths shrink evenly: on average half of what goes is there.
     average = model_map.decoder_parameters * (1 - float(config.sparsity or config.ratio or 0) / 2)
