@@ -81,17 +81,9 @@ def prune(
     if missing:
         raise GispError(f"{missing[0]} is missing: gisp prune MODEL --data SPEC --out RUN")
 
-    from gisp.run.folder import RunFolder
-    from gisp.run.log import check_log, logged
+    _check_given(places, resume, log)
 
-    if log is not None:
-        check_log(log)
-
-    check_model_path(places["model"])
-    check_spec(places["data"])
-    with RunFolder(Path(places["out"])).writing(resume):
-        pass
-
+    from gisp.run.log import logged
     from gisp.run.prune import prune as run_prune
 
     if options.get("ratio") is not None and options.get("sparsity") is not None:
@@ -105,14 +97,22 @@ def prune(
         raise InterruptError(_how_to_go_on(Path(places["out"]))) from None
     for line in _shortfalls(trajectory):
         output().warn(f"warning: {line}")
-    last = trajectory.steps[-1]
-    output().say(
-        f"{places['out']}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
-        f"whole model {last.model_sparsity:.4f}"
-    )
     if not output().quiet:
         for line in closing_lines(trajectory, places["out"], places["data"]):
             output().say(line)
+
+
+def _check_given(places: dict[str, Any], resume: bool, log: str | None) -> None:
+    """Refuse a model, data or a log that is not there, and a folder that is taken."""
+    from gisp.run.folder import RunFolder
+    from gisp.run.log import check_log
+
+    if log is not None:
+        check_log(log)
+    check_model_path(places["model"])
+    check_spec(places["data"])
+    with RunFolder(Path(places["out"])).writing(resume):
+        pass
 
 
 def _recorded(run: Path, places: dict[str, Any]) -> dict[str, Any]:

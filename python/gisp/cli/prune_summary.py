@@ -13,9 +13,14 @@ _TOKENS = {"cpu": 8192, "cuda": 65536}
 
 
 def closing_lines(trajectory: Any, out: str, data: str) -> Iterator[str]:
-    """Quality, or why it was not measured, and the next two commands; the model is dense afterwards."""
+    """Where it ended, quality or why it was not measured, and the next two commands; the model is dense afterwards."""
+    last = trajectory.steps[-1]
+    yield (
+        f"{out}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
+        f"whole model {last.model_sparsity:.4f}"
+    )
     yield quality_line(trajectory, data)
-    sparsity = f"{trajectory.steps[-1].sparsity:.4f}"
+    sparsity = f"{last.sparsity:.4f}"
     run = shlex.quote(out)
     yield f"next: gisp eval {run} --sparsity {sparsity} --data TEXT"
     yield f"      gisp export {run} --sparsity {sparsity} --out {shlex.quote(out.rstrip('/') + '-' + sparsity)}"

@@ -65,7 +65,8 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     limits = hub_options(path)
     try:
         source, options = pretrained(path)
-        with stage(f"loading {Path(path).name}"):
+        # A hub that does not answer ends in one line; nothing is said before it.
+        with contextlib.nullcontext() if limits else stage(f"loading {Path(path).name}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,

@@ -136,9 +136,14 @@ class Lines:
         """Say how far the latest is, where it is time to."""
         with self._lock:
             now = self._now()
-            pause = FIRST_SECONDS if self._last == self._started else max(SECONDS, GROWTH * (now - self._started))
-            if self._open and now - self._last >= pause:
-                self._say(list(self._open.values())[-1][0], now)
+            if not self._open:
+                return
+            latest = list(self._open.values())[-1][0]
+            # What has no parts, as loading a model, is over soon or ends in an error's one line.
+            first = self._last == self._started and latest.total is not None
+            pause = FIRST_SECONDS if first else max(SECONDS, GROWTH * (now - self._started))
+            if now - self._last >= pause:
+                self._say(latest, now)
 
     def say(self, message: str) -> None:
         """One line of its own."""

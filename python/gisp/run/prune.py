@@ -85,20 +85,13 @@ def prune(
     Raises:
         GispError: bad input or an impossible request, before anything is written.
     """
-    options = {name: value for name, value in locals().items() if name in OPTIONS}
+    config, loss = _config({name: value for name, value in locals().items() if name in OPTIONS})
     with reporting(progress):
-        return _run(model, data, out, resume, on_step, options)
+        return _run(out, resume, on_step, partial(_start, model, data, config, loss))
 
 
-def _run(
-    model: nn.Module | str | Path,
-    data: Any,
-    out: str | Path | None,
-    resume: bool,
-    on_step: OnStep | None,
-    options: dict[str, Any],
-) -> Trajectory:
-    """:func:`prune` with its options in one mapping."""
+def _config(options: dict[str, Any]) -> tuple[PruneConfig, SequenceLoss | None]:
+    """Resolved options, and a user's own loss."""
     if torch.is_inference_mode_enabled():
         raise GispError("torch.inference_mode is on, in which no gradient is computed: prune outside of it")
     loss = options["objective"] if callable(options["objective"]) else None
@@ -107,11 +100,16 @@ def _run(
     config = make_config(**options)
     if loss is None:
         check_built_in(config.objective)
+    return config, loss
+
+
+def _run(out: str | Path | None, resume: bool, on_step: OnStep | None, start: Callable[[], PruningLoop]) -> Trajectory:
+    """A whole run, or what is left of one; written to its folder where there is one."""
     if out is None:
-        return _start(model, data, config, loss).run(None, on_step)
+        return start().run(None, on_step)
     folder = RunFolder(Path(out))
     with folder.writing(resume) as resuming:
-        loop = _start(model, data, config, loss)
+        loop = start()
         if resuming:
             loop.restore(Trajectory.load(folder.path), folder)
         return loop.run(folder, on_step)
