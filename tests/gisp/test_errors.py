@@ -76,7 +76,7 @@ def test_out_of_memory_is_one_line_everywhere(name, command, monkeypatch, capsys
     place = {
         "prune": "gisp.run.loop.PruningLoop.run",
         "eval": "transformers.AutoModelForCausalLM.from_pretrained",
-        "inspect": "gisp.run.trajectory.Trajectory.load",
+        "inspect": "gisp.run.record.read_trajectory",
     }
     monkeypatch.setattr(place[command], run_out)
     options = ["--sparsity", "0.2", "--steps", "2"] if command == "prune" else []
