@@ -106,7 +106,7 @@ def run_sizes(run: Path, sparsities: list[float]) -> tuple[str, Model, dict[floa
     Raises:
         GispError: no run there.
     """
-    from gisp.export.layout import plan_attention
+    from gisp.export.sizes.layout import plan_attention
     from gisp.run.trajectory import Trajectory
 
     trajectory = Trajectory.load(run)

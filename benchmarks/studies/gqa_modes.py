@@ -15,7 +15,7 @@ from benchmarks.common.command import exit_code, table
 from benchmarks.studies.study import Study, parser
 from gisp.config.options import GQA_MODES
 from gisp.errors import GispError
-from gisp.export.layout import plan_attention
+from gisp.export.sizes.layout import plan_attention
 from gisp.model.structures import ModelMap, map_model
 from gisp.run.trajectory import Trajectory
 

@@ -13,7 +13,7 @@ from gisp.cli.output import shows_progress
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.export.folder import check_place
-from gisp.export.options import SizeOptions, check_options, option_text
+from gisp.export.sizes.options import SizeOptions, check_options, option_text
 
 _HUB = "Hub"
 
@@ -79,9 +79,7 @@ def export(
         compensation=request,
         **hub,
     )
-    own = [f"format {format}"] if format != "hf" else []
-    own += [option_text(sizes.given())] if sizes.given() else []
-    _print_export(done, out, own)
+    _print_export(done, out, format, sizes)
 
 
 def _check_nested(format: str, others: tuple[Any, ...], compensation: dict[str, Any]) -> None:
@@ -122,12 +120,10 @@ def _export_nested(run: Path, folder: Path, device: str, hub: dict[str, Any]) ->
     _print_url(written.url)
 
 
-def _print_export(done: Any, out: Path, own: list[str]) -> None:
-    """What was written.
-
-    Args:
-        own: what its format and sizes are, where they are not the usual ones.
-    """
+def _print_export(done: Any, out: Path, format: str, sizes: SizeOptions) -> None:
+    """What was written; its format and sizes where they are not the usual ones."""
+    own = [f"format {format}"] if format != "hf" else []
+    own += [option_text(sizes.given())] if sizes.given() else []
     print(
         f"{out}: {''.join(f'{text}, ' for text in own)}"
         f"decoder sparsity {done.spec.sparsity:.4f} (step {done.spec.step}), "

@@ -102,7 +102,7 @@ def _show_evaluations(console: Console, run: Path, fingerprint: str) -> None:
 
 def _points_table(record: dict[str, Any], removed_at: dict[str, Any]) -> Table:
     """Sparsities that can be exported, with what was removed and what is stored."""
-    from gisp.export.stored import element_bytes, stored_sizes
+    from gisp.export.sizes.stored import element_bytes, stored_sizes
 
     base, config, steps = record["base_model"], record["config"], record["steps"]
     last = len(steps)

@@ -19,6 +19,7 @@ from gisp.compensation.acceptance import HeldOut, Stage
 from gisp.compensation.options import RATES
 from gisp.compensation.student import Forward, Projection, Student, Value, traced_forward
 from gisp.data import Row
+from gisp.progress import track
 
 _WARM_UP = 10
 # So many times a stage the held-out divergence is measured.
@@ -64,7 +65,7 @@ def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: 
     kept, count, seen = None, 0, 0
     every = math.ceil(plan.steps / _WATCHED)
     steps = _steps(rows, plan.batch_tokens)
-    for number in range(1, plan.steps + 1):
+    for number in track(range(1, plan.steps + 1), "training steps"):
         chosen = next(steps)
         tokens = sum(len(ids) for ids, _ in chosen)
         for batch in student.batches(chosen):

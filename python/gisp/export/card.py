@@ -11,8 +11,8 @@ from string import Template
 from typing import Any
 
 from gisp.config.options import criterion_text
-from gisp.export.options import option_text
 from gisp.export.provenance import BaseCard
+from gisp.export.sizes.options import option_text
 from gisp.export.spec import ExportReport, PrunedSpec
 from gisp.run.evaluations import THIS_RUN, Evaluation, amount_text, figure_text, method_text
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gisp.export.folder import dense_state
-from gisp.export.layout import ZEROED, AttentionLayout, plan_attention
+from gisp.export.sizes.layout import ZEROED, AttentionLayout, plan_attention
 from gisp.model.keep import Keep
 from gisp.model.structures import ModelMap, structure_parameters
 

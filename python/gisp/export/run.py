@@ -18,8 +18,8 @@ from gisp.export.formats.gguf.file import require_gguf
 from gisp.export.formats.uniform import uniform_spec
 from gisp.export.hub import check_push, push_folder
 from gisp.export.nested.export import export_nested
-from gisp.export.options import FORMATS, SizeOptions, check_options
-from gisp.export.rounding import round_mlp
+from gisp.export.sizes.options import FORMATS, SizeOptions, check_options
+from gisp.export.sizes.rounding import round_mlp
 from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
 from gisp.model.gguf import tokenizer_folder
 from gisp.model.shrink import ShrinkableModel

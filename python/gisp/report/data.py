@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gisp.errors import quoted
-from gisp.export.stored import StoredSize, element_bytes, stored_sizes
+from gisp.export.sizes.stored import StoredSize, element_bytes, stored_sizes
 from gisp.run.evaluations import Evaluation, read_evaluations
 from gisp.run.record import INVALID, RECORD, corrupt, is_count, is_finite, read_trajectory, require
 

@@ -10,7 +10,7 @@ from gisp.compensation import CompensationRequest, compensate
 from gisp.export.load import load
 from gisp.export.nested.files import NestedFiles
 from gisp.export.nested.place import is_nested
-from gisp.export.stored import StoredSize, stored_sizes
+from gisp.export.sizes.stored import StoredSize, stored_sizes
 from gisp.model.attention import KV_INDEX, NoHeads
 from gisp.model.load import resolve_device, resolve_dtype
 from gisp.model.structures import channels_name, heads_name
@@ -86,9 +86,9 @@ class Target:
     def describe(self) -> dict[str, Any]:
         """``sparsity, model_sparsity, step, parameters, kv_bytes_per_token`` of the model as it is.
 
-        Of a run's point the last two are what its ``hf`` export stores (:mod:`gisp.export.stored`): the pruned model in
-        memory reads a key/value head by any number of query heads, an export does not. After a compensation also
-        ``compensation``: what was done.
+        Of a run's point the last two are what its ``hf`` export stores (:mod:`gisp.export.sizes.stored`): the pruned
+        model in memory reads a key/value head by any number of query heads, an export does not. After a compensation
+        also ``compensation``: what was done.
         """
         done = {} if self._compensation is None else {"compensation": self._compensation}
         count, kv_bytes = parameters(self.model), kv_bytes_per_token(self.model)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 import gisp
 from gisp.export.formats.hf import export_hf
 from gisp.export.load import register_models
-from gisp.export.rounding import round_mlp
+from gisp.export.sizes.rounding import round_mlp
 from gisp.model.structures import map_model
 
 torchao = pytest.importorskip("torchao.quantization")

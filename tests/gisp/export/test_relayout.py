@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gisp.errors import GispError
-from gisp.export.layout import ZEROED, AttentionLayout, plan_attention
 from gisp.export.relayout import take_blocks
+from gisp.export.sizes.layout import ZEROED, AttentionLayout, plan_attention
 
 HEADS = 8
 SUBSETS = list(chain.from_iterable(combinations(range(HEADS), n) for n in range(HEADS + 1)))

@@ -13,8 +13,8 @@ from export_models import CHANNELS, FAMILIES, KEPT, RUN, Kept, dense, layers_of,
 import gisp
 from gisp.errors import GispError
 from gisp.export.formats.hf import export_hf
-from gisp.export.options import SizeOptions
-from gisp.export.rounding import round_mlp
+from gisp.export.sizes.options import SizeOptions
+from gisp.export.sizes.rounding import round_mlp
 from gisp.export.spec import PrunedSpec
 from gisp.model.structures import map_model
 

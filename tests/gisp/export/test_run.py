@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import gisp
 from gisp.cli import main
-from gisp.export.options import SizeOptions
 from gisp.export.run import export_run
+from gisp.export.sizes.options import SizeOptions
 from gisp.export.spec import PrunedSpec, last_to_go
 from gisp.target import evaluate_target
 

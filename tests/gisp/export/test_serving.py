@@ -24,7 +24,7 @@ import gisp
 from gisp.export.formats.hf import export_hf
 from gisp.export.modeling_gisp import AUTO_CLASSES, classes_of
 from gisp.export.modeling_gisp import FAMILIES as MODEL_TYPES
-from gisp.export.rounding import round_mlp
+from gisp.export.sizes.rounding import round_mlp
 from gisp.export.spec import ExportReport, LayerSizes
 from gisp.model.structures import map_model
 

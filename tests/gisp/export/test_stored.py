@@ -10,8 +10,8 @@ from tiny import tiny_model, tiny_tokens
 
 import gisp
 from gisp.export.formats.hf import export_hf
+from gisp.export.sizes.stored import element_bytes
 from gisp.export.spec import PrunedSpec
-from gisp.export.stored import element_bytes
 from gisp.report.data import read_run
 from gisp.target.open import open_target, stored_at
 

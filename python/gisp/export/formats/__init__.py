@@ -1,1 +1,1 @@
-"""Formats of exports, one a module; ``FORMATS`` of :mod:`gisp.export.options` names them."""
+"""Formats of exports, one a module; ``FORMATS`` of :mod:`gisp.export.sizes.options` names them."""

@@ -11,10 +11,10 @@ import torch
 
 from gisp.errors import GispError
 from gisp.export.check import weight_dtype, write_checked
-from gisp.export.layout import ZEROED, AttentionLayout
 from gisp.export.modeling_gisp import FAMILIES, auto_map, classes_of
-from gisp.export.options import option_text
 from gisp.export.relayout import plan_layers, stored_state
+from gisp.export.sizes.layout import ZEROED, AttentionLayout
+from gisp.export.sizes.options import option_text
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
 from gisp.model.keep import Keep
 from gisp.model.structures import ModelMap

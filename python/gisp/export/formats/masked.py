@@ -12,8 +12,8 @@ import torch
 
 from gisp.export.card import MASKED
 from gisp.export.check import write_checked
-from gisp.export.layout import ZEROED
 from gisp.export.relayout import stored_state
+from gisp.export.sizes.layout import ZEROED
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
 from gisp.model.keep import Keep, kv_heads
 from gisp.model.structures import ModelMap

@@ -31,9 +31,9 @@ from gisp.errors import GispError
 from gisp.export.card import UNIFORM
 from gisp.export.check import write_checked
 from gisp.export.formats.hf import check_family, config_values, pruned_state
-from gisp.export.options import SizeOptions, option_text
 from gisp.export.relayout import plan_layers
-from gisp.export.rounding import kept_parameters, require_ranking
+from gisp.export.sizes.options import SizeOptions, option_text
+from gisp.export.sizes.rounding import kept_parameters, require_ranking
 from gisp.export.spec import ExportReport, LayerRanking, PrunedSpec, gisp_record, map_checked
 from gisp.model.keep import Keep, kv_heads
 from gisp.model.structures import ModelMap

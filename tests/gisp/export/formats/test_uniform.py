@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM
 import gisp
 from gisp.errors import GispError
 from gisp.export.formats.uniform import export_uniform, uniform_spec
-from gisp.export.options import SizeOptions
+from gisp.export.sizes.options import SizeOptions
 from gisp.export.spec import LayerRanking, PrunedSpec
 
 WHOLE_GROUPS = (

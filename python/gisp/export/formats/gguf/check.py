@@ -24,7 +24,7 @@ from gisp.errors import GispError
 from gisp.export.check import TOLERANCE, Reference, compare_logits, exact_logits, weight_dtype
 from gisp.export.formats.gguf.file import count_parameters, read_model
 from gisp.export.formats.gguf.tokenizer import CHECK_TEXTS, Vocabulary
-from gisp.export.layout import AttentionLayout
+from gisp.export.sizes.layout import AttentionLayout
 from gisp.export.spec import ExportReport, LayerSizes, PrunedSpec
 from gisp.model.structures import ModelMap
 

@@ -1,8 +1,8 @@
 """What an export stores of a pruned point: other than what was removed, where key/value heads are shared unevenly.
 
 A layer whose kept query heads are spread unevenly over key/value heads is exported with zeroed query heads or with
-key/value heads stored twice (:mod:`gisp.export.layout`), and an empty block keeps one zeroed head or channel. Numpy is
-enough here: sizes are told where no model is at hand.
+key/value heads stored twice (:mod:`gisp.export.sizes.layout`), and an empty block keeps one zeroed head or channel.
+Numpy is enough here: sizes are told where no model is at hand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gisp.export.layout import plan_attention
+from gisp.export.sizes.layout import plan_attention
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _plan = lru_cache(maxsize=65536)(plan_attention)

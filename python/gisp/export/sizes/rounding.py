@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gisp.errors import GispError
-from gisp.export.options import SizeOptions, option_text
+from gisp.export.sizes.options import SizeOptions, option_text
 from gisp.export.spec import PrunedSpec
 from gisp.model.keep import kv_heads
 from gisp.model.structures import ModelMap
