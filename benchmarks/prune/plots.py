@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from benchmarks.common.plots import THEME, series, short, write_figures
 from gisp.report.style import MARKERS, new_figure
-from gisp.run.metrics import PHASES
+from gisp.run.metrics.measure import PHASES
 
 Row = dict[str, Any]
 

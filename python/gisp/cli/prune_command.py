@@ -83,7 +83,7 @@ def prune(
 
     _check_given(places, resume, log)
 
-    from gisp.run.log import logged
+    from gisp.run.metrics.trackers import logged
     from gisp.run.prune import prune as run_prune
 
     if options.get("ratio") is not None and options.get("sparsity") is not None:
@@ -105,7 +105,7 @@ def prune(
 def _check_given(places: dict[str, Any], resume: bool, log: str | None) -> None:
     """Refuse a model, data or a log that is not there, and a folder that is taken."""
     from gisp.run.folder import RunFolder
-    from gisp.run.log import check_log
+    from gisp.run.metrics.trackers import check_log
 
     if log is not None:
         check_log(log)

@@ -18,7 +18,7 @@ from gisp.model.structures import ModelMap
 from gisp.progress import task
 from gisp.run.estimate import announce
 from gisp.run.folder import RunFolder
-from gisp.run.metrics import PhaseClock, histogram_record, score_histogram, step_details
+from gisp.run.metrics.measure import PhaseClock, histogram_record, score_histogram, step_details
 from gisp.run.record import library_versions
 from gisp.run.regrow import Regrowth
 from gisp.run.setup import Setup, check_scores

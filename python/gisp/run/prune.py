@@ -67,7 +67,7 @@ def prune(
     dtype: str | None = None,
     fp8: bool | None = None,
 ) -> Trajectory:
-    """Prune a model in place.
+    """Prune a model in place; further options are those of ``python -m gisp.config.reference``.
 
     Args:
         model: a dense causal language model, or the folder or hub name of one.
@@ -78,8 +78,6 @@ def prune(
         progress: who hears how far it is, see :func:`gisp.progress.reporting`; ``None``: a bar on a terminal.
         objective: may also be a loss of your own, ``loss(model, input_ids, labels) -> [B]`` (``SequenceLoss`` of
             ``gisp.score.objectives``): rows are read as for ``lm``, and second-order scores take it for a mean.
-
-    The other options are those of the command line; ``python -m gisp.config.reference`` prints what each means.
 
     Returns:
         The trajectory; its ``model`` is the pruned model.

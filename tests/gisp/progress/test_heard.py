@@ -67,7 +67,7 @@ def test_nothing_is_said_unless_wanted(model_folder, token_file, tmp_path, capfd
 
 
 def test_a_margin_says_what_its_loss_is():
-    from gisp.run.metrics import step_details
+    from gisp.run.metrics.measure import step_details
     from gisp.run.trajectory import StepRecord
 
     record = StepRecord(1, 0.1, 0.1, 0.1, 1, 1, 1, -14.07, 100, 2.0, 8)

@@ -14,7 +14,7 @@ from gisp.data import Sequences
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.run.loop import PruningLoop
-from gisp.run.metrics import PhaseClock, score_histogram
+from gisp.run.metrics.measure import PhaseClock, score_histogram
 from gisp.run.step import StepWriter
 from gisp.score.base import StepScores
 from gisp.select.schedule import structure_ratio

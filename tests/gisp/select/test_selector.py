@@ -10,7 +10,7 @@ from select_oracle import OracleBlock, OracleSelector
 from tiny import tiny_model
 
 from gisp.model.structures import map_model, protected_layers
-from gisp.run.metrics import score_histogram
+from gisp.run.metrics.measure import score_histogram
 from gisp.select.schedule import parameter_target, structure_ratio, threshold_rank
 from gisp.select.selector import Ranking, Selection, Selector, StepRemoval
 from gisp.select.whole_layers import LayerSelector

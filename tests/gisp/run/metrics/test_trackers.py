@@ -13,7 +13,7 @@ import pytest
 import gisp
 from gisp.cli import main
 from gisp.errors import GispError
-from gisp.run.log import check_log, figures
+from gisp.run.metrics.trackers import check_log, figures
 
 
 def _prune(model_folder: Path, token_file: Path, out: Path, *more: str) -> int:

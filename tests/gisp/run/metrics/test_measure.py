@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from gisp.run.metrics import PHASES, PhaseClock
+from gisp.run.metrics.measure import PHASES, PhaseClock
 
 
 def test_phases_add_up_to_the_wall_time():
