@@ -84,6 +84,11 @@ class RunData:
         """What an export of a step (1-based, 0 = dense) stores, for each of ``steps``."""
         return stored_sizes(self.base_model, self.heads, self.channels, steps)
 
+    def stored_kv_bytes(self, step: int) -> int | None:
+        """Key/value bytes per token of an export of a step (0 = dense); ``None`` when the dtype is unknown."""
+        number_bytes = self._kv_element_bytes()
+        return None if number_bytes is None else self.stored([step])[0].kv_bytes_per_token(number_bytes)
+
     def dense_kv_bytes(self) -> int | None:
         """Key/value bytes per token of the dense model in the run's dtype; None when the dtype is unknown."""
         size = self._kv_element_bytes()

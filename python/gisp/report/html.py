@@ -40,6 +40,12 @@ def _percent(fraction: float, digits: int = 2) -> str:
 
 
 _WHOLE = "{:,}".format
+
+
+def _whole_or_absent(value: int | None) -> str:
+    return _ABSENT if value is None else _WHOLE(value)
+
+
 # Key of a step's record, heading and form of every column of the table of steps.
 _STEP_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("step", "Step", _WHOLE),
@@ -51,7 +57,7 @@ _STEP_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("loss", "Loss before", "{:.4f}".format),
     ("tokens", "Tokens", _WHOLE),
     ("seconds", "Seconds", "{:,.3f}".format),
-    ("kv_bytes_per_token", "KV B/token", _WHOLE),
+    ("kv_bytes_per_token", "KV B/token", _whole_or_absent),
 )
 
 
@@ -82,7 +88,7 @@ def summary_rows(run: RunData) -> list[Row]:
     """Name and value of every line of the summary table."""
     base, last = run.base_model, run.last
     heads, channels = run.kept_count("heads"), run.kept_count("channels")
-    kv, removed = run.dense_kv_bytes(), last["removed_parameters"]
+    end, removed = len(run.steps), last["removed_parameters"]
     rows = [
         ("Base model", str(base.get("path") or _IN_MEMORY)),
         ("Architecture", _architecture(run)),
@@ -92,11 +98,11 @@ def summary_rows(run: RunData) -> list[Row]:
         ("Steps", f"{len(run.steps):,}"),
         ("Decoder sparsity", _percent(last["sparsity"])),
         ("Whole-model sparsity", _percent(last["model_sparsity"])),
-        ("Parameters", _change(base["parameters"], base["parameters"] - removed)),
-        ("Decoder parameters", _change(base["decoder_parameters"], base["decoder_parameters"] - removed)),
+        ("Parameters an export stores", _change(base["parameters"], run.stored([end])[0].parameters)),
+        ("Decoder parameters left", _change(base["decoder_parameters"], base["decoder_parameters"] - removed)),
         ("Attention heads", _change(heads[1], heads[0])),
         ("MLP channels", _change(channels[1], channels[0])),
-        ("KV cache per token", _change(kv, last["kv_bytes_per_token"], " B")),
+        ("KV cache per token of an export", _change(run.dense_kv_bytes(), run.stored_kv_bytes(end), " B")),
         ("Calibration tokens, all steps", f"{int(run.total('tokens')):,}"),
         ("Total time of the steps", _duration(run.total("seconds"))),
     ]
@@ -117,15 +123,15 @@ def step_rows(run: RunData) -> list[int]:
 
 def _tiles(run: RunData) -> str:
     base, last = run.base_model, run.last
-    after = base["parameters"] - last["removed_parameters"]
+    after = run.stored([len(run.steps)])[0].parameters
     tiles = [
         ((_percent(last["sparsity"], 1),), "of the decoder's parameters removed"),
-        (_arrow(_short(base["parameters"], "kMB"), _short(after, "kMB")), "parameters of the model"),
+        (_arrow(_short(base["parameters"], "kMB"), _short(after, "kMB")), "parameters an export stores"),
     ]
     kv = run.dense_kv_bytes()
-    if kv:
-        after = last["kv_bytes_per_token"]
-        tiles.append((_arrow(f"{_short(kv, 'kMG')}B", f"{_short(after, 'kMG')}B"), "KV cache per token"))
+    kv_after = run.stored_kv_bytes(len(run.steps))
+    if kv and kv_after is not None:
+        tiles.append((_arrow(f"{_short(kv, 'kMG')}B", f"{_short(kv_after, 'kMG')}B"), "KV cache per token"))
     seconds = run.total("seconds")
     tiles.append(((_clock(seconds),), f"for {len(run.steps):,} step{'s' * (len(run.steps) > 1)}"))
     # A line may break between numbers, never within one.
@@ -163,7 +169,10 @@ def _evaluations(run: RunData) -> str:
 
 
 def _steps_table(run: RunData) -> str:
-    rows = [[form(run.steps[index][key]) for key, _, form in _STEP_COLUMNS] for index in step_rows(run)]
+    shown_steps = [
+        {**run.steps[index], "kv_bytes_per_token": run.stored_kv_bytes(index + 1)} for index in step_rows(run)
+    ]
+    rows = [[form(step[key]) for key, _, form in _STEP_COLUMNS] for step in shown_steps]
     shown = f"{len(rows)} of {len(run.steps):,} steps, evenly spaced. " if len(rows) < len(run.steps) else ""
     header = [title for _, title, _ in _STEP_COLUMNS]
     return f'<p class="note">{shown}Removed counts are totals after the step.</p>' + _table(header, rows)
@@ -221,10 +230,10 @@ def _data(run: RunData) -> str:
     return str(run.data["spec"]) + (f" ({count:,} sequences)" if isinstance(count, int) else "")
 
 
-def _change(before: int | None, after: int, unit: str = "") -> str:
+def _change(before: int | None, after: int | None, unit: str = "") -> str:
     """Before and after, and what is left in percent."""
-    if before is None:
-        return f"{_ABSENT} → {after:,}{unit}"
+    if before is None or after is None:
+        return _ABSENT
     left = f" ({100 * after / before:.1f} %)" if before else ""
     return f"{before:,}{unit} → {after:,}{unit}{left}"
 

@@ -43,19 +43,19 @@ def sizes_section(run: RunData) -> str:
 FACTS = {
     "sparsity": "Decoder sparsity",
     "model_sparsity": "Whole-model sparsity",
-    "parameters": "Parameters",
-    "kv": "KV cache per token",
+    "parameters": "Parameters an export stores",
+    "kv": "KV cache per token of an export",
 }
 
 
 def size_of(run: RunData, step: int) -> dict[str, Any]:
     """One size as it is shown: texts by the names of :data:`FACTS`, ``figures``, and counts kept per layer."""
-    record = run.steps[step - 1] if step else {"sparsity": 0.0, "model_sparsity": 0.0, "removed_parameters": 0}
-    kv = record["kv_bytes_per_token"] if step else run.dense_kv_bytes()
+    record = run.steps[step - 1] if step else {"sparsity": 0.0, "model_sparsity": 0.0}
+    kv = run.stored_kv_bytes(step)
     return {
         "sparsity": f"{100 * record['sparsity']:.2f} %",
         "model_sparsity": f"{100 * record['model_sparsity']:.2f} %",
-        "parameters": f"{run.base_model['parameters'] - record['removed_parameters']:,}",
+        "parameters": f"{run.stored([step])[0].parameters:,}",
         "kv": "not recorded" if kv is None else f"{kv:,} B",
         "figures": _figures(run, step, record["sparsity"]),
         "heads": _kept(run.heads, step),

@@ -87,9 +87,11 @@ def test_page_refers_to_nothing_outside(made: Made) -> None:
 def test_summary_equals_the_input(made: Made) -> None:
     record, rows = made.record, rows_of(made.html)
     last = record["steps"][-1]
-    after = PARAMETERS - last["removed_parameters"]
+    run = read_run(made.folder)
+    after = run.stored([60])[0].parameters
+    assert after > PARAMETERS - last["removed_parameters"]
     left = LAYERS * HEADS - last["heads_removed"]
-    kv_before, kv_after = 2 * LAYERS * KV_HEADS * HEAD_DIM * 2, last["kv_bytes_per_token"]
+    kv_before, kv_after = 2 * LAYERS * KV_HEADS * HEAD_DIM * 2, run.stored_kv_bytes(60)
     seconds = sum(step["seconds"] for step in record["steps"])
     assert rows["Base model"] == "/models/tiny <decoder>"
     assert rows["Preset"] == "fast"
@@ -97,9 +99,9 @@ def test_summary_equals_the_input(made: Made) -> None:
     assert rows["Status"] == "complete after step 60"
     assert rows["Decoder sparsity"] == f"{100 * last['sparsity']:.2f} %"
     assert rows["Whole-model sparsity"] == f"{100 * last['model_sparsity']:.2f} %"
-    assert rows["Parameters"] == f"{PARAMETERS:,} → {after:,} ({100 * after / PARAMETERS:.1f} %)"
+    assert rows["Parameters an export stores"] == f"{PARAMETERS:,} → {after:,} ({100 * after / PARAMETERS:.1f} %)"
     assert rows["Attention heads"].startswith(f"{LAYERS * HEADS} → {left} ")
-    assert rows["KV cache per token"].startswith(f"{kv_before:,} B → {kv_after:,} B ")
+    assert rows["KV cache per token of an export"].startswith(f"{kv_before:,} B → {kv_after:,} B ")
     assert rows["Calibration tokens, all steps"] == f"{60 * 8192:,}"
     assert rows["Total time of the steps"] == f"{seconds:,.1f} s (1 min 33 s)"
     assert rows["Peak GPU memory"] == "1.50 GiB"
@@ -118,7 +120,7 @@ def test_step_table_equals_the_input_in_at_most_25_rows(made: Made) -> None:
         assert row[1] == f"{100 * step['sparsity']:.2f} %"
         assert row[3:6] == [f"{step[name]:,}" for name in ("removed_parameters", "heads_removed", "channels_removed")]
         assert row[6] == f"{step['loss']:.4f}"
-        assert row[9] == f"{step['kv_bytes_per_token']:,}"
+        assert row[9] == f"{read_run(made.folder).stored_kv_bytes(int(row[0])):,}"
 
 
 def test_kept_fractions_follow_the_removal_steps(tmp_path: Path) -> None:
@@ -204,15 +206,15 @@ def test_same_run_gives_the_same_files_and_leaves_settings_alone(made: Made) -> 
 
 @pytest.mark.parametrize("step", [0, 7, 12])
 def test_slider_holds_what_each_layer_keeps(tmp_path: Path, step: int) -> None:
-    record = make_run(tmp_path, evaluations=True)
+    make_run(tmp_path, evaluations=True)
     run = read_run(tmp_path)
     size = size_of(run, step)
     tensors = load_file(tmp_path / "trajectory.safetensors")
     for kind in ("heads", "channels"):
         left = [tensors[f"layers.{layer}.{kind}.removed_at"] for layer in range(LAYERS)]
         assert size[kind] == [int(((at == 0) | (at > step)).sum()) for at in left]
-    removed = record["steps"][step - 1]["removed_parameters"] if step else 0
-    assert size["parameters"] == f"{PARAMETERS - removed:,}"
+    assert size["parameters"] == f"{run.stored([step])[0].parameters:,}"
+    assert size["kv"] == f"{run.stored_kv_bytes(step):,} B"
     assert size["figures"] == (
         "gisp: perplexity 5.8125 (texts/heldout.jsonl)" if not step else "Not evaluated at this size."
     )
