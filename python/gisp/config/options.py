@@ -27,8 +27,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm": "params",
         "schedule": "parameters",
         "steps": 200,
+        "protect_last": 0,
         "align": 16,
         "ema": 0.9,
+        "gqa": "group",
         "keep_minimum": True,
     },
     # Algorithm 1 and Eq. 7-10 of the paper, read as removed parameters.
