@@ -34,9 +34,11 @@ def trajectory_of(model: Any, *, whole_layers: bool = True, seed: int = 0) -> Tr
         }
         parameters += lost["heads"] * model_map.head_parameters + lost["chan"] * model_map.channel_parameters
         share = parameters / model_map.decoder_parameters
-        steps.append(StepRecord(step, share, share, share / 2, parameters, 0, 0, 1.0, 1, 1.0, 1))
+        whole = parameters / model_map.parameters
+        steps.append(StepRecord(step, share, share, whole, parameters, 0, 0, 1.0, 1, 1.0, 1))
     base = {"path": "some-org/some-model", "fingerprint": fingerprint(model), **model_map.describe()}
-    return Trajectory(removed, base, {"preset": "fast"}, {}, {"torch": torch.__version__}, steps, True)
+    data = {"spec": "made up", "sequences": 1, "sha256": ""}
+    return Trajectory(removed, base, {"preset": "fast", "steps": STEPS}, data, {"torch": torch.__version__}, steps, True)
 
 
 def logits(model: Any) -> torch.Tensor:

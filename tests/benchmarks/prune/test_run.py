@@ -69,8 +69,8 @@ def test_a_run_is_compensated(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (run,) = json.loads(out.read_text())["runs"]
     found = run["compensation"]
     assert found["method"] == "kfac" and found["fit_tokens"] == 512 and 0 < found["fit_seconds"] < found["seconds"]
-    # The last layer is protected, and the first tenth of four layers is none.
-    assert found["blocks"] == 6 and 0 < found["squares_left"] < 1
+    # Of eight blocks those that were pruned and whose fit was accepted.
+    assert 0 < found["blocks"] <= 8 and 0 < found["squares_left"] < 1
     assert [step["tokens"] for step in found["steps"]] == [512, 512]
     assert found["steps"][-1]["after"] <= found["steps"][0]["before"]
     assert main(["bench", "prune", "--from", str(out), "--goals"]) == 0
