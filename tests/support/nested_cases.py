@@ -38,7 +38,9 @@ def trajectory_of(model: Any, *, whole_layers: bool = True, seed: int = 0) -> Tr
         steps.append(StepRecord(step, share, share, whole, parameters, 0, 0, 1.0, 1, 1.0, 1))
     base = {"path": "some-org/some-model", "fingerprint": fingerprint(model), **model_map.describe()}
     data = {"spec": "made up", "sequences": 1, "sha256": ""}
-    return Trajectory(removed, base, {"preset": "fast", "steps": STEPS}, data, {"torch": torch.__version__}, steps, True)
+    return Trajectory(
+        removed, base, {"preset": "fast", "steps": STEPS}, data, {"torch": torch.__version__}, steps, True
+    )
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -20,7 +20,7 @@ CONFIG_FILE = "config.yaml"
 IN_MEMORY = "tokens in memory"
 PRESETS: dict[str, dict[str, Any]] = {
     # One fresh batch a step, smoothed over steps; widths that keep GEMMs fast. Scores to second order, without a weight
-    # gradient: what the quality study found best at every size (benchmarks/RESULTS.md).
+    # gradient: what the quality study found best at every size, and no last layer is left out (benchmarks/RESULTS.md).
     "fast": {
         "criterion": "second-order",
         "engine": "stream",
@@ -40,8 +40,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm": "params",
         "schedule": "parameters",
         "steps": 50,
+        "protect_last": 1,
         "align": 1,
         "ema": 0.0,
+        "gqa": "query",
         "keep_minimum": False,
     },
     # What the released code does: its normaliser, its schedule over structure counts, its threshold.
@@ -51,8 +53,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "norm": "official",
         "schedule": "structures",
         "steps": 112,
+        "protect_last": 1,
         "align": 1,
         "ema": 0.0,
+        "gqa": "query",
         "keep_minimum": False,
     },
 }
@@ -158,11 +162,11 @@ class PruneConfig:
     )
     schedule: str = option("What goes in equal steps", choices=SCHEDULES, group=_LIMITS)
     protect_first: float = option("Part of the layers protected at the input end", 0.1, least=0, below=1, group=_LIMITS)
-    protect_last: int = option("Layers protected at the output end", 1, least=0, group=_LIMITS)
+    protect_last: int = option("Layers protected at the output end", least=0, group=_LIMITS)
     align: int = option("Kept MLP widths are multiples of this", least=1, group=_LIMITS)
     keep_minimum: bool = option("Keep a head and an aligned MLP width in every layer", group=_LIMITS)
     ema: float = option("Weight of the past in scores averaged over steps", least=0, below=1, group=_SCORES)
-    gqa: str = option("Where query heads share key/value heads", "query", choices=GQA_MODES, group=_LIMITS)
+    gqa: str = option("Where query heads share key/value heads", choices=GQA_MODES, group=_LIMITS)
     seed: int = option("Seed of the data order", 0, least=0, group=_COMPUTE)
     device: str = option("Where it runs: auto, cpu or cuda", "auto", group=_COMPUTE)
     dtype: str | None = option(
