@@ -196,13 +196,18 @@ def fold_into_pruned(shrinkable: ShrinkableModel, compensation: Compensation) ->
 def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
     """Write a compensation into the dense model it was fitted on, at the columns that stay, for an export.
 
-    The model as a whole computes nothing useful then: only with the removed structures gone.
+    The model as a whole computes nothing useful then: only with the removed structures gone. Factors multiply its own
+    weights, whatever dtype they were fitted in.
     """
     outputs = model_map.outputs
     with torch.no_grad():
         for update in compensation.updates:
-            linear, _ = outputs[update.name]
-            linear.weight[:, update.columns] = update.weight.to(linear.weight.dtype)
+            linear, block = outputs[update.name]
+            columns, weight = update.columns.to(linear.weight.device), update.weight
+            if update.factors is not None:
+                factors = update.factors.to(linear.weight.device).repeat_interleave(block)
+                weight = linear.weight[:, columns].float() * factors
+            linear.weight[:, columns] = weight.to(linear.weight)
             _set_bias(linear, update.bias)
         if any(update.bias is not None for update in compensation.updates):
             # A checkpoint has them in all layers or in none.
@@ -232,6 +237,6 @@ def _set_bias(linear: nn.Linear, bias: torch.Tensor | None) -> None:
     if bias is None:
         return
     if linear.bias is None:
-        linear.bias = nn.Parameter(bias.to(linear.weight.dtype, copy=True), requires_grad=linear.weight.requires_grad)
+        linear.bias = nn.Parameter(bias.to(linear.weight, copy=True), requires_grad=linear.weight.requires_grad)
     else:
         linear.bias.copy_(bias)

@@ -29,12 +29,15 @@ class BlockUpdate:
         columns: original input columns of the projection that stay, int64 [K].
         weight: [D, K] for these columns, in the dtype of the model.
         bias: the whole bias [D] in the dtype of the model; None = as it was.
+        factors: float32 [K / columns of a structure], where the weight is the model's own times one factor a kept
+            structure; None where it is another one.
     """
 
     name: str
     columns: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
+    factors: torch.Tensor | None = None
 
 
 def run_stages(
@@ -74,7 +77,9 @@ def run_stages(
     for projection in student.projections:
         if projection.changed:
             value = projection.value()
-            updates.append(BlockUpdate(projection.name, projection.columns, value.weight, value.bias))
+            updates.append(
+                BlockUpdate(projection.name, projection.columns, value.weight, value.bias, projection.factors)
+            )
     return updates, done, held_out
 
 

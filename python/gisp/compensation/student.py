@@ -63,7 +63,8 @@ class Projection:
         block: columns of one structure.
         weight: of the kept columns, float32 [D, K]; the model computes with it rounded to its dtype.
         bias: float32 [D], None for that of the dense model.
-        changed: whether a stage has changed it.
+        reweighted: whether a stage has changed the weight.
+        factors: float32 [K / block], where the weight is that of the dense model times one factor a structure.
     """
 
     name: str
@@ -73,7 +74,13 @@ class Projection:
     block: int
     weight: torch.Tensor
     bias: torch.Tensor | None = None
-    changed: bool = False
+    reweighted: bool = False
+    factors: torch.Tensor | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether a stage has changed it."""
+        return self.reweighted or self.bias is not None
 
     def value(self, move: Move | None = None, size: float = 1.0) -> Value:
         """What it computes with, after a move of some size."""
@@ -99,9 +106,9 @@ class Projection:
             return
         if move.weight is not None:
             self.weight.add_(move.weight, alpha=size)
+            self.reweighted, self.factors = True, None
         if move.bias is not None:
             self.bias = torch.add(self._own_bias() if self.bias is None else self.bias, move.bias, alpha=size)
-        self.changed = True
         for what, tensor in (("weights", self.weight), ("biases", self.bias)):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise GispError(f"compensated {what} of {self.name} are not finite: check the weights and the data")

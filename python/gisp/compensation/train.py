@@ -62,7 +62,7 @@ def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: 
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, plan.steps))
     start = best = student.divergences(held_out)
-    kept, count, seen = None, 0, 0
+    kept, gates, count, seen = None, trained.gates, 0, 0
     every = math.ceil(plan.steps / _WATCHED)
     steps = _steps(rows, plan.batch_tokens)
     for number in track(range(1, plan.steps + 1), "training steps"):
@@ -82,12 +82,14 @@ def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: 
             break
         if float(found.sum()) < float(best.sum()):
             kept, best, count = values, found, number
+            gates = [factors.detach().clone() for factors in trained.gates]
     stage = Stage.ended(plan.name, seen, held_out, start, best, count=count)
     if stage.kept and kept is not None:
-        for projection, value in zip(student.projections, kept, strict=True):
-            if len(projection.columns):
-                projection.weight.copy_(value.weight)
-                projection.changed = True
+        values = [value for p, value in zip(student.projections, kept, strict=True) if len(p.columns)]
+        for projection, value, factors in zip(student.movable, values, gates, strict=True):
+            projection.factors = None if trained.weights or projection.reweighted else factors
+            projection.weight.copy_(value.weight)
+            projection.reweighted = True
     return stage
 
 

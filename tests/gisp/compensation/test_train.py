@@ -11,7 +11,7 @@ import torch
 from compensation_oracle import REMOVED, columns, divergence, kept_of, masked, projection, rows, weight_of
 from tiny import FAMILIES, tiny_model
 
-from gisp.compensation import Compensation, CompensationOptions, fit_compensation, student
+from gisp.compensation import Compensation, CompensationOptions, fit_compensation, fold_into_dense, student
 from gisp.compensation.student import Student, traced_forward
 from gisp.compensation.train import _steps, rate
 from gisp.data import Sequences
@@ -156,3 +156,39 @@ def test_infinite_losses_end_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Student, "divergences", measured)
     found = fitted(model, rows(), method="gates", steps=30, batch_tokens=32)
     assert len(calls) == 2 and found.updates == ()
+
+
+@pytest.mark.usefixtures("accept_all")
+@pytest.mark.parametrize("method", ["gates", "gates+bias", "bias+gates"])
+def test_gates_alone_are_told_as_factors(method: str) -> None:
+    model = tiny_model("llama-gqa").bfloat16()
+    done = fitted(model, MANY, method=method, batch_tokens=64, steps=4)
+    assert len(done.updates) == len(REMOVED)
+    for update in done.updates:
+        linear, width = projection(model, update.name)
+        assert update.factors is not None
+        own = linear.weight[:, update.columns].float() * update.factors.repeat_interleave(width)
+        assert not torch.equal(update.factors, torch.ones_like(update.factors))
+        assert torch.equal(own.bfloat16(), update.weight)
+
+
+@pytest.mark.usefixtures("accept_all")
+@pytest.mark.parametrize("method", ["lsq", "lsq+gates", "gates+lsq", "gates+gates", "distil", "gates+kfac"])
+def test_other_weights_are_not_told_as_factors(method: str) -> None:
+    few = {} if method == "lsq" else {"batch_tokens": 64} | ({} if "kfac" in method else {"steps": 4})
+    done = fitted(tiny_model("llama-gqa"), MANY, method=method, **few)
+    assert len(done.updates) == len(REMOVED)
+    assert all(update.factors is None for update in done.updates)
+
+
+@pytest.mark.usefixtures("accept_all")
+def test_factors_multiply_weights_of_a_wider_dtype_than_they_were_fitted_in() -> None:
+    model = tiny_model("llama-gqa")
+    done = fitted(deepcopy(model).bfloat16(), MANY, method="gates", batch_tokens=64, steps=4)
+    folded = deepcopy(model)
+    fold_into_dense(map_model(folded), done)
+    for update in done.updates:
+        assert update.factors is not None
+        (own, width), (found, _) = projection(model, update.name), projection(folded, update.name)
+        wanted = own.weight[:, update.columns] * update.factors.repeat_interleave(width)
+        assert torch.equal(found.weight[:, update.columns], wanted)
