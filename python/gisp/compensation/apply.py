@@ -184,7 +184,8 @@ def fold_into_pruned(shrinkable: ShrinkableModel, compensation: Compensation) ->
         # Columns of the update stand in original order, those of the model in the order of its swaps.
         places.append((linear, update, torch.searchsorted(update.columns.cpu(), order).to(linear.weight.device)))
     for linear, update, position in places:
-        undo.append(_overwrite(linear, update.weight[:, position], update.bias))
+        weight = None if update.weight is None else update.weight[:, position]
+        undo.append(_overwrite(linear, weight, update.bias))
 
     def restore() -> None:
         for step in reversed(undo):
@@ -207,7 +208,8 @@ def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
             if update.factors is not None:
                 factors = update.factors.to(linear.weight.device).repeat_interleave(block)
                 weight = linear.weight[:, columns].float() * factors
-            linear.weight[:, columns] = weight.to(linear.weight)
+            if weight is not None:
+                linear.weight[:, columns] = weight.to(linear.weight)
             _set_bias(linear, update.bias)
         if any(update.bias is not None for update in compensation.updates):
             # A checkpoint has them in all layers or in none.
@@ -216,16 +218,18 @@ def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
 
 
 @torch.no_grad()
-def _overwrite(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[], None]:
-    """Give a layer other values in place; the returned call brings the old ones back."""
-    old_weight = linear.weight.detach().clone()
+def _overwrite(linear: nn.Linear, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Callable[[], None]:
+    """Give a layer other values in place, None for those it has; the returned call brings the old ones back."""
+    old_weight = None if weight is None else linear.weight.detach().clone()
     old_bias, old_values = linear.bias, None if linear.bias is None else linear.bias.detach().clone()
-    linear.weight.copy_(weight)
+    if weight is not None:
+        linear.weight.copy_(weight)
     _set_bias(linear, bias)
 
     def restore() -> None:
         with torch.no_grad():
-            linear.weight.copy_(old_weight)
+            if old_weight is not None:
+                linear.weight.copy_(old_weight)
             linear.bias = old_bias
             if old_values is not None:
                 old_bias.copy_(old_values)

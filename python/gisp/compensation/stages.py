@@ -27,7 +27,7 @@ class BlockUpdate:
     Attributes:
         name: of the block's group, ``layers.{i}.heads`` or ``layers.{i}.channels``.
         columns: original input columns of the projection that stay, int64 [K].
-        weight: [D, K] for these columns, in the dtype of the model.
+        weight: [D, K] for these columns, in the dtype of the model; None = as it was.
         bias: the whole bias [D] in the dtype of the model; None = as it was.
         factors: float32 [K / columns of a structure], where the weight is the model's own times one factor a kept
             structure; None where it is another one.
@@ -35,7 +35,7 @@ class BlockUpdate:
 
     name: str
     columns: torch.Tensor
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     bias: torch.Tensor | None
     factors: torch.Tensor | None = None
 
@@ -77,9 +77,8 @@ def run_stages(
     for projection in student.projections:
         if projection.changed:
             value = projection.value()
-            updates.append(
-                BlockUpdate(projection.name, projection.columns, value.weight, value.bias, projection.factors)
-            )
+            weight = value.weight if projection.reweighted else None
+            updates.append(BlockUpdate(projection.name, projection.columns, weight, value.bias, projection.factors))
     return updates, done, held_out
 
 

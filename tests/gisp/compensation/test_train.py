@@ -169,16 +169,23 @@ def test_gates_alone_are_told_as_factors(method: str) -> None:
         assert update.factors is not None
         own = linear.weight[:, update.columns].float() * update.factors.repeat_interleave(width)
         assert not torch.equal(update.factors, torch.ones_like(update.factors))
-        assert torch.equal(own.bfloat16(), update.weight)
+        assert torch.equal(own.bfloat16(), weight_of(update))
 
 
 @pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("method", ["lsq", "lsq+gates", "gates+lsq", "gates+gates", "distil", "gates+kfac"])
 def test_other_weights_are_not_told_as_factors(method: str) -> None:
-    few = {} if method == "lsq" else {"batch_tokens": 64} | ({} if "kfac" in method else {"steps": 4})
+    few: dict[str, Any] = {} if method == "lsq" else {"batch_tokens": 64} | ({} if "kfac" in method else {"steps": 4})
     done = fitted(tiny_model("llama-gqa"), MANY, method=method, **few)
     assert len(done.updates) == len(REMOVED)
     assert all(update.factors is None for update in done.updates)
+
+
+@pytest.mark.usefixtures("accept_all")
+def test_a_bias_alone_leaves_the_weights_to_the_model() -> None:
+    done = fitted(tiny_model("llama-gqa"), MANY, method="bias")
+    assert len(done.updates) == len(REMOVED)
+    assert all(update.weight is None and update.bias is not None for update in done.updates)
 
 
 @pytest.mark.usefixtures("accept_all")
