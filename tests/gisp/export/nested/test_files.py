@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -80,7 +81,8 @@ def test_a_wrong_record_is_refused(copy: Path, changes: dict[str, Any], message:
         ("num_attention_heads", None, "num_attention_heads is missing"),
         ("intermediate_size", "x", "base_model.intermediate_size is 'x'"),
         ("num_key_value_heads", 0, "base_model.num_key_value_heads is 0"),
-        ("layers", 10**30, f"base_config has {LAYERS} layers, base_model 10+"),
+        ("layers", 10**6, f"base_config has {LAYERS} layers, base_model 1000000"),
+        ("layers", 10**30, r"base_model\.layers is 10+"),
     ],
 )
 def test_a_wrong_base_model_is_refused(copy: Path, name: str, value: Any, message: str) -> None:
@@ -122,7 +124,8 @@ def test_a_wrong_layout_is_refused(copy: Path, name: str, value: torch.Tensor | 
     tensors[name] = tensors[name].flip(0).contiguous() if value is None else value
     save_file(tensors, copy / LAYOUT)
     record = json.loads((copy / RECORD).read_text())
-    record["files"][LAYOUT]["bytes"] = (copy / LAYOUT).stat().st_size
+    data = (copy / LAYOUT).read_bytes()
+    record["files"][LAYOUT] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     edit(copy, files=record["files"])
     with pytest.raises(GispError, match=message):
         gisp.load(copy)
