@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,6 +216,34 @@ def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
             # A checkpoint has them in all layers or in none.
             for linear, _ in outputs.values():
                 _set_bias(linear, linear.weight.new_zeros(linear.out_features) if linear.bias is None else None)
+
+
+@contextmanager
+def folded_into_dense(model_map: ModelMap, compensation: Compensation) -> Iterator[None]:
+    """:func:`fold_into_dense` for a while; the model is then as it was, bit for bit.
+
+    Memory: the changed columns once more.
+    """
+    outputs = model_map.outputs
+    before: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    for update in compensation.updates:
+        weight = outputs[update.name][0].weight
+        columns = update.columns.to(weight.device)
+        before.append((weight, columns, weight.detach()[:, columns].clone()))
+    linears = [linear for linear, _ in outputs.values()]
+    biases = [(linear, linear.bias) for linear in linears]
+    values_of = {linear: linear.bias.detach().clone() for linear in linears if linear.bias is not None}
+    fold_into_dense(model_map, compensation)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, columns, values in before:
+                weight[:, columns] = values
+            for linear, bias in biases:
+                linear.bias = bias
+                if bias is not None:
+                    bias.copy_(values_of[linear])
 
 
 @torch.no_grad()
