@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nested_cases import sound_checkpoint
+from nested_cases import sound_checkpoint, sound_milestones
 from safetensors.torch import save_file
 from tiny import VOCAB, tiny_model, tiny_tokens
 from word_tokenizer import save_tokenizer
@@ -73,6 +73,11 @@ def make_nested(folder: Path) -> None:
     sound_checkpoint(folder)
 
 
+def make_milestones(folder: Path) -> None:
+    """A nested checkpoint in which two sizes have a compensation of their own."""
+    sound_milestones(folder)
+
+
 def make_export(folder: Path) -> None:
     """An export whose layers differ in size."""
     from export_models import dense, spec_of
@@ -86,6 +91,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "run": make_run,
     "data": make_data,
     "nested": make_nested,
+    "milestones": make_milestones,
     "export": make_export,
 }
 
@@ -135,6 +141,12 @@ def _nested(folder: Path) -> None:
     _weights(gisp.load(folder, sparsity=0.2, verify=True))
 
 
+def _milestones(folder: Path) -> None:
+    model = gisp.load(folder, sparsity=0.0)
+    for sparsity in model._nested.files.sparsities:
+        _weights(model.resize(sparsity))
+
+
 def _weights(model: Any) -> None:
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
@@ -157,6 +169,14 @@ TARGETS = (
     Target("nested record", "nested/nested.json", (damaged_json,), _nested, share=2),
     Target("nested layout", "nested/nested-layout.safetensors", (damaged_tensors,), _nested, share=1),
     Target("nested weights", "nested/nested-00001.safetensors", (damaged_tensors,), _nested, share=1),
+    Target("milestone record", "milestones/nested.json", (damaged_json,), _milestones, share=2),
+    Target(
+        "milestone weights",
+        "milestones/nested-milestone-2-00001.safetensors",
+        (damaged_tensors,),
+        lambda f: _weights(gisp.load(f, verify=True)),
+        share=1,
+    ),
     Target("export config", "export/config.json", (damaged_json,), _export, share=2),
     Target("export weights", "export/model.safetensors", (damaged_tensors,), _export, share=1),
 )

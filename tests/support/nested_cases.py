@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from export_models import CHANNELS, HEADS, dense, tokens
 
+from gisp.compensation import BlockUpdate, Compensation, CompensationOptions
 from gisp.export.nested.export import export_nested
+from gisp.export.nested.milestones import Milestone
 from gisp.model.structures import channels_name, fingerprint, heads_name, map_model
 from gisp.run.trajectory import StepRecord, Trajectory
 
@@ -43,6 +45,34 @@ def trajectory_of(model: Any, *, whole_layers: bool = True, seed: int = 0) -> Tr
     )
 
 
+FORMS = ("weights", "weights and biases", "factors", "factors and biases", "biases")
+
+
+def milestone_of(model: Any, trajectory: Trajectory, step: int, form: str = "weights and biases") -> Milestone:
+    """A made-up compensation of a step: random changes of what its projections keep, one of them untouched."""
+    model_map, keep = map_model(model), trajectory.keep(step)
+    generator = torch.Generator().manual_seed(step)
+
+    def near(values: torch.Tensor) -> torch.Tensor:
+        return values * (1 + 0.2 * torch.randn(values.shape, generator=generator))
+
+    updates = []
+    for layer in range(1, len(model_map.layers)):
+        columns = keep.columns(layer, model_map.head_dim)
+        for name, kept in zip((heads_name(layer), channels_name(layer)), columns, strict=True):
+            linear, block = model_map.outputs[name]
+            own, weight, factors, bias = linear.weight.detach()[:, kept].float(), None, None, None
+            if "weights" in form:
+                weight = near(own).to(linear.weight.dtype)
+            if "factors" in form and len(kept):
+                factors = near(torch.ones(len(kept) // block))
+            if "biases" in form:
+                bias = 0.1 * torch.randn(len(own), generator=generator).to(linear.weight.dtype)
+            updates.append(BlockUpdate(name, kept, weight, bias, factors))
+    done = Compensation(CompensationOptions("bias"), tuple(updates), (), 4, 64)
+    return Milestone(step, done, f"{form} of step {step}")
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         found: torch.Tensor = model(input_ids=tokens()).logits
@@ -53,4 +83,13 @@ def sound_checkpoint(folder: Path) -> Path:
     """A nested checkpoint of a model with shared key/value heads."""
     base = dense("llama-gqa")
     export_nested(base, trajectory_of(base), folder)
+    return folder
+
+
+def sound_milestones(folder: Path) -> Path:
+    """The same with compensations of their own at two steps."""
+    base = dense("llama-gqa")
+    trajectory = trajectory_of(base)
+    milestones = [milestone_of(base, trajectory, 2), milestone_of(base, trajectory, 4, "factors")]
+    export_nested(base, trajectory, folder, milestones=milestones)
     return folder

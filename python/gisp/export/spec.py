@@ -160,6 +160,21 @@ class ExportReport:
 
 
 @dataclass(frozen=True)
+class NestedMilestone:
+    """A size of a nested checkpoint that carries its own compensation.
+
+    Attributes:
+        sparsity: of the decoder layers.
+        bytes: stored beside the shared weights; 0 where nothing of the compensation was kept.
+        compensation: what was done and accepted.
+    """
+
+    sparsity: float
+    bytes: int
+    compensation: str
+
+
+@dataclass(frozen=True)
 class NestedReport:
     """What was written and how far its logits are from those of the masked dense model (both in float32).
 
@@ -168,6 +183,7 @@ class NestedReport:
         bytes: of the weight files.
         steps: sparsities the checkpoint holds beside the dense model.
         tolerance: relative difference up to which it was accepted.
+        milestones: sizes with a compensation of their own.
         url: where on the hub it is, where asked for.
     """
 
@@ -176,6 +192,7 @@ class NestedReport:
     bytes: int
     steps: int
     tolerance: float = TOLERANCE
+    milestones: tuple[NestedMilestone, ...] = ()
     url: str = ""
 
 

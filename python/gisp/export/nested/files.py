@@ -1,13 +1,16 @@
 """A nested checkpoint as it lies on disk: written shard by shard, read prefix by prefix.
 
 ``nested.json`` names everything else; ``nested-layout.safetensors`` holds orders and prefixes, ``nested-*.safetensors``
-the weights. ``config.json`` has a model type of its own, so that no stock class takes the folder for its model.
+the weights, ``nested-milestone-*.safetensors`` those of single steps. ``config.json`` has a model type of its own, so
+that no stock class takes the folder for its model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from gisp.errors import GispError, quoted
-from gisp.export.nested.order import LayerOrder, Nesting
+from gisp.export.nested.order import MILESTONES, LayerOrder, Nesting
 from gisp.export.nested.place import RECORD, is_nested
 from gisp.run.record import INVALID, corrupt, is_count, is_finite, load_json, require
 from gisp.select.schedule import nearest_step
 from gisp_kernels.groups import KINDS
 
-FORMAT, VERSION = "gisp-nested", 1
+FORMAT = "gisp-nested"
+# Without and with milestones: what knows the first alone would load their sizes without compensation.
+PLAIN, WITH_MILESTONES = 1, 2
 LAYOUT = "nested-layout.safetensors"
 MODEL_TYPE = "gisp_nested"
 # Layers, and what KINDS count in a dense one.
@@ -34,9 +39,16 @@ _READ_BYTES = 2**24
 
 
 def write_shards(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = _SHARD_BYTES
+    folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    prefix: str = "nested",
+    shard_bytes: int = _SHARD_BYTES,
 ) -> dict[str, str]:
-    """Write tensors to shards as they come; at most one shard is in memory. Returns the file of every tensor."""
+    """Write tensors to shards as they come; at most one shard is in memory. Returns the file of every tensor.
+
+    Args:
+        prefix: the names of files begin with.
+    """
     where: dict[str, str] = {}
     held: dict[str, torch.Tensor] = {}
     size = shards = 0
@@ -44,7 +56,7 @@ def write_shards(
     def flush() -> None:
         nonlocal size, shards
         shards += 1
-        name = f"nested-{shards:05d}.safetensors"
+        name = f"{prefix}-{shards:05d}.safetensors"
         save_file(held, folder / name)
         where.update(dict.fromkeys(held, name))
         held.clear()
@@ -73,7 +85,8 @@ def write_record(folder: Path, record: dict[str, Any], where: dict[str, str]) ->
     """Write ``nested.json``, with size and SHA-256 of every other weight file."""
     files = sorted({LAYOUT, *where.values()})
     described = {name: {"bytes": (folder / name).stat().st_size, "sha256": _digest(folder / name)} for name in files}
-    whole = {"format": FORMAT, "version": VERSION, **record, "files": described, "tensors": where}
+    version = WITH_MILESTONES if record.get("milestones") else PLAIN
+    whole = {"format": FORMAT, "version": version, **record, "files": described, "tensors": where}
     (folder / RECORD).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
@@ -122,6 +135,24 @@ class NestedFiles:
         """Sparsity after every step; the first is the dense model's 0."""
         return [float(step["sparsity"]) for step in self.record["steps"]]
 
+    @property
+    def record_path(self) -> Path:
+        """``nested.json``, for messages."""
+        return self.folder / RECORD
+
+    @property
+    def milestones(self) -> dict[int, str]:
+        """What was done to every step that carries a compensation of its own."""
+        return {int(item["step"]): str(item["compensation"]) for item in self.record.get("milestones", ())}
+
+    def held_by(self, step: int) -> int:
+        """Number of tensors that a milestone stores."""
+        return sum(int(item["tensors"]) for item in self.record.get("milestones", ()) if item["step"] == step)
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a stored tensor of a name."""
+        return name in self.record["tensors"]
+
     def step_for(self, sparsity: float | None) -> int:
         """The step whose sparsity is nearest (the smaller of two equally near); ``None`` the last.
 
@@ -138,6 +169,25 @@ class NestedFiles:
             GispError: there is none of that name.
         """
         return tuple(self._slice(name).get_shape())
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse a stored tensor of another shape.
+
+        Raises:
+            GispError: names tensor and shapes.
+        """
+        if self.shape(name) != shape:
+            raise GispError(
+                f"{self.folder} is corrupt: {name} is {list(self.shape(name))}, its configuration says {list(shape)}"
+            )
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of a stored tensor; nothing of it is read.
+
+        Raises:
+            GispError: there is none of that name, or its file cannot be read.
+        """
+        return math.prod(self.shape(name)) * self.rows(name, 0, 0).element_size()
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start : stop`` of a stored tensor, on the CPU; nothing else of it is read.
@@ -183,8 +233,9 @@ def _check_file(path: Path, described: dict[str, Any], verify: bool) -> None:
 
 
 def _check(record: Any) -> None:
-    if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"it is not {FORMAT} version {VERSION}")
+    known = [(FORMAT, PLAIN), (FORMAT, WITH_MILESTONES)]
+    if not isinstance(record, dict) or (record.get("format"), record.get("version")) not in known:
+        raise ValueError(f"it is not {FORMAT} version {PLAIN} or {WITH_MILESTONES}")
     for name in ("base_config", "base_model", "files", "tensors", "run"):
         require(isinstance(record[name], dict), f"{name} is not an object")
     require(isinstance(record["base_config"]["model_type"], str), "base_config.model_type is not a name")
@@ -207,6 +258,22 @@ def _check(record: Any) -> None:
         require(is_count(described["bytes"]) and isinstance(described["sha256"], str), f"files.{name} is incomplete")
     for name, file in record["tensors"].items():
         require(file in record["files"], f"tensor {name} is in {quoted(file)}, which files does not name")
+    _check_milestones(record)
+
+
+def _check_milestones(record: dict[str, Any]) -> None:
+    milestones = record.get("milestones", [])
+    require(isinstance(milestones, list), "milestones is not a list")
+    require((record["version"] == WITH_MILESTONES) == bool(milestones), f"it has {len(milestones)} milestones")
+    steps = [item["step"] for item in milestones]
+    sound = all(is_count(step, 1) and step < len(record["steps"]) for step in steps)
+    require(sound and steps == sorted(set(steps)), f"milestones are at steps {quoted(steps)}")
+    for item in milestones:
+        require(isinstance(item["compensation"], str), f"milestone {item['step']} does not say what was done")
+        require(is_count(item["tensors"]), f"milestone {item['step']} has {quoted(item['tensors'])} tensors")
+    held = Counter(name.split(".")[1] for name in record["tensors"] if name.startswith(MILESTONES))
+    told = {str(item["step"]): item["tensors"] for item in milestones if item["tensors"]}
+    require(dict(held) == told, f"milestones hold {dict(held)} tensors by step, not {told}")
 
 
 def _read_nesting(path: Path, record: dict[str, Any]) -> Nesting:

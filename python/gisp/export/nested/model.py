@@ -10,7 +10,9 @@ from torch import nn
 
 from gisp.errors import GispError
 from gisp.export.nested.files import RECORD, NestedFiles
-from gisp.export.nested.order import stored_name
+from gisp.export.nested.order import output_projections, stored_name
+from gisp.export.nested.own import OwnRows, check_tensors
+from gisp.export.nested.shown import ShownBias, ShownRows
 from gisp.model.attention import NoHeads, set_head_counts, set_kv_index, use_indexed_attention
 from gisp.model.load import quiet
 from gisp.model.structures import structure_parameters
@@ -31,11 +33,15 @@ class NestedModelMixin:
     def resize(self, sparsity: float, *, keep_memory: bool = False) -> Any:
         """Move the model in place to the sparsity of the run nearest to ``sparsity``, down or up.
 
+        A step that has a compensation of its own is shown with it. Output projections that are replaced stand in
+        memory twice until all are.
+
         Args:
             keep_memory: do not give back the memory of what is no longer shown; moving up again then reads nothing.
 
         Returns:
-            The model. Its Parameters stay the same objects, their gradients are dropped where the shape changes.
+            The model. Its Parameters stay the same objects, but for output biases that only some sizes have; their
+            gradients are dropped where shape or origin change.
 
         Raises:
             GispError: no sparsity of the run, or files that have changed; the model is then as it was.
@@ -63,7 +69,7 @@ def load_nested(
     """A model at one sparsity of a nested checkpoint; only the prefixes it needs are read.
 
     Args:
-        sparsity: the nearest of the run is taken, ``None`` for its end.
+        sparsity: the nearest of the run is taken, ``None`` for its end; with its own compensation, if it has one.
         dtype: of the weights; ``None`` keeps the checkpoint's.
         verify: read all files first and compare their SHA-256.
 
@@ -84,11 +90,11 @@ def load_nested(
     for name, parameter in list(model.named_parameters()):
         if name in pruned or (tied and name.startswith("lm_head.")):
             continue
-        _expect(files, name, tuple(parameter.shape))
+        files.expect(name, tuple(parameter.shape))
         _set(model, name, files.rows(name, 0, parameter.shape[0]).to(device, kind))
     if tied:
         model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)
+    model.model.rotary_emb.to(device)
     model.__class__ = type(f"Nested{type(model).__name__}", (NestedModelMixin, type(model)), {})
     model._nested = _Prefixes(model, files, device, kind)
     model._nested.move(step, keep_memory=False)
@@ -116,9 +122,14 @@ class _Prefixes:
                 continue
             stored, shape = stored_name(name, item), tuple(getattr(linear, part).shape)
             shape = shape[::-1] if item.dim else shape
-            _expect(files, stored, shape)
-            shown = _Shown(linear, part, bool(item.dim), stored, torch.empty(0, *shape[1:], dtype=dtype, device=device))
+            files.expect(stored, shape)
+            nothing = torch.empty(0, *shape[1:], dtype=dtype, device=device)
+            own = OwnRows(files, owner, stored) if item.dim else None
+            shown = ShownRows(linear, part, bool(item.dim), stored, nothing, own)
             self._shown.append((layer, KINDS.index(item.kind), item.block(self._head_dim), shown))
+        check_tensors(files, self._head_dim)
+        owners = [owner for _, owner, _ in output_projections(len(self._layers))]
+        self._biases = [ShownBias(model.get_submodule(owner), owner, files) for owner in owners if files.milestones]
         if files.nesting.prefixes[0, 0, 0] != files.nesting.prefixes[0, 0, 1]:
             use_indexed_attention(model)
 
@@ -132,11 +143,20 @@ class _Prefixes:
                 # What was shown is still there: going back reads nothing.
                 self._show(before, keep_memory)
             raise
+        finally:
+            if not keep_memory:
+                for *_, shown in self._shown:
+                    shown.release()
 
     def _show(self, step: int, keep_memory: bool) -> None:
         counts = self.files.nesting.prefixes[step].tolist()
-        for layer, kind, block, shown in self._shown:
-            shown.show(counts[layer][kind] * block, self.files, keep_memory)
+        for bias in self._biases:
+            bias.show(step, self.files)
+        # What is replaced comes first: behind it all rows become fewer, which reads nothing, or all become more.
+        for replaced in (True, False):
+            for layer, kind, block, shown in self._shown:
+                if shown.replaced_at(step) == replaced:
+                    shown.show(counts[layer][kind] * block, step, self.files, keep_memory)
         for i, (heads, kv_heads, _) in enumerate(counts):
             self._set_attention(i, heads, kv_heads)
         self.step = step
@@ -145,6 +165,7 @@ class _Prefixes:
             "step": step,
             **record,
             "base_fingerprint": self.files.record["base_model"]["fingerprint"],
+            **({"compensation": self.files.milestones[step]} if step in self.files.milestones else {}),
         }
 
     def _set_attention(self, layer: int, heads: int, kv_heads: int) -> None:
@@ -163,65 +184,8 @@ class _Prefixes:
             set_kv_index(attention, index.to(attention.q_proj.weight.device))
 
 
-class _Shown:
-    """One weight or bias of which the layer shows a prefix.
-
-    Rows of storage are structures' rows; a weight whose columns belong to structures is shown transposed.
-    """
-
-    def __init__(self, linear: nn.Linear, part: str, columns: bool, stored: str, nothing: torch.Tensor) -> None:
-        """
-        Args:
-            columns: whether structures lie along the columns of the weight.
-            nothing: no rows of storage, of its dtype and on its device.
-        """
-        self._linear, self._part, self._columns, self._stored = linear, part, columns, stored
-        self._rest = nothing.shape[1:]
-        # Rows in memory, and where they are; a parameter found elsewhere was moved by somebody and is tight.
-        self._set(nothing)
-
-    def show(self, rows: int, files: NestedFiles, keep_memory: bool) -> None:
-        """Show the first ``rows`` rows of storage, reading those not in memory."""
-        held = self._held()
-        if rows > len(held):
-            more = files.rows(self._stored, len(held), rows)
-            self._set(torch.cat((held, more.to(held.device, held.dtype))))
-        elif keep_memory or rows == len(held):
-            self._set(held[:rows], len(held))
-        else:
-            self._set(held[:rows].clone())
-
-    def _held(self) -> torch.Tensor:
-        """All rows in memory, shown or not."""
-        data = self._linear._parameters[self._part].data  # type: ignore[union-attr]
-        shown = data.t() if self._columns else data
-        if _place(shown) != self._place:
-            return shown
-        return shown.as_strided((self._rows, *self._rest), shown.stride())
-
-    def _set(self, shown: torch.Tensor, rows: int | None = None) -> None:
-        linear: Any = self._linear
-        value = shown.t() if self._columns else shown
-        parameter = linear._parameters[self._part]
-        if parameter.is_meta:
-            parameter = linear._parameters[self._part] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        else:
-            if parameter.shape != value.shape:
-                parameter.grad = None
-            parameter.data = value
-        self._rows, self._place = len(shown) if rows is None else rows, _place(shown)
-        if self._part == "weight":
-            linear.out_features, linear.in_features = value.shape
-
-
-def _place(tensor: torch.Tensor) -> tuple[int, int]:
-    """Address and bytes of the storage; a view without rows has no address of its own."""
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
-
-
 def _empty_model(files: NestedFiles) -> Any:
-    """The dense model without memory."""
+    """The dense model; its parameters are without memory."""
     quiet()
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -232,6 +196,8 @@ def _empty_model(files: NestedFiles) -> Any:
             model: Any = AutoModelForCausalLM.from_config(
                 config, attn_implementation="sdpa", dtype=config.dtype, trust_remote_code=False
             )
+        # Its frequencies are computed, no checkpoint holds them.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     except Exception as error:  # transformers raises many types for configurations it does not take
         raise corrupt(files.folder / RECORD, ValueError(f"transformers cannot build the model: {error}")) from None
     settings = files.folder / "generation_config.json"
@@ -242,13 +208,6 @@ def _empty_model(files: NestedFiles) -> Any:
             raise corrupt(settings, ValueError(str(error))) from None
     model.name_or_path = str(files.folder)
     return model
-
-
-def _expect(files: NestedFiles, name: str, shape: tuple[int, ...]) -> None:
-    if files.shape(name) != shape:
-        raise GispError(
-            f"{files.folder} is corrupt: {name} is {list(files.shape(name))}, its configuration says {list(shape)}"
-        )
 
 
 def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -7,15 +7,18 @@ their key/value heads, so that equal groups stay side by side.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gisp.model.structures import channels_name, heads_name
+from gisp.model.structures import channels_name, heads_name, structure_parameters
 from gisp.run.trajectory import Trajectory
 from gisp_kernels.groups import KINDS, LayerProjection
 
+# Begins the name of what a milestone stores.
+MILESTONES = "milestones."
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -45,6 +48,18 @@ class Nesting:
 def stored_name(name: str, projection: LayerProjection) -> str:
     """Under which name a weight or bias is stored; one with structures along its columns is stored transposed."""
     return name + ".transposed" * projection.dim
+
+
+def milestone_name(step: int, name: str) -> str:
+    """Under which name a milestone stores what stands for a shared tensor."""
+    return f"{MILESTONES}{step}.{name}"
+
+
+def output_projections(layers: int) -> Iterator[tuple[int, str, LayerProjection]]:
+    """Layer, module name and projection of every o_proj and down_proj."""
+    for layer, name, item in structure_parameters(layers):
+        if item.dim:
+            yield layer, name.rpartition(".")[0], item
 
 
 def nest(trajectory: Trajectory) -> Nesting:

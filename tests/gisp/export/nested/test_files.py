@@ -52,8 +52,9 @@ def test_missing_and_cut_files_are_refused(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "is not gisp-nested version 1"),
-        ({"format": "other"}, "is not gisp-nested version 1"),
+        ({"version": 3}, "is not gisp-nested version 1 or 2"),
+        ({"version": 2}, "it has 0 milestones"),
+        ({"format": "other"}, "is not gisp-nested version 1 or 2"),
         ({"steps": []}, "it holds no steps"),
         ({"steps": [{"sparsity": "x", "model_sparsity": 0}]}, "a sparsity is not a number"),
         ({"tensors": {"lm_head.weight": "gone.safetensors"}}, "which files does not name"),
