@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from gisp.cli.compensation_options import COMPENSATION, compensation_request
-from gisp.cli.flags import flag, with_flags
+from gisp.cli.flags import flag, numbers, with_flags
 from gisp.cli.output import output, shows_progress
 from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.data.sources import check_spec
-from gisp.errors import GispError, quoted
+from gisp.errors import GispError
 from gisp.files import check_writable, write_atomic
 
 _PIPE_WIDTH = 400
@@ -69,7 +69,7 @@ def evaluate(
     """Perplexity, choice accuracy, exact match or lm-eval tasks of a model, of a run at a sparsity, or along it."""
     _check_data(data, lm_eval, lm_eval_include, flags)
     _check_places(sparsity, sparsities, plot, out)
-    points = None if sparsities is None else _numbers(sparsities)
+    points = None if sparsities is None else numbers(sparsities)
 
     common = {
         **_what(lm_eval, lm_eval_include, flags),
@@ -154,15 +154,6 @@ def _show(result: dict[str, Any], plot: Path | None, out: Path | None, as_json: 
         _print_points(result["points"])
     else:
         _print_one(result)
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise GispError(
-            f"--sparsities is {quoted(text)}: give numbers with commas between them, as 0.2,0.3,0.5"
-        ) from None
 
 
 def _progress(point: dict[str, Any]) -> None:

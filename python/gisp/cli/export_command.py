@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from gisp.cli.compensation_options import COMPENSATION, compensation_request
-from gisp.cli.flags import with_flags
+from gisp.cli.flags import numbers, with_flags
 from gisp.cli.output import shows_progress
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.export.folder import check_place
+from gisp.export.nested.request import check_request, milestone_steps
 from gisp.export.sizes.options import SizeOptions, check_options, option_text
 
 _HUB = "Hub"
@@ -26,6 +27,9 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     nested: Annotated[
         Path | None, typer.Option(help="Folder to write all sparsities to, in one set of weights; instead of --out.")
+    ] = None,
+    sparsities: Annotated[
+        str | None, typer.Option(help="Sizes of --nested that --compensate fits, as 0.2,0.3,0.5; others stay plain.")
     ] = None,
     format: Annotated[str, typer.Option(help="hf (default), gguf (llama.cpp), uniform or masked.")] = "hf",
     round_mlp: Annotated[int | None, typer.Option(help="Round MLP widths up to multiples, with real weights.")] = None,
@@ -50,15 +54,10 @@ def export(
     hub: dict[str, Any] = {"push_to_hub": push_to_hub, "private": not public}
     if nested is not None:
         others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data, window)
-        _check_nested(format, others, compensation)
-        _export_nested(run, nested, device, hub)
+        _check_nested(format, others)
+        _export_nested(run, nested, sparsities, compensation, device=device, **hub)
         return
-    if sparsity is None or out is None:
-        missing = "--sparsity" if sparsity is None else "--out"
-        raise GispError(
-            f"{missing} is missing: gisp export RUN --sparsity S --out DIR, or gisp export RUN --nested DIR"
-        )
-
+    sparsity, out = _one_size(sparsity, out, sparsities)
     sizes = SizeOptions(round_mlp, align_heads, min_heads)
     check_options(format, sizes, dtype)
     request = compensation_request(compensation)
@@ -82,15 +81,26 @@ def export(
     _print_export(done, out, format, sizes)
 
 
-def _check_nested(format: str, others: tuple[Any, ...], compensation: dict[str, Any]) -> None:
+def _check_nested(format: str, others: tuple[Any, ...]) -> None:
     """Refuse options that are about one size."""
-    if compensation["compensate"] is not None:
-        raise GispError(
-            f"--compensate {compensation['compensate']} fits the weights to one sparsity, --nested holds one set "
-            "of weights for all: leave one of them out"
-        )
-    if format != "hf" or any(other is not None for other in (*others, *compensation.values())):
+    if format != "hf" or any(other is not None for other in others):
         raise GispError("--nested has a form of its own for every sparsity: leave the other options out")
+
+
+def _one_size(sparsity: float | None, out: Path | None, sparsities: str | None) -> tuple[float, Path]:
+    """The size of an export that is not nested, and its place.
+
+    Raises:
+        GispError: names what is missing or too much.
+    """
+    if sparsities is not None:
+        raise GispError(f"--sparsities {sparsities} is for --nested DIR: give --sparsity S for one size")
+    if sparsity is None or out is None:
+        missing = "--sparsity" if sparsity is None else "--out"
+        raise GispError(
+            f"{missing} is missing: gisp export RUN --sparsity S --out DIR, or gisp export RUN --nested DIR"
+        )
+    return sparsity, out
 
 
 def _check_given(run: Path, sparsity: float, out: Path, specs: tuple[str | None, ...]) -> None:
@@ -104,19 +114,28 @@ def _check_given(run: Path, sparsity: float, out: Path, specs: tuple[str | None,
             check_spec(spec)
 
 
-def _export_nested(run: Path, folder: Path, device: str, hub: dict[str, Any]) -> None:
-    from gisp.target.check import check_run
+def _export_nested(
+    run: Path, folder: Path, sparsities: str | None, compensation: dict[str, Any], **options: Any
+) -> None:
+    from gisp.target.check import run_points
 
+    wanted = () if sparsities is None else numbers(sparsities)
+    request = compensation_request(compensation)
+    check_request(request, wanted)
     check_place(folder)
-    check_run(run)
+    milestone_steps(run_points(run), wanted)
+    if request is not None:
+        check_spec(request.calibration)
 
     from gisp.export.run import export_nested_run
 
-    written = export_nested_run(run, folder, device=device, **hub)
+    written = export_nested_run(run, folder, compensation=request, sparsities=wanted, **options)
     print(
         f"{folder}: dense and {written.steps} sparsities in {written.bytes / 1e6:,.1f} MB, "
         f"logits differ by {max(written.relative_differences.values()):.1e} relative"
     )
+    for item in written.milestones:
+        print(f"  sparsity {item.sparsity:.4f}: {item.bytes:,} bytes beside the shared weights, {item.compensation}")
     _print_url(written.url)
 
 

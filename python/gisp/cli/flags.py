@@ -8,6 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from gisp.errors import GispError, quoted
+
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
@@ -44,3 +46,17 @@ def with_flags(flags: Sequence[inspect.Parameter]) -> Callable[[Command], Comman
         return command
 
     return give
+
+
+def numbers(text: str) -> list[float]:
+    """The value of ``--sparsities``.
+
+    Raises:
+        GispError: it holds something else than numbers.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise GispError(
+            f"--sparsities is {quoted(text)}: give numbers with commas between them, as 0.2,0.3,0.5"
+        ) from None

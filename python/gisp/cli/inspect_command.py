@@ -129,10 +129,16 @@ def _points_table(record: dict[str, Any], removed_at: dict[str, Any]) -> Table:
 
 def _show_nested(console: Console, folder: str) -> None:
     from gisp.export.nested.files import NestedFiles
+    from gisp.export.nested.sizes import own_bytes, shared_bytes
 
     files = NestedFiles.open(folder)
-    table = Table("sparsity", "query heads", "key/value heads", "MLP channels", title=folder)
-    rows = zip(files.sparsities, files.nesting.prefixes.sum(1).tolist(), strict=True)
-    for sparsity, counts in rows:
-        table.add_row(f"{sparsity:.4f}", *(f"{count:,}" for count in counts))
+    own = {step: own_bytes(files, step) for step in files.milestones}
+    beside = ("own bytes",) if own else ()
+    table = Table("sparsity", "query heads", "key/value heads", "MLP channels", "bytes", *beside, title=folder)
+    rows = zip(files.sparsities, files.nesting.prefixes.sum(1).tolist(), shared_bytes(files), strict=True)
+    for step, (sparsity, counts, shared) in enumerate(rows):
+        stored = (f"{own[step]:,}" if step in own else "-",) if own else ()
+        table.add_row(f"{sparsity:.4f}", *(f"{count:,}" for count in (*counts, shared)), *stored)
     console.print(table)
+    for step, text in files.milestones.items():
+        console.print(f"sparsity {files.sparsities[step]:.4f}, compensation: {text}", soft_wrap=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gisp.model.structures import ModelMap
 
 # Formats that hold output biases the base model has not: the others take its own biases only.
-ADDS_BIASES = ("hf",)
+ADDS_BIASES = ("hf", "nested")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from gisp.export.formats.gguf.file import require_gguf
 from gisp.export.formats.uniform import uniform_spec
 from gisp.export.hub import check_push, push_folder
 from gisp.export.nested.export import export_nested
+from gisp.export.nested.milestones import fit_milestones
+from gisp.export.nested.request import check_request, milestone_steps
 from gisp.export.sizes.options import FORMATS, SizeOptions, check_options
 from gisp.export.sizes.rounding import round_mlp
 from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
@@ -229,24 +231,37 @@ def measure_quality(
 
 @reporting(None)
 def export_nested_run(
-    run: str | Path, out: str | Path, *, device: str = "auto", push_to_hub: str | None = None, private: bool = True
+    run: str | Path,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    compensation: CompensationRequest | None = None,
+    sparsities: Sequence[float] = (),
+    push_to_hub: str | None = None,
+    private: bool = True,
 ) -> NestedReport:
     """Write the nested checkpoint of a run: every sparsity it passed in one set of weights.
 
     Args:
+        compensation: of ``sparsities``, fitted to each as for an export of that size and stored beside the weights.
+        sparsities: of each the nearest step carries its own compensation.
         push_to_hub, private: as for :func:`export_run`.
 
     Raises:
-        GispError: no run there, ``out`` taken, another base model, logits that do not agree, or a hub that does not
-            take the checkpoint, which then stays at ``out``.
+        GispError: no run there, ``out`` taken, another base model, a compensation without sparsities or these without
+            it, a sparsity beyond the run or two of one step, logits that do not agree, or a hub that does not take the
+            checkpoint, which then stays at ``out``.
     """
+    check_request(compensation, sparsities)
     if push_to_hub is not None:
         check_push(push_to_hub, private)
     with export_place(Path(out)) as place:
         trajectory = Trajectory.load(run)
+        steps = milestone_steps([trajectory.sparsity_at(t) for t in range(len(trajectory.steps) + 1)], sparsities)
+        milestones = [] if compensation is None else fit_milestones(trajectory, steps, compensation, device)
         base, source = _base_of(trajectory, device)
         with tokenizer_folder(source) as folder:
-            report = export_nested(base, trajectory, place, tokenizer_from=folder)
+            report = export_nested(base, trajectory, place, tokenizer_from=folder, milestones=milestones)
         return report if push_to_hub is None else replace(report, url=push_folder(place, push_to_hub, private))
 
 

@@ -90,7 +90,9 @@ class Target:
         model in memory reads a key/value head by any number of query heads, an export does not. After a compensation
         also ``compensation``: what was done.
         """
-        done = {} if self._compensation is None else {"compensation": self._compensation}
+        # An export and a nested checkpoint say it themselves.
+        told = self._compensation or (getattr(self.model.config, "gisp", None) or {}).get("compensation")
+        done = {"compensation": told} if told else {}
         count, kv_bytes = parameters(self.model), kv_bytes_per_token(self.model)
         if self._stored is not None:
             size = self._stored(int(self.point.step or 0))

@@ -245,10 +245,7 @@ def test_bad_requests_end_in_one_line(
     assert not out.exists()
 
 
-def test_what_has_no_single_set_of_weights(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_run_is_compensated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--compensate", "lsq", "--calibration", data_of(run)]
-    assert main(["export", str(run), "--nested", str(tmp_path / "out"), *chosen]) == 2
-    assert "--nested holds one set of weights for all" in capsys.readouterr().err
     assert main(["eval", str(run.parent / "model"), "--data", data_of(run), "--device", "cpu", *chosen]) == 2
     assert "--compensate lsq needs a run folder" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
