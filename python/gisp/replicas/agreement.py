@@ -1,0 +1,48 @@
+"""Whether all processes of a run do the same: one of other code, options or data would spoil it unseen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from gisp.errors import GispError
+from gisp.replicas.group import Replicas
+
+
+def agree(replicas: Replicas, facts: Mapping[str, object]) -> None:
+    """Require that all processes hold the same facts as the first.
+
+    Args:
+        facts: what a run is made of, by what it is called in a message; JSON.
+
+    Raises:
+        GispError: names the first that differs, with both values.
+    """
+    found = [json.loads(data) for data in replicas.exchange(json.dumps(facts).encode())]
+    for rank, other in enumerate(found):
+        for what, value in found[0].items():
+            if other.get(what) != value:
+                raise GispError(
+                    f"rank {rank} has {what} {_short(other.get(what))}, rank 0 has {_short(value)}: "
+                    "start all processes of a run with the same"
+                )
+
+
+def code_digest() -> str:
+    """SHA-256 of the sources of both packages."""
+    digest = hashlib.sha256()
+    for package in ("gisp", "gisp_kernels"):
+        spec = find_spec(package)
+        for folder in spec.submodule_search_locations or () if spec else ():
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    # Of a digest a few digits tell it from another.
+    return text[:12] if len(text) == 64 else text

@@ -1,0 +1,124 @@
+"""Sums over the sequences of a step that do not depend on how many processes share them.
+
+The sequences of a step are parted into a fixed number of slices. Each slice is passed through the model and summed by
+itself, by whichever process it falls to. One collective brings the sums of all slices to every process, which adds them
+in the order of the slices. So the same numbers are added in the same order whatever the number of processes, and all of
+them hold the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import distributed
+
+from gisp.errors import GispError
+from gisp.replicas.errors import ReplicaError
+from gisp.replicas.watch import Watch
+
+
+class Replicas:
+    """The processes of a run, or the one that it has.
+
+    Args:
+        group: of ``torch.distributed``, initialised; ``None`` for one process.
+
+    Attributes:
+        rank, size: of this process in the group, and how many there are.
+    """
+
+    def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
+        self._group = group
+        self._watch: Watch | None = None
+        self.rank = distributed.get_rank(group) if group else 0
+        self.size = distributed.get_world_size(group) if group else 1
+        on_gpu = group is not None and "nccl" in str(distributed.get_backend(group))
+        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def total(self, slices: int, sums_of: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """The sum over all slices, the same bits in every process and for any number of them.
+
+        Args:
+            sums_of: sums of the slice of a number, float64 [n] on one device; called for those that fall to this
+                process.
+        """
+        if self.size == 1:
+            total = sums_of(0)
+            for i in range(1, slices):
+                total = total + sums_of(i)
+            return total
+        bounds = [rank * slices // self.size for rank in range(self.size + 1)]
+        found = torch.stack([sums_of(i) for i in range(bounds[self.rank], bounds[self.rank + 1])])
+        counts = [stop - start for start, stop in pairwise(bounds)]
+        gathered = self._gather(found, max(counts))
+        found = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+        total = found[0]
+        for part in found[1:]:
+            total = total + part
+        return total
+
+    def check_slices(self, slices: int) -> None:
+        """Require a slice for every process.
+
+        Raises:
+            GispError: there are more processes.
+        """
+        if slices < self.size:
+            raise GispError(
+                f"--slices {slices} leaves {self.size - slices} of {self.size} processes without work: "
+                f"give --slices {self.size} or more, or fewer processes"
+            )
+
+    def exchange(self, data: bytes) -> list[bytes]:
+        """What every process gives, by rank."""
+        if self.size == 1:
+            return [data]
+        sizes = [int(size) for size in self._gather(torch.tensor([[len(data)]]), 1).flatten()]
+        held = torch.zeros(1, max(1, *sizes), dtype=torch.uint8)
+        held[0, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
+        rows = self._gather(held, 1)[:, 0].cpu()
+        return [row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+    def from_first(self, data: bytes) -> bytes:
+        """What the first process gives; what others give is not read."""
+        return self.exchange(data if self.first else b"")[0]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch over one another inside: where one process ends, all do, and the line that says why is told once."""
+        if self.size == 1:
+            yield
+            return
+        with Watch(self.rank, self.size, self.exchange) as self._watch:
+            yield
+            # One that is through must not be taken for lost by others that still work.
+            self.exchange(b"")
+
+    def _gather(self, rows: torch.Tensor, most: int) -> torch.Tensor:
+        """Rows [R, n] of every process, filled up to ``most`` with zeros; [size, most, n] on their device."""
+        padded = torch.zeros(most, rows.shape[1], dtype=rows.dtype, device=self._device)
+        padded[: len(rows)] = rows
+        out = padded.new_empty(self.size, most, rows.shape[1])
+        try:
+            distributed.all_gather([*out], padded, group=self._group)
+        except RuntimeError as error:
+            raise self._lost(error) from None
+        return out.to(rows.device)
+
+    def _lost(self, error: RuntimeError) -> GispError:
+        """What a failed collective means: another process is gone."""
+        reason = self._watch.reason() if self._watch else None
+        return ReplicaError(reason or f"the processes of this run lost one another: {_first_line(error)}", told=False)
+
+
+def _first_line(error: Any) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
