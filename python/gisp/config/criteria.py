@@ -47,6 +47,11 @@ class Criterion:
         return {"allocator": "global", **whole, **self.options}
 
     @property
+    def adds_up(self) -> bool:
+        """Whether scores are made of sums that parts of a step can be summed to apart from one another."""
+        return self.gradient == "second-order"
+
+    @property
     def fp8(self) -> bool:
         """Whether there are 8-bit products: the fused pass alone has them."""
         return self.gradient in ("absolute", "second-order")

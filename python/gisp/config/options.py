@@ -87,6 +87,8 @@ DTYPES = ("bfloat16", "float32")
 # Those that see wrong answers.
 CHOOSING = ("margin", "choice")
 OFFICIAL_RATIO = 0.7
+# Enough for a node of eight GPUs; a slice of the default step is then 1,024 tokens.
+SLICES = 8
 # Options that say where a run is computed, not what it computes.
 PLACE_OPTIONS = ("device",)
 
@@ -129,6 +131,14 @@ class PruneConfig:
     seq_len: int | None = option("Tokens per sequence", None, unset="256, token files as they are", least=2)
     batch_size: int | None = option("Sequences per backward pass", None, auto=True, unset="auto", least=1)
     batch_tokens: int = option("Tokens of a step; with engine stream only", 8192, least=2, group=_COMPUTE)
+    slices: int | None = option(
+        "Parts of a step that are summed by themselves, so that any number of GPUs up to it gives the same run",
+        None,
+        unset=f"the step is one; {SLICES} on several GPUs",
+        least=1,
+        below=1025,
+        group=_COMPUTE,
+    )
     objective: str = option("Loss whose change scores measure", "lm", choices=OBJECTIVES, open=True, group=_SCORES)
     criterion: str = option("Where scores come from", choices=CRITERIA, group=_SCORES)
     allocator: str = option(
@@ -188,6 +198,11 @@ class PruneConfig:
             yield f"{criterion} sees no loss: --objective {self.objective} needs one of {names_with('sees_loss')}"
         if self.first_order != "plain" and what.gradient != "second-order":
             yield f"--first-order {self.first_order} belongs to --criterion second-order, not {self.criterion}"
+        if self.slices is not None and not what.adds_up:
+            yield (
+                f"--slices {self.slices}, which several GPUs need, goes with --criterion {names_with('adds_up')}, "
+                f"not {self.criterion}: leave it and --gpus out"
+            )
         if self.fp8 and not what.fp8:
             yield f"--fp8 goes with --criterion {names_with('fp8')}: leave it out"
         if self.fp8 and self.engine != "stream" and what.gradient != "second-order":

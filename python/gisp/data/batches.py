@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -89,6 +89,16 @@ class StepBatches:
             start = len(found)
             found += [start + leader for leader in self.data.leaders(example)]
         return found
+
+    def slices(self, step: int, count: int) -> list[tuple[int, int]]:
+        """Positions of a step in so many consecutive stretches of about equally many examples; none is parted.
+
+        A stretch is empty where there are fewer examples.
+        """
+        sizes = [len(self.data.examples[example]) for example in self._examples(step)]
+        ends = list(accumulate(sizes, initial=0))
+        bounds = [ends[i * len(sizes) // count] for i in range(count + 1)]
+        return list(pairwise(bounds))
 
     def _examples(self, step: int) -> Sequence[int]:
         return self._sampler.numbers(step) if self._sampler else range(len(self.data.examples))

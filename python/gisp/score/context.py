@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from gisp.data.batches import StepBatches
 from gisp.model.modes import deterministic, evaluation_mode
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
+from gisp.replicas.group import Replicas
 from gisp.score.objectives import SequenceLoss, sequence_nll
 
 
@@ -37,12 +38,14 @@ class Context:
         data: calibration sequences.
         config: resolved options of the run.
         loss: a user's own loss per sequence instead of the mean NLL.
+        replicas: the processes that score together; with ``slices`` alone.
     """
 
     shrinkable: ShrinkableModel
     data: Sequences
     config: PruneConfig
     loss: SequenceLoss | None = None
+    replicas: Replicas = field(default_factory=Replicas)
 
     @property
     def map(self) -> ModelMap:
@@ -79,21 +82,44 @@ class Context:
         """Pass the sequences of a step (1-based) through the model without gradients.
 
         Args:
-            recorder: entered for the passes; its mask leaves out padding, and nothing else.
+            recorder: entered for the passes, which are not shared with other processes then; its mask leaves out
+                padding, and nothing else.
 
         Returns:
             The mean NLL of the sequences by their weights, 0-dim float64 on the device, and the tokens passed.
         """
         numbers, weights = self.steps.numbers(step), self.steps.weights(step)
-        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        slices = self.config.slices
+        if slices is None or recorder is not None:
+            batches = list(self.steps.batches(numbers))
+            return self._nll(numbers, weights, batches, recorder), self._tokens(numbers, batches)
+        stretches = self.steps.slices(step, slices)
+        parts = [(numbers[start:stop], weights[start:stop]) for start, stop in stretches]
+        batches_of = [list(self.steps.batches(own)) if own else [] for own, _ in parts]
+        loss = self.replicas.total(slices, lambda i: self._nll(*parts[i], batches_of[i], None)[None])[0]
+        return loss, sum(self._tokens(own, of) for (own, _), of in zip(parts, batches_of, strict=True))
+
+    def _nll(
+        self,
+        numbers: list[int],
+        weights: list[float],
+        batches: list[tuple[int, int]],
+        recorder: MaskedRecorder | None,
+    ) -> torch.Tensor:
+        """The weighted sum of the NLL of sequences, 0-dim float64 on the device."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         active: contextlib.AbstractContextManager[object] = recorder or contextlib.nullcontext()
         with deterministic(), evaluation_mode(self.model), torch.no_grad(), active:
-            for start, stop in self.steps.batches(numbers):
+            for start, stop in batches:
                 ids, labels = self.data.batch(numbers[start:stop])
                 if recorder is not None:
                     lengths = torch.tensor([len(self.data.rows[i][0]) for i in numbers[start:stop]])
                     recorder.mask = (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device)
                 nll = sequence_nll(self.model, ids.to(self.device), labels.to(self.device))
                 total += (nll * torch.tensor(weights[start:stop], device=self.device)).sum()
-                tokens += ids.numel()
-        return total, tokens
+        return total
+
+    def _tokens(self, numbers: list[int], batches: list[tuple[int, int]]) -> int:
+        """Tokens of passes, padding included."""
+        lengths = [len(self.data.rows[i][0]) for i in numbers]
+        return sum((stop - start) * max(lengths[start:stop]) for start, stop in batches)

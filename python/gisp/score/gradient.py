@@ -24,8 +24,8 @@ from gisp_kernels.ops import float8
 from gisp_kernels.record.gates import gate_columns
 from gisp_kernels.record.recorder import Mode
 
-# By group what scores are made of, the loss and the tokens passed.
-Sums = tuple[dict[str, torch.Tensor], torch.Tensor, int]
+# By group what scores are made of, and the loss.
+Sums = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 class GradientScorer:
@@ -61,29 +61,12 @@ class GradientScorer:
 
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
         """Scores of ``groups`` at a step."""
-        steps = self._context.steps
-        rows = StepRows.of(steps, step)
-        # One backward pass needs no gradient buffer; several must be summed before the absolute value.
-        one_pass = steps.fresh and len(rows.batches) == 1
+        rows, parts = self._rows(step)
         with deterministic():
-            if rows.questions.places:
-                rows = self._compared(rows)
-            able = one_pass if self._kind == "absolute" else self._kind == "second-order"
-            fused = self._fused_pass(rows) if able else None
-            if fused is not None:
-                scores, loss, tokens = self._by_fused_pass(fused, groups, rows)
-            else:
-                if self._config.fp8:
-                    reason = self.refused or f"--batch-size {self._config.batch_size} makes several batches of a step"
-                    of_one = " over one batch" if self._kind == "absolute" else ""
-                    raise GispError(f"--fp8 needs the fused pass{of_one}: {reason}, leave it out")
-                mode: Mode = "stream" if one_pass else "exact"
-                if self._kind in ("signed", "second-order"):
-                    mode = self._kind
-                scores, loss, tokens = self._by_autograd(groups, rows, mode)
+            scores, loss = self._sums(groups, rows, parts, {})
             if self._kind == "second-order":
                 scores = self._loss_changes(scores, rows, step)
-        return StepScores.of(scores, loss + rows.correction, tokens)
+        return StepScores.of(scores, loss, sum(part.tokens for part in parts))
 
     def gate_sums(
         self, step: int, groups: list[StructureGroup], closed: Mapping[str, torch.Tensor]
@@ -97,14 +80,62 @@ class GradientScorer:
             Group name -> float64 [3, count] as of :func:`gisp_kernels.gate_sums`, the loss, tokens passed, and how many
             independent sequences they are sums of.
         """
-        rows = StepRows.of(self._context.steps, step)
+        rows, parts = self._rows(step)
         with deterministic():
-            fused = self._fused_pass(rows)
-            if fused is not None:
-                sums = self._by_fused_pass(fused, groups, rows, closed)
-            else:
-                sums = self._by_autograd(groups, rows, "second-order", closed)
-        return (*sums, rows.samples)
+            sums, loss = self._sums(groups, rows, parts, closed)
+        return sums, loss, sum(part.tokens for part in parts), rows.samples
+
+    def _rows(self, step: int) -> tuple[StepRows, list[StepRows]]:
+        """The rows of a step, and the parts of them that are summed by themselves."""
+        steps, slices = self._context.steps, self._config.slices
+        rows = StepRows.of(steps, step)
+        if slices is None:
+            return rows, [rows]
+        return rows, [rows.part(steps, start, stop) for start, stop in steps.slices(step, slices)]
+
+    def _sums(
+        self,
+        groups: list[StructureGroup],
+        rows: StepRows,
+        parts: list[StepRows],
+        closed: Mapping[str, torch.Tensor],
+    ) -> Sums:
+        """What scores are made of, from all parts of a step, in whatever process they are passed."""
+        if self._config.slices is None:
+            return self._of_part(groups, rows, closed)
+        # Whether the fused pass is taken is found once, by the same sequence in every process.
+        self._fused_pass(rows)
+        sizes = [3 * group.count for group in groups]
+
+        def packed(number: int) -> torch.Tensor:
+            if not parts[number].numbers:
+                return torch.zeros(sum(sizes) + 1, dtype=torch.float64, device=self._device)
+            sums, loss = self._of_part(groups, parts[number], closed)
+            return torch.cat([*(sums[group.name].flatten() for group in groups), loss[None]])
+
+        *flat, loss = self._context.replicas.total(len(parts), packed).split([*sizes, 1])
+        return {g.name: part.view(3, g.count) for g, part in zip(groups, flat, strict=True)}, loss[0]
+
+    def _of_part(self, groups: list[StructureGroup], rows: StepRows, closed: Mapping[str, torch.Tensor]) -> Sums:
+        """The same from rows that pass one after the other in this process."""
+        # One backward pass needs no gradient buffer; several must be summed before the absolute value.
+        one_pass = self._context.steps.fresh and len(rows.batches) == 1
+        if rows.questions.places:
+            rows = self._compared(rows)
+        able = one_pass if self._kind == "absolute" else self._kind == "second-order"
+        fused = self._fused_pass(rows) if able else None
+        if fused is not None:
+            sums, loss = self._by_fused_pass(fused, groups, rows, closed)
+        else:
+            if self._config.fp8:
+                reason = self.refused or f"--batch-size {self._config.batch_size} makes several batches of a step"
+                of_one = " over one batch" if self._kind == "absolute" else ""
+                raise GispError(f"--fp8 needs the fused pass{of_one}: {reason}, leave it out")
+            mode: Mode = "stream" if one_pass else "exact"
+            if self._kind in ("signed", "second-order"):
+                mode = self._kind
+            sums, loss = self._by_autograd(groups, rows, mode, closed)
+        return sums, loss + rows.correction
 
     def _fused_pass(self, rows: StepRows) -> ImportancePass | None:
         """The fused pass, if it computes what the model computes; compared once, on the first sequence."""
@@ -157,29 +188,28 @@ class GradientScorer:
         fused: ImportancePass,
         groups: list[StructureGroup],
         rows: StepRows,
-        closed: Mapping[str, torch.Tensor] | None = None,
+        closed: Mapping[str, torch.Tensor],
     ) -> Sums:
         gates = {g.name: gate_columns(g, closed[g.name], self._context.weight.dtype) for g in groups} if closed else {}
         run = partial(fused.gate_sums, gates_at=gates) if self._kind == "second-order" else fused.score
         scored = [(group.name, group.count) for group in groups]
         total: dict[str, torch.Tensor] = {}
-        loss, tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
         for micro in rows.micro_batches():
             found, part = run(micro, scored)
             total = {name: total[name] + values for name, values in found.items()} if total else found
             loss += part
-            tokens += micro.ids.numel()
-        return total, loss, tokens
+        return total, loss
 
     def _by_autograd(
         self,
         groups: list[StructureGroup],
         rows: StepRows,
         mode: Mode,
-        closed: Mapping[str, torch.Tensor] | None = None,
+        closed: Mapping[str, torch.Tensor],
     ) -> Sums:
-        total, tokens = torch.zeros((), dtype=torch.float64, device=self._device), 0
-        with frozen(self._model), record_importance(groups, mode=mode, closed=closed) as recorder:
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        with frozen(self._model), record_importance(groups, mode=mode, closed=closed or None) as recorder:
             for micro in rows.micro_batches():
                 if micro.samples is None:
                     weights = torch.tensor(micro.weights, device=self._device)
@@ -196,8 +226,7 @@ class GradientScorer:
                         "the loss of your own has no gradient: compute it with gradients enabled and without detach()"
                     )
                 total += loss.detach()
-                tokens += micro.ids.numel()
-            return recorder.gate_sums() if mode == "second-order" else recorder.scores(), total, tokens
+            return recorder.gate_sums() if mode == "second-order" else recorder.scores(), total
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         """The weighted loss of a micro-batch, 0-dim with its graph."""

@@ -44,6 +44,30 @@ class StepRows:
         questions = Questions.of(places, [data.signs[i] for i in numbers], weights)
         return cls(data, numbers, weights, questions, steps.leaders(step), list(steps.batches(numbers, places)))
 
+    def part(self, steps: StepBatches, start: int, stop: int) -> StepRows:
+        """The rows from one position to another, between examples; weights stay those in the loss of the step."""
+        held = [i for i, place in enumerate(self.questions.places) if start <= place.start < stop]
+        places = [self.questions.places[i] for i in held]
+        questions = Questions(
+            tuple(range(place.start - start, place.stop - start) for place in places),
+            tuple(self.questions.weights[i] for i in held),
+        )
+        numbers = self.numbers[start:stop]
+        return StepRows(
+            self.data,
+            numbers,
+            self.weights[start:stop],
+            questions,
+            [leader - start for leader in self.leaders[start:stop]],
+            list(steps.batches(numbers, questions.places)) if numbers else [],
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass through the model, padding included."""
+        passes = [[len(self.data.rows[self.numbers[i]][0]) for i in self.leading(*batch)] for batch in self.batches]
+        return sum(len(lengths) * max(lengths) for lengths in passes)
+
     @property
     def samples(self) -> int:
         """Independent parts of the loss: questions and sequences that are no answers."""
