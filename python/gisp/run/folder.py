@@ -114,6 +114,12 @@ class RunFolder:
         except OSError as error:
             raise GispError(disk_message(self.path, error)) from None
 
+    def committed(self) -> dict[str, bytes]:
+        """The files that a resumed run reads, by their path in the folder; no step is being written."""
+        paths = [self.path / RECORD, self.path / TENSORS]
+        paths += [path for path in sorted((self.path / STATE).iterdir()) if _STATE_FILE.fullmatch(path.name)]
+        return {str(path.relative_to(self.path)): path.read_bytes() for path in paths}
+
     def load_state(self, step: int, sha256: str) -> dict[str, torch.Tensor]:
         """Moving averages as of ``step``, and the metrics cut back to it.
 

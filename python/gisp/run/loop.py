@@ -16,6 +16,7 @@ from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.progress import task
+from gisp.replicas.group import Replicas
 from gisp.run.estimate import announce
 from gisp.run.folder import RunFolder
 from gisp.run.metrics.measure import PhaseClock, histogram_record, score_histogram, step_details
@@ -39,6 +40,7 @@ class PruningLoop:
         spec: what the data are recorded as.
         base_path: where a later session finds the dense model, empty for a model in memory.
         loss: a user's own loss.
+        replicas: as of :class:`gisp.run.setup.Setup`.
 
     Attributes:
         spare: sequences that ``samples`` leaves out, where there are any.
@@ -54,10 +56,11 @@ class PruningLoop:
         spec: str,
         base_path: str,
         loss: SequenceLoss | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         self.map = model_map
         self.config = config
-        self.setup = Setup(config, model_map, data, (float(config.sparsity or 0),), loss)
+        self.setup = Setup(config, model_map, data, (float(config.sparsity or 0),), loss, replicas)
         self.setup.allocate()
         self.selector, self.shrinkable = self.setup.selector, self.setup.shrinkable
         device = next(model_map.model.parameters()).device

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
-from gisp.config.options import IN_MEMORY, OPTIONS, PruneConfig, make_config
+from gisp.config.options import IN_MEMORY, OPTIONS, SLICES, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
 from gisp.model.checks import check_writable, warn_beyond_positions
@@ -22,8 +24,10 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import first_bad_parameter, map_model
 from gisp.progress import reporting
 from gisp.progress.track import Report
+from gisp.replicas.group import Replicas
 from gisp.run.folder import RunFolder
 from gisp.run.loop import OnStep, PruningLoop
+from gisp.run.together import check_alike, take_up
 from gisp.run.trajectory import Trajectory
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
 from gisp.score.questions import check_objective
@@ -37,6 +41,7 @@ def prune(
     resume: bool = False,
     on_step: OnStep | None = None,
     progress: bool | Report | None = None,
+    process_group: ProcessGroup | None = None,
     preset: str | None = None,
     sparsity: float | None = None,
     steps: int | None = None,
@@ -45,6 +50,7 @@ def prune(
     seq_len: int | None = None,
     batch_size: int | str | None = None,
     batch_tokens: int | None = None,
+    slices: int | None = None,
     objective: str | SequenceLoss | None = None,
     criterion: str | None = None,
     allocator: str | None = None,
@@ -76,6 +82,9 @@ def prune(
         resume: continue the run in ``out`` if there is one; the result is the undisturbed run's.
         on_step: called with every new record and the number of steps of the schedule.
         progress: who hears how far it is, see :func:`gisp.progress.reporting`; ``None``: a bar on a terminal.
+        process_group: of ``torch.distributed``, whose processes call this with the same model and data and score every
+            step together. Each gets the pruned model; the first one alone writes ``out``. Where one fails the others
+            raise, or are ended if they wait for it. ``slices`` is 8 where it is not given.
         objective: may also be a loss of your own, ``loss(model, input_ids, labels) -> [B]`` (``SequenceLoss`` of
             ``gisp.score.objectives``): rows are read as for ``lm``, and second-order scores take it for a mean.
 
@@ -85,9 +94,13 @@ def prune(
     Raises:
         GispError: bad input or an impossible request, before anything is written.
     """
-    config, loss = _config({name: value for name, value in locals().items() if name in OPTIONS})
-    with reporting(progress):
-        return _run(out, resume, on_step, partial(_start, model, data, config, loss))
+    options = {name: value for name, value in locals().items() if name in OPTIONS}
+    if process_group is not None and slices is None:
+        options["slices"] = SLICES
+    config, loss = _config(options)
+    replicas = Replicas(process_group)
+    with reporting(progress if replicas.first else False), replicas.watched():
+        return _run(out, resume, on_step, partial(_start, model, data, config, loss, replicas), replicas)
 
 
 def _config(options: dict[str, Any]) -> tuple[PruneConfig, SequenceLoss | None]:
@@ -103,19 +116,25 @@ def _config(options: dict[str, Any]) -> tuple[PruneConfig, SequenceLoss | None]:
     return config, loss
 
 
-def _run(out: str | Path | None, resume: bool, on_step: OnStep | None, start: Callable[[], PruningLoop]) -> Trajectory:
-    """A whole run, or what is left of one; written to its folder where there is one."""
-    if out is None:
-        return start().run(None, on_step)
-    folder = RunFolder(Path(out))
-    with folder.writing(resume) as resuming:
+def _run(
+    out: str | Path | None,
+    resume: bool,
+    on_step: OnStep | None,
+    start: Callable[[], PruningLoop],
+    replicas: Replicas,
+) -> Trajectory:
+    """A whole run, or what is left of one; written to its folder where there is one, by the first process."""
+    folder = None if out is None or not replicas.first else RunFolder(Path(out))
+    with folder.writing(resume) if folder else nullcontext(False) as resuming:
         loop = start()
-        if resuming:
-            loop.restore(Trajectory.load(folder.path), folder)
+        check_alike(loop, replicas)
+        take_up(loop, folder, resuming, replicas)
         return loop.run(folder, on_step)
 
 
-def _start(model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: SequenceLoss | None) -> PruningLoop:
+def _start(
+    model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: SequenceLoss | None, replicas: Replicas
+) -> PruningLoop:
     """A run ready for its first step."""
     dense, path = _dense_model(model, config)
     model_map = map_model(dense, config.gqa)
@@ -140,7 +159,7 @@ def _start(model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: 
             stacklevel=3,
         )
     spec = IN_MEMORY if isinstance(data, (torch.Tensor, Sequences)) else str(data)
-    loop = PruningLoop(model_map, sequences, config, spec, path, loss)
+    loop = PruningLoop(model_map, sequences, config, spec, path, loss, replicas)
     loop.spare = spare
     return loop
 

@@ -13,6 +13,7 @@ from gisp.errors import GispError
 from gisp.model.probe import PROVEN, check_independence
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap, protected_layers
+from gisp.replicas.group import Replicas
 from gisp.score.average import in_original_numbering
 from gisp.score.base import StepScores, make_scorer
 from gisp.score.context import Context
@@ -26,6 +27,7 @@ class Setup:
 
     Args:
         sparsities: those the run is to reach.
+        replicas: the processes that score together, this one alone for ``None``.
 
     Attributes:
         context: what the scorer was built from.
@@ -43,6 +45,7 @@ class Setup:
         data: Sequences,
         sparsities: Iterable[float],
         loss: SequenceLoss | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
         self.selector = make_selector(config, model_map, protected)
@@ -51,7 +54,7 @@ class Setup:
         self.shrinkable = ShrinkableModel(model_map)
         if model_map.model_type not in PROVEN:
             check_independence(self.shrinkable)
-        self.context = Context(self.shrinkable, data, config, loss)
+        self.context = Context(self.shrinkable, data, config, loss, replicas or Replicas())
         self.scorer = make_scorer(self.context)
         self._config, self._outliers = config, layer_outliers(self.context, self.selector)
         self.open = {group.name for group in self.selector.groups if not group.protected}

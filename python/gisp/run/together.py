@@ -1,0 +1,69 @@
+"""What the processes of one run hold in common before the first step."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+
+from gisp.config.options import PLACE_OPTIONS
+from gisp.files import write_atomic
+from gisp.replicas.agreement import agree, code_digest
+from gisp.replicas.group import Replicas
+from gisp.run.folder import RunFolder
+from gisp.run.loop import PruningLoop
+from gisp.run.trajectory import Trajectory
+from gisp_kernels import backend
+
+
+def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
+    """Require that all processes have the same code, options, data, model and kind of device.
+
+    Raises:
+        GispError: names what differs.
+    """
+    if replicas.size == 1:
+        return
+    replicas.check_slices(int(loop.config.slices or 1))
+    run = loop.trajectory
+    device = loop.setup.context.device
+    options = {f"option {name}": value for name, value in run.config.items() if name not in PLACE_OPTIONS}
+    agree(
+        replicas,
+        {
+            "code": code_digest(),
+            **{f"version of {name}": value for name, value in run.versions.items()},
+            **options,
+            "data": run.data["sha256"],
+            "model": run.base_model["fingerprint"],
+            "weights of": str(loop.setup.context.weight.dtype),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "backend": backend.requested(None),
+        },
+    )
+
+
+def take_up(loop: PruningLoop, folder: RunFolder | None, resuming: bool, replicas: Replicas) -> None:
+    """Restore a cut run in every process, from the files of the first one's folder.
+
+    Args:
+        folder: of the first process; others have none.
+        resuming: whether there is a run in it.
+    """
+    if folder is not None and resuming:
+        loop.restore(Trajectory.load(folder.path), folder)
+    if replicas.size == 1:
+        return
+    files = folder.committed() if folder is not None and resuming else {}
+    names = json.loads(replicas.from_first(json.dumps([*files]).encode()))
+    found = {name: replicas.from_first(files.get(name, b"")) for name in names}
+    if not found or replicas.first:
+        return
+    with tempfile.TemporaryDirectory() as place:
+        for name, data in found.items():
+            path = Path(place) / name
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, data)
+        loop.restore(Trajectory.load(place), RunFolder(Path(place)))
