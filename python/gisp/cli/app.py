@@ -20,6 +20,8 @@ from gisp.cli.inspect_command import inspect, report
 from gisp.cli.prune_command import prune
 from gisp.cli.stop import InterruptError, unwinding
 from gisp.errors import GispError, is_out_of_memory, quoted, shortened
+from gisp.replicas.environment import rank
+from gisp.replicas.errors import ReplicaError
 
 app = typer.Typer(
     name="gisp",
@@ -82,13 +84,16 @@ def main(argv: list[str] | None = None) -> int:
         except InterruptError as interrupted:
             # A terminal that hung up takes no line.
             with contextlib.suppress(OSError):
-                print(f"interrupted: {interrupted}", file=sys.stderr)
+                if not rank():
+                    print(f"interrupted: {interrupted}", file=sys.stderr)
             return stop.code
 
 
 def _run(argv: list[str] | None) -> int:
     try:
         code = app(args=argv, standalone_mode=False)
+    except ReplicaError as error:
+        return 2 if error.told else _fail(str(error), always=True)
     except GispError as error:
         return _fail(str(error))
     except _ParseError as error:
@@ -124,6 +129,8 @@ def _with_value(error: Any, argv: list[str]) -> str:
     return message
 
 
-def _fail(message: str) -> int:
-    print(f"error: {shortened(' '.join(message.split()), _LONGEST_LINE)}", file=sys.stderr)
+def _fail(message: str, *, always: bool = False) -> int:
+    """One line; what all processes of a run refuse alike the first one tells."""
+    if always or not rank():
+        print(f"error: {shortened(' '.join(message.split()), _LONGEST_LINE)}", file=sys.stderr)
     return 2

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from gisp.cli.flags import flag
 from gisp.errors import GispError
 from gisp.progress import reporting
+from gisp.replicas.environment import rank
 
 Command = TypeVar("Command", bound=Callable[..., None])
 _FLAGS = (
@@ -75,7 +76,8 @@ def shows_progress(command: Command) -> Command:
         global _current
         if quiet and verbose:
             raise GispError("--quiet and --verbose are both given: leave one out")
-        before, _current = _current, Output(bool(quiet), bool(verbose))
+        # Of several processes of a run the first speaks.
+        before, _current = _current, Output(bool(quiet) or rank() > 0, bool(verbose))
         try:
             _current.run(command, *arguments, **keywords)
         finally:

@@ -15,11 +15,12 @@ from gisp.cli.output import output, shows_progress
 from gisp.cli.prune_summary import closing_lines
 from gisp.cli.stop import InterruptError
 from gisp.config.declare import Option
-from gisp.config.options import CONFIG_FILE, IN_MEMORY, OPTIONS, make_config, read_yaml, without_defaults
+from gisp.config.options import CONFIG_FILE, IN_MEMORY, OPTIONS, SLICES, make_config, read_yaml, without_defaults
 from gisp.config.reference import help_text
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.model.paths import check_model_path
+from gisp.replicas.environment import joined, launched, rank
 
 
 def _flag(option: Option) -> Any:
@@ -60,6 +61,9 @@ def prune(
     ] = False,
     log: Annotated[str | None, typer.Option(help="Also log steps to tensorboard, wandb or trackio.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of this host that score together; the result is that of one.")
+    ] = None,
     **flags: Any,
 ) -> None:
     """Prune a model step by step; every sparsity passed on the way stays available."""
@@ -74,6 +78,8 @@ def prune(
         places[name] = str(value or stored or "")
     given = {name: value for name, value in flags.items() if value is not None}
     options = {**without_defaults(options, given), **given}
+    if (gpus is not None or launched()) and options.get("slices") is None:
+        options["slices"] = SLICES
     make_config(**options)
     if resume and places["out"] and not places["model"] and not places["data"]:
         raise GispError(f"{places['out']} holds no run to resume: give the folder that gisp prune --out wrote")
@@ -81,25 +87,59 @@ def prune(
     if missing:
         raise GispError(f"{missing[0]} is missing: gisp prune MODEL --data SPEC --out RUN")
 
-    _check_given(places, resume, log)
+    if not rank():
+        _check_given(places, resume, log)
+    if gpus is not None and gpus > 1:
+        raise typer.Exit(_launch(gpus, places, resume, log, options))
+    _run(places, resume, log, options)
 
+
+def _run(places: dict[str, Any], resume: bool, log: str | None, options: dict[str, Any]) -> None:
+    """Prune in this process, and tell how it went if it is the only or the first one of the run."""
     from gisp.run.metrics.trackers import logged
     from gisp.run.prune import prune as run_prune
 
-    if options.get("ratio") is not None and options.get("sparsity") is not None:
+    first = not rank()
+    if first and options.get("ratio") is not None and options.get("sparsity") is not None:
         output().warn("warning: --sparsity is ignored beside --ratio, which alone says where the schedule ends")
     try:
-        with logged(log, Path(places["out"])) as on_step, warnings.catch_warnings():
-            warnings.simplefilter("always", UserWarning)
+        with (
+            joined(str(options.get("device") or "auto")) as group,
+            logged(log if first else None, Path(places["out"])) as on_step,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("always" if first else "ignore", UserWarning)
             warnings.showwarning = lambda message, *_: output().warn(f"warning: {message}")
-            trajectory = run_prune(**places, resume=resume, on_step=on_step, **options)
+            trajectory = run_prune(**places, resume=resume, on_step=on_step, process_group=group, **options)
     except KeyboardInterrupt:
         raise InterruptError(_how_to_go_on(Path(places["out"]))) from None
+    if not first:
+        return
     for line in _shortfalls(trajectory):
         output().warn(f"warning: {line}")
     if not output().quiet:
         for line in closing_lines(trajectory, places["out"], places["data"]):
             output().say(line)
+
+
+def _launch(gpus: int, places: dict[str, Any], resume: bool, log: str | None, options: dict[str, Any]) -> int:
+    """Run the same command as several processes of this host; its exit code."""
+    from gisp.replicas.launch import check_processes, launch
+
+    if launched():
+        raise GispError(f"--gpus {gpus} starts processes, torchrun has started them already: leave it out")
+    if int(options["slices"]) < gpus:
+        raise GispError(f"--slices is {options['slices']}, less than --gpus {gpus}: give at least that many")
+    check_processes(gpus, str(options.get("device") or "auto"))
+    given = [f"--data={places['data']}", f"--out={places['out']}", *(["--resume"] if resume else [])]
+    given += [f"--log={log}"] if log else []
+    given += [f"--{name}" for name in ("quiet", "verbose") if getattr(output(), name)]
+    for name, value in options.items():
+        if isinstance(value, bool):
+            given.append(OPTIONS[name].flag if value else OPTIONS[name].flag.replace("--", "--no-", 1))
+        elif value is not None:
+            given.append(f"{OPTIONS[name].flag}={value}")
+    return launch(gpus, "gisp", ["prune", *given, "--", places["model"]])
 
 
 def _check_given(places: dict[str, Any], resume: bool, log: str | None) -> None:

@@ -1,0 +1,63 @@
+"""What a launcher of ``torch.distributed`` says to its processes, by environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from gisp.errors import GispError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# Of a collective: processes that live are late by the time one of them loads or compiles more, dead ones are told by
+# the watch long before.
+_TIMEOUT = timedelta(minutes=10)
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched() -> bool:
+    """Whether this process is one of several that a launcher started; one alone counts if torchrun started it."""
+    if not all(os.environ.get(name) for name in _VARIABLES):
+        return False
+    return "TORCHELASTIC_RUN_ID" in os.environ or os.environ["WORLD_SIZE"] != "1"
+
+
+def rank() -> int:
+    """Number of this process, 0 of one that no launcher started."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+@contextmanager
+def joined(device: str) -> Iterator[ProcessGroup | None]:
+    """The group of the processes that a launcher started, ``None`` without one; every process gets a GPU of its own.
+
+    Args:
+        device: as of ``--device``.
+
+    Raises:
+        GispError: there is no GPU for this process, or a device of one number for all.
+    """
+    if not launched():
+        yield None
+        return
+    import torch
+    from torch import distributed
+
+    local = int(os.environ["LOCAL_RANK"])
+    if device not in ("auto", "cuda", "cpu"):
+        raise GispError(f"--device {device} is one for all processes: leave it out, each takes a GPU of its own")
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        if local >= torch.cuda.device_count():
+            raise GispError(
+                f"process {local} of this host has no GPU: start as many as there are, {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local)
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+    yield distributed.group.WORLD
+    # Not after a failure: it would wait for those that are gone.
+    distributed.destroy_process_group()

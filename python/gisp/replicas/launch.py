@@ -1,0 +1,75 @@
+"""Starts a command as several processes of this host, by the launcher of ``torch.distributed``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+
+from gisp.errors import GispError
+
+
+def check_processes(count: int, device: str) -> None:
+    """Refuse more processes than GPUs.
+
+    Args:
+        device: as of ``--device``.
+
+    Raises:
+        GispError: there are fewer GPUs, or a device of one number is given.
+    """
+    import torch
+
+    if device not in ("auto", "cuda", "cpu"):
+        raise GispError(f"--gpus {count} gives every process a GPU of its own: leave --device {device} out")
+    there = torch.cuda.device_count()
+    if device != "cpu" and count > there:
+        raise GispError(f"--gpus is {count}, {there} CUDA devices are here: give at most that many, or --device cpu")
+
+
+def launch(count: int, module: str, arguments: Sequence[str]) -> int:
+    """Run ``python -m module arguments`` as ``count`` processes and wait for their end.
+
+    A process that fails ends the others. It has told why; one that a signal ended is told here.
+
+    Returns:
+        The exit code of the command.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # As the command itself, processes import nothing from the folder they are started in.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    logging.disable(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory() as logs:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=count,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                local_addr="localhost",
+                max_restarts=0,
+                logs_specs=DefaultLogsSpecs(log_dir=logs),
+            )
+            elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return int(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        raise GispError(
+            f"rank {rank} (process {failure.pid}) was ended by {name}, so the others were too: add --resume to go on"
+        ) from None
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0
