@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from gisp.cli.inspect_command import inspect, report
 from gisp.cli.prune_command import prune
 from gisp.cli.stop import InterruptError, unwinding
 from gisp.errors import GispError, is_out_of_memory, quoted, shortened
-from gisp.replicas.environment import rank
+from gisp.replicas.environment import launched, rank
 from gisp.replicas.errors import ReplicaError
 
 app = typer.Typer(
@@ -78,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if launched():
+        # Read when torch is imported: where processes lose one another it prints C++ frames around the one line.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with unwinding() as stop:
         try:
             return _run(argv)

@@ -26,7 +26,8 @@ from gisp.replicas.errors import ReplicaError
 # Seconds between beats, of silence until a process counts as lost, and for others to end by themselves then.
 BEAT, SILENCE, GRACE = 1.0, 15.0, 5.0
 EXIT_CODE = 2
-_FAILED, _TOLD = "failed:", "told"
+# A failed process says why by itself; of one that left another one has to.
+_FAILED, _LEFT, _TOLD = "failed:", "left:", "told"
 
 
 class Watch:
@@ -41,6 +42,7 @@ class Watch:
         self._names: list[str] = []
         self._ended, self._found = threading.Event(), threading.Event()
         self._reason: str | None = None
+        self._other_tells = False
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> Watch:
@@ -65,10 +67,13 @@ class Watch:
         self._thread.join()
         if error is None:
             return
-        self._write(f"{_FAILED}{_words(error)}")
+        tells = isinstance(error, Exception) or not self._rank
+        self._write(f"{_FAILED if tells else _LEFT}{_words(error)}")
+        first = tells and self._first_to_tell()
+        self._linger()
         if not isinstance(error, Exception):
             return
-        if not self._first_to_tell():
+        if not first:
             raise ReplicaError(self._reason or f"another process of this run failed before: {error}", told=True)
         if self._rank and isinstance(error, GispError):
             raise ReplicaError(str(error), told=False)
@@ -99,8 +104,9 @@ class Watch:
             for rank, beat in zip(list(last), found, strict=True):
                 if beat != last[rank]:
                     last[rank], heard[rank] = beat, now
-                if beat.startswith(_FAILED):
-                    self._reason = f"{self._names[rank]} failed: {beat.removeprefix(_FAILED)}"
+                if beat.startswith((_FAILED, _LEFT)):
+                    self._other_tells = beat.startswith(_FAILED)
+                    self._reason = f"{self._names[rank]} failed: {beat.partition(':')[2]}"
                 elif now - heard[rank] > SILENCE:
                     self._reason = f"{self._names[rank]} was silent for {SILENCE:.0f} s: it was killed or hangs"
         if self._reason is not None:
@@ -122,11 +128,19 @@ class Watch:
             return
 
     def _first_to_tell(self) -> bool:
-        """Whether no other process has told that the run failed."""
+        """Whether no other process tells that the run failed."""
         try:
-            return int(self._store.add(_TOLD, 1)) == 1
+            return int(self._store.add(_TOLD, 1)) == 1 and not self._other_tells
         except RuntimeError:
-            return True
+            return not self._other_tells
+
+    def _linger(self) -> None:
+        """Keep the store while others still ask it who tells, where it lives in this process."""
+        if self._rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        end = time.monotonic() + 3 * BEAT
+        while time.monotonic() < end and int(self._store.add(_TOLD, 0)) < self._size:
+            time.sleep(BEAT / 10)
 
 
 def _words(error: BaseException) -> str:
