@@ -1,0 +1,95 @@
+"""``gisp prune --gpus`` and what torchrun starts: processes, exit codes and the one line of a failure."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gisp.cli import main
+from gisp.errors import GispError
+from gisp.replicas.environment import launched, rank
+from gisp.replicas.launch import launch
+
+_ENDS = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    sys.exit(int(sys.argv[1])) if sys.argv[1].isdigit() else os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+time.sleep(0 if sys.argv[1] == "0" else 60)
+"""
+OPTIONS = ("--device=cpu", "--dtype=float32", "--steps=3", "--align=4", "--batch-tokens=128", "--sparsity=0.3")
+
+
+@pytest.fixture
+def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module whose second process ends as its argument says, and which the first would outlive."""
+    (tmp_path / "ending.py").write_text(_ENDS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    return "ending"
+
+
+def test_the_first_failure_is_the_result(ending: str) -> None:
+    assert launch(2, ending, ["0"]) == 0
+    assert launch(2, ending, ["2"]) == 2
+    with pytest.raises(GispError, match=r"rank 1 \(process \d+\) was ended by SIGKILL, so the others were too"):
+        launch(2, ending, ["SIGKILL"])
+
+
+def test_several_processes_write_the_run_of_one(
+    tmp_path: Path, model_folder: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    for gpus in ("1", "2"):
+        given = ["prune", str(model_folder), "--data", str(token_file), "--out", str(tmp_path / gpus), *OPTIONS]
+        assert main([*given, "--quiet", "--gpus", gpus]) == 0
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.safetensors")} for n in ("1", "2"))
+    assert one == two and len(one) == 2
+    assert "slices: 8" in (tmp_path / "2" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--gpus", "2", "--criterion", "gisp"], "--criterion second-order, not gisp"),
+        (["--gpus", "2", "--slices", "1"], "--slices is 1, less than --gpus 2"),
+        (["--gpus", "2", "--device", "cuda:0"], "leave --device cuda:0 out"),
+        (["--gpus", "0"], "--gpus"),
+        (["--gpus", "99", "--device", "auto"], f"{torch.cuda.device_count()} CUDA devices are here"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    tmp_path: Path,
+    model_folder: Path,
+    token_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    words: str,
+) -> None:
+    more = ["--slices", "100"] if "99" in given else []
+    code = main(["prune", str(model_folder), "--data", str(token_file), "--out", str(tmp_path / "r"), *given, *more])
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 2 and len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "r").exists()
+
+
+def test_processes_are_told_by_their_environment(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    assert not launched() and rank() == 0
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        assert not launched()
+        monkeypatch.setenv(name, value)
+    assert launched() and rank() == 1
+    # What all processes refuse alike the first one tells.
+    assert main(["prune", "nowhere", "--data", "nothing", "--out", "run", "--steps", "0"]) == 2
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "0")
+    assert main(["prune", "nowhere", "--data", "nothing", "--out", "run", "--gpus", "2"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not launched()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "torchrun")
+    assert launched()
