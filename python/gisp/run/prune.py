@@ -82,11 +82,8 @@ def prune(
         resume: continue the run in ``out`` if there is one; the result is the undisturbed run's.
         on_step: called with every new record and the number of steps of the schedule.
         progress: who hears how far it is, see :func:`gisp.progress.reporting`; ``None``: a bar on a terminal.
-        process_group: of ``torch.distributed``, whose processes call this with the same model and data and score every
-            step together. Each gets the pruned model; the first one alone writes ``out``. Where one fails the others
-            raise, or are ended if they wait for it. ``slices`` is 8 where it is not given.
-        objective: may also be a loss of your own, ``loss(model, input_ids, labels) -> [B]`` (``SequenceLoss`` of
-            ``gisp.score.objectives``): rows are read as for ``lm``, and second-order scores take it for a mean.
+        process_group: processes that score together, see :mod:`gisp.replicas`; ``None``: this one alone.
+        objective: may also be a loss of your own, a ``SequenceLoss`` of :mod:`gisp.score.objectives`.
 
     Returns:
         The trajectory; its ``model`` is the pruned model.
@@ -94,13 +91,19 @@ def prune(
     Raises:
         GispError: bad input or an impossible request, before anything is written.
     """
-    options = {name: value for name, value in locals().items() if name in OPTIONS}
-    if process_group is not None and slices is None:
+    return _prune({**locals()})
+
+
+def _prune(given: dict[str, Any]) -> Trajectory:
+    """:func:`prune` with its arguments in one mapping."""
+    options = {name: value for name, value in given.items() if name in OPTIONS}
+    replicas = Replicas(given["process_group"])
+    if given["process_group"] is not None and options["slices"] is None:
         options["slices"] = SLICES
     config, loss = _config(options)
-    replicas = Replicas(process_group)
-    with reporting(progress if replicas.first else False), replicas.watched():
-        return _run(out, resume, on_step, partial(_start, model, data, config, loss, replicas), replicas)
+    start = partial(_start, given["model"], given["data"], config, loss, replicas)
+    with reporting(given["progress"] if replicas.first else False), replicas.watched():
+        return _run(given["out"], given["resume"], given["on_step"], start, replicas)
 
 
 def _config(options: dict[str, Any]) -> tuple[PruneConfig, SequenceLoss | None]:
@@ -171,7 +174,7 @@ def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[An
             warnings.warn(
                 "the model is float16: gradients of large calibration sets underflow and blur the scores, "
                 "load it in bfloat16 or float32",
-                stacklevel=5,
+                stacklevel=6,
             )
         previous = ShrinkableModel.of(model)
         if previous is not None and previous.history:

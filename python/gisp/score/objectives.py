@@ -19,6 +19,7 @@ from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 
 # A user's own loss: (model, input_ids int64 [B, S], labels int64 [B, S]) -> loss per sequence, floating point [B].
+# Rows are read as for objective ``lm``; second-order scores take the loss of a row for a mean over its tokens.
 # Rows are padded on the right with token 0 and label -100; a row's loss must not depend on its padding or on the
 # other rows of the batch. It must not touch gradients itself.
 SequenceLoss = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
