@@ -52,7 +52,7 @@ def start_ranks(size: int, folder: Path, work: Callable[..., None], *arguments: 
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     try:
         context.set_forkserver_preload(_PRELOADED)
-        started = [
+        started: list[BaseProcess] = [
             context.Process(target=_child, args=(rank, size, str(folder), work, arguments)) for rank in range(size)
         ]
         for process in started:
