@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from benchmarks.common.command import Budget
 from benchmarks.common.measure import Ceilings
@@ -21,6 +22,8 @@ from gisp import prune
 from gisp.config.criteria import CRITERIA
 from gisp.config.options import PRESETS, make_config
 from gisp.model.structures import protected_layers
+from gisp.replicas.environment import rank
+from gisp.run.record import removed_at_digest
 from gisp.run.trajectory import StepRecord, Trajectory
 
 FULL_STEPS, FULL_TOKENS, FULL_SPARSITY = 200, 8192, 0.5
@@ -79,19 +82,26 @@ class _BudgetSpentError(Exception):
 
 
 def timed_run(
-    shape: Model, model: Any, tokens: torch.Tensor, setting: Setting, peak: Ceilings | None, budget: Budget
+    shape: Model,
+    model: Any,
+    tokens: torch.Tensor,
+    setting: Setting,
+    peak: Ceilings | None,
+    budget: Budget,
+    group: ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Prune a model and tell what it took, JSON-ready.
 
     Args:
         tokens: int64 [N, S], on the CPU.
         budget: the run ends after the step in which it is spent, and what was done is reported.
+        group: processes that score together; all but the first report nothing.
     """
     ends: list[float] = []
 
     def on_step(record: StepRecord, steps: int) -> None:
         ends.append(time.perf_counter())
-        if record.step % max(1, steps // 10) == 0:
+        if not rank() and record.step % max(1, steps // 10) == 0:
             print(f"step {record.step}/{steps}  sparsity {record.sparsity:.4f}  {record.seconds:.3f} s", flush=True)
         if budget.over and record.step < steps:
             raise _BudgetSpentError
@@ -108,12 +118,14 @@ def timed_run(
         start = time.perf_counter()
         stopped = False
         try:
-            prune(model, tokens, out=run, on_step=on_step, **options)
+            prune(model, tokens, out=run, on_step=on_step, process_group=group, **options)
         except _BudgetSpentError:
             stopped = True
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
+        if rank():
+            return {}
         trajectory = Trajectory.load(run)
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = step_rows(shape, trajectory, metrics, peak)
@@ -135,6 +147,7 @@ def timed_run(
         "phases": phase_totals(metrics),
         "peak_bytes": max(peaks) if peaks else None,
         "reserved_bytes": torch.cuda.memory_reserved() if peaks else None,
+        "removed_sha256": removed_at_digest({name: at.numpy() for name, at in trajectory.removed_at.items()}),
         **summary(steps),
         "step_rows": steps,
     }

@@ -38,9 +38,11 @@ from benchmarks.prune.compensation import timed_compensation
 from benchmarks.prune.goals import GIGABYTE, prune_goals
 from benchmarks.prune.measure import Setting, timed_run
 from benchmarks.prune.paper import time_paper_step
+from benchmarks.prune.replicas import counts_of, measure_replicas, run_replica, show_replicas
 from gisp.compensation import CompensationOptions
 from gisp.compensation.options import METHODS
 from gisp.compensation.request import make_request
+from gisp.replicas.environment import launched
 
 NAME = "gisp bench prune"
 _SEQUENCES = 2000
@@ -195,6 +197,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--compensate", choices=METHODS, help="also compensate what the run left")
     options.add_argument("--compensation-steps", type=count, help="of kfac (4), gates (150) or distil (300)")
     options.add_argument("--calibration-tokens", type=count, help="of a fit and of a step of kfac (131072)")
+    options.add_argument("--gpus", type=counts_of, metavar="1,2,4", help="only time runs shared by so many GPUs")
     add_result_options(options, plots=True)
     options.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     return options
@@ -207,14 +210,17 @@ def main(argv: list[str] | None = None) -> int:
         GispError: bad options, or no GPU for a real model.
     """
     args = parser().parse_args(argv)
+    if launched():
+        return run_replica(args)
     check_plot(args)
     result = result_of(args, "prune", lambda: _measure(args))
     runs = result.get("runs", [])
     if not args.quiet:
-        print(show(runs))
-        print(show_phases(runs))
+        print(f"{show(runs)}\n{show_phases(runs)}\n" if runs else "", end="")
         compensated = show_compensation(runs)
         print(compensated + "\n" if compensated else "", end="")
+        shared = show_replicas(result.get("replicas", []))
+        print(shared + "\n" if shared else "", end="")
     if args.goals:
         print(goal_table(prune_goals(runs)))
     if args.plot:
@@ -227,6 +233,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     names, device = models_and_device(args, NAME)
+    if args.gpus:
+        shared = measure_replicas(names, args)
+        return {"benchmark": "prune", "identity": identity(device), "runs": [], "replicas": shared}
     setting = Setting.make(device, args.sparsity, args.steps, args.batch_tokens, args.fp8, args.criterion)
     compensation = _compensation(args)
     if len(names) > 1:
