@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "exact": {"engine": "exact", "batch_tokens": None, "batch_size": 2, "first_order": "plain"},
     "few": {"batch_tokens": 40, "ema": 0.5},
     "regrow": {"batch_tokens": 170, "regrow": 1, "steps": 3},
+    "owl": {"batch_tokens": 170, "allocator": "owl"},
     "choice": {"objective": "choice", "batch_tokens": 60},
     "autograd": {"batch_tokens": 170},
 }
