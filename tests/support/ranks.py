@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -27,12 +28,14 @@ class Ended:
     text: str
 
 
-def _child(rank: int, size: int, folder: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _child(
+    rank: int, size: int, folder: str, address: str, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     target = os.open(f"{folder}/log-{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.environ["GISP_CACHE"] = "off"
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
     try:
         work(*arguments)
     except BaseException:
@@ -43,18 +46,28 @@ def _child(rank: int, size: int, folder: str, work: Callable[..., None], argumen
     os._exit(0)
 
 
-def start_ranks(size: int, folder: Path, work: Callable[..., None], *arguments: Any) -> list[BaseProcess]:
-    """Run ``work(*arguments)`` in every process of a group of that size."""
+def start_ranks(
+    size: int, folder: Path, work: Callable[..., None], *arguments: Any, store: str = "file"
+) -> list[BaseProcess]:
+    """Run ``work(*arguments)`` in every process of a group of that size.
+
+    Args:
+        store: of the group: ``file``, or ``tcp`` for one that ends with the first process.
+    """
     folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{free.getsockname()[1]}"
     context = multiprocessing.get_context("forkserver")
     # The server finds modules by PYTHONPATH alone.
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     try:
         context.set_forkserver_preload(_PRELOADED)
-        started: list[BaseProcess] = [
-            context.Process(target=_child, args=(rank, size, str(folder), work, arguments)) for rank in range(size)
-        ]
+        started: list[BaseProcess] = []
+        for rank in range(size):
+            given = (rank, size, str(folder), address, work, arguments)
+            started.append(context.Process(target=_child, args=given))
         for process in started:
             process.start()
     finally:

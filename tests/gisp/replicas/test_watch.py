@@ -22,7 +22,7 @@ from gisp.run.trajectory import StepRecord
 
 def prune(out: str, how: str, broken: int) -> None:
     """A run in which the process of one rank fails in its second step; the others say what they are told."""
-    watch.BEAT, watch.SILENCE, watch.GRACE = 0.1, 2.0, 1.0
+    watch.BEAT, watch.SILENCE, watch.GRACE = 0.1, 4.0, 1.0
     rank = distributed.get_rank()
 
     def fail(record: StepRecord, steps: int) -> None:
@@ -53,9 +53,9 @@ def prune(out: str, how: str, broken: int) -> None:
         raise AssertionError("the run must not reach its end")
 
 
-def ends(tmp_path: Path, size: int, how: str, broken: int) -> list[Any]:
+def ends(tmp_path: Path, size: int, how: str, broken: int, *, store: str = "file") -> list[Any]:
     out, folder = tmp_path / "run", tmp_path / "ranks"
-    started = start_ranks(size, folder, prune, str(out), how, broken)
+    started = start_ranks(size, folder, prune, str(out), how, broken, store=store)
     found = end_of(started, folder, [rank for rank in range(size) if rank != broken or how == "error"])
     # What was finished is kept, by a run that can go on.
     assert len(gisp.Trajectory.load(out).steps) >= 1
@@ -68,7 +68,12 @@ def test_a_killed_process_is_named(tmp_path: Path, broken: int) -> None:
     assert found[broken].code == -signal.SIGKILL
     other = found[1 - broken]
     assert other.code == 0
-    assert f"telling: rank {broken} (" in other.text and "was silent for 2 s: it was killed or hangs" in other.text
+    assert f"telling: rank {broken} (" in other.text and "was silent for 4 s: it was killed or hangs" in other.text
+
+
+def test_a_process_that_takes_the_store_with_it_is_named(tmp_path: Path) -> None:
+    found = ends(tmp_path, 2, "killed", 0, store="tcp")
+    assert "telling: the store of this run is gone: the process of rank 0" in found[1].text
 
 
 def test_one_of_several_tells_of_a_killed_one(tmp_path: Path) -> None:
