@@ -106,13 +106,17 @@ def _speed(matrix: torch.Tensor, tokens: int) -> float:
     return count * 2 * tokens * matrix.numel() / passed
 
 
-def announce(model_map: ModelMap, data: Sequences, config: PruneConfig, steps_left: int) -> None:
-    """Tell whoever hears of progress what a run will take, and what to do where that is much."""
+def announce(model_map: ModelMap, data: Sequences, config: PruneConfig, steps_left: int, processes: int = 1) -> None:
+    """Tell whoever hears of progress what a run will take, and what to do where that is much.
+
+    Args:
+        processes: that share every step.
+    """
     if not hears_notes():
         return
     found = estimate(model_map, data, config)
     device = next(model_map.model.parameters()).device
-    seconds = found.seconds * steps_left / config.steps
+    seconds = found.seconds * steps_left / config.steps / processes
     for line in lines(seconds, found.bytes, device, free_bytes(model_map), busy_cores()):
         note(line)
 

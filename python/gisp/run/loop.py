@@ -130,7 +130,8 @@ class PruningLoop:
         steps = self.config.steps + self.config.regrow
         writer = StepWriter(overlap=self._device.type == "cuda")
         if not trajectory.complete:
-            announce(self.map, self.setup.context.data, self.config, steps - len(trajectory.steps))
+            context, left = self.setup.context, steps - len(trajectory.steps)
+            announce(self.map, context.data, self.config, left, context.replicas.size)
         with task("pruning", steps, begun=len(trajectory.steps)) as progress:
             try:
                 while not trajectory.complete:
