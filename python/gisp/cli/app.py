@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         except InterruptError as interrupted:
             # A terminal that hung up takes no line.
             with contextlib.suppress(OSError):
-                if not rank():
+                if not rank() and str(interrupted):
                     print(f"interrupted: {interrupted}", file=sys.stderr)
             return stop.code
 

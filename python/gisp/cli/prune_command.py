@@ -139,7 +139,11 @@ def _launch(gpus: int, places: dict[str, Any], resume: bool, log: str | None, op
             given.append(OPTIONS[name].flag if value else OPTIONS[name].flag.replace("--", "--no-", 1))
         elif value is not None:
             given.append(f"{OPTIONS[name].flag}={value}")
-    return launch(gpus, "gisp", ["prune", *given, "--", places["model"]])
+    try:
+        return launch(gpus, "gisp", ["prune", *given, "--", places["model"]])
+    except KeyboardInterrupt:
+        # The first process tells.
+        raise InterruptError("") from None
 
 
 def _check_given(places: dict[str, Any], resume: bool, log: str | None) -> None:

@@ -12,7 +12,7 @@ _UNWOUND = ("SIGTERM", "SIGHUP")
 
 
 class InterruptError(Exception):
-    """A command was interrupted; the message is what the user is told."""
+    """A command was interrupted; the message is what the user is told, empty where a process of it has told."""
 
 
 class Stop:

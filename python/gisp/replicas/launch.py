@@ -38,6 +38,10 @@ def launch(count: int, module: str, arguments: Sequence[str]) -> int:
 
     Returns:
         The exit code of the command.
+
+    Raises:
+        GispError: a signal ended a process.
+        KeyboardInterrupt: Ctrl-C, which a terminal sends to all of them.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,6 +73,8 @@ def launch(count: int, module: str, arguments: Sequence[str]) -> int:
             f"rank {rank} (process {failure.pid}) was ended by {name}, so the others were too: add --resume to go on"
         ) from None
     except SignalException as stopped:
+        if stopped.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
         return 128 + int(stopped.sigval)
     finally:
         logging.disable(logging.NOTSET)
