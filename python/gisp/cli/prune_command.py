@@ -78,8 +78,8 @@ def prune(
         places[name] = str(value or stored or "")
     given = {name: value for name, value in flags.items() if value is not None}
     options = {**without_defaults(options, given), **given}
-    if (gpus is not None or launched()) and options.get("slices") is None:
-        options["slices"] = SLICES
+    if gpus is not None or launched():
+        options = _in_slices(options, out if resume else None)
     make_config(**options)
     if resume and places["out"] and not places["model"] and not places["data"]:
         raise GispError(f"{places['out']} holds no run to resume: give the folder that gisp prune --out wrote")
@@ -120,6 +120,22 @@ def _run(places: dict[str, Any], resume: bool, log: str | None, options: dict[st
     if not output().quiet:
         for line in closing_lines(trajectory, places["out"], places["data"]):
             output().say(line)
+
+
+def _in_slices(options: dict[str, Any], run: Path | None) -> dict[str, Any]:
+    """Options of a run that several processes may share.
+
+    Args:
+        run: folder of a run that goes on, if there is one.
+
+    Raises:
+        GispError: it was begun without slices.
+    """
+    if options.get("slices") is not None:
+        return options
+    if run is not None and _has_begun(run):
+        raise GispError(f"{run} was begun without --slices, which several GPUs need: go on without --gpus or torchrun")
+    return {**options, "slices": SLICES}
 
 
 def _launch(gpus: int, places: dict[str, Any], resume: bool, log: str | None, options: dict[str, Any]) -> int:

@@ -75,6 +75,18 @@ def test_what_cannot_be_shared_is_refused(
     assert not (tmp_path / "r").exists()
 
 
+def test_a_run_begun_without_slices_goes_on_alone(
+    tmp_path: Path, model_folder: Path, token_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "r")
+    assert main(["prune", str(model_folder), "--data", str(token_file), "--out", out, *OPTIONS, "--quiet"]) == 0
+    capsys.readouterr()
+    for gpus in ("1", "2"):
+        assert main(["prune", "--resume", out, "--gpus", gpus]) == 2
+        assert "was begun without --slices" in capsys.readouterr().err
+    assert main(["prune", "--resume", out, "--quiet"]) == 0
+
+
 def test_processes_are_told_by_their_environment(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     assert not launched() and rank() == 0
     for name in ("MASTER_ADDR", "MASTER_PORT"):
