@@ -155,10 +155,8 @@ class Runner:
         began = time.perf_counter()
         trajectory = prune(model, data, sparsity=max(sizes), device=self.bench.device, **options)
         seconds = time.perf_counter() - began
-        end = trajectory.sparsity_at(len(trajectory.steps))
         for asked in sizes:
-            # Whole heads and aligned widths may end a run short of its target.
-            step = trajectory.step_for(min(asked, end))
+            step = trajectory.step_for(asked)
             spent = sum(record.tokens for record in trajectory.steps[:step])
             pruned = trajectory.at(asked, model)
             share = seconds * step / len(trajectory.steps)

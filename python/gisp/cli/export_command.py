@@ -123,7 +123,8 @@ def _export_nested(
     request = compensation_request(compensation)
     check_request(request, wanted)
     check_place(folder)
-    milestone_steps(run_points(run), wanted)
+    points, goal = run_points(run)
+    milestone_steps(points, wanted, goal)
     if request is not None:
         check_spec(request.calibration)
 

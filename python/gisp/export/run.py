@@ -257,7 +257,9 @@ def export_nested_run(
         check_push(push_to_hub, private)
     with export_place(Path(out)) as place:
         trajectory = Trajectory.load(run)
-        steps = milestone_steps([trajectory.sparsity_at(t) for t in range(len(trajectory.steps) + 1)], sparsities)
+        steps = milestone_steps(
+            [trajectory.sparsity_at(t) for t in range(len(trajectory.steps) + 1)], sparsities, trajectory.goal
+        )
         milestones = [] if compensation is None else fit_milestones(trajectory, steps, compensation, device)
         base, source = _base_of(trajectory, device)
         with tokenizer_folder(source) as folder:

@@ -31,7 +31,7 @@ from gisp.run.record import (
     read_trajectory,
     removed_at_digest,
 )
-from gisp.select.schedule import nearest_step
+from gisp.select.schedule import goal_of, nearest_step
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,13 @@ class Trajectory:
         """The step whose sparsity is nearest (the smaller of two equally near); 0 is dense, None the last step."""
         if sparsity is None:
             return len(self.steps)
-        return nearest_step([0.0] + [record.sparsity for record in self.steps], sparsity)
+        points = [0.0] + [record.sparsity for record in self.steps]
+        return nearest_step(points, sparsity, goal=self.goal)
+
+    @property
+    def goal(self) -> float | None:
+        """Sparsity that the run asked for, once it is done; it names the last step."""
+        return goal_of(self.config, len(self.steps))
 
     def sparsity_at(self, step: int) -> float:
         return self.steps[step - 1].sparsity if step else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gisp.errors import GispError, quoted
@@ -27,7 +27,19 @@ def threshold_rank(structures: int, ratio: float) -> int:
     return min(structures - int(structures * (1 - ratio)) + 1, structures)
 
 
-def nearest_step(points: Sequence[float], sparsity: Any, given: str = "sparsity is") -> int:
+def goal_of(config: Mapping[str, Any], steps: int) -> float | None:
+    """The sparsity that a run asked for, once all its steps are done; ``None`` before, or where it asked for a ratio.
+
+    Args:
+        config: as a run records it.
+        steps: done.
+    """
+    goal = config.get("sparsity")
+    planned = (config.get("steps") or 0) + (config.get("regrow") or 0)
+    return float(goal) if isinstance(goal, (int, float)) and steps >= planned else None
+
+
+def nearest_step(points: Sequence[float], sparsity: Any, given: str = "sparsity is", goal: float | None = None) -> int:
     """Number of the step whose sparsity is nearest to a given one, the smaller of two equally near.
 
     Whatever picks a point of a run by its sparsity picks it here.
@@ -35,6 +47,8 @@ def nearest_step(points: Sequence[float], sparsity: Any, given: str = "sparsity 
     Args:
         points: sparsity after every step, ascending; the first is the dense model's 0.
         given: begins the error, which goes on with the sparsity.
+        goal: of :func:`goal_of`. Whole heads and aligned widths may end a run short of it by more than half a step; it
+            names the end all the same.
 
     Raises:
         GispError: no number in [0, 1), or one beyond the end by more than half the last step that removed anything.
@@ -48,7 +62,7 @@ def nearest_step(points: Sequence[float], sparsity: Any, given: str = "sparsity 
     end = points[-1]
     last = end - max((point for point in points if point < end), default=end)
     # Sparsities are quotients: a sum of two of them may be off in its last bits.
-    if sparsity > end + last / 2 + 1e-9:
+    if sparsity > end + last / 2 + 1e-9 and not (goal is not None and abs(sparsity - goal) < 1e-9):
         raise GispError(
             f"{given} {sparsity}, the run ends at {end:.4f}: "
             f"give at most that, or prune again with --sparsity {sparsity}"

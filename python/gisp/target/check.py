@@ -12,7 +12,7 @@ from gisp.export.nested.place import RECORD as NESTED
 from gisp.export.nested.place import is_nested
 from gisp.model.paths import check_model_path
 from gisp.run.record import RECORD, load_json, read_record
-from gisp.select.schedule import nearest_step
+from gisp.select.schedule import goal_of, nearest_step
 
 
 def is_run(target: str) -> bool:
@@ -21,13 +21,24 @@ def is_run(target: str) -> bool:
     return path.is_dir() and ((path / RECORD).exists() or not (path / "config.json").exists())
 
 
-def run_points(folder: Path) -> list[float]:
-    """Sparsity of the dense model and after every step of a run.
+def run_points(folder: Path) -> tuple[list[float], float | None]:
+    """Sparsity of the dense model and after every step of a run, and its goal once it is reached.
 
     Raises:
         GispError: no run there, or a corrupt one.
     """
-    return [0.0, *(float(step["sparsity"]) for step in read_record(folder)["steps"])]
+    record = read_record(folder)
+    points = [0.0, *(float(step["sparsity"]) for step in record["steps"])]
+    return points, goal_of(record["config"], len(record["steps"]))
+
+
+def _nested_points(folder: Path) -> tuple[list[float], float | None]:
+    """The same of a nested checkpoint; nothing where its record is not sound, which is refused where it is opened."""
+    with contextlib.suppress(GispError, KeyError, TypeError, ValueError):
+        record = load_json(folder / NESTED)
+        points = [float(step["sparsity"]) for step in record["steps"]]
+        return points, goal_of(record["run"]["config"], len(points) - 1)
+    return [], None
 
 
 def check_target(target: str, sparsity: float | None = None, given: str = "sparsity is") -> None:
@@ -40,12 +51,11 @@ def check_target(target: str, sparsity: float | None = None, given: str = "spars
         GispError: names the path or the sparsity.
     """
     points: Sequence[float] = ()
+    goal = None
     if is_run(target):
-        points = run_points(Path(target))
+        points, goal = run_points(Path(target))
     elif is_nested(target):
-        # A record that is not sound is refused where it is opened.
-        with contextlib.suppress(GispError, KeyError, TypeError, ValueError):
-            points = [float(step["sparsity"]) for step in load_json(Path(target) / NESTED)["steps"]]
+        points, goal = _nested_points(Path(target))
     elif sparsity is not None:
         raise GispError(
             f"--sparsity {sparsity} needs a run folder or a nested checkpoint, {target} is a model: leave it out"
@@ -53,7 +63,7 @@ def check_target(target: str, sparsity: float | None = None, given: str = "spars
     else:
         check_model_path(target)
     if sparsity is not None and points:
-        nearest_step(points, sparsity, given)
+        nearest_step(points, sparsity, given, goal)
 
 
 def check_run(folder: Path, sparsity: float | None = None) -> None:
@@ -62,9 +72,9 @@ def check_run(folder: Path, sparsity: float | None = None) -> None:
     Raises:
         GispError: names the folder or the sparsity.
     """
-    points = run_points(folder)
+    points, goal = run_points(folder)
     if sparsity is not None:
-        nearest_step(points, sparsity)
+        nearest_step(points, sparsity, goal=goal)
 
 
 def check_along(target: str, sparsities: Sequence[Any] = ()) -> None:

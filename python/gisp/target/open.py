@@ -42,6 +42,7 @@ class Target:
         source: folder or name its tokenizer is read from.
         points: dense first, then every step; empty for a model of one size.
         point: where the model is.
+        goal: sparsity that names the last point, see :func:`gisp.select.schedule.goal_of`.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class Target:
         point: Point,
         move: Callable[[Point], None] | None,
         stored: Callable[[int], StoredSize] | None = None,
+        goal: float | None = None,
     ) -> None:
+        self.goal = goal
         self.model, self.source, self.points, self.point = model, source, points, point
         self._move, self._stored = move, stored
         self._compensation: str | None = None
@@ -81,7 +84,7 @@ class Target:
             GispError: see :func:`gisp.select.schedule.nearest_step`.
         """
         reached = [point.sparsity for point in self.points]
-        return self.points[nearest_step(reached, sparsity, "--sparsities holds")]
+        return self.points[nearest_step(reached, sparsity, "--sparsities holds", self.goal)]
 
     def describe(self) -> dict[str, Any]:
         """``sparsity, model_sparsity, step, parameters, kv_bytes_per_token`` of the model as it is.
@@ -130,9 +133,10 @@ def open_target(
     here = Point(float(record.get("sparsity", 0.0)), float(record.get("model_sparsity", 0.0)), step)
     if step is None:
         return Target(model, target, (), here, None)
-    steps = NestedFiles.open(target).record["steps"]
+    files = NestedFiles.open(target)
+    steps = files.record["steps"]
     points = [Point(float(s["sparsity"]), float(s["model_sparsity"]), number) for number, s in enumerate(steps)]
-    return Target(model, target, points, here, lambda point: model.resize(point.sparsity))
+    return Target(model, target, points, here, lambda point: model.resize(point.sparsity), goal=files.goal)
 
 
 def _open_run(trajectory: Trajectory, sparsity: float | None, device: str, dtype: str | None) -> Target:
@@ -150,6 +154,7 @@ def _open_run(trajectory: Trajectory, sparsity: float | None, device: str, dtype
         points[step],
         lambda point: move_to(shrinkable, trajectory, int(point.step or 0)),
         lambda step: stored_at(trajectory, [step])[0],
+        trajectory.goal,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gisp.errors import GispError
-from gisp.select.schedule import nearest_step
+from gisp.select.schedule import goal_of, nearest_step
 
 POINTS = [0.0, 0.1, 0.25, 0.5]
 
@@ -34,3 +34,15 @@ def test_more_than_half_the_last_step_beyond_the_end_is_refused(points: list[flo
 
 def test_a_last_step_that_removes_nothing_is_not_the_last() -> None:
     assert nearest_step([0.0, 0.2, 0.4, 0.4], 0.49) == 2
+
+
+def test_the_goal_of_a_finished_run_names_its_end() -> None:
+    config = {"sparsity": 0.7, "steps": 3, "regrow": 0}
+    assert goal_of(config, 3) == 0.7
+    assert nearest_step(POINTS, 0.7, goal=0.7) == 3
+    with pytest.raises(GispError, match="ends at"):
+        nearest_step(POINTS, 0.69, goal=0.7)
+    # A run that was cut, or asked for a ratio, has none.
+    assert goal_of(config, 2) is None
+    assert goal_of({**config, "regrow": 2}, 4) is None and goal_of({**config, "regrow": 2}, 5) == 0.7
+    assert goal_of({**config, "sparsity": None}, 3) is None

@@ -24,7 +24,7 @@ from gisp.errors import GispError, quoted
 from gisp.export.nested.order import MILESTONES, LayerOrder, Nesting
 from gisp.export.nested.place import RECORD, is_nested
 from gisp.run.record import INVALID, corrupt, is_count, is_finite, load_json, require
-from gisp.select.schedule import nearest_step
+from gisp.select.schedule import goal_of, nearest_step
 from gisp_kernels.groups import KINDS
 
 FORMAT = "gisp-nested"
@@ -160,7 +160,13 @@ class NestedFiles:
             GispError: a sparsity outside [0, 1), or beyond the end of the run.
         """
         points = self.sparsities
-        return len(points) - 1 if sparsity is None else nearest_step(points, sparsity)
+        return len(points) - 1 if sparsity is None else nearest_step(points, sparsity, goal=self.goal)
+
+    @property
+    def goal(self) -> float | None:
+        """Sparsity that the run asked for, see :func:`gisp.select.schedule.goal_of`."""
+        config = self.record["run"].get("config")
+        return goal_of(config, len(self.record["steps"]) - 1) if isinstance(config, dict) else None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a stored tensor.

@@ -31,18 +31,19 @@ def check_request(request: CompensationRequest | None, sparsities: Sequence[Any]
         )
 
 
-def milestone_steps(points: Sequence[float], sparsities: Sequence[Any]) -> list[int]:
+def milestone_steps(points: Sequence[float], sparsities: Sequence[Any], goal: float | None = None) -> list[int]:
     """Steps of a run that are nearest to some sparsities, ascending.
 
     Args:
         points: sparsity after every step, the dense model's 0 first.
+        goal: of :func:`gisp.select.schedule.goal_of`.
 
     Raises:
         GispError: a sparsity beyond the run, one of the dense model, or two of the same step.
     """
     found: dict[int, Any] = {}
     for sparsity in sparsities:
-        step = nearest_step(points, sparsity, _GIVEN)
+        step = nearest_step(points, sparsity, _GIVEN, goal)
         if step == 0:
             raise GispError(
                 f"{_GIVEN} {sparsity}, which is nearest to the dense model: nothing is lost there, leave it out"
