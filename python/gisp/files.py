@@ -57,12 +57,15 @@ def lock_beside(path: Path) -> Path:
 
 
 @contextmanager
-def one_writer(path: Path, lock: Path) -> Iterator[bool]:
+def one_writer(path: Path, lock: Path, *, looking: bool = False) -> Iterator[bool]:
     """Be the only writer of ``path``, in this and all other processes, until the block ends.
 
     The lock is the system's, on the file ``lock``: it ends with the process that holds it, however that ends, and a
     lock file a killed process left locks nothing. It goes when a block ends well; one that fails leaves what was there.
     Folders made for it go again if they are empty in the end. Within the block the same lock can be taken again.
+
+    Args:
+        looking: nothing is written in the block: what a killed process left stays in any case.
 
     Yields:
         Whether there is a lock; a file system that has none is written to all the same.
@@ -85,7 +88,7 @@ def one_writer(path: Path, lock: Path) -> Iterator[bool]:
     token = _HELD.set(_HELD.get() | {lock})
     try:
         yield held is not None
-        left = False
+        left = left and looking
     finally:
         _HELD.reset(token)
         # Removed before it is released: who opened the old file sees that it is gone and takes a new one.

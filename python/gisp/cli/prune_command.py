@@ -171,7 +171,7 @@ def _check_given(places: dict[str, Any], resume: bool, log: str | None) -> None:
         check_log(log)
     check_model_path(places["model"])
     check_spec(places["data"])
-    with RunFolder(Path(places["out"])).writing(resume):
+    with RunFolder(Path(places["out"])).writing(resume, looking=True):
         pass
 
 

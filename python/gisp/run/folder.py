@@ -41,8 +41,11 @@ class RunFolder:
         self._clean = False
 
     @contextmanager
-    def writing(self, resume: bool) -> Iterator[bool]:
+    def writing(self, resume: bool, *, looking: bool = False) -> Iterator[bool]:
         """Be the only writer of the folder; whether a run is there to resume.
+
+        Args:
+            looking: the folder is only looked at.
 
         Raises:
             GispError: the folder is taken, another process writes it, or it cannot be written.
@@ -52,7 +55,7 @@ class RunFolder:
         above = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise GispError(f"cannot write {self.path}: {above} is not a folder this user may write to")
-        with one_writer(self.path, self.path / LOCK) as alone:
+        with one_writer(self.path, self.path / LOCK, looking=looking) as alone:
             self._clean = not alone
             yield self._holds_run(resume)
 

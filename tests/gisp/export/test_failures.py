@@ -88,7 +88,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "save_torch_state_dict", full)
+        patch.setattr("huggingface_hub.save_torch_state_dict", full)
         with pytest.raises(GispError, match="the disk is full"):
             export_hf(dense("llama-mha"), spec_of(), tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)

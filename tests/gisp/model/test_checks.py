@@ -116,7 +116,7 @@ def test_sequences_beyond_the_positions_of_a_model_are_told() -> None:
 
 def test_modules_that_keep_the_number_of_heads_are_told() -> None:
     model = model_of("stablelm")
-    trajectory = gisp.prune(model, tiny_tokens(), **{**PRUNE, "sparsity": 0.4, "steps": 2})
+    trajectory = gisp.prune(model, tiny_tokens(), **{**PRUNE, "sparsity": 0.4, "steps": 2, "gqa": "query"})
     assert len(trajectory.steps) == 2
     heads = [getattr(layer.self_attn, "num_heads", None) for layer in model.model.layers]
     assert heads == [layer.self_attn.q_proj.out_features // 8 for layer in model.model.layers]
