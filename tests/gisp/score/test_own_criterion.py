@@ -88,7 +88,8 @@ def test_whole_layers_go_by_it() -> None:
 def test_one_shot_takes_it() -> None:
     gisp.register_criterion("mine", l1)
     sequences = Sequences.plain([(row, row) for row in tiny_tokens(6, 16)])
-    found = list(one_shot(tiny_model(), sequences, [0.2, 0.3], make_config(criterion="mine", one_shot=True, align=1)))
+    config = make_config(criterion="mine", one_shot=True, align=1, gqa="query")
+    found = list(one_shot(tiny_model(), sequences, [0.2, 0.3], config))
     assert [round(reached, 1) for reached, _ in found] == [0.2, 0.3]
 
 
