@@ -24,7 +24,8 @@ import gisp
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
 from gisp.evaluate import Perplexity, perplexity
-from gisp.export.folder import check_place, copy_base_files, new_folder
+from gisp.export.beside import copy_beside
+from gisp.export.folder import check_place, new_folder
 from gisp.model.load import resolve_device
 from gisp.progress import reporting
 
@@ -79,7 +80,7 @@ def save(merged: Any, export: Path, out: Path, dtype: torch.dtype, note: str) ->
     """Write a merged model beside the export's tokenizer and model card; the folder appears whole or not at all."""
     with new_folder(out) as folder:
         merged.to(dtype).save_pretrained(folder)
-        copy_base_files(folder, merged, export)
+        copy_beside(folder, merged, export)
         if (export / "README.md").is_file():
             shutil.copyfile(export / "README.md", folder / "README.md")
         with (folder / "README.md").open("a", encoding="utf-8") as card:
