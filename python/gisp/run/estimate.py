@@ -15,7 +15,6 @@ from gisp.config.options import PruneConfig
 from gisp.data import Sequences
 from gisp.model.structures import ModelMap
 from gisp.progress import hears_notes, note
-from gisp.progress.display import clock
 
 # Of the speed of its largest product a whole pass reaches about this part: attention, norms and the optimum of small
 # shapes. Steps of the demo decoder on a CPU lay between 0.4 and 0.6.
@@ -130,7 +129,7 @@ def lines(seconds: float, size: int, device: torch.device, free: int | None, bus
     """
     threads = torch.get_num_threads()
     on = f"{device.type}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
-    said = [f"estimate: {clock(seconds)} and {size / 2**30:.1f} GiB on {on}"]
+    said = [f"estimate: {_duration(seconds)} and {size / 2**30:.1f} GiB on {on}"]
     if device.type == "cpu" and seconds > _LONG_SECONDS:
         said.append("  that is long: time follows --steps times --batch-tokens, give less of one, or run on a GPU")
     if free is not None and size > free:
@@ -141,6 +140,16 @@ def lines(seconds: float, size: int, device: torch.device, free: int | None, bus
             "another, OMP_NUM_THREADS=1 may be faster"
         )
     return said
+
+
+def _duration(seconds: float) -> str:
+    """With units, as a bare 13:30:58 reads like a time of day."""
+    whole = max(1, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def busy_cores() -> float:
