@@ -43,7 +43,7 @@ def _flag(option: Option) -> Any:
 @shows_progress
 @with_flags([_flag(option) for option in OPTIONS.values()])
 def prune(
-    model: Annotated[str | None, typer.Argument(help="Folder or hub name of the dense model.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder, hub name or GGUF file of the dense model.")] = None,
     data: Annotated[
         str | None,
         typer.Option(
