@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ def generate_greedily(
 ) -> list[str]:
     """The most likely token after the other until an end-of-text token, a text of ``until`` or ``max_new_tokens``.
 
+    Of the model's generation settings only its end-of-text tokens count.
+
     Args:
         prompts: token ids of each prompt, at least one; shorter ones of a batch are padded on the left and masked.
         until: the answer ends before the first of these texts.
@@ -57,7 +60,12 @@ def generate_greedily(
     )
     answers = [""] * len(prompts)
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    with evaluation_mode(model), torch.no_grad(), task("generating", len(prompts)) as progress:
+    with (
+        evaluation_mode(model),
+        _no_settings(model),
+        torch.no_grad(),
+        task("generating", len(prompts)) as progress,
+    ):
         for batch in length_batches(lengths, device, batch_size):
             longest = max(len(prompts[i]) for i in batch)
             ids = torch.full((len(batch), longest), pad)
@@ -77,6 +85,20 @@ def generate_greedily(
                 answers[i] = _before_first(tokenizer.decode(new[:end], skip_special_tokens=True), until)
             progress.advance(len(batch))
     return answers
+
+
+@contextmanager
+def _no_settings(model: Any) -> Iterator[None]:
+    """Without the model's own generation settings: transformers fills in what a configuration leaves open.
+
+    Chat models come with repetition penalties, under which the likeliest token is not the one that is taken.
+    """
+    settings = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
 
 
 def _before_first(text: str, until: Sequence[str]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from eval_cases import LAYERS, byte_tokenizer, greedy, shrunken
 from tiny import tiny_tokens
+from transformers import GenerationConfig
 
 from gisp.evaluate.generation import generate_greedily
 from gisp.model.shrink import ShrinkableModel
@@ -54,3 +57,19 @@ def test_a_model_moved_back_generates_as_before() -> None:
     shrinkable.remove(removal)
     assert torch.equal(model.generate(ids, **options), pruned)
     assert not torch.equal(dense, pruned)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": NEW, "bad_words_ids": [[40]]}],
+)
+def test_settings_of_a_model_do_not_bend_its_answers(settings: dict[str, Any]) -> None:
+    model, tokenizer = shrunken("query"), byte_tokenizer()
+    model.generation_config = GenerationConfig(eos_token_id=None, **settings)
+    prompts = [tiny_tokens(1, length, seed=length)[0].tolist() for length in (3, 11, 6)]
+    wanted = [greedy(model, prompt, NEW) for prompt in prompts]
+    assert any(len(set(tokens)) < NEW for tokens in wanted), "nothing is repeated: no penalty would show"
+    found = generate_greedily(model, tokenizer, prompts, max_new_tokens=NEW)
+    for text, tokens in zip(found, wanted, strict=True):
+        assert text == tokenizer.decode(tokens[: tokens.index(0)] if 0 in tokens else tokens, skip_special_tokens=True)
+    assert model.generation_config.to_dict().items() >= settings.items()
