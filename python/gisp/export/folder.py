@@ -95,10 +95,15 @@ def check_room(folder: Path, size: int) -> None:
         raise GispError(f"the export needs {_size(size)}, {_size(free)} are free: free some space")
 
 
+def is_tied(model: Any) -> bool:
+    """Whether the output embeddings are the input ones; a configuration can say so of a model that holds both."""
+    return bool(model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
 def dense_state(base: Any) -> dict[str, torch.Tensor]:
     """All weights of the base model by name, the output embeddings only when they are not the input ones."""
     state = {name: tensor.detach() for name, tensor in base.state_dict().items()}
-    if base.get_output_embeddings().weight is base.get_input_embeddings().weight:
+    if is_tied(base):
         state = {name: tensor for name, tensor in state.items() if not name.startswith("lm_head.")}
     return state
 

@@ -11,6 +11,7 @@ import torch
 
 from gisp.errors import GispError
 from gisp.export.check import weight_dtype, write_checked
+from gisp.export.folder import is_tied
 from gisp.export.modeling_gisp import FAMILIES, auto_map, classes_of
 from gisp.export.relayout import plan_layers, stored_state
 from gisp.export.sizes.layout import ZEROED, AttentionLayout
@@ -79,7 +80,12 @@ def config_values(base: Any, model_map: ModelMap) -> dict[str, Any]:
     """What an exported model takes over from the base model's configuration."""
     own = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path")
     values = {key: value for key, value in base.config.to_dict().items() if key not in own}
-    return {**values, "head_dim": model_map.head_dim, "dtype": str(weight_dtype(base)).removeprefix("torch.")}
+    return {
+        **values,
+        "head_dim": model_map.head_dim,
+        "dtype": str(weight_dtype(base)).removeprefix("torch."),
+        "tie_word_embeddings": is_tied(base),
+    }
 
 
 def pruned_config(base: Any, model_map: ModelMap, spec: PrunedSpec, layouts: list[AttentionLayout]) -> Any:

@@ -12,6 +12,7 @@ import torch
 
 from gisp.export.card import MASKED
 from gisp.export.check import write_checked
+from gisp.export.folder import is_tied
 from gisp.export.relayout import stored_state
 from gisp.export.sizes.layout import ZEROED
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
@@ -28,6 +29,7 @@ def export_masked(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Pat
     config = deepcopy(base.config)
     config.architectures = [type(base).__name__]
     config.dtype = base.get_input_embeddings().weight.dtype
+    config.tie_word_embeddings = is_tied(base)
     config.gisp = {**gisp_record(base, spec), "masked": True}
     weights = partial(masked_state, base, model_map, spec.keep)
     return write_checked(base, model_map, spec, out, weights, config, tokenizer_from, MASKED)

@@ -13,7 +13,7 @@ import torch
 from gisp.compensation.apply import folded_into_dense
 from gisp.export.beside import copy_beside
 from gisp.export.check import Reference, weight_dtype
-from gisp.export.folder import check_room, dense_state, new_folder
+from gisp.export.folder import check_room, dense_state, is_tied, new_folder
 from gisp.export.nested.card import write_nested_card
 from gisp.export.nested.files import MODEL_TYPE, NestedFiles, write_nesting, write_record, write_shards
 from gisp.export.nested.milestones import Milestone, milestone_tensors
@@ -80,7 +80,11 @@ def export_nested(
 
 def _base_config(base: Any) -> dict[str, Any]:
     """The configuration of the base model without what is about its folder and its code."""
-    config = {**base.config.to_dict(), "dtype": str(weight_dtype(base)).removeprefix("torch.")}
+    config = {
+        **base.config.to_dict(),
+        "dtype": str(weight_dtype(base)).removeprefix("torch."),
+        "tie_word_embeddings": is_tied(base),
+    }
     for key in ("transformers_version", "_name_or_path", "auto_map"):
         config.pop(key, None)
     return config

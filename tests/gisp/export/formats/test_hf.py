@@ -196,6 +196,19 @@ def test_bfloat16_stays_and_is_checked_in_float32(export: Export, tmp_path: Path
     assert _relative(_logits(wide), _logits(masked(dense_rounded("llama-gqa"), spec_of().keep))) <= 1e-5
 
 
+@pytest.mark.parametrize("export", [export_hf, export_masked, export_one_size])
+@pytest.mark.parametrize(("said", "shared"), [(True, False), (False, True)])
+def test_ties_are_told_as_they_are(export: Export, said: bool, shared: bool, tmp_path: Path) -> None:
+    """Merging an adapter of the output embeddings leaves a configuration that says otherwise."""
+    base = dense("qwen3", tie_word_embeddings=not said)
+    assert (base.lm_head.weight is base.model.embed_tokens.weight) is shared
+    base.config.tie_word_embeddings = said
+    export(base, spec_of(), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is shared
+    assert ("lm_head.weight" in load_file(tmp_path / "out" / WEIGHTS)) is not shared
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_export_is_a_stock_model_with_zeros(family: str, tmp_path: Path) -> None:
     base, spec = dense(family), spec_of()
