@@ -71,6 +71,8 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
                 source,
                 dtype=dtype,
                 attn_implementation="sdpa",
+                # A config.json that names another one would have its way.
+                _attn_implementation="sdpa",
                 output_loading_info=True,
                 # Told below, by name.
                 ignore_mismatched_sizes=True,
