@@ -18,7 +18,7 @@ from torch import nn
 from gisp.errors import GispError
 from gisp.export.beside import copy_beside
 from gisp.export.card import PRUNED, CardKind, write_card
-from gisp.export.folder import new_folder, write_weights
+from gisp.export.folder import new_folder, write_config, write_weights
 from gisp.export.load import load
 from gisp.export.spec import TOLERANCE, ExportReport, LayerSizes, PrunedSpec
 from gisp.model.attention import INDEXED_ATTENTION
@@ -59,7 +59,7 @@ def write_checked(
     """
     with new_folder(out) as folder:
         size = write_weights(folder, state())
-        config.save_pretrained(folder)
+        write_config(folder, config)
         copy_beside(folder, base, tokenizer_from)
         report = checked_report(base, model_map, spec.keep, folder, out, size)
         write_card(folder, base, spec, report, kind)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,36 @@ def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> int:
     check_room(folder, sum(t.numel() * t.element_size() for t in state.values()))
     save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """Write config.json; where older releases know the model type, position encodings stand under their names too.
+
+    Before transformers 5 these were ``rope_theta`` and ``rope_scaling``. A reader that finds neither takes its default
+    without a word.
+    """
+    config.save_pretrained(folder)
+    if config.model_type.startswith("gisp_"):
+        return
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(older_rope(values) | values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Position encodings of a configuration in the words of transformers 4.
+
+    Those of Gemma 3 differ by kind of layer: the words are for full attention, with one more for sliding windows.
+    """
+    rope = config.get("rope_parameters") or {}
+    found: dict[str, Any] = {}
+    if "sliding_attention" in rope:
+        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    rope = dict(rope.get("full_attention", rope))
+    found |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = rope
+    return found
 
 
 def _size(count: int) -> str:

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from export_models import CHANNELS, FAMILIES, HEADS, KEPT, Kept, dense, layers_of, masked, ranked, spec_of, tokens
-from transformers import AutoConfig, AutoModelForCausalLM, MistralForCausalLM
+from export_models import (
+    CHANNELS,
+    FAMILIES,
+    HEADS,
+    KEPT,
+    LLAMA3_ROPE,
+    Kept,
+    dense,
+    export_one_size,
+    layers_of,
+    masked,
+    ranked,
+    spec_of,
+    tokens,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, MistralForCausalLM
 
 import gisp
 from gisp.errors import GispError
+from gisp.export.folder import older_rope
+from gisp.export.formats.masked import export_masked
 from gisp.export.formats.uniform import export_uniform, uniform_spec
 from gisp.export.sizes.options import SizeOptions
-from gisp.export.spec import LayerRanking, PrunedSpec
+from gisp.export.spec import ExportReport, LayerRanking, PrunedSpec
 
 WHOLE_GROUPS = (
     Kept(heads=(0, 1, 2, 3), channels=tuple(range(20))),
@@ -126,6 +142,42 @@ def test_plain_transformers_load_the_export_and_compute_the_masked_logits(family
     for name in ("rope_parameters", "layer_types", "sliding_window", "tie_word_embeddings", "rms_norm_eps"):
         assert config.get(name) == base.config.to_dict().get(name), name
     assert model.generate(tokens()[:, :4], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 7)
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 500000.0},
+    "llama3": LLAMA3_ROPE,
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 30000.0},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("export", [export_masked, export_one_size])
+def test_position_encodings_stand_under_the_names_of_older_readers_too(
+    export: Callable[..., ExportReport], rope: str, tmp_path: Path
+) -> None:
+    base = dense("llama-gqa", rope_parameters=dict(ROPES[rope]))
+    export(base, spec_of(), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == ROPES[rope]["rope_theta"]
+    scaling = {name: value for name, value in ROPES[rope].items() if name != "rope_theta"}
+    assert config.get("rope_scaling", {"rope_type": "default"}) == scaling
+    # What older readers take alone is what is meant.
+    del config["rope_parameters"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters == base.config.rope_parameters
+
+
+def test_encodings_that_differ_by_kind_of_layer_have_older_names() -> None:
+    local, full = {"rope_type": "default", "rope_theta": 7.0}, {"rope_type": "linear", "factor": 8.0, "rope_theta": 9.0}
+    config = Gemma3TextConfig(rope_parameters={"sliding_attention": dict(local), "full_attention": dict(full)})
+    older = older_rope(config.to_dict())
+    assert older == {
+        "rope_local_base_freq": 7.0,
+        "rope_theta": 9.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    assert Gemma3TextConfig(**older).rope_parameters == config.rope_parameters
 
 
 def test_a_llama_whose_heads_do_not_divide_its_hidden_size_becomes_a_mistral(tmp_path: Path) -> None:
