@@ -35,6 +35,8 @@ _SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((rf"{_CASELESS}|{_WORD}|\p{{N}}|{_TAIL}",), False): "qwen2",
     ((_TEKKEN,), True): "tekken",
 }
+# Tokens whose text alone tells llama.cpp that a text ends there.
+_KNOWN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>")
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 # None starts with a space: SentencePiece and llama.cpp put another before it, transformers does not always.
@@ -59,8 +61,9 @@ class Vocabulary:
         merges: of ``gpt2``.
         scores: of ``llama``.
         space_prefix: whether a space is put before text (``llama``).
-        special: token ids by kind: bos, eos, unk, pad.
+        special: token ids by kind: bos, eos, unk, pad, and eot and eom, at which generation ends too.
         adds: whether encoding adds bos and eos.
+        chat_templates: by name; the one used unless another is asked for is ``default``.
         check: token ids of :data:`CHECK_TEXTS`, computed by the tokenizer itself.
     """
 
@@ -73,12 +76,16 @@ class Vocabulary:
     space_prefix: bool
     special: dict[str, int]
     adds: dict[str, bool]
-    chat_template: str | None
+    chat_templates: dict[str, str]
     check: tuple[tuple[int, ...], ...]
 
 
-def read_vocabulary(folder: Path | None, vocab_size: int) -> Vocabulary | None:
+def read_vocabulary(folder: Path | None, vocab_size: int, ends: Sequence[int] = ()) -> Vocabulary | None:
     """The tokenizer of a model folder; None where there is none.
+
+    Args:
+        ends: tokens at which the model's generation ends. Beside the tokenizer's own and those llama.cpp knows, a file
+            has places for two.
 
     Raises:
         GispError: a tokenizer llama.cpp has no way to express.
@@ -117,7 +124,10 @@ def read_vocabulary(folder: Path | None, vocab_size: int) -> Vocabulary | None:
         types[index] = _type(text, added, tokenizer.unk_token, from_sentencepiece)
     special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     special = {name: index for name, index in special.items() if index is not None and index < vocab_size}
+    more = [index for index in ends if index < vocab_size and tokens[index] not in _KNOWN_ENDS]
+    special |= zip(("eot", "eom"), [index for index in more if index != special.get("eos")], strict=False)
     encoded = tokenizer.encode("a") or [None]
+    templates = tokenizer.chat_template
     return Vocabulary(
         model="llama" if from_sentencepiece else "gpt2",
         split=split,
@@ -129,7 +139,7 @@ def read_vocabulary(folder: Path | None, vocab_size: int) -> Vocabulary | None:
         space_prefix=space_prefix,
         special=special,
         adds={name: special.get(name, -1) == encoded[at] for name, at in (("bos", 0), ("eos", -1))},
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_templates={"default": templates} if isinstance(templates, str) else dict(templates or {}),
         check=tuple(tuple(tokenizer.encode(text)) for text in CHECK_TEXTS),
     )
 
@@ -152,8 +162,17 @@ def add_vocabulary(gguf: Any, writer: Any, vocabulary: Vocabulary | None) -> Non
         getattr(writer, f"add_{name}_token_id")(index)
     for name, value in vocabulary.adds.items():
         getattr(writer, f"add_add_{name}_token")(value)
-    if vocabulary.chat_template:
-        writer.add_chat_template(vocabulary.chat_template)
+    _add_templates(gguf.Keys.Tokenizer, writer, dict(vocabulary.chat_templates))
+
+
+def _add_templates(keys: Any, writer: Any, templates: dict[str, str]) -> None:
+    """Chat templates by name, in an order that is always the same, which the gguf package's own is not."""
+    if "default" in templates:
+        writer.add_chat_template(templates.pop("default"))
+    for name in sorted(templates):
+        writer.add_string(keys.CHAT_TEMPLATE_N.format(name=name), templates[name])
+    if templates:
+        writer.add_array(keys.CHAT_TEMPLATES, sorted(templates))
 
 
 def _inexpressible(folder: Path, what: str) -> GispError:

@@ -55,7 +55,7 @@ def export_gguf(
     kind = DTYPES.get(dtype or ("f32" if weight_dtype(base) == torch.float32 else "f16"))
     if kind is None:
         raise GispError(f"dtype {quoted(dtype)} is not available: choose one of {', '.join(DTYPES)}")
-    vocabulary = read_vocabulary(tokenizer_from, model_map.vocab_size)
+    vocabulary = read_vocabulary(tokenizer_from, model_map.vocab_size, end_tokens(base))
     layouts = plan_layers(model_map, spec.keep)
     with new_folder(out) as folder:
         state = pruned_state(base, model_map, spec.keep, layouts)
@@ -91,6 +91,12 @@ def check_expressible(base: Any, model_map: ModelMap) -> None:
         )
     if config.hidden_act != "silu":
         raise GispError(f"hidden_act {config.hidden_act!r} cannot be written as gguf: silu can, {_INSTEAD}")
+
+
+def end_tokens(model: Any) -> list[int]:
+    """Tokens at which the model's generation ends, by its generation settings."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
 
 
 def _sliding_window(config: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,40 @@ def test_the_file_holds_the_tokenizer(kind: str, tmp_path: Path, monkeypatch: py
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| tokenizer | {vocabulary.model} ({vocabulary.split}) |" in card
     assert "llama-cli -m model.gguf" in card
+
+
+def test_the_file_holds_all_templates_and_all_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_check, "has_llama_cpp", lambda: False)
+    folder, size = _byte_level(tmp_path / "base", "gpt-2"), SIZE + 1
+    plain = read_vocabulary(folder, size)
+    assert plain is not None and plain.chat_templates == {}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    texts = {"default": "{{ messages }}", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
+    settings["chat_template"] = [{"name": name, "template": text} for name, text in texts.items()]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    base = dense("llama-mha", vocab_size=size)
+    base.generation_config.eos_token_id = [plain.special["eos"], 7, 9, size]
+    export_gguf(base, spec_of(), tmp_path / "out", tokenizer_from=folder)
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    entries = {key.removeprefix("tokenizer."): field.contents() for key, field in fields.items() if "tokenizer" in key}
+    assert entries["chat_template"] == texts["default"]
+    assert entries["chat_templates"] == ["rag", "tool_use"]
+    assert {name: entries[f"chat_template.{name}"] for name in ("rag", "tool_use")} | {
+        "default": texts["default"]
+    } == texts
+    ends = [entries[f"ggml.{name}_token_id"] for name in ("eos", "eot", "eom")]
+    assert ends == [plain.special["eos"], 7, 9]
+
+
+def test_ends_that_llama_cpp_knows_by_their_text_take_no_place(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(_byte_level(tmp_path / "plain", "gpt-2") / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_end|>", "<|stop|>"])
+    folder = _save(tokenizer, tmp_path / "chat", eos_token="<|im_end|>")
+    known, own = (tokenizer.token_to_id(text) for text in ("<|im_end|>", "<|stop|>"))
+    vocabulary = read_vocabulary(folder, SIZE + 9, [known, own])
+    assert vocabulary is not None
+    assert vocabulary.special["eos"] == known and vocabulary.special["eot"] == own
+    assert "eom" not in vocabulary.special
 
 
 def test_other_ids_of_llama_cpp_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
