@@ -243,6 +243,7 @@ def test_ends_that_llama_cpp_knows_by_their_text_take_no_place(tmp_path: Path) -
     tokenizer.add_special_tokens(["<|im_end|>", "<|stop|>"])
     folder = _save(tokenizer, tmp_path / "chat", eos_token="<|im_end|>")
     known, own = (tokenizer.token_to_id(text) for text in ("<|im_end|>", "<|stop|>"))
+    assert known is not None and own is not None
     vocabulary = read_vocabulary(folder, SIZE + 9, [known, own])
     assert vocabulary is not None
     assert vocabulary.special["eos"] == known and vocabulary.special["eot"] == own
