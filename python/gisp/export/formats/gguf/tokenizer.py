@@ -122,10 +122,7 @@ def read_vocabulary(folder: Path | None, vocab_size: int, ends: Sequence[int] = 
     for text, index in ids.items():
         tokens[index] = text
         types[index] = _type(text, added, tokenizer.unk_token, from_sentencepiece)
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    special = {name: index for name, index in special.items() if index is not None and index < vocab_size}
-    more = [index for index in ends if index < vocab_size and tokens[index] not in _KNOWN_ENDS]
-    special |= zip(("eot", "eom"), [index for index in more if index != special.get("eos")], strict=False)
+    special = _special(tokenizer, ends, tokens)
     encoded = tokenizer.encode("a") or [None]
     templates = tokenizer.chat_template
     return Vocabulary(
@@ -142,6 +139,15 @@ def read_vocabulary(folder: Path | None, vocab_size: int, ends: Sequence[int] = 
         chat_templates={"default": templates} if isinstance(templates, str) else dict(templates or {}),
         check=tuple(tuple(tokenizer.encode(text)) for text in CHECK_TEXTS),
     )
+
+
+def _special(tokenizer: Any, ends: Sequence[int], tokens: Sequence[str]) -> dict[str, int]:
+    """Ids of special tokens by llama.cpp's names; further ends take the two places that a file has for them."""
+    found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    special = {name: index for name, index in found.items() if index is not None and index < len(tokens)}
+    more = [index for index in ends if index < len(tokens) and tokens[index] not in _KNOWN_ENDS]
+    special |= zip(("eot", "eom"), [index for index in more if index != special.get("eos")], strict=False)
+    return special
 
 
 def add_vocabulary(gguf: Any, writer: Any, vocabulary: Vocabulary | None) -> None:
