@@ -34,9 +34,10 @@ def goal_of(config: Mapping[str, Any], steps: int) -> float | None:
         config: as a run records it.
         steps: done.
     """
-    goal = config.get("sparsity")
-    planned = (config.get("steps") or 0) + (config.get("regrow") or 0)
-    return float(goal) if isinstance(goal, (int, float)) and steps >= planned else None
+    goal, planned = config.get("sparsity"), (config.get("steps") or 0, config.get("regrow") or 0)
+    # Nested checkpoints carry the config of their run unchecked.
+    sound = type(goal) is float and all(type(number) is int for number in planned)
+    return goal if sound and steps >= sum(planned) else None
 
 
 def nearest_step(points: Sequence[float], sparsity: Any, given: str = "sparsity is", goal: float | None = None) -> int:

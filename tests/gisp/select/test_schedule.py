@@ -46,3 +46,6 @@ def test_the_goal_of_a_finished_run_names_its_end() -> None:
     assert goal_of(config, 2) is None
     assert goal_of({**config, "regrow": 2}, 4) is None and goal_of({**config, "regrow": 2}, 5) == 0.7
     assert goal_of({**config, "sparsity": None}, 3) is None
+    # One that nobody checked.
+    assert goal_of({**config, "steps": [3]}, 3) is None is goal_of({**config, "regrow": "2"}, 3)
+    assert goal_of({**config, "steps": {"a": 1}}, 3) is None is goal_of({**config, "sparsity": "0.7"}, 3)
