@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gisp.errors import quoted
 from gisp.files import write_atomic
-from gisp.run.record import corrupt, is_finite, load_json, require
+from gisp.run.record import corrupt, is_count, is_finite, load_json, require
 
 try:
     import fcntl
@@ -180,18 +181,19 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 def _evaluation(path: Path, number: int, entry: dict[str, Any], fingerprint: str) -> Evaluation:
     try:
-        require(is_finite(entry["sparsity"]) and 0 <= entry["sparsity"] <= 1, f"sparsity is {entry['sparsity']!r}")
-        require(isinstance(entry["label"], str), f"label is {entry['label']!r}")
+        require(
+            is_finite(entry["sparsity"]) and 0 <= entry["sparsity"] <= 1, f"sparsity is {quoted(entry['sparsity'])}"
+        )
+        require(isinstance(entry["label"], str), f"label is {quoted(entry['label'])}")
         for name in _TEXTS:
-            require(isinstance(entry.get(name), (str, type(None))), f"{name} is {entry.get(name)!r}")
+            require(isinstance(entry.get(name), (str, type(None))), f"{name} is {quoted(entry.get(name))}")
         for name in _COUNTS:
             value = entry.get(name)
-            counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            require(value is None or counts, f"{name} is {value!r}")
+            require(value is None or is_count(value), f"{name} is {quoted(value)}")
         given = entry.get("fingerprint")
         require(given in (None, fingerprint), "it holds evaluations of another base model")
         protocol = entry.get("protocol") or {}
-        require(isinstance(protocol, dict), f"protocol is {protocol!r}")
+        require(isinstance(protocol, dict), f"protocol is {quoted(protocol)}")
         return Evaluation(
             label=entry["label"],
             sparsity=float(entry["sparsity"]),
@@ -211,7 +213,7 @@ def _checked_figures(entry: dict[str, Any]) -> tuple[Figure, ...]:
     for figure in found:
         for value in (figure.value, figure.stderr):
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(value is None or number, f"{figure.name} is {value!r}")
+            require(value is None or number, f"{figure.name} is {quoted(value)}")
     return tuple(Figure(f.name, _finite(f.value), _finite(f.stderr)) for f in found)
 
 
