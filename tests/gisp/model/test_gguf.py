@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from eval_cases import byte_tokenizer, write_rows
+from gguf_names import LAYER_NAMES
 from tiny import VOCAB, tiny_model, tiny_tokens
 
 import gisp
@@ -21,18 +22,6 @@ from gisp.model import gguf as module
 from gisp.model.load import load_dense
 
 gguf = pytest.importorskip("gguf")
-
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +78,7 @@ def _name(name: str) -> str:
     if name in plain:
         return f"{plain[name]}.weight"
     _, _, layer, *rest, kind = name.split(".")
-    return f"blk.{layer}.{NAMES['.'.join(rest)]}.{kind}"
+    return f"blk.{layer}.{LAYER_NAMES['.'.join(rest)]}.{kind}"
 
 
 def _laid_out(name: str, parameter: torch.Tensor, config: Any) -> torch.Tensor:

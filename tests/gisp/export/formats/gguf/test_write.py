@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from export_models import GGUF_FAMILIES, HEADS, KEPT, LLAMA3_ROPE, VOCAB, dense, masked, spec_of, tokens
+from gguf_names import LAYER_NAMES
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokens
 
@@ -27,15 +28,7 @@ from gisp.export.spec import ExportReport
 gguf = pytest.importorskip("gguf")
 
 NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+    **LAYER_NAMES,
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
