@@ -16,6 +16,8 @@ from benchmarks.common.registry import MODELS, REAL
 from gisp.errors import GispError
 from gisp.files import write_atomic
 from gisp.model.load import resolve_device
+from gisp.replicas.environment import rank
+from gisp.replicas.errors import ReplicaError
 
 
 class Parser(argparse.ArgumentParser):
@@ -188,9 +190,11 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def exit_code(main: Callable[[], int]) -> int:
-    """Run a command: 2 and one line on stderr for bad input."""
+    """Run a command: 2 and one line on stderr for bad input, told once where several processes run it."""
     try:
         return main()
     except GispError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        told = error.told if isinstance(error, ReplicaError) else rank() > 0
+        if not told:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import tempfile
@@ -95,7 +96,7 @@ def timed_run(
     Args:
         tokens: int64 [N, S], on the CPU.
         budget: the run ends after the step in which it is spent, and what was done is reported.
-        group: processes that score together; all but the first report nothing.
+        group: processes that score together; all but the first report only what they removed.
     """
     ends: list[float] = []
 
@@ -118,14 +119,16 @@ def timed_run(
         start = time.perf_counter()
         stopped = False
         try:
-            prune(model, tokens, out=run, on_step=on_step, process_group=group, **options)
+            trajectory = prune(
+                model, tokens, out=run if not rank() else None, on_step=on_step, process_group=group, **options
+            )
         except _BudgetSpentError:
             stopped = True
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         if rank():
-            return {}
+            return {"trajectory_sha256": trajectory_digest(trajectory)}
         trajectory = Trajectory.load(run)
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = step_rows(shape, trajectory, metrics, peak)
@@ -147,10 +150,17 @@ def timed_run(
         "phases": phase_totals(metrics),
         "peak_bytes": max(peaks) if peaks else None,
         "reserved_bytes": torch.cuda.memory_reserved() if peaks else None,
-        "removed_sha256": removed_at_digest({name: at.numpy() for name, at in trajectory.removed_at.items()}),
+        "trajectory_sha256": trajectory_digest(trajectory),
         **summary(steps),
         "step_rows": steps,
     }
+
+
+def trajectory_digest(trajectory: Trajectory) -> str:
+    """SHA-256 over what was removed at which step and the losses of all steps, to the bit."""
+    removed = removed_at_digest({name: at.numpy() for name, at in trajectory.removed_at.items()})
+    losses = " ".join(record.loss.hex() for record in trajectory.steps)
+    return hashlib.sha256(f"{removed} {losses}".encode()).hexdigest()
 
 
 def widths_before(trajectory: Trajectory, step: int) -> list[Widths]:

@@ -28,6 +28,7 @@ from benchmarks.common.command import (
     read_json,
     result_of,
     table,
+    write_json,
 )
 from benchmarks.common.goals import goal_table
 from benchmarks.common.identity import ROOT, identity
@@ -38,7 +39,7 @@ from benchmarks.prune.compensation import timed_compensation
 from benchmarks.prune.goals import GIGABYTE, prune_goals
 from benchmarks.prune.measure import Setting, timed_run
 from benchmarks.prune.paper import time_paper_step
-from benchmarks.prune.replicas import counts_of, measure_replicas, run_replica, show_replicas
+from benchmarks.prune.replicas import all_same, check_shared, counts_of, measure_replicas, run_replica, show_replicas
 from gisp.compensation import CompensationOptions
 from gisp.compensation.options import METHODS
 from gisp.compensation.request import make_request
@@ -204,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 1 if a model's run failed.
+    """Run the command; 1 if a model's run failed, or runs that must be the same are not.
 
     Raises:
         GispError: bad options, or no GPU for a real model.
@@ -228,14 +229,14 @@ def main(argv: list[str] | None = None) -> int:
 
         for path in write_plots(result, args.out or args.source):
             print(f"wrote {path}")
-    return 1 if any("error" in run for run in runs) else 0
+    return 0 if all_same(result) and not any("error" in run for run in runs) else 1
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     names, device = models_and_device(args, NAME)
     if args.gpus:
-        shared = measure_replicas(names, args)
-        return {"benchmark": "prune", "identity": identity(device), "runs": [], "replicas": shared}
+        check_shared(args)
+        return measure_replicas(names, args, lambda result: write_json(args.out, result) if args.out else None)
     setting = Setting.make(device, args.sparsity, args.steps, args.batch_tokens, args.fp8, args.criterion)
     compensation = _compensation(args)
     if len(names) > 1:
