@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str] | None) -> int:
     try:
-        code = app(args=argv, standalone_mode=False)
+        # Commands that start processes give them their own arguments.
+        code = app(args=argv, standalone_mode=False, obj=sys.argv[1:] if argv is None else [*argv])
     except ReplicaError as error:
         return 2 if error.told else _fail(str(error), always=True)
     except GispError as error:

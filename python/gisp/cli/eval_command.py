@@ -11,13 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gisp.cli.compensation_options import COMPENSATION, compensation_request
 from gisp.cli.flags import flag, numbers, with_flags
+from gisp.cli.options.compensation import COMPENSATION, compensation_request
+from gisp.cli.options.gpus import GPUS, processes, start_processes
 from gisp.cli.output import output, shows_progress
 from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.files import check_writable, write_atomic
+from gisp.replicas.environment import rank
 
 _PIPE_WIDTH = 400
 _ROWS = "Choices, prompts and completions"
@@ -36,8 +38,9 @@ _HOW = (
 
 
 @shows_progress
-@with_flags((*_HOW, *COMPENSATION))
+@with_flags((*_HOW, GPUS, *COMPENSATION))
 def evaluate(
+    context: typer.Context,
     target: Annotated[
         str,
         typer.Argument(help="Model or exported folder, hub name, nested checkpoint or run.", metavar="MODEL|RUN"),
@@ -78,14 +81,18 @@ def evaluate(
         "compensation": compensation_request(flags),
     }
     _check_given(target, data, sparsity, points, flags["calibration"])
+    start_processes(context, flags["gpus"], device)
 
     from gisp.target import evaluate_along, evaluate_target
 
-    if points is None:
-        result = evaluate_target(target, data, sparsity=sparsity, **common)
-    else:
-        result = evaluate_along(target, data, sparsities=points, on_point=_progress, **common)
-    _show(result, plot, out, as_json)
+    with processes(flags["gpus"], device) as replicas:
+        common["replicas"] = replicas
+        if points is None:
+            result = evaluate_target(target, data, sparsity=sparsity, **common)
+        else:
+            result = evaluate_along(target, data, sparsities=points, on_point=_progress, **common)
+    if not rank():
+        _show(result, plot, out, as_json)
 
 
 def _check_data(data: str | None, lm_eval: str | None, include: Path | None, flags: dict[str, Any]) -> None:

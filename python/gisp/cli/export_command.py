@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from gisp.cli.compensation_options import COMPENSATION, compensation_request
 from gisp.cli.flags import numbers, with_flags
+from gisp.cli.options.compensation import COMPENSATION, compensation_request
 from gisp.cli.output import shows_progress
 from gisp.data.sources import check_spec
 from gisp.errors import GispError

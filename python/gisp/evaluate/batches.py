@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
+
+from gisp.progress import task
+from gisp.replicas.sharing import sharers
+
+Result = TypeVar("Result")
 
 _TOKENS_PER_BATCH = {"cuda": 32768, "cpu": 4096}
 # Logits of a batch, tokens times vocabulary: of a large vocabulary they are the largest tensor of an evaluation.
@@ -31,6 +36,18 @@ def length_batches(
         size = min(batch_size or _TOKENS_PER_BATCH[kind] // longest, _LOGITS_PER_BATCH[kind] // (vocab_size * longest))
         yield order[start : start + max(1, size)]
         start += max(1, size)
+
+
+def each_batch(what: str, batches: Iterable[list[int]], work: Callable[[list[int]], Result]) -> list[Result]:
+    """What becomes of every batch, in their order; processes that share the evaluation take turns.
+
+    Args:
+        what: as progress calls it.
+        work: makes JSON of a batch.
+    """
+    listed = list(batches)
+    with task(what, sum(map(len, listed))) as progress:
+        return sharers().each(listed, work, lambda batch: progress.advance(len(batch)))
 
 
 def vocabulary(model: Any) -> int:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from gisp.evaluate.batches import length_batches
+from gisp.evaluate.batches import each_batch, length_batches
 from gisp.model.modes import evaluation_mode
-from gisp.progress import task
+from gisp.replicas.sharing import agree_on
 
 
 class _Until(StoppingCriteria):
@@ -47,6 +48,7 @@ def generate_greedily(
     Returns:
         The new text of every prompt, without special tokens.
     """
+    agree_on("prompts", lambda: sha256(repr([list(prompt) for prompt in prompts]).encode()).hexdigest())
     device = next(model.parameters()).device
     ends = _end_tokens(model, tokenizer)
     pad = ends[0] if ends else 0
@@ -58,33 +60,32 @@ def generate_greedily(
         eos_token_id=ends or None,
         pad_token_id=pad,
     )
-    answers = [""] * len(prompts)
+
+    def answered(batch: list[int]) -> list[tuple[int, str]]:
+        longest = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), longest), pad)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, longest - len(prompts[i]) :] = 1
+        stop = StoppingCriteriaList([_Until(tokenizer, until, longest)] if until else [])
+        generate: Any = model.generate
+        found = generate(
+            ids.to(device), attention_mask=mask.to(device), generation_config=options, stopping_criteria=stop
+        )
+        texts = []
+        for row, i in enumerate(batch):
+            new = found[row, longest:].tolist()
+            # What follows is padding, and a tokenizer need not know the model's end tokens as special.
+            end = next((place for place, token in enumerate(new) if token in ends), len(new))
+            texts.append((i, _before_first(tokenizer.decode(new[:end], skip_special_tokens=True), until)))
+        return texts
+
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    with (
-        evaluation_mode(model),
-        _no_settings(model),
-        torch.no_grad(),
-        task("generating", len(prompts)) as progress,
-    ):
-        for batch in length_batches(lengths, device, batch_size):
-            longest = max(len(prompts[i]) for i in batch)
-            ids = torch.full((len(batch), longest), pad)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(batch):
-                ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, longest - len(prompts[i]) :] = 1
-            stop = StoppingCriteriaList([_Until(tokenizer, until, longest)] if until else [])
-            generate: Any = model.generate
-            found = generate(
-                ids.to(device), attention_mask=mask.to(device), generation_config=options, stopping_criteria=stop
-            )
-            for row, i in enumerate(batch):
-                new = found[row, longest:].tolist()
-                # What follows is padding, and a tokenizer need not know the model's end tokens as special.
-                end = next((place for place, token in enumerate(new) if token in ends), len(new))
-                answers[i] = _before_first(tokenizer.decode(new[:end], skip_special_tokens=True), until)
-            progress.advance(len(batch))
-    return answers
+    with evaluation_mode(model), _no_settings(model), torch.no_grad():
+        of_batches = each_batch("generating", length_batches(lengths, device, batch_size), answered)
+    answers = {i: text for batch in of_batches for i, text in batch}
+    return [answers[i] for i in range(len(prompts))]
 
 
 @contextmanager

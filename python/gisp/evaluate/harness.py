@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
 from gisp.config.evaluation import LmEvalTasks
 from gisp.data.encode import load_tokenizer
 from gisp.errors import GispError, is_out_of_memory, quoted
+from gisp.replicas.errors import ReplicaError
+from gisp.replicas.sharing import shared_slices, sharers
 
 _BATCH_SIZE = 16
 _HIDDEN = ("alias", "name", "sample_len", "sample_count")
@@ -46,13 +48,12 @@ class Harness:
             GispError: a task whose data cannot be read.
         """
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
 
         size = self._tasks.batch_size or _BATCH_SIZE
         # lm-eval asks git for the commit of the folder it runs in, and git complains where that is no checkout.
         with _quiet(), mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None, create=True):
             try:
-                wrapped = HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=size, trust_remote_code=False)
+                wrapped = _wrapped(model, self._tokenizer, size)
                 found: Any = lm_eval.simple_evaluate(
                     model=wrapped,
                     tasks=self._names,
@@ -60,13 +61,44 @@ class Harness:
                     limit=self._tasks.limit,
                     log_samples=False,
                 )
+            except ReplicaError:
+                raise
             except Exception as error:  # task files, data sets and the network have no common type
                 if is_out_of_memory(error):
                     raise
                 names = ", ".join(self._tasks.names)
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise GispError(f"lm-eval cannot run {names}: {reason}") from None
-        return {"lm_eval": {task: _figures(values) for task, values in sorted(found["results"].items())}}
+        # Other processes than the first get none.
+        results = found["results"] if found else {}
+        return {"lm_eval": {task: _figures(values) for task, values in sorted(results.items())}}
+
+
+def _wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's own wrapper; where processes share, a slice of the requests at a time goes through one of them.
+
+    Every slice is batched by itself, so that figures do not follow the number of processes.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    replicas, count = sharers(), shared_slices()
+
+    def in_slices(requests: Sequence[Any], answer: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+        parts = [requests[i * len(requests) // count : (i + 1) * len(requests) // count] for i in range(count)]
+        return [found for part in replicas.each(parts, lambda part: answer(part) if part else []) for found in part]
+
+    class Shared(HFLM):
+        def _loglikelihood_tokens(self, requests: Any, *given: Any, **options: Any) -> list[tuple[float, bool]]:
+            score = super()._loglikelihood_tokens
+            found = in_slices(requests, lambda part: score(part, *given, **options))
+            return [(float(value), bool(greedy)) for value, greedy in found]
+
+        def generate_until(self, requests: Any, *given: Any, **options: Any) -> list[str]:
+            generate = super().generate_until
+            return in_slices(requests, lambda part: generate(part, *given, **options))
+
+    kind = HFLM if count == 1 else Shared
+    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
 
 
 def _find(tasks: LmEvalTasks) -> Any:

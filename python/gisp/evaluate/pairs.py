@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch.nn import functional
 
 from gisp.data.encode import PairEncoder, check_vocabulary
 from gisp.errors import GispError
-from gisp.evaluate.batches import length_batches, vocabulary
+from gisp.evaluate.batches import each_batch, length_batches, vocabulary
 from gisp.model.modes import evaluation_mode
-from gisp.progress import task
+from gisp.replicas.sharing import agree_on
 
 
 @dataclass(frozen=True)
@@ -81,29 +82,31 @@ def log_likelihoods(model: nn.Module, requests: Sequence[Request], batch_size: i
     Raises:
         GispError: a NaN.
     """
+    agree_on("evaluation data", lambda: sha256(repr([(r.inputs, r.targets) for r in requests]).encode()).hexdigest())
     device = next(model.parameters()).device
     numbers: dict[tuple[int, ...], list[int]] = {}
     for number, request in enumerate(requests):
         numbers.setdefault(request.inputs, []).append(number)
     inputs = list(numbers)
-    found = [0.0] * len(requests)
-    with evaluation_mode(model), torch.no_grad(), task("evaluating", len(inputs)) as progress:
-        for batch in length_batches([len(ids) for ids in inputs], device, batch_size, vocabulary(model)):
-            rows = [torch.tensor(inputs[i]) for i in batch]
-            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-            logits = model(input_ids=padded, use_cache=False).logits
-            scored = [(row, number) for row, i in enumerate(batch) for number in numbers[inputs[i]]]
-            sums = []
-            for row, number in scored:
-                targets = torch.tensor(requests[number].targets, device=device)
-                end = len(requests[number].inputs)
-                scores = functional.log_softmax(logits[row, end - len(targets) : end].float(), dim=-1)
-                sums.append(scores.gather(1, targets[:, None]).double().sum())
-            for (_, number), value in zip(scored, torch.stack(sums).tolist(), strict=True):
-                found[number] = value
-            # The next forward pass is not to find these beside its own.
-            del logits
-            progress.advance(len(batch))
+
+    def scored(batch: list[int]) -> list[tuple[int, float]]:
+        rows = [torch.tensor(inputs[i]) for i in batch]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        logits = model(input_ids=padded, use_cache=False).logits
+        asked = [(row, number) for row, i in enumerate(batch) for number in numbers[inputs[i]]]
+        sums = []
+        for row, number in asked:
+            targets = torch.tensor(requests[number].targets, device=device)
+            end = len(requests[number].inputs)
+            scores = functional.log_softmax(logits[row, end - len(targets) : end].float(), dim=-1)
+            sums.append(scores.gather(1, targets[:, None]).double().sum())
+        return [(number, value) for (_, number), value in zip(asked, torch.stack(sums).tolist(), strict=True)]
+
+    batches = length_batches([len(ids) for ids in inputs], device, batch_size, vocabulary(model))
+    with evaluation_mode(model), torch.no_grad():
+        of_batches = each_batch("evaluating", batches, scored)
+    of_requests = {number: value for batch in of_batches for number, value in batch}
+    found = [of_requests[number] for number in range(len(requests))]
     if any(value != value for value in found):
         raise GispError("a log-probability on the evaluation data is NaN: check the weights, or use --dtype float32")
     return found

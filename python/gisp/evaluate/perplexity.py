@@ -13,9 +13,9 @@ from gisp.config.evaluation import check_stride
 from gisp.data import Sequences
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
-from gisp.evaluate.batches import length_batches, vocabulary
+from gisp.evaluate.batches import each_batch, length_batches, vocabulary
 from gisp.model.modes import evaluation_mode
-from gisp.progress import task
+from gisp.replicas.sharing import agree_on
 from gisp.score.objectives import sequence_nll
 
 
@@ -46,6 +46,7 @@ def perplexity(
     if data.tasks:
         raise GispError(f"a mixture of {len(data.tasks)} tasks has no perplexity: give the data of one of them")
     stride = check_stride(window, stride)
+    agree_on("evaluation data", data.digest)
     device = next(model.parameters()).device
     pieces = [
         (row, *piece)
@@ -53,18 +54,22 @@ def perplexity(
         for piece in windows(len(ids), window, stride)
         if _predicts(labels, *piece)
     ]
+    lengths = [end - begin for _, begin, _, end in pieces]
+
+    def measured(numbers: list[int]) -> tuple[float, int]:
+        ids = [data.rows[row][0][begin:end] for row, begin, _, end in (pieces[i] for i in numbers)]
+        labels = [_scored_labels(data.rows[pieces[i][0]][1], *pieces[i][1:]) for i in numbers]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+        targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
+        counts = (targets[:, 1:] != IGNORED).sum(1)
+        return float((sequence_nll(model, padded, targets).double() * counts).sum()), int(counts.sum())
+
+    with evaluation_mode(model), torch.no_grad():
+        found = each_batch("evaluating", length_batches(lengths, device, batch_size, vocabulary(model)), measured)
     total, tokens = 0.0, 0
-    with evaluation_mode(model), torch.no_grad(), task("evaluating", len(pieces)) as progress:
-        lengths = [end - begin for _, begin, _, end in pieces]
-        for numbers in length_batches(lengths, device, batch_size, vocabulary(model)):
-            ids = [data.rows[row][0][begin:end] for row, begin, _, end in (pieces[i] for i in numbers)]
-            labels = [_scored_labels(data.rows[pieces[i][0]][1], *pieces[i][1:]) for i in numbers]
-            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
-            targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
-            counts = (targets[:, 1:] != IGNORED).sum(1)
-            total += float((sequence_nll(model, padded, targets).double() * counts).sum())
-            tokens += int(counts.sum())
-            progress.advance(len(numbers))
+    for nll, count in found:
+        total += nll
+        tokens += count
     return from_total(total, tokens, window)
 
 

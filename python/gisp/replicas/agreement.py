@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from gisp.errors import GispError
 from gisp.replicas.group import Replicas
+from gisp_kernels import backend
 
 
 def agree(replicas: Replicas, facts: Mapping[str, object]) -> None:
@@ -21,6 +24,8 @@ def agree(replicas: Replicas, facts: Mapping[str, object]) -> None:
     Raises:
         GispError: names the first that differs, with both values.
     """
+    if replicas.size == 1:
+        return
     found = [json.loads(data) for data in replicas.exchange(json.dumps(facts).encode())]
     for rank, other in enumerate(found):
         for what, value in found[0].items():
@@ -29,6 +34,20 @@ def agree(replicas: Replicas, facts: Mapping[str, object]) -> None:
                     f"rank {rank} has {what} {_short(other.get(what))}, rank 0 has {_short(value)}: "
                     "start all processes of a run with the same"
                 )
+
+
+def machine(device: torch.device, versions: Mapping[str, str]) -> dict[str, object]:
+    """Facts about what computes.
+
+    Args:
+        versions: of libraries, by their names.
+    """
+    return {
+        "code": code_digest(),
+        **{f"version of {name}": value for name, value in versions.items()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "backend": backend.requested(None),
+    }
 
 
 def code_digest() -> str:

@@ -8,10 +8,11 @@ them hold the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -19,6 +20,11 @@ from torch import distributed
 from gisp.errors import GispError
 from gisp.replicas.errors import ReplicaError
 from gisp.replicas.watch import Watch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+# Elements of a tensor that travel at a time: every process holds them once for each process.
+_ELEMENTS = 2**26
 
 
 class Replicas:
@@ -65,6 +71,62 @@ class Replicas:
         for part in found[1:]:
             total = total + part
         return total
+
+    def add_up(
+        self, totals: Sequence[torch.Tensor], slices: int, fill: Callable[[int, Sequence[torch.Tensor]], None]
+    ) -> None:
+        """Add the sums of all slices to totals, the same bits in every process and for any number of them.
+
+        For sums too large to hold those of all slices at once. Memory beside the totals: the sums of one slice, none
+        where one process has one slice.
+
+        Args:
+            totals: zeros, of any shapes and dtypes on one device.
+            fill: adds the sums of the slice of a number to zeros like the totals; called for those that fall to this
+                process, in their order.
+        """
+        if self.size == slices == 1:
+            fill(0, totals)
+            return
+        for first in range(0, slices, self.size):
+            sums = [torch.zeros_like(total) for total in totals]
+            if first + self.rank < slices:
+                fill(first + self.rank, sums)
+            for total, found in zip(totals, sums, strict=True):
+                if self.size == 1:
+                    total += found
+                    continue
+                flat, whole = found.view(-1), total.view(-1)
+                for begin in range(0, len(flat), _ELEMENTS):
+                    part = slice(begin, begin + _ELEMENTS)
+                    for other in self._gather(flat[None, part], 1)[: slices - first, 0]:
+                        whole[part] += other
+
+    def each(
+        self, items: Sequence[Item], work: Callable[[Item], Result], done: Callable[[Item], None] | None = None
+    ) -> list[Result]:
+        """What becomes of every item, in their order; processes take turns, and each gets all results.
+
+        Args:
+            items: the same in every process.
+            work: makes JSON of an item, called for those that fall to this process; floats keep their bits.
+            done: told of every item as about its turn is over, for a count of progress.
+        """
+        mine = []
+        for first in range(0, len(items), self.size):
+            if first + self.rank < len(items):
+                mine.append(work(items[first + self.rank]))
+            if done is not None:
+                for item in items[first : first + self.size]:
+                    done(item)
+        if self.size == 1:
+            return mine
+        found = [json.loads(data) for data in self.exchange(json.dumps(mine).encode())]
+        return [found[number % self.size][number // self.size] for number in range(len(items))]
+
+    def share(self, count: int) -> range:
+        """Numbers of so many items, slices too, that fall to this process in :meth:`each` and :meth:`add_up`."""
+        return range(self.rank, count, self.size)
 
     def check_slices(self, slices: int) -> None:
         """Require a slice for every process.

@@ -12,6 +12,12 @@ from collections.abc import Sequence
 
 from gisp.errors import GispError
 
+# What sends a signal that nobody sent by hand.
+_CAUSES = {
+    "SIGKILL": " (Linux does that where the memory of the host runs out)",
+    "SIGABRT": " (NCCL does that where a collective waits for minutes)",
+}
+
 
 def check_processes(count: int, device: str) -> None:
     """Refuse more processes than GPUs.
@@ -31,10 +37,13 @@ def check_processes(count: int, device: str) -> None:
         raise GispError(f"--gpus is {count}, {there} CUDA devices are here: give at most that many, or --device cpu")
 
 
-def launch(count: int, module: str, arguments: Sequence[str]) -> int:
+def launch(count: int, module: str, arguments: Sequence[str], again: str = "add --resume to go on") -> int:
     """Run ``python -m module arguments`` as ``count`` processes and wait for their end.
 
     A process that fails ends the others. It has told why; one that a signal ended is told here.
+
+    Args:
+        again: what to do after a signal has ended a process.
 
     Returns:
         The exit code of the command.
@@ -65,12 +74,15 @@ def launch(count: int, module: str, arguments: Sequence[str]) -> int:
             )
             elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
+        # What ended by itself has told why; a signal may have ended another one for that reason.
+        codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode >= 0]
+        if codes:
+            return int(codes[0])
         rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return int(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name
         raise GispError(
-            f"rank {rank} (process {failure.pid}) was ended by {name}, so the others were too: add --resume to go on"
+            f"rank {rank} (process {failure.pid}) was ended by {name}{_CAUSES.get(name, '')}, so the others were too: "
+            f"{again}"
         ) from None
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:

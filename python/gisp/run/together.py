@@ -6,16 +6,13 @@ import json
 import tempfile
 from pathlib import Path
 
-import torch
-
 from gisp.config.options import PLACE_OPTIONS
 from gisp.files import write_atomic
-from gisp.replicas.agreement import agree, code_digest
+from gisp.replicas.agreement import agree, machine
 from gisp.replicas.group import Replicas
 from gisp.run.folder import RunFolder
 from gisp.run.loop import PruningLoop
 from gisp.run.trajectory import Trajectory
-from gisp_kernels import backend
 
 
 def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
@@ -28,19 +25,15 @@ def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
         return
     replicas.check_slices(int(loop.config.slices or 1))
     run = loop.trajectory
-    device = loop.setup.context.device
     options = {f"option {name}": value for name, value in run.config.items() if name not in PLACE_OPTIONS}
     agree(
         replicas,
         {
-            "code": code_digest(),
-            **{f"version of {name}": value for name, value in run.versions.items()},
+            **machine(loop.setup.context.device, run.versions),
             **options,
             "data": run.data["sha256"],
             "model": run.base_model["fingerprint"],
             "weights of": str(loop.setup.context.weight.dtype),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "backend": backend.requested(None),
         },
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.errors import GispError
 from gisp.evaluate.data import Measure, prepare
 from gisp.evaluate.harness import Harness
+from gisp.model.structures import fingerprint
 from gisp.progress import reporting
+from gisp.replicas.agreement import agree, machine
+from gisp.replicas.group import Replicas
+from gisp.replicas.sharing import sharing
+from gisp.run.record import library_versions
 from gisp.target.check import check_along, is_run
 from gisp.target.open import Target, open_target
 from gisp.target.record import EvaluationRecorder
@@ -29,6 +35,7 @@ def evaluate_target(
     device: str = "auto",
     dtype: str | None = None,
     compensation: CompensationRequest | None = None,
+    replicas: Replicas | None = None,
 ) -> dict[str, Any]:
     """Figures of one model with their conditions; those of a run are also recorded in its folder.
 
@@ -39,20 +46,24 @@ def evaluate_target(
         window: short for ``options=EvalOptions(window=...)``.
         lm_eval: tasks to run beside ``data``, or instead.
         compensation: done to the pruned model first; only for a run.
+        replicas: processes that share the work, each with the whole model; ``None``: this one alone. The figures are
+            those of one; only a compensation and lm-eval tasks are summed and batched in slices then.
 
     Returns:
         ``sparsity, model_sparsity, step, parameters, kv_bytes_per_token, data`` and what was measured.
     """
     chosen = _checked(target, data, options, window, lm_eval, compensation)
-    opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype)
-    recorder = _recorder(target, opened, data, chosen, lm_eval)
-    measure = _measure(opened, data, chosen, lm_eval)
-    if compensation is not None:
-        opened.compensate(compensation)
-    point = {**measure(opened.model), **opened.describe(), "data": data}
-    if recorder is not None:
-        recorder.add(point)
-    return point
+    with sharing(replicas) as sharers:
+        opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype)
+        _agree(sharers, opened, chosen, lm_eval)
+        recorder = _recorder(target, opened, data, chosen, lm_eval) if sharers.first else None
+        measure = _measure(opened, data, chosen, lm_eval)
+        if compensation is not None:
+            opened.compensate(compensation)
+        point = {**measure(opened.model), **opened.describe(), "data": data}
+        if recorder is not None:
+            recorder.add(point)
+        return point
 
 
 @reporting(None)
@@ -68,6 +79,7 @@ def evaluate_along(
     dtype: str | None = None,
     compensation: CompensationRequest | None = None,
     on_point: Callable[[dict[str, Any]], None] | None = None,
+    replicas: Replicas | None = None,
 ) -> dict[str, Any]:
     """The same for the dense model and each sparsity of a run or nested checkpoint, moving one model.
 
@@ -77,6 +89,7 @@ def evaluate_along(
         sparsities: of each the nearest step is taken, every step once.
         compensation: done anew at each point of a run.
         on_point: called with each point when it is measured.
+        replicas: as of :func:`evaluate_target`.
 
     Returns:
         ``target, data`` and ``points``, dense first, then by sparsity.
@@ -88,20 +101,22 @@ def evaluate_along(
     if not sparsities:
         raise GispError("--sparsities is empty: give numbers with commas between them")
     check_along(target)
-    opened = open_target(target, sparsity=0.0, device=device, dtype=dtype)
-    wanted = {0: opened.points[0]} | {p.step or 0: p for p in map(opened.nearest, sparsities)}
-    recorder = _recorder(target, opened, data, chosen, lm_eval)
-    measure = _measure(opened, data, chosen, lm_eval)
-    points = []
-    for _, point in sorted(wanted.items()):
-        opened.move(point)
-        if compensation is not None:
-            opened.compensate(compensation)
-        points.append({**opened.describe(), **measure(opened.model)})
-        if recorder is not None:
-            recorder.add(points[-1])
-        if on_point is not None:
-            on_point(points[-1])
+    with sharing(replicas) as sharers:
+        opened = open_target(target, sparsity=0.0, device=device, dtype=dtype)
+        wanted = {0: opened.points[0]} | {p.step or 0: p for p in map(opened.nearest, sparsities)}
+        _agree(sharers, opened, chosen, lm_eval)
+        recorder = _recorder(target, opened, data, chosen, lm_eval) if sharers.first else None
+        measure = _measure(opened, data, chosen, lm_eval)
+        points = []
+        for _, point in sorted(wanted.items()):
+            opened.move(point)
+            if compensation is not None:
+                opened.compensate(compensation)
+            points.append({**opened.describe(), **measure(opened.model)})
+            if recorder is not None:
+                recorder.add(points[-1])
+            if on_point is not None:
+                on_point(points[-1])
     return {"target": target, "data": data, "points": points}
 
 
@@ -121,6 +136,25 @@ def _checked(
     if compensation is not None and not is_run(target):
         raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
     return options or EvalOptions(window=window)
+
+
+def _agree(sharers: Replicas, opened: Target, options: EvalOptions, lm_eval: LmEvalTasks | None) -> None:
+    """Require that all processes measure the same in the same way."""
+    if sharers.size == 1:
+        return
+    asked = {"": options, "lm_eval_": lm_eval}
+    given = {f"option {of}{n}": str(v) for of, o in asked.items() if o is not None for n, v in asdict(o).items()}
+    weight = next(opened.model.parameters())
+    agree(
+        sharers,
+        {
+            **machine(weight.device, library_versions()),
+            **given,
+            "sparsity": opened.point.sparsity,
+            "model": fingerprint(opened.model),
+            "weights of": str(weight.dtype),
+        },
+    )
 
 
 def _measure(opened: Target, data: str | None, options: EvalOptions, lm_eval: LmEvalTasks | None) -> Measure:
