@@ -25,6 +25,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 # Elements of a tensor that travel at a time: every process holds them once for each process.
 _ELEMENTS = 2**26
+# How backends say that a collective waited in vain.
+_TIMED_OUT = ("timed out", "timeout")
 
 
 class Replicas:
@@ -179,7 +181,10 @@ class Replicas:
     def _lost(self, error: RuntimeError) -> GispError:
         """What a failed collective means: another process is gone."""
         reason = self._watch.reason() if self._watch else None
-        return ReplicaError(reason or f"the processes of this run lost one another: {_first_line(error)}", told=False)
+        words = _first_line(error)
+        if reason is None and any(part in words.lower() for part in _TIMED_OUT):
+            reason = f"a process of this run lives but did not answer the others in time, it hangs: {words}"
+        return ReplicaError(reason or f"the processes of this run lost one another: {words}", told=False)
 
 
 def _first_line(error: Any) -> str:

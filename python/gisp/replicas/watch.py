@@ -2,14 +2,14 @@
 
 A collective whose partner has died may wait for ever: over NCCL nothing tells. So a thread of every process writes a
 beat into the store of the process group and reads those of the others. Who is silent for too long was killed or hangs;
-who fails says so as its beat. A process that cannot end by itself, because it waits for a collective, is ended.
+who fails says so as its beat. A process that cannot end by itself, because it waits for a collective, is ended, and so
+is a silent one that the same launcher started.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -22,6 +22,7 @@ from torch import distributed
 
 from gisp.errors import GispError, is_out_of_memory
 from gisp.replicas.errors import ReplicaError
+from gisp.replicas.siblings import end_sibling, this_process
 
 # Seconds between beats, of silence until a process counts as lost, and for others to end by themselves then.
 BEAT, SILENCE, GRACE = 1.0, 15.0, 5.0
@@ -40,6 +41,7 @@ class Watch:
     def __init__(self, rank: int, size: int, exchange: Callable[[bytes], list[bytes]]) -> None:
         self._rank, self._size, self._exchange = rank, size, exchange
         self._names: list[str] = []
+        self._processes: list[dict[str, Any]] = []
         self._ended, self._found = threading.Event(), threading.Event()
         self._reason: str | None = None
         self._other_tells = False
@@ -50,9 +52,9 @@ class Watch:
         default: Any = distributed.distributed_c10d._get_default_store()
         store = default.clone()
         store.set_timeout(timedelta(seconds=SILENCE))
-        here = {"name": f"{socket.gethostname()}, process {os.getpid()}", "run": os.urandom(8).hex()}
-        found = [json.loads(data) for data in self._exchange(json.dumps(here).encode())]
-        self._names = [f"rank {rank} ({item['name']})" for rank, item in enumerate(found)]
+        here = {**this_process(), "run": os.urandom(8).hex()}
+        self._processes = found = [json.loads(data) for data in self._exchange(json.dumps(here).encode())]
+        self._names = [f"rank {rank} ({item['host']}, process {item['pid']})" for rank, item in enumerate(found)]
         # A program may prune several times in one process group.
         self._store = distributed.PrefixStore(f"gisp/{found[0]['run']}", store)
         self._store.set(f"{self._rank}", "0")
@@ -79,7 +81,9 @@ class Watch:
             raise ReplicaError(str(error), told=False)
         if self._rank and is_out_of_memory(error):
             raise ReplicaError(
-                f"{self._names[self._rank]}: {_words(error)}: give a smaller --batch-tokens or --batch-size", told=False
+                f"{self._names[self._rank]} is out of memory ({_words(error)}): give a smaller --batch-tokens or "
+                "--batch-size",
+                told=False,
             )
 
     def reason(self) -> str | None:
@@ -109,6 +113,8 @@ class Watch:
                     self._reason = f"{self._names[rank]} failed: {beat.partition(':')[2]}"
                 elif now - heard[rank] > SILENCE:
                     self._reason = f"{self._names[rank]} was silent for {SILENCE:.0f} s: it was killed or hangs"
+                    # Later than this process ends, which tells why.
+                    end_sibling(self._processes[rank], GRACE + 1)
         if self._reason is not None:
             self._found.set()
             if not self._ended.wait(GRACE):

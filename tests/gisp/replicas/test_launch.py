@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from gisp.cli import main
 from gisp.errors import GispError
+from gisp.replicas import watch
 from gisp.replicas.environment import launched, rank
 from gisp.replicas.launch import launch
 
@@ -19,6 +21,27 @@ import os, signal, sys, time
 if os.environ["RANK"] == "1":
     sys.exit(int(sys.argv[1])) if sys.argv[1].isdigit() else os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 time.sleep(0 if sys.argv[1] == "0" else 60)
+"""
+_STOPS = """
+import os, signal, sys, time
+from pathlib import Path
+import gisp
+from gisp.replicas import watch
+from gisp.replicas.environment import joined, rank
+from tiny import tiny_model, tiny_tokens
+
+watch.BEAT, watch.SILENCE, watch.GRACE = 0.2, 4.0, 1.0
+
+
+def stop(record, steps):
+    if rank() == 1:
+        Path(sys.argv[1]).write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+with joined("cpu") as group:
+    options = {"sparsity": 0.3, "steps": 4, "align": 4, "batch_tokens": 64}
+    gisp.prune(tiny_model(), tiny_tokens(16, 16), process_group=group, on_step=stop, progress=False, **options)
 """
 OPTIONS = ("--device=cpu", "--dtype=float32", "--steps=3", "--align=4", "--batch-tokens=128", "--sparsity=0.3")
 
@@ -36,6 +59,18 @@ def test_the_first_failure_is_the_result(ending: str) -> None:
     assert launch(2, ending, ["2"]) == 2
     with pytest.raises(GispError, match=r"rank 1 \(process \d+\) was ended by SIGKILL \(.*memory.*\), so the others"):
         launch(2, ending, ["SIGKILL"])
+
+
+def test_a_stopped_process_ends_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stopping.py").write_text(_STOPS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *(path for path in sys.path if path)]))
+    assert launch(2, "stopping", [str(tmp_path / "when")]) == watch.EXIT_CODE
+    # Half a minute is what the launcher gives a process that does not listen.
+    assert time.time() - float((tmp_path / "when").read_text()) < 30
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: rank 1 (") and "was silent for 4 s: it was killed or hangs" in line
 
 
 def test_several_processes_write_the_run_of_one(

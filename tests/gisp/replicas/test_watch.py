@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import distributed
 import gisp
 from gisp.replicas import watch
 from gisp.replicas.errors import ReplicaError
+from gisp.replicas.group import Replicas
 from gisp.run.trajectory import StepRecord
 
 
@@ -31,6 +34,8 @@ def prune(out: str, how: str, broken: int) -> None:
         if rank == broken:
             if how == "error":
                 raise gisp.GispError("the disk is full")
+            if how == "memory":
+                raise MemoryError
             os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])
         elif how == "stopped":
             # As one that waits for the GPU: nothing can be raised in it.
@@ -56,7 +61,7 @@ def prune(out: str, how: str, broken: int) -> None:
 def ends(tmp_path: Path, size: int, how: str, broken: int, *, store: str = "file") -> list[Any]:
     out, folder = tmp_path / "run", tmp_path / "ranks"
     started = start_ranks(size, folder, prune, str(out), how, broken, store=store)
-    found = end_of(started, folder, [rank for rank in range(size) if rank != broken or how == "error"])
+    found = end_of(started, folder, [rank for rank in range(size) if rank != broken or how in ("error", "memory")])
     # What was finished is kept, by a run that can go on.
     assert len(gisp.Trajectory.load(out).steps) >= 1
     return found
@@ -95,3 +100,29 @@ def test_a_failure_is_told_once(tmp_path: Path, broken: int) -> None:
     # The first process raises what it met itself, others as one that speaks for them.
     assert found[broken].text.splitlines()[-1] == ("error: " if broken == 0 else "telling: ") + "the disk is full"
     assert "told already: " in found[1 - broken].text and "the disk is full" in found[1 - broken].text
+
+
+def test_one_that_runs_out_of_memory_is_named(tmp_path: Path) -> None:
+    found = ends(tmp_path, 2, "memory", 1)
+    last = found[1].text.splitlines()[-1]
+    assert last.startswith("telling: rank 1 (") and "is out of memory (MemoryError): give a smaller" in last
+    assert "told already: " in found[0].text
+
+
+def wait_in_vain() -> None:
+    watch.BEAT, watch.SILENCE = 0.1, 3.0
+    rank = distributed.get_rank()
+    replicas = Replicas(distributed.new_group(timeout=timedelta(seconds=2)))
+    try:
+        with replicas.watched():
+            if rank:
+                threading.Event().wait(8)
+            replicas.exchange(b"")
+    except ReplicaError as error:
+        print(f"told already: {error}" if error.told else f"telling: {error}", flush=True)
+
+
+def test_one_that_lives_and_does_not_answer_is_told_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "ranks"
+    found = end_of(start_ranks(2, folder, wait_in_vain), folder)
+    assert "telling: a process of this run lives but did not answer the others in time" in found[0].text
