@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,19 +11,22 @@ import typer
 
 from gisp.cli.flags import numbers, with_flags
 from gisp.cli.options.compensation import COMPENSATION, compensation_request
+from gisp.cli.options.gpus import GPUS, processes, start_processes
 from gisp.cli.output import shows_progress
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.export.folder import check_place
 from gisp.export.nested.request import check_request, milestone_steps
 from gisp.export.sizes.options import SizeOptions, check_options, option_text
+from gisp.replicas.environment import launched, rank
 
 _HUB = "Hub"
 
 
 @shows_progress
-@with_flags(COMPENSATION)
+@with_flags((GPUS, *COMPENSATION))
 def export(
+    context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     sparsity: Annotated[float | None, typer.Option(help="Sparsity to export; the nearest step is taken.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
@@ -51,34 +56,38 @@ def export(
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     if public and push_to_hub is None:
         raise GispError("--public is about --push-to-hub: give a repository or leave it out")
+    gpus = compensation["gpus"]
+    _check_shared(gpus, data, compensation["compensate"])
     hub: dict[str, Any] = {"push_to_hub": push_to_hub, "private": not public}
+    common: dict[str, Any] = {"device": device, "together": partial(processes, gpus, device)}
+    start = partial(start_processes, context, gpus, device)
     if nested is not None:
         others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data, window)
         _check_nested(format, others)
-        _export_nested(run, nested, sparsities, compensation, device=device, **hub)
+        _export_nested(run, nested, sparsities, compensation, start, hub, **common)
         return
     sparsity, out = _one_size(sparsity, out, sparsities)
     sizes = SizeOptions(round_mlp, align_heads, min_heads)
     check_options(format, sizes, dtype)
     request = compensation_request(compensation)
     _check_given(run, sparsity, out, (data, compensation["calibration"]))
+    start()
 
-    from gisp.export.run import export_run
+    from gisp.export.run import export_run, take_part
 
-    done = export_run(
-        run,
-        sparsity,
-        out,
-        format=format,
-        device=device,
-        sizes=sizes,
-        data=data,
-        window=window,
-        dtype=dtype,
-        compensation=request,
-        **hub,
-    )
-    _print_export(done, out, format, sizes)
+    asked: dict[str, Any] = {"format": format, "sizes": sizes, "data": data, "window": window, "compensation": request}
+    if rank():
+        take_part(run, sparsity, **asked, **common)
+    else:
+        done = export_run(run, sparsity, out, dtype=dtype, **asked, **common, **hub)
+        _print_export(done, out, format, sizes)
+
+
+def _check_shared(gpus: int | None, data: str | None, compensate: str | None) -> None:
+    """Refuse several processes that have nothing to share."""
+    if (gpus is not None or launched()) and data is None and compensate is None:
+        what = "torchrun" if gpus is None else f"--gpus {gpus}"
+        raise GispError(f"{what} shares --compensate and --data, and neither is given: leave it out")
 
 
 def _check_nested(format: str, others: tuple[Any, ...]) -> None:
@@ -115,7 +124,13 @@ def _check_given(run: Path, sparsity: float, out: Path, specs: tuple[str | None,
 
 
 def _export_nested(
-    run: Path, folder: Path, sparsities: str | None, compensation: dict[str, Any], **options: Any
+    run: Path,
+    folder: Path,
+    sparsities: str | None,
+    compensation: dict[str, Any],
+    start: Callable[[], None],
+    hub: dict[str, Any],
+    **options: Any,
 ) -> None:
     from gisp.target.check import run_points
 
@@ -127,10 +142,14 @@ def _export_nested(
     milestone_steps(points, wanted, goal)
     if request is not None:
         check_spec(request.calibration)
+    start()
 
-    from gisp.export.run import export_nested_run
+    from gisp.export.run import export_nested_run, take_part_nested
 
-    written = export_nested_run(run, folder, compensation=request, sparsities=wanted, **options)
+    if rank():
+        take_part_nested(run, compensation=request, sparsities=wanted, **options)
+        return
+    written = export_nested_run(run, folder, compensation=request, sparsities=wanted, **options, **hub)
     print(
         f"{folder}: dense and {written.steps} sparsities in {written.bytes / 1e6:,.1f} MB, "
         f"logits differ by {max(written.relative_differences.values()):.1e} relative"

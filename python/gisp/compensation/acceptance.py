@@ -12,12 +12,13 @@ fall a token is ``-r`` with ``r = sum d_i / N``, its standard error that of a ra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from gisp.compensation.streams import Batch
+from gisp.replicas.sharing import sharers
 
 # A size shrinks until it helps, then grows or shrinks while that helps more: a size a little too large loses all.
 _GROWTH, _SHRINKING, _TRIALS = 1.5, 0.5, 12
@@ -31,22 +32,31 @@ class HeldOut:
         batches: of its sequences.
         units: int64 [rows], number of the unit every row belongs to.
         tokens: float64 [U], tokens of every unit.
-        dense: last states of the dense model by batch, [T, D].
+        dense: last states of the dense model, [T, D], by number of the batches that fall to this process.
     """
 
     batches: list[Batch]
     units: torch.Tensor
     tokens: torch.Tensor
-    dense: list[torch.Tensor]
+    dense: dict[int, torch.Tensor]
 
-    def add(self, totals: torch.Tensor, batch: Batch, values: torch.Tensor) -> None:
-        """Add values [T] of a batch's real tokens to the totals, float64 [U], of their units."""
-        rows = batch.row_sums(values).cpu()
-        totals.index_add_(0, self.units[list(batch.rows)], rows)
+    def totals(self, values_of: Callable[[int], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """Sums over the tokens of every unit, float64 [U] of every kind of value; processes share the batches.
 
-    def zeros(self) -> torch.Tensor:
-        """Totals of every unit, float64 [U]."""
-        return torch.zeros_like(self.tokens)
+        Args:
+            values_of: values [T] of the real tokens of the batch of a number, of every kind.
+        """
+
+        def of_rows(number: int) -> list[list[float]]:
+            return [self.batches[number].row_sums(values).tolist() for values in values_of(number)]
+
+        found = sharers().each(range(len(self.batches)), of_rows)
+        totals = [torch.zeros_like(self.tokens) for _ in found[0]]
+        for batch, kinds in zip(self.batches, found, strict=True):
+            units = self.units[list(batch.rows)]
+            for total, values in zip(totals, kinds, strict=True):
+                total.index_add_(0, units, torch.tensor(values, dtype=torch.float64))
+        return totals
 
     def mean(self, totals: torch.Tensor) -> float:
         """A token's share of totals [U]."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from gisp.compensation.acceptance import Stage
 from gisp.compensation.options import ONLY, TRAINED, CompensationOptions, make_options
@@ -21,6 +22,8 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
 from gisp.progress import reporting
 from gisp.progress.track import Report
+from gisp.replicas.group import Replicas
+from gisp.replicas.sharing import sharing
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def compensate(
     *,
     on_block: OnBlock | None = None,
     progress: bool | Report | None = None,
+    process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> Compensation:
     """Compensate a model that was pruned in place, whatever chose its structures.
@@ -143,6 +147,7 @@ def compensate(
         data: calibration data, as for :func:`gisp.prune`.
         on_block: called with every block's fit.
         progress: who hears how far it is, as for :func:`gisp.prune`.
+        process_group: processes that compensate together, each its own copy of the model; ``None``: this one alone.
         **options: see :class:`CompensationOptions`.
 
     Raises:
@@ -159,7 +164,7 @@ def compensate(
     history = list(shrinkable.history)
     shrinkable.rollback(len(history))
     try:
-        with reporting(progress):
+        with reporting(progress), sharing(Replicas(process_group) if process_group is not None else None):
             found = fit_compensation(model_map, keep, sequences, chosen, on_block=on_block)
     finally:
         for removal in history:

@@ -18,9 +18,14 @@ Without an intercept, which ``rescale`` never has, second moments take the place
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Self = TypeVar("Self", bound="BiasFit")
 
 # How far damping is raised, tenfold each time, until the Cholesky factorisation exists.
 _RAISED = 8
@@ -47,7 +52,13 @@ class Solution:
 
 
 class BiasFit:
-    """FLAP's bias; memory 2 D doubles."""
+    """FLAP's bias; memory 2 D doubles.
+
+    Attributes:
+        SUMS: names of the tensors that tokens are summed in.
+    """
+
+    SUMS: tuple[str, ...] = ("count", "residual", "energy")
 
     def __init__(self, weight: torch.Tensor) -> None:
         """
@@ -55,14 +66,31 @@ class BiasFit:
             weight: kept columns of the projection, float32 [D, K].
         """
         self.weight = weight
-        self.tokens = 0
+        self.count = _zeros(weight)
         self.residual = _zeros(weight, weight.shape[0])
         self.energy = _zeros(weight, weight.shape[0])
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens taken in."""
+        return int(self.count)
+
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """What tokens are summed in, float64."""
+        return [getattr(self, name) for name in self.SUMS]
+
+    def holding(self: Self, sums: Sequence[torch.Tensor]) -> Self:
+        """The same fit over other sums, which it adds to in place."""
+        other = copy.copy(self)
+        for name, tensor in zip(self.SUMS, sums, strict=True):
+            setattr(other, name, tensor)
+        return other
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
         """Take in tokens: inputs float32 [T, K], residual float32 [T, D]."""
         wide = residual.double()
-        self.tokens += len(wide)
+        self.count += len(wide)
         self.residual += wide.sum(0)
         self.energy += wide.square().sum(0)
 
@@ -75,6 +103,8 @@ class BiasFit:
 
 class AffineFit(BiasFit):
     """SlimLLM's line per output dimension; memory 5 D doubles."""
+
+    SUMS = (*BiasFit.SUMS, "output", "square", "cross")
 
     def __init__(self, weight: torch.Tensor, intercept: bool = True) -> None:
         super().__init__(weight)
@@ -108,6 +138,8 @@ class AffineFit(BiasFit):
 class RescaleFit(BiasFit):
     """HARP's scalar in closed form; memory 2 doubles beside the bias fit's 2 D."""
 
+    SUMS = (*BiasFit.SUMS, "square", "cross")
+
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__(weight)
         self.square, self.cross = _zeros(weight), _zeros(weight)
@@ -128,6 +160,8 @@ class RescaleFit(BiasFit):
 
 class LeastSquaresFit(BiasFit):
     """All kept columns by ridge regression; memory 2 K*K + 2 D*K doubles while solving."""
+
+    SUMS = (*BiasFit.SUMS, "input", "gram", "cross")
 
     def __init__(self, weight: torch.Tensor, intercept: bool = True, damping: float = 0.0) -> None:
         super().__init__(weight)

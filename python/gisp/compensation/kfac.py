@@ -14,7 +14,9 @@ with every ``lambda`` the damping times the mean diagonal. All blocks move at on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 
@@ -25,6 +27,7 @@ from gisp.compensation.student import NO_MOVE, Move, Observer, Projection, Stude
 from gisp.data import Row
 from gisp.errors import GispError
 from gisp.progress import track
+from gisp.replicas.sharing import in_slices, sharers
 from gisp_kernels.ops.products import add_product, product_total
 
 # The first size tried, divided by the number of blocks.
@@ -62,7 +65,7 @@ def kfac_stage(
         end = behind(rows, begin, tokens)
         chosen = [rows[number % len(rows)] for number in range(begin, end)]
         seen = sum(len(ids) for ids, _ in chosen)
-        moves, dampings = _directions(student, student.batches(chosen), seen, damping)
+        moves, dampings = _directions(student, chosen, damping)
 
         def tried(size: float, moves: list[Move] = moves) -> torch.Tensor:
             return student.divergences(held_out, student.values(moves, size))
@@ -100,6 +103,16 @@ class _Moments:
             for m, n in ((self.columns, self.columns), (self.rows, self.rows), (self.rows, self.columns))
         )
 
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        return [self.inputs, self.outputs, self.cross]
+
+    def holding(self, sums: Iterable[torch.Tensor]) -> _Moments:
+        """The same moments in other sums, which they add to in place."""
+        other = copy.copy(self)
+        other.inputs, other.outputs, other.cross = sums
+        return other
+
     def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         """Take in tokens: inputs [T, K], gradients [T, D], in the model's dtype."""
         add_product(self.inputs, inputs, inputs)
@@ -119,16 +132,23 @@ class _Moments:
         return -whole.T.float(), max(one, other)
 
 
-def _directions(student: Student, batches: list[Batch], tokens: int, damping: float) -> tuple[list[Move], list[float]]:
+def _directions(student: Student, rows: Sequence[Row], damping: float) -> tuple[list[Move], list[float]]:
     """Steps of size 1 of all blocks, and the dampings of those that have columns left."""
+    tokens, slices = sum(len(ids) for ids, _ in rows), in_slices(rows)
     # Each moment gives way to the step it makes.
     found: list[_Moments | None] = [_Moments(p) if len(p.columns) else None for p in student.projections]
-    for batch in batches:
-        forwards = [
-            traced_forward(projection, observe=None if moments is None else moments.observer(batch))
-            for projection, moments in zip(student.projections, found, strict=True)
-        ]
-        student.backward(batch, forwards, 1.0)
+
+    def fill(number: int, sums: Sequence[torch.Tensor]) -> None:
+        given = iter(sums)
+        held = [None if moments is None else moments.holding(islice(given, len(moments.sums))) for moments in found]
+        for batch in student.batches(slices[number]):
+            forwards = [
+                traced_forward(projection, observe=None if moments is None else moments.observer(batch))
+                for projection, moments in zip(student.projections, held, strict=True)
+            ]
+            student.backward(batch, forwards, 1.0)
+
+    sharers().add_up([total for moments in found if moments for total in moments.sums], len(slices), fill)
     moves: list[Move] = []
     dampings: list[float] = []
     for number, projection in enumerate(student.projections):

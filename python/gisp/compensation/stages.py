@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 
 import torch
 
@@ -10,14 +11,17 @@ from gisp.compensation.acceptance import HeldOut, Stage
 from gisp.compensation.held_out import hold_out, interleaved
 from gisp.compensation.kfac import behind, kfac_stage
 from gisp.compensation.options import FITS, CompensationOptions
-from gisp.compensation.streams import make_batches
+from gisp.compensation.streams import first_tokens
 from gisp.compensation.student import Student
 from gisp.compensation.sweep import Fit, OnBlock, fit_stage
 from gisp.compensation.train import Plan, train_stage
 from gisp.data import Sequences
 from gisp.model.keep import Keep
 from gisp.model.modes import deterministic, exact_products, frozen
-from gisp.model.structures import ModelMap
+from gisp.model.structures import ModelMap, fingerprint
+from gisp.replicas.agreement import agree, machine
+from gisp.replicas.sharing import sharers
+from gisp.run.record import library_versions
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def run_stages(
     Raises:
         GispError: too few sequences, a model built otherwise, or activations that are not finite.
     """
+    _agree(model_map, keep, data, options)
     seen, unseen = hold_out(interleaved(data))
     done: list[Stage] = []
     # Stages take gradients, whatever mode the caller is in.
@@ -66,8 +71,8 @@ def run_stages(
             if name in FITS:
                 tokens = int(options.tokens or 0)
                 fit = Fit(name, str(options.target), options.biases(name), float(options.damping or 0))
-                batches = make_batches(seen, tokens, student.device)
-                done.append(fit_stage(model_map, student, batches, held_out, fit, on_block))
+                rows = first_tokens(seen.rows, tokens)
+                done.append(fit_stage(model_map, student, rows, held_out, fit, on_block))
                 begin = behind(seen.rows, 0, tokens)
             elif name == "kfac":
                 done.append(_kfac(student, seen, held_out, options, begin))
@@ -80,6 +85,25 @@ def run_stages(
             weight = value.weight if projection.reweighted else None
             updates.append(BlockUpdate(projection.name, projection.columns, weight, value.bias, projection.factors))
     return updates, done, held_out
+
+
+def _agree(model_map: ModelMap, keep: Keep, data: Sequences, options: CompensationOptions) -> None:
+    """Require that all processes that share a compensation make the same one."""
+    replicas = sharers()
+    if replicas.size == 1:
+        return
+    weight = next(model_map.model.parameters())
+    agree(
+        replicas,
+        {
+            **machine(weight.device, library_versions()),
+            **{f"option {name}": value for name, value in asdict(options).items()},
+            "calibration data": data.digest(),
+            "model": fingerprint(model_map.model),
+            "structures that stay": sha256(repr((keep.heads, keep.channels)).encode()).hexdigest(),
+            "weights of": str(weight.dtype),
+        },
+    )
 
 
 def _kfac(student: Student, seen: Sequences, held_out: HeldOut, options: CompensationOptions, begin: int) -> Stage:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from gisp.data import Row, Sequences
+from gisp.data import Row
 from gisp.errors import GispError
 from gisp.model.structures import LayerMap, ModelMap
 
@@ -73,9 +73,9 @@ class ResidualBlock:
         return held[0], output[0] if isinstance(output, tuple) else output
 
 
-def make_batches(data: Sequences, tokens: int, device: torch.device, per_batch: int | None = None) -> list[Batch]:
-    """The first ``tokens`` tokens of the data, long rows first, ``per_batch`` of them in a batch."""
-    rows = sorted(enumerate(_first_tokens(data.rows, tokens)), key=lambda row: len(row[1]), reverse=True)
+def make_batches(ids_of: Sequence[torch.Tensor], device: torch.device, per_batch: int | None = None) -> list[Batch]:
+    """Rows of token ids, long ones first, about ``per_batch`` tokens in a batch."""
+    rows = sorted(enumerate(ids_of), key=lambda row: len(row[1]), reverse=True)
     most = per_batch or _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
     batches = []
     while rows:
@@ -90,7 +90,8 @@ def make_batches(data: Sequences, tokens: int, device: torch.device, per_batch: 
     return batches
 
 
-def _first_tokens(rows: tuple[Row, ...], tokens: int) -> list[torch.Tensor]:
+def first_tokens(rows: Sequence[Row], tokens: int) -> list[torch.Tensor]:
+    """The token ids of the first ``tokens`` tokens of rows."""
     chosen = []
     for ids, _ in rows:
         if tokens <= 0:
@@ -111,7 +112,9 @@ class Decoder:
         self._layers = model_map.layers
         self._arguments: list[dict[Any, dict[str, Any]]] = [{} for _ in model_map.layers]
         self.embedded = [self._embed(model_map.model, batch.ids) for batch in batches]
-        self._check()
+        # A process may have nothing of a text that several share.
+        if batches:
+            self._check()
 
     def blocks(self, item: LayerMap) -> tuple[ResidualBlock, ResidualBlock]:
         """Attention and MLP of a layer, named like their groups."""

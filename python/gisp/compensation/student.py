@@ -22,6 +22,7 @@ from gisp.data import Row, Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.structures import ModelMap
+from gisp.replicas.sharing import sharers
 from gisp_kernels import gate_grads
 from gisp_kernels.ops.products import add_product, product_total
 
@@ -171,14 +172,15 @@ class Student:
         batches = self.batches(data.rows)
         self._check(batches[0].ids[:1])
         with torch.no_grad():
-            return HeldOut(batches, units, tokens, [self._states(batch) for batch in batches])
+            dense = {number: self._states(batches[number]) for number in sharers().share(len(batches))}
+            return HeldOut(batches, units, tokens, dense)
 
     def batches(self, rows: Sequence[Row]) -> list[Batch]:
         """All tokens of rows, in batches whose activations there is room for."""
         most = _TOKENS_PER_BATCH
         if self.device.type == "cuda":
             most = min(max(_LEAST_TOKENS, _BATCH_BYTES // self._bytes_per_token), _MOST_TOKENS)
-        return make_batches(Sequences.plain([*rows]), sum(len(ids) for ids, _ in rows), self.device, per_batch=most)
+        return make_batches([ids for ids, _ in rows], self.device, per_batch=most)
 
     @torch.no_grad()
     def divergences(self, held_out: HeldOut, values: Sequence[Value] | None = None) -> torch.Tensor:
@@ -188,13 +190,15 @@ class Student:
             values: of every projection; None for those it has.
         """
         shown = [projection.value() for projection in self.projections] if values is None else values
-        totals = held_out.zeros()
         forwards = [plain_forward(p, value) for p, value in zip(self.projections, shown, strict=True)]
+
+        def values_of(number: int) -> tuple[torch.Tensor]:
+            states, wanted = self._states(held_out.batches[number]), held_out.dense[number]
+            parts = [_kl_div(*self._log_probabilities(states[c], wanted[c])) for c in self._chunks(len(wanted))]
+            return (torch.cat(parts),)
+
         with self._as_pruned(forwards):
-            for batch, wanted in zip(held_out.batches, held_out.dense, strict=True):
-                states = self._states(batch)
-                parts = [_kl_div(*self._log_probabilities(states[c], wanted[c])) for c in self._chunks(len(wanted))]
-                held_out.add(totals, batch, torch.cat(parts))
+            (totals,) = held_out.totals(values_of)
         return totals
 
     def backward(self, batch: Batch, forwards: Sequence[Forward], scale: float) -> None:

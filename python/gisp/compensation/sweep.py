@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,12 @@ from torch.nn import functional
 
 from gisp.compensation.acceptance import BlockFit, HeldOut, Stage, difference, search
 from gisp.compensation.fits import Solution, make_fit
-from gisp.compensation.streams import Batch, Decoder, ResidualBlock
+from gisp.compensation.streams import Batch, Decoder, ResidualBlock, make_batches
 from gisp.compensation.student import NO_MOVE, Move, Projection, Student
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.progress import track
+from gisp.replicas.sharing import in_slices, sharers
 
 OnBlock = Callable[[BlockFit], None]
 
@@ -32,7 +33,7 @@ class Fit:
 def fit_stage(
     model_map: ModelMap,
     student: Student,
-    batches: list[Batch],
+    rows: Sequence[torch.Tensor],
     held_out: HeldOut,
     fit: Fit,
     on_block: OnBlock | None = None,
@@ -47,11 +48,14 @@ def fit_stage(
     activations, and the sums of one block (see :mod:`gisp.compensation.fits`). Time: two forward passes at the dense
     width, one for the target ``local``, and a forward pass over the held-out text for every size.
 
+    Args:
+        rows: token ids of the rows to fit to.
+
     Raises:
         GispError: a model built otherwise, or activations that are not finite.
     """
     before = student.divergences(held_out)
-    blocks, moves = fit_blocks(model_map, student, batches, held_out, fit, on_block)
+    blocks, moves = fit_blocks(model_map, student, rows, held_out, fit, on_block)
     after, size = before, 0.0
     if any(block.accepted for block in blocks):
 
@@ -59,7 +63,7 @@ def fit_stage(
             return student.divergences(held_out, student.values(moves, size))
 
         size, after = search(tried, 1.0, before, most=1.0)
-    tokens = sum(batch.count for batch in batches)
+    tokens = sum(map(len, rows))
     stage = Stage.ended(fit.method, tokens, held_out, before, after, size=size, blocks=tuple(blocks))
     if stage.kept:
         student.move(moves, size)
@@ -70,14 +74,14 @@ def fit_stage(
 def fit_blocks(
     model_map: ModelMap,
     student: Student,
-    batches: list[Batch],
+    rows: Sequence[torch.Tensor],
     held_out: HeldOut,
     fit: Fit,
     on_block: OnBlock | None = None,
 ) -> tuple[list[BlockFit], list[Move]]:
     """Fits of every projection of a student, and the moves to them; none where held-out tokens speak against it."""
     projections = {projection.name: projection for projection in student.projections}
-    sweep = _Sweep(model_map, batches, held_out, fit)
+    sweep = _Sweep(model_map, rows, held_out, fit)
     blocks, moves = [], []
     for item in track(model_map.layers, "fitting layers"):
         for block in sweep.decoder.blocks(item):
@@ -96,12 +100,26 @@ def fit_blocks(
 class _Sweep:
     """The two residual streams between blocks: the pruned model's and, for the target ``dense``, the dense one's.
 
-    Behind the batches of the fit stand those held out, whose streams go along.
+    Of a text that processes share each has the streams of the slices and of the held-out batches that fall to it.
+
+    Attributes:
+        batches: those of the fit, slice after slice, and behind them those held out.
+        places: by slice, where its batches stand.
+        held: by number of the held-out batch, where it stands.
     """
 
-    def __init__(self, model_map: ModelMap, batches: list[Batch], held_out: HeldOut, how: Fit) -> None:
-        self.batches, self.held_out, self.how = [*batches, *held_out.batches], held_out, how
-        self.fitted = len(batches)
+    def __init__(self, model_map: ModelMap, rows: Sequence[torch.Tensor], held_out: HeldOut, how: Fit) -> None:
+        self.held_out, self.how = held_out, how
+        self.batches: list[Batch] = []
+        self.places: dict[int, range] = {}
+        device, slices = model_map.model.get_input_embeddings().weight.device, in_slices(rows)
+        self.slices = len(slices)
+        for number in sharers().share(self.slices):
+            begin = len(self.batches)
+            self.batches += make_batches(slices[number], device)
+            self.places[number] = range(begin, len(self.batches))
+        self.held = {n: len(self.batches) + i for i, n in enumerate(sharers().share(len(held_out.batches)))}
+        self.batches += [held_out.batches[number] for number in self.held]
         self.decoder = Decoder(model_map, self.batches)
         self.pruned = self.decoder.embedded
         # The dense stream is kept once the pruned one departs from it.
@@ -119,31 +137,35 @@ class _Sweep:
         own = projection.value()
         weight, bias = own.weight.float(), projection.bias_of(own)
         fit = make_fit(self.how.method, weight, intercept=self.how.intercept, damping=self.how.damping)
-        inputs: list[torch.Tensor] = []
-        lacking: list[torch.Tensor] = []
-        wanted = 0.0
-        for number, batch in enumerate(self.batches):
-            kept, target = self._inputs_and_target(number, block, projection)
-            inputs.append(kept)
+        inputs: dict[int, torch.Tensor] = {}
+        wanted = torch.zeros((), dtype=torch.float64, device=weight.device)
+
+        def residual_of(place: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            inputs[place], target = self._inputs_and_target(place, block, projection)
             if bias is not None:
                 target = target - bias.float()
-            left = batch.tokens(kept).float()
-            residual = target - left @ weight.T
-            if number >= self.fitted:
-                lacking.append(residual)
-                continue
-            wanted += float(target.square().sum(dtype=torch.float64))
-            fit.add(left, residual)
+            left = self.batches[place].tokens(inputs[place]).float()
+            return left, target, target - left @ weight.T
+
+        def fill(number: int, sums: Sequence[torch.Tensor]) -> None:
+            part = fit.holding(sums[:-1])
+            for place in self.places[number]:
+                left, target, residual = residual_of(place)
+                sums[-1].add_(target.square().sum(dtype=torch.float64))
+                part.add(left, residual)
+
+        sharers().add_up([*fit.sums, wanted], self.slices, fill)
+        lacking = {place: residual_of(place)[2] for place in self.held.values()}
         try:
             solution = fit.solve()
         except ArithmeticError as error:
             raise GispError(f"{block.name} cannot be compensated: {error}") from None
         move = _checked_move(block.name, solution)
-        accepted = self._falls(projection, move, inputs[self.fitted :], lacking)
+        accepted = self._falls(projection, move, inputs, lacking)
         value = projection.value(move) if accepted else own
-        for number, (states, left) in enumerate(zip(self.pruned, inputs, strict=True)):
-            self.pruned[number] = states + functional.linear(left, value.weight, projection.bias_of(value))
-        scale = max(wanted, 1e-30)
+        for place, states in enumerate(self.pruned):
+            self.pruned[place] = states + functional.linear(inputs[place], value.weight, projection.bias_of(value))
+        scale = max(float(wanted), 1e-30)
         return BlockFit(block.name, solution.before / scale, solution.after / scale, solution.damping, accepted), move
 
     def _inputs_and_target(
@@ -160,18 +182,21 @@ class _Sweep:
         return inputs[..., projection.columns], target
 
     def _falls(
-        self, projection: Projection, move: Move, inputs: list[torch.Tensor], lacking: list[torch.Tensor]
+        self, projection: Projection, move: Move, inputs: dict[int, torch.Tensor], lacking: dict[int, torch.Tensor]
     ) -> bool:
-        """Whether the move brings held-out outputs nearer to their targets."""
+        """Whether the move brings held-out outputs nearer to their targets; both are by place of the batch."""
         own, value = projection.value(), projection.value(move)
         change = value.weight.float() - own.weight.float()
         old, new = (projection.bias_of(each) for each in (own, value))
         shift = 0 if new is None else new.float() - (0 if old is None else old.float())
-        before, after = self.held_out.zeros(), self.held_out.zeros()
-        for batch, kept, residual in zip(self.held_out.batches, inputs, lacking, strict=True):
-            rest = residual - batch.tokens(kept).float() @ change.T - shift
-            self.held_out.add(before, batch, residual.square().sum(1))
-            self.held_out.add(after, batch, rest.square().sum(1))
+
+        def values_of(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+            place = self.held[number]
+            residual = lacking[place]
+            rest = residual - self.batches[place].tokens(inputs[place]).float() @ change.T - shift
+            return residual.square().sum(1), rest.square().sum(1)
+
+        before, after = self.held_out.totals(values_of)
         return difference(before, after, self.held_out.tokens).falls
 
 

@@ -20,6 +20,7 @@ from gisp.compensation.options import RATES
 from gisp.compensation.student import Forward, Projection, Student, Value, traced_forward
 from gisp.data import Row
 from gisp.progress import track
+from gisp.replicas.sharing import in_slices, sharers
 
 _WARM_UP = 10
 # So many times a stage the held-out divergence is measured.
@@ -68,8 +69,7 @@ def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: 
     for number in track(range(1, plan.steps + 1), "training steps"):
         chosen = next(steps)
         tokens = sum(len(ids) for ids, _ in chosen)
-        for batch in student.batches(chosen):
-            student.backward(batch, trained.forwards(), 1 / tokens)
+        trained.take_gradients(student, chosen, 1 / tokens)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -134,6 +134,21 @@ class _Trained:
                 yield projection, next(gates), next(weights, None)
             else:
                 yield projection, None, None
+
+    def take_gradients(self, student: Student, rows: Sequence[Row], scale: float) -> None:
+        """Give every tensor the gradient of the divergence over rows, times ``scale``, as its ``grad``."""
+        parameters, slices = [*self.gates, *self.weights], in_slices(rows)
+
+        def fill(number: int, sums: Sequence[torch.Tensor]) -> None:
+            for parameter, gradient in zip(parameters, sums, strict=True):
+                parameter.grad = gradient
+            for batch in student.batches(slices[number]):
+                student.backward(batch, self.forwards(), scale)
+
+        totals = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+        sharers().add_up(totals, len(slices), fill)
+        for parameter, total in zip(parameters, totals, strict=True):
+            parameter.grad = total
 
     def forwards(self) -> list[Forward]:
         return [traced_forward(p, weight=weight, gates=gates) for p, gates, weight in self._each()]

@@ -13,7 +13,7 @@ from gisp.config.evaluation import LmEvalTasks
 from gisp.data.encode import load_tokenizer
 from gisp.errors import GispError, is_out_of_memory, quoted
 from gisp.replicas.errors import ReplicaError
-from gisp.replicas.sharing import shared_slices, sharers
+from gisp.replicas.sharing import in_slices, shared_slices, sharers
 
 _BATCH_SIZE = 16
 _HIDDEN = ("alias", "name", "sample_len", "sample_count")
@@ -81,23 +81,21 @@ def _wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
     """
     from lm_eval.models.huggingface import HFLM
 
-    replicas, count = sharers(), shared_slices()
-
-    def in_slices(requests: Sequence[Any], answer: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
-        parts = [requests[i * len(requests) // count : (i + 1) * len(requests) // count] for i in range(count)]
-        return [found for part in replicas.each(parts, lambda part: answer(part) if part else []) for found in part]
+    def answered(requests: Sequence[Any], answer: Callable[[Sequence[Any]], list[Any]]) -> list[Any]:
+        parts = sharers().each(in_slices(requests), lambda part: answer(part) if part else [])
+        return [found for part in parts for found in part]
 
     class Shared(HFLM):
         def _loglikelihood_tokens(self, requests: Any, *given: Any, **options: Any) -> list[tuple[float, bool]]:
             score = super()._loglikelihood_tokens
-            found = in_slices(requests, lambda part: score(part, *given, **options))
+            found = answered(requests, lambda part: score(part, *given, **options))
             return [(float(value), bool(greedy)) for value, greedy in found]
 
         def generate_until(self, requests: Any, *given: Any, **options: Any) -> list[str]:
             generate = super().generate_until
-            return in_slices(requests, lambda part: generate(part, *given, **options))
+            return answered(requests, lambda part: generate(part, *given, **options))
 
-    kind = HFLM if count == 1 else Shared
+    kind = HFLM if shared_slices() == 1 else Shared
     return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from gisp.export.formats.gguf.file import require_gguf
 from gisp.export.formats.uniform import uniform_spec
 from gisp.export.hub import check_push, push_folder
 from gisp.export.nested.export import export_nested
-from gisp.export.nested.milestones import fit_milestones
+from gisp.export.nested.milestones import Milestone, fit_milestones
 from gisp.export.nested.request import check_request, milestone_steps
 from gisp.export.sizes.options import FORMATS, SizeOptions, check_options
 from gisp.export.sizes.rounding import round_mlp
@@ -27,8 +29,13 @@ from gisp.model.gguf import tokenizer_folder
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.progress import reporting
+from gisp.replicas.group import Replicas
+from gisp.replicas.sharing import alone, sharing
 from gisp.run.evaluations import read_evaluations
 from gisp.run.trajectory import Trajectory
+
+Together = Callable[[], AbstractContextManager[Replicas | None]]
+"""Brings processes together for a while; ``None`` for one on its own."""
 
 UNMEASURED = (
     "perplexity",
@@ -96,6 +103,7 @@ def export_run(
     compensation: CompensationRequest | None = None,
     push_to_hub: str | None = None,
     private: bool = True,
+    together: Together = alone,
 ) -> RunExport:
     """Export the step of a run whose sparsity is nearest to ``sparsity`` (``None`` = its end).
 
@@ -106,6 +114,8 @@ def export_run(
         dtype: of the matrices of a ``gguf`` export: ``f32``, ``f16`` or ``bf16``.
         compensation: of what is exported, fitted in the dtype of the run and rounded to the base model's.
         push_to_hub: repository of the Hugging Face hub to upload the export to, ``private`` unless told otherwise.
+        together: the processes that share what is measured and fitted, for as long as that takes. This is the first
+            of them, the others call :func:`take_part`.
 
     Raises:
         GispError: no run there, unknown format, an option the format does not follow, ``out`` taken, another base
@@ -119,7 +129,7 @@ def export_run(
     if push_to_hub is not None:
         check_push(push_to_hub, private)
     with export_place(Path(out)) as place:
-        found = _export(run, sparsity, place, format, device, sizes, data, window, dtype, compensation)
+        found = _export(run, sparsity, place, format, device, sizes, data, window, dtype, compensation, together)
         return found if push_to_hub is None else replace(found, url=push_folder(place, push_to_hub, private))
 
 
@@ -134,23 +144,15 @@ def _export(
     window: int | None,
     dtype: str | None,
     compensation: CompensationRequest | None,
+    together: Together,
 ) -> RunExport:
     """:func:`export_run` with its options checked and ``out`` reserved."""
     trajectory = Trajectory.load(run)
-    point = _point(trajectory, Path(run), trajectory.step_for(sparsity))
-
-    def rounded(base: Any, spec: PrunedSpec) -> PrunedSpec:
-        if format == "uniform":
-            return uniform_spec(base, spec, sizes)
-        return spec if sizes.round_mlp is None else round_mlp(map_model(base), spec, sizes.round_mlp)
-
-    quality = fitted = None
-    if data is not None or compensation is not None:
-        quality, fitted = measure_quality(
-            trajectory, point, rounded, data, window=window, device=device, request=compensation, format=format
-        )
+    point, quality, fitted = _measured(
+        trajectory, Path(run), sparsity, format, device, sizes, data, window, compensation, together
+    )
     base, source = _base_of(trajectory, device)
-    spec = rounded(base, point)
+    spec = _rounded(base, point, format, sizes)
     if compensation is not None and fitted is not None:
         # Exporters see a base model with other output projections, and compare with it masked.
         fold_into_dense(map_model(base), fitted)
@@ -164,6 +166,61 @@ def _export(
     with tokenizer_folder(source) as folder:
         report = FORMATS[format].writer(base, spec, out, tokenizer_from=folder, **options)
     return RunExport(point, spec, report, quality)
+
+
+def take_part(
+    run: str | Path,
+    sparsity: float | None,
+    *,
+    together: Together,
+    format: str = "hf",
+    device: str = "auto",
+    sizes: SizeOptions | None = None,
+    data: str | None = None,
+    window: int | None = None,
+    compensation: CompensationRequest | None = None,
+) -> None:
+    """Measure and fit with the process that calls :func:`export_run` with the same arguments."""
+    trajectory = Trajectory.load(run)
+    chosen = sizes or SizeOptions()
+    _measured(trajectory, Path(run), sparsity, format, device, chosen, data, window, compensation, together)
+
+
+def _measured(
+    trajectory: Trajectory,
+    run: Path,
+    sparsity: float | None,
+    format: str,
+    device: str,
+    sizes: SizeOptions,
+    data: str | None,
+    window: int | None,
+    compensation: CompensationRequest | None,
+    together: Together,
+) -> tuple[PrunedSpec, Quality | None, Compensation | None]:
+    """The point of a run, its perplexity and a compensation of what is made of it, as far as asked for."""
+    point = _point(trajectory, run, trajectory.step_for(sparsity))
+    if data is None and compensation is None:
+        return point, None, None
+    with together() as replicas, sharing(replicas):
+        quality, fitted = measure_quality(
+            trajectory,
+            point,
+            partial(_rounded, format=format, sizes=sizes),
+            data,
+            window=window,
+            device=device,
+            request=compensation,
+            format=format,
+        )
+    return point, quality, fitted
+
+
+def _rounded(base: Any, spec: PrunedSpec, format: str, sizes: SizeOptions) -> PrunedSpec:
+    """What is exported of a point."""
+    if format == "uniform":
+        return uniform_spec(base, spec, sizes)
+    return spec if sizes.round_mlp is None else round_mlp(map_model(base), spec, sizes.round_mlp)
 
 
 def _point(trajectory: Trajectory, run: Path, step: int) -> PrunedSpec:
@@ -239,6 +296,7 @@ def export_nested_run(
     sparsities: Sequence[float] = (),
     push_to_hub: str | None = None,
     private: bool = True,
+    together: Together = alone,
 ) -> NestedReport:
     """Write the nested checkpoint of a run: every sparsity it passed in one set of weights.
 
@@ -246,6 +304,7 @@ def export_nested_run(
         compensation: of ``sparsities``, fitted to each as for an export of that size and stored beside the weights.
         sparsities: of each the nearest step carries its own compensation.
         push_to_hub, private: as for :func:`export_run`.
+        together: as for :func:`export_run`; the others call :func:`take_part_nested`.
 
     Raises:
         GispError: no run there, ``out`` taken, another base model, a compensation without sparsities or these without
@@ -257,14 +316,39 @@ def export_nested_run(
         check_push(push_to_hub, private)
     with export_place(Path(out)) as place:
         trajectory = Trajectory.load(run)
-        steps = milestone_steps(
-            [trajectory.sparsity_at(t) for t in range(len(trajectory.steps) + 1)], sparsities, trajectory.goal
-        )
-        milestones = [] if compensation is None else fit_milestones(trajectory, steps, compensation, device)
+        milestones = _milestones(trajectory, sparsities, compensation, device, together)
         base, source = _base_of(trajectory, device)
         with tokenizer_folder(source) as folder:
             report = export_nested(base, trajectory, place, tokenizer_from=folder, milestones=milestones)
         return report if push_to_hub is None else replace(report, url=push_folder(place, push_to_hub, private))
+
+
+def take_part_nested(
+    run: str | Path,
+    *,
+    together: Together,
+    device: str = "auto",
+    compensation: CompensationRequest | None = None,
+    sparsities: Sequence[float] = (),
+) -> None:
+    """Fit with the process that calls :func:`export_nested_run` with the same arguments."""
+    _milestones(Trajectory.load(run), sparsities, compensation, device, together)
+
+
+def _milestones(
+    trajectory: Trajectory,
+    sparsities: Sequence[float],
+    compensation: CompensationRequest | None,
+    device: str,
+    together: Together,
+) -> list[Milestone]:
+    steps = milestone_steps(
+        [trajectory.sparsity_at(t) for t in range(len(trajectory.steps) + 1)], sparsities, trajectory.goal
+    )
+    if compensation is None:
+        return []
+    with together() as replicas, sharing(replicas):
+        return fit_milestones(trajectory, steps, compensation, device)
 
 
 def _base_of(trajectory: Trajectory, device: str) -> tuple[Any, Path | None]:

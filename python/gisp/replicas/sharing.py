@@ -6,15 +6,17 @@ context variable, as for progress: no function in between passes anything on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import TypeVar
 
 from gisp.config.options import SLICES
 from gisp.progress import reporting
 from gisp.replicas.agreement import agree
 from gisp.replicas.group import Replicas
 
+Item = TypeVar("Item")
 _sharing: ContextVar[Replicas | None] = ContextVar("gisp_sharing", default=None)
 
 
@@ -34,6 +36,11 @@ def sharing(replicas: Replicas | None) -> Iterator[Replicas]:
             yield replicas
         finally:
             _sharing.reset(before)
+
+
+def alone() -> AbstractContextManager[None]:
+    """Nobody to share with."""
+    return nullcontext()
 
 
 def sharers() -> Replicas:
@@ -59,3 +66,9 @@ def agree_on(what: str, content: Callable[[], str]) -> None:
 def shared_slices() -> int:
     """Parts that sums over sequences are made of: one where nothing is shared, so many for any number of processes."""
     return 1 if _sharing.get() is None else SLICES
+
+
+def in_slices(items: Sequence[Item]) -> list[Sequence[Item]]:
+    """The items in that many consecutive parts of about equally many; fewer items leave some empty."""
+    count = shared_slices()
+    return [items[i * len(items) // count : (i + 1) * len(items) // count] for i in range(count)]

@@ -1,0 +1,186 @@
+"""Compensations that several processes share: the same weights to the bit for any number of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compensation_oracle import REMOVED, kept_of
+from ranks import run_ranks
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_tokens
+from torch import distributed
+
+import gisp
+from gisp.cli import main
+from gisp.compensation import Compensation, CompensationOptions, acceptance, fit_compensation, streams, student
+from gisp.data import Sequences
+from gisp.errors import GispError
+from gisp.model.keep import Keep
+from gisp.model.structures import map_model
+from gisp.replicas.group import Replicas
+from gisp.replicas.sharing import sharing
+
+CASES: dict[str, dict[str, Any]] = {
+    "bias": {"tokens": 300},
+    "affine": {},
+    "rescale": {},
+    "lsq": {"target": "dense", "intercept": True},
+    "kfac": {"steps": 2, "tokens": 200},
+    "gates": {"steps": 3, "batch_tokens": 120},
+    "distil": {"steps": 3, "batch_tokens": 120},
+    "lsq+gates": {"steps": 3, "batch_tokens": 40},
+}
+
+
+def texts(seed: int = 0) -> Sequences:
+    """Rows of many lengths: slices of unequal sizes, and more held-out batches than processes."""
+    tokens = tiny_tokens(40, 24, seed=seed)
+    return Sequences.plain([(row[: 8 + i % 16],) * 2 for i, row in enumerate(tokens)])
+
+
+@contextmanager
+def small_batches() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(streams._TOKENS_PER_BATCH, "cpu", 40)
+        patch.setattr(student, "_TOKENS_PER_BATCH", 40)
+        # The tiny models are random: what held-out text says of a compensation is not the subject.
+        patch.setattr(acceptance.Difference, "falls", True)
+        yield
+
+
+def fitted(case: str) -> Compensation:
+    model = tiny_model("llama-gqa")
+    options = CompensationOptions(case, **CASES[case])
+    return fit_compensation(map_model(model), Keep.of(kept_of(model, REMOVED)), texts(), options)
+
+
+def told(found: Compensation) -> list[str]:
+    """All that a compensation changes and says of itself."""
+    digest = hashlib.sha256()
+    for update in found.updates:
+        for tensor in (update.weight, update.bias, update.factors):
+            digest.update(b"-" if tensor is None else tensor.detach().contiguous().numpy().tobytes())
+    assert found.updates
+    return [digest.hexdigest(), repr(found.stages), found.describe()]
+
+
+def fit_all(folder: str) -> None:
+    with small_batches(), sharing(Replicas(distributed.group.WORLD)) as replicas:
+        found = {case: told(fitted(case)) for case in CASES}
+        Path(folder, f"{replicas.rank}.json").write_text(json.dumps(found))
+
+
+def fit_alone(folder: str) -> None:
+    """The same by one process in slices, and by one that shares nothing."""
+    with small_batches():
+        plain = {case: told(fitted(case)) for case in CASES}
+        with sharing(Replicas()):
+            sliced = {case: told(fitted(case)) for case in CASES}
+    # What is summed in slices differs by rounding: the cases tell orders of sums apart.
+    assert sum(plain[case][0] != sliced[case][0] for case in CASES) >= 5
+    Path(folder, "one.json").write_text(json.dumps(sliced))
+
+
+def test_the_number_of_processes_changes_nothing(tmp_path: Path) -> None:
+    run_ranks(1, tmp_path / "ranks-1", fit_alone, str(tmp_path))
+    wanted = json.loads((tmp_path / "one.json").read_text())
+    for size in (2, 4):
+        run_ranks(size, tmp_path / f"ranks-{size}", fit_all, str(tmp_path))
+        for rank in range(size):
+            assert json.loads((tmp_path / f"{rank}.json").read_text()) == wanted
+
+
+def compensate_other(what: str) -> None:
+    rank = distributed.get_rank()
+    model = tiny_model("llama-gqa")
+    gisp.prune(model, texts(), sparsity=0.4, steps=2, align=4, batch_tokens=200, device="cpu", progress=False)
+    data = texts(seed=rank if what == "data" else 0)
+    words = {"data": "rank 1 has calibration data ", "option": "rank 1 has option damping 0.5, rank 0 has 0.25"}[what]
+    damping = 0.5 if what == "option" and rank else 0.25
+    with pytest.raises(GispError, match=words):
+        gisp.compensate(model, data, damping=damping, process_group=distributed.group.WORLD, progress=False)
+
+
+@pytest.mark.parametrize("what", ["data", "option"])
+def test_what_differs_is_named(what: str, tmp_path: Path) -> None:
+    run_ranks(2, tmp_path / "ranks", compensate_other, what)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shared")
+    tiny_model("llama-gqa").save_pretrained(root / "model")
+    save_file({"input_ids": tiny_tokens(40, 16)}, root / "tokens.safetensors")
+    options: dict[str, Any] = {
+        "steps": 4,
+        "sparsity": 0.4,
+        "align": 4,
+        "batch_tokens": 128,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    gisp.prune(root / "model", root / "tokens.safetensors", out=root / "run", progress=False, **options)
+    return root / "run"
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")}
+
+
+def test_commands_write_and_print_what_one_process_does(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    data = str(run.parent / "tokens.safetensors")
+    with_lsq = ["--compensate=lsq", f"--calibration={data}", "--device=cpu"]
+    printed: dict[str, list[str]] = {}
+    for gpus in ("1", "2"):
+        out = tmp_path / gpus
+        assert main(["export", str(run), "--sparsity=0.4", f"--out={out}", *with_lsq, f"--gpus={gpus}", "--quiet"]) == 0
+        found = capfd.readouterr().out.replace(str(out), "OUT").splitlines()
+        asked = ["eval", str(run), "--sparsities=0.2,0.4", f"--data={data}", "--dtype=float32"]
+        assert main([*asked, *with_lsq, f"--gpus={gpus}", "--json", "--quiet"]) == 0
+        printed[gpus] = found + capfd.readouterr().out.splitlines()
+    assert printed["1"] == printed["2"] and len([line for line in printed["2"] if line.startswith("{")]) == 1
+    assert written(tmp_path / "1") == written(tmp_path / "2")
+
+
+def test_nested_exports_too(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    data = str(run.parent / "tokens.safetensors")
+    with_lsq = ["--compensate=lsq", f"--calibration={data}", "--sparsities=0.2,0.4", "--device=cpu", "--quiet"]
+    for gpus in ("1", "2"):
+        assert main(["export", str(run), f"--nested={tmp_path / gpus}", *with_lsq, f"--gpus={gpus}"]) == 0
+    assert written(tmp_path / "1") == written(tmp_path / "2")
+
+
+def test_nothing_to_share_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run), "--sparsity=0.4", f"--out={tmp_path / 'out'}", "--gpus=2", "--device=cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--gpus 2 shares --compensate and --data, and neither is given: leave it out" in line
+
+
+def test_sums_of_slices_take_any_shape() -> None:
+    """Also in one process, where nothing travels."""
+    parts = [[torch.full((), float(i)), torch.full((2, 3), 10.0**-i)] for i in range(8)]
+
+    def fill(number: int, sums: Any) -> None:
+        for total, part in zip(sums, parts[number], strict=True):
+            total += part
+
+    totals = [torch.zeros(()), torch.zeros(2, 3)]
+    Replicas().add_up(totals, 8, fill)
+    for total, kinds in zip(totals, zip(*parts, strict=True), strict=True):
+        wanted = torch.zeros_like(total)
+        for kind in kinds:
+            wanted = wanted + kind
+        assert torch.equal(total, wanted)
