@@ -1,4 +1,4 @@
-"""Several processes, each with a whole model, that score the sequences of a step together and decide alike.
+"""Several processes, each with a whole model, that score, evaluate or compensate together and decide alike.
 
 They are the processes of a group of ``torch.distributed``, initialised by the caller, one to a GPU. All call
 :func:`gisp.prune` with the same model, data and options, and each gets the pruned model. The first one alone writes the
