@@ -29,6 +29,7 @@ class Criterion:
         standardises: ``norm`` "zscore" is the criterion's own affair.
         whole_layers: whether a layer goes whole or not at all.
         trains: whether scores are trained to the sparsity of their step.
+        adds_up: whether scores are made of sums that parts of a step can be summed to apart from one another.
     """
 
     score: str | Callable[..., Any]
@@ -38,6 +39,7 @@ class Criterion:
     standardises: bool = False
     whole_layers: bool = False
     trains: bool = False
+    adds_up: bool = False
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -47,18 +49,14 @@ class Criterion:
         return {"allocator": "global", **whole, **self.options}
 
     @property
-    def adds_up(self) -> bool:
-        """Whether scores are made of sums that parts of a step can be summed to apart from one another."""
-        return self.gradient == "second-order"
-
-    @property
     def fp8(self) -> bool:
         """Whether there are 8-bit products: the fused pass alone has them."""
         return self.gradient in ("absolute", "second-order")
 
 
 def _gradient(kind: GradientKind, **options: Any) -> Criterion:
-    return Criterion("gisp.score.gradient:GradientScorer", options, sees_loss=True, gradient=kind)
+    adds_up = kind == "second-order"
+    return Criterion("gisp.score.gradient:GradientScorer", options, sees_loss=True, gradient=kind, adds_up=adds_up)
 
 
 CRITERIA: dict[str, Criterion] = {
@@ -69,8 +67,8 @@ CRITERIA: dict[str, Criterion] = {
     "random": Criterion("gisp.score.simple:Random", {"norm": "none"}),
     "taylor-local": _gradient("absolute", allocator="uniform"),
     "signed": _gradient("signed"),
-    "wanda-sp": Criterion("gisp.score.activation:WandaSP", {"allocator": "uniform"}),
-    "flap": Criterion("gisp.score.activation:FLAP", {"norm": "zscore"}, standardises=True),
+    "wanda-sp": Criterion("gisp.score.activation:WandaSP", {"allocator": "uniform"}, adds_up=True),
+    "flap": Criterion("gisp.score.activation:FLAP", {"norm": "zscore"}, standardises=True, adds_up=True),
     # A run is one training; its scores are zero where a gate closes, whatever the structure's size.
     "learned-gates": Criterion(
         "gisp.score.learned_gates.scorer:LearnedGates",

@@ -59,20 +59,20 @@ class Replicas:
             sums_of: sums of the slice of a number, float64 [n] on one device; called for those that fall to this
                 process.
         """
+        total, *others = self.parts(slices, sums_of)
+        for part in others:
+            total = total + part
+        return total
+
+    def parts(self, slices: int, sums_of: Callable[[int], torch.Tensor]) -> list[torch.Tensor]:
+        """The sums of every slice, in order; arguments as of :meth:`total`."""
         if self.size == 1:
-            total = sums_of(0)
-            for i in range(1, slices):
-                total = total + sums_of(i)
-            return total
+            return [sums_of(i) for i in range(slices)]
         bounds = [rank * slices // self.size for rank in range(self.size + 1)]
         found = torch.stack([sums_of(i) for i in range(bounds[self.rank], bounds[self.rank + 1])])
         counts = [stop - start for start, stop in pairwise(bounds)]
         gathered = self._gather(found, max(counts))
-        found = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
-        total = found[0]
-        for part in found[1:]:
-            total = total + part
-        return total
+        return list(torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]))
 
     def add_up(
         self, totals: Sequence[torch.Tensor], slices: int, fill: Callable[[int, Sequence[torch.Tensor]], None]

@@ -30,9 +30,7 @@ class ActivationScorer(ABC):
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
         """Scores of ``groups`` at a step."""
         outputs = {group.name: gate_projection(group) for group in groups}
-        recorder = record_activations({name: output.linear for name, output in outputs.items()})
-        loss, tokens = self._context.forward_pass(step, recorder)
-        found = recorder.statistics()
+        loss, tokens, found = self._context.statistics(step, {name: output.linear for name, output in outputs.items()})
         scores = {
             name: self._scores(output.linear.weight.detach(), found[name], output.block)
             for name, output in outputs.items()

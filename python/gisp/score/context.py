@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from gisp.config.options import PruneConfig
 from gisp.data import Sequences
@@ -17,6 +18,7 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
 from gisp.replicas.group import Replicas
 from gisp.score.objectives import SequenceLoss, sequence_nll
+from gisp_kernels import ActivationStatistics, record_activations
 
 
 class MaskedRecorder(Protocol):
@@ -93,11 +95,44 @@ class Context:
         if slices is None or recorder is not None:
             batches = list(self.steps.batches(numbers))
             return self._nll(numbers, weights, batches, recorder), self._tokens(numbers, batches)
-        stretches = self.steps.slices(step, slices)
-        parts = [(numbers[start:stop], weights[start:stop]) for start, stop in stretches]
-        batches_of = [list(self.steps.batches(own)) if own else [] for own, _ in parts]
-        loss = self.replicas.total(slices, lambda i: self._nll(*parts[i], batches_of[i], None)[None])[0]
-        return loss, sum(self._tokens(own, of) for (own, _), of in zip(parts, batches_of, strict=True))
+        stretches = self._stretches(step, slices)
+        loss = self.replicas.total(slices, lambda i: self._nll(*stretches[i], None)[None])[0]
+        return loss, sum(self._tokens(own, batches) for own, _, batches in stretches)
+
+    def statistics(
+        self, step: int, linears: dict[str, nn.Linear]
+    ) -> tuple[torch.Tensor, int, dict[str, ActivationStatistics]]:
+        """What :meth:`forward_pass` returns, and statistics of what enters layers, merged slice by slice where parted.
+
+        Args:
+            linears: layers on one device, by names of the caller.
+        """
+        if self.config.slices is None:
+            recorder = record_activations(linears)
+            return *self.forward_pass(step, recorder), recorder.statistics()
+        stretches = self._stretches(step, self.config.slices)
+
+        def sums_of(number: int) -> torch.Tensor:
+            recorder = record_activations(linears)
+            nll = self._nll(*stretches[number], recorder)
+            found = recorder.statistics().values()
+            return torch.cat([nll[None], *(p for s in found for p in (s.count[None], s.mean, s.deviation))])
+
+        widths = [linear.weight.shape[1] for linear in linears.values()]
+        sizes = [1, *(size for width in widths for size in (1, width, width))]
+        parts = [part.split(sizes) for part in self.replicas.parts(len(stretches), sums_of)]
+        merged = {}
+        for number, name in enumerate(linears):
+            own = [ActivationStatistics(p[1 + 3 * number][0], *p[2 + 3 * number : 4 + 3 * number]) for p in parts]
+            merged[name] = reduce(ActivationStatistics.merged, own)
+        loss = reduce(torch.add, [part[0][0] for part in parts])
+        return loss, sum(self._tokens(own, batches) for own, _, batches in stretches), merged
+
+    def _stretches(self, step: int, slices: int) -> list[tuple[list[int], list[float], list[tuple[int, int]]]]:
+        """Numbers, weights and batches of every slice of a step."""
+        numbers, weights = self.steps.numbers(step), self.steps.weights(step)
+        parts = [(numbers[start:stop], weights[start:stop]) for start, stop in self.steps.slices(step, slices)]
+        return [(own, of, list(self.steps.batches(own)) if own else []) for own, of in parts]
 
     def _nll(
         self,

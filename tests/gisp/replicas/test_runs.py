@@ -25,6 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "regrow": {"batch_tokens": 170, "regrow": 1, "steps": 3},
     "owl": {"batch_tokens": 170, "allocator": "owl"},
     "choice": {"objective": "choice", "batch_tokens": 60},
+    "flap": {"batch_tokens": 170, "criterion": "flap", "first_order": "plain"},
+    "wanda-sp": {"batch_tokens": 40, "criterion": "wanda-sp", "first_order": "plain"},
     "autograd": {"batch_tokens": 170},
 }
 

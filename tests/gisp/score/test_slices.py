@@ -17,6 +17,7 @@ from gisp.data.batches import StepBatches
 from gisp.errors import GispError
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
+from gisp.score.base import make_scorer
 from gisp.score.context import Context
 
 OPTIONS: dict[str, Any] = {"preset": "fast", "engine": "exact", "ema": 0.0}
@@ -67,9 +68,25 @@ def test_a_forward_pass_in_slices_has_the_loss_of_the_whole() -> None:
         assert 0 < tokens <= found[0][1]
 
 
-@pytest.mark.parametrize("criterion", ["gisp", "signed", "magnitude", "flap", "learned-gates", "block-influence"])
+@pytest.mark.parametrize("slices", [1, 3, 16])
+@pytest.mark.parametrize("criterion", ["flap", "wanda-sp"])
+def test_statistics_of_slices_are_those_of_the_step(criterion: str, slices: int) -> None:
+    shrinkable = ShrinkableModel(map_model(tiny_model()))
+    options = {**OPTIONS, "first_order": "plain"}
+    whole, parted = (
+        make_scorer(Context(shrinkable, ragged(), make_config(**options, criterion=criterion, slices=count))).score(
+            1, shrinkable.map.groups
+        )
+        for count in (None, slices)
+    )
+    assert parted.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+    for name, values in whole.scores.items():
+        torch.testing.assert_close(parted.scores[name], values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["gisp", "signed", "magnitude", "learned-gates", "block-influence"])
 def test_only_sums_that_add_up_are_parted(criterion: str) -> None:
-    with pytest.raises(GispError, match=f"--slices 4, .* goes with --criterion second-order, not {criterion}"):
+    with pytest.raises(GispError, match=f"--slices 4, .* goes with --criterion second-order, .*, not {criterion}"):
         make_config(criterion=criterion, slices=4)
     assert make_config(slices=4).slices == 4 and make_config().slices is None
     with pytest.raises(GispError, match="--slices is 0"):
