@@ -93,7 +93,7 @@ def _one_run(name: str, count: int, slices: int | None, args: argparse.Namespace
         given += [f"--batch-tokens={args.batch_tokens}"] if args.batch_tokens else []
         given += ["--fp8"] if args.fp8 else []
         given += [f"--gpus={count}"] if slices else []
-        code = launch(count, "benchmarks.prune", given)
+        code = launch(count, "benchmarks.prune", given, again="start it again")
         if code:
             raise GispError(f"the run of {name} on {count} GPUs ended with exit code {code}")
         return dict(json.loads(out.read_text()))

@@ -13,6 +13,7 @@ import torch
 from eval_cases import byte_tokenizer, shrunken, write_rows
 from harness_cases import write_tasks
 from ranks import run_ranks
+from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokens
 from torch import distributed
 
@@ -97,6 +98,17 @@ def test_the_command_prints_once_what_one_process_prints(
         assert evaluated(capfd, *asked, "--gpus=2", "--out", str(out)) == alone
         assert json.loads(out.read_text()) == alone
     assert evaluated(capfd, *asked, "--gpus", "1") == alone
+
+
+def test_what_all_meet_is_told_once(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    save_file({"input_ids": torch.full((4, 8), 10_000)}, tmp_path / "t.safetensors")
+    given = ["eval", str(places / "model"), f"--data={tmp_path / 't.safetensors'}", "--device=cpu"]
+    assert main([*given, "--gpus=2"]) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "10000" in errors[0]
 
 
 def test_lm_eval_does_not_follow_the_number_of_processes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from ranks import run_ranks
 from torch import distributed
 
 from gisp.errors import GispError
+from gisp.replicas import group
 from gisp.replicas.agreement import agree, code_digest
 from gisp.replicas.group import Replicas
 
@@ -29,6 +31,21 @@ def in_order(numbers: range) -> torch.Tensor:
     return total
 
 
+def check_sums_in_place(replicas: Replicas) -> None:
+    """Tensors of several shapes, longer than what travels at a time; the last round of slices may be half empty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group, "_ELEMENTS", 300)
+        totals = [torch.zeros(10, 100, dtype=torch.float64), torch.zeros((), dtype=torch.float64)]
+
+        def fill(number: int, sums: Sequence[torch.Tensor]) -> None:
+            sums[0].add_(values(number).view(10, 100))
+            sums[1].add_(number)
+
+        replicas.add_up(totals, SLICES, fill)
+        assert torch.equal(totals[0].flatten(), in_order(range(SLICES)))
+        assert totals[1].item() == sum(range(SLICES))
+
+
 def sums_and_messages(folder: str) -> None:
     replicas = Replicas(distributed.group.WORLD)
     asked: list[int] = []
@@ -38,6 +55,14 @@ def sums_and_messages(folder: str) -> None:
         return values(number)
 
     assert torch.equal(replicas.total(SLICES, sums_of), in_order(range(SLICES)))
+    assert all(map(torch.equal, replicas.parts(SLICES, values), map(values, range(SLICES))))
+    check_sums_in_place(replicas)
+    letters = [str(number) * number for number in range(7)]
+    told: list[str] = []
+    found = replicas.each(letters, lambda letter: [letter, len(letter) / 3], told.append)
+    assert found == [[letter, len(letter) / 3] for letter in letters]
+    assert told == letters
+    assert [letters[number] for number in replicas.share(7)] == letters[replicas.rank :: replicas.size]
     shares = [[int(i) for i in text.split()] for text in replicas.exchange(" ".join(map(str, asked)).encode())]
     assert sorted(i for share in shares for i in share) == list(range(SLICES))
     assert max(map(len, shares)) == -(-SLICES // replicas.size)
@@ -68,4 +93,5 @@ def test_one_process_adds_in_the_same_order() -> None:
     assert torch.equal(Replicas().total(SLICES, values), in_order(range(SLICES)))
     # The order is seen in the bits: what sums otherwise fails these tests.
     assert not torch.equal(in_order(range(SLICES)), in_order(range(SLICES)[::-1]))
+    check_sums_in_place(Replicas())
     assert Replicas().exchange(b"alone") == [b"alone"]
