@@ -136,30 +136,42 @@ def written(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")}
 
 
-def test_commands_write_and_print_what_one_process_does(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def with_lsq(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Options of a compensation, for commands whose processes find what this one finds."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    data = str(run.parent / "tokens.safetensors")
-    with_lsq = ["--compensate=lsq", f"--calibration={data}", "--device=cpu"]
-    printed: dict[str, list[str]] = {}
+    return ["--compensate=lsq", f"--calibration={run.parent / 'tokens.safetensors'}", "--device=cpu", "--quiet"]
+
+
+def test_exports_are_those_of_one_process(
+    run: Path, tmp_path: Path, with_lsq: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
     for gpus in ("1", "2"):
         out = tmp_path / gpus
-        assert main(["export", str(run), "--sparsity=0.4", f"--out={out}", *with_lsq, f"--gpus={gpus}", "--quiet"]) == 0
-        found = capfd.readouterr().out.replace(str(out), "OUT").splitlines()
-        asked = ["eval", str(run), "--sparsities=0.2,0.4", f"--data={data}", "--dtype=float32"]
-        assert main([*asked, *with_lsq, f"--gpus={gpus}", "--json", "--quiet"]) == 0
-        printed[gpus] = found + capfd.readouterr().out.splitlines()
-    assert printed["1"] == printed["2"] and len([line for line in printed["2"] if line.startswith("{")]) == 1
+        assert main(["export", str(run), "--sparsity=0.4", f"--out={out}", *with_lsq, f"--gpus={gpus}"]) == 0
+        printed.append(capfd.readouterr().out.replace(str(out), "OUT"))
+    assert printed[0] == printed[1] and printed[0].count("OUT") == 1
     assert written(tmp_path / "1") == written(tmp_path / "2")
 
 
-def test_nested_exports_too(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+def test_evaluations_along_a_run_are_those_of_one_process(
+    run: Path, with_lsq: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
     data = str(run.parent / "tokens.safetensors")
-    with_lsq = ["--compensate=lsq", f"--calibration={data}", "--sparsities=0.2,0.4", "--device=cpu", "--quiet"]
+    asked = ["eval", str(run), "--sparsities=0.2,0.4", f"--data={data}", "--dtype=float32", "--json", *with_lsq]
+    printed = []
     for gpus in ("1", "2"):
-        assert main(["export", str(run), f"--nested={tmp_path / gpus}", *with_lsq, f"--gpus={gpus}"]) == 0
+        assert main([*asked, f"--gpus={gpus}"]) == 0
+        printed.append(capfd.readouterr().out)
+    assert printed[0] == printed[1] and len(printed[0].splitlines()) == 1
+    assert [point["compensation"][:3] for point in json.loads(printed[0])["points"][1:]] == ["lsq", "lsq"]
+
+
+def test_nested_exports_too(run: Path, tmp_path: Path, with_lsq: list[str]) -> None:
+    for gpus in ("1", "2"):
+        out = f"--nested={tmp_path / gpus}"
+        assert main(["export", str(run), out, "--sparsities=0.2,0.4", *with_lsq, f"--gpus={gpus}"]) == 0
     assert written(tmp_path / "1") == written(tmp_path / "2")
 
 
