@@ -56,6 +56,12 @@ def structure_count(weight: torch.Tensor, axis: str, block: int) -> int:
     return extent // block
 
 
+def check_power(power: int) -> None:
+    """Require an exponent of the element scores that is implemented."""
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, got {power!r}")
+
+
 def score_buffer(out: torch.Tensor | None, count: int, weight: torch.Tensor) -> torch.Tensor:
     """``out`` after validation, or fresh zeros: float32 [count] on the device of ``weight``."""
     if out is None:

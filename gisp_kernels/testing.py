@@ -35,9 +35,9 @@ class Truth:
         return 2 * EPS_FLOAT32 * (1 + self.terms**0.5)
 
 
-def reduce_truth(weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int) -> Truth:
-    """Truth of ``sum |weight * grad|``."""
-    scores = _reduce64(weight.double() * grad.double(), axis, block)
+def reduce_truth(weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int, power: int = 1) -> Truth:
+    """Truth of ``sum |weight * grad| ** power``."""
+    scores = _reduce64((weight.double() * grad.double()) ** power, axis, block)
     return Truth(scores, scores, _terms(weight, axis, block))
 
 

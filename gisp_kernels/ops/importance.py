@@ -1,7 +1,8 @@
 """First-order importance of structures: sums of ``|W * dL/dW|`` over blocks of rows or columns of a weight.
 
-The element score is the first-order Taylor score ``|dL/dW * W|`` of GISP (arXiv 2510.18030, Eq. 8); a structure
-scores the sum over its elements. Everything is summed in float32 in a fixed order: equal inputs give equal bits.
+The element score is the first-order Taylor score ``|dL/dW * W|`` of GISP (arXiv 2510.18030, Eq. 8), or its square, the
+empirical Fisher term ``W^2 * (dL/dW)^2`` of LLM-Pruner (arXiv 2305.11627, ``param_second``); a structure scores the sum
+over its elements. Everything is summed in float32 in a fixed order: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -45,16 +46,18 @@ def abs_weighted_reduce(
     *,
     axis: str = "row",
     block: int = 1,
+    power: int = 1,
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Sum of ``|weight * grad|`` over every block of rows or columns.
+    """Sum of ``|weight * grad| ** power`` over every block of rows or columns.
 
     Args:
         weight: [O, I], float32, bfloat16 or float16, any strides.
         grad: [O, I], as ``weight``; its dtype may differ.
         axis: ``"row"``: structure ``s`` is rows ``s*block : (s+1)*block``; ``"column"``: those columns.
         block: rows or columns per structure; must divide the extent.
+        power: 1 or 2.
         out: float32 [count] to add to, or ``None`` for a new buffer.
         backend: ``None`` or ``"auto"``, ``"reference"`` or ``"triton"``.
 
@@ -63,17 +66,18 @@ def abs_weighted_reduce(
 
     Raises:
         TypeError: unsupported dtype.
-        ValueError: shapes, device, axis or block that do not fit.
+        ValueError: shapes, device, axis, block or power that do not fit.
         RuntimeError: the requested backend cannot run here.
     """
     checks.check_matrix("weight", weight)
     checks.check_matrix("grad", grad)
+    checks.check_power(power)
     checks.check_same_shape("grad", grad, weight.shape)
     checks.check_same_device(weight=weight, grad=grad)
     out = checks.score_buffer(out, checks.structure_count(weight, axis, block), weight)
     choice = backends.resolve(backend, weight)
     run = abs_weighted_reduce_op if torch.compiler.is_compiling() else _abs_weighted_reduce
-    run(out, weight.detach(), grad.detach(), axis, block, choice)
+    run(out, weight.detach(), grad.detach(), axis, block, choice, power)
     return out
 
 
@@ -84,21 +88,23 @@ def wgrad_importance(
     *,
     axis: str = "row",
     block: int = 1,
+    power: int = 1,
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Sum of ``|weight * G|`` over every block of rows or columns, ``G = grad_output.T @ input`` over all tokens.
+    """Sum of ``|weight * G| ** power`` over every block of rows or columns, ``G = grad_output.T @ input`` of all tokens.
 
-    ``G`` is the weight gradient of a Linear layer. The fused kernels consume it tile by tile and never store it.
+    ``G`` is the weight gradient of a Linear layer. The fused kernels consume it tile by tile and never store it. They sum
+    the first power alone: with ``power`` 2 a matrix product forms ``G`` and a reduction squares it.
 
     Args:
         grad_output: [..., O], gradient of the layer's output, any strides.
         input: [..., I], the layer's input, same leading shape and dtype as ``grad_output``.
         weight: [O, I]; its dtype may differ.
-        axis, block, out: as in :func:`abs_weighted_reduce`.
+        axis, block, power, out: as in :func:`abs_weighted_reduce`.
         backend: ``None`` or ``"auto"`` to choose (on a GPU a fused kernel or a cuBLAS product and a reduction, by
             :func:`gisp_kernels.ops.wgrad.plan`), ``"triton"`` for a fused kernel, ``"native"`` for the compiled one
-            (16-bit, aligned rows, a Hopper GPU), ``"reference"`` for plain torch.
+            (16-bit, aligned rows, a Hopper GPU, ``power`` 1), ``"reference"`` for plain torch.
 
     Returns:
         float32 [count]: ``out`` if given.
@@ -106,9 +112,15 @@ def wgrad_importance(
     Raises:
         TypeError, ValueError, RuntimeError: as in :func:`abs_weighted_reduce`.
     """
+    checks.check_power(power)
     out = _checked_out(grad_output, input, weight, axis, block, out)
     dy, x = as_tokens(grad_output.detach()), as_tokens(input.detach())
-    _score([out], dy, x, [weight.detach()], [0], [block], axis, backend)
+    if power == 1:
+        _score([out], dy, x, [weight.detach()], [0], [block], axis, backend)
+        return out
+    choice = "matmul" if backends.resolve(backend, x) == "triton" else "reference"
+    run = wgrad_importance_op if torch.compiler.is_compiling() else _wgrad_importance
+    run([out], dy, x, [weight.detach()], [0], [block], axis, choice, power)
     return out
 
 
@@ -200,14 +212,16 @@ def as_tokens(tensor: torch.Tensor) -> torch.Tensor:
 # Eager calls run these directly: going through the dispatcher costs about 100 us a call inside a backward pass, and a
 # step makes hundreds.
 def _abs_weighted_reduce(
-    out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int, choice: str
+    out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int, choice: str, power: int = 1
 ) -> None:
     if choice == "triton":
         from gisp_kernels.triton import abs_weighted_reduce as kernel
 
-        kernel.launch(out, weight, grad, axis, block)
+        kernel.launch(out, weight, grad, axis, block, power)
     else:
-        lines = (weight.float() * grad.float()).abs_().sum(dim=1 if axis == "row" else 0)
+        products = weight.float() * grad.float()
+        products = products.abs_() if power == 1 else products.square_()
+        lines = products.sum(dim=1 if axis == "row" else 0)
         out.add_(lines.view(out.shape[0], block).sum(dim=1))
 
 
@@ -220,6 +234,7 @@ def _wgrad_importance(
     blocks: list[int],
     axis: str,
     choice: str,
+    power: int = 1,
 ) -> None:
     if choice not in ("reference", "matmul"):
         wgrad.add_fused(outs, grad_output, input, weights, starts, blocks, axis, choice)
@@ -227,7 +242,7 @@ def _wgrad_importance(
     gradient = weight_grad(grad_output, input)
     reduction = "reference" if choice == "reference" else "triton"
     for out, weight, start, block in zip(outs, weights, starts, blocks, strict=True):
-        _abs_weighted_reduce(out, weight, gradient[start : start + weight.shape[0]], axis, block, reduction)
+        _abs_weighted_reduce(out, weight, gradient[start : start + weight.shape[0]], axis, block, reduction, power)
 
 
 # Tracing needs registered forms. They get validated arguments and a ``choice`` as of

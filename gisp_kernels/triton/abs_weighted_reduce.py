@@ -1,4 +1,4 @@
-"""``out[s] += sum |W * G|`` over the rows or columns of structure ``s``, one read of W and G.
+"""``out[s] += sum |W * G| ** POWER`` over the rows or columns of structure ``s``, one read of W and G.
 
 Rows are summed whole. Columns are summed in strips, whose partial sums, like those of the rows of a larger structure,
 a second kernel adds in a fixed order. No atomics, and nothing depends on the number of multiprocessors.
@@ -42,8 +42,9 @@ def _sum_rows_kernel(  # type: ignore[no-untyped-def]
     STAGES: tl.constexpr,
     ADD: tl.constexpr,
     ALIGNED: tl.constexpr,
+    POWER: tl.constexpr,
 ):
-    """sums[o] = or (ADD) += sum over all columns of |W[o, i] * G[o, i]|."""
+    """sums[o] = or (ADD) += sum over all columns of |W[o, i] * G[o, i]| ** POWER, POWER 1 or 2."""
     width = I
     if ALIGNED:
         # Widths are no part of the compiled kernel; this tells it that 16-byte loads are safe.
@@ -61,7 +62,10 @@ def _sum_rows_kernel(  # type: ignore[no-untyped-def]
         mask = mask_o[:, None] & (cols < width)[None, :]
         w = tl.load(w_rows + cols.to(tl.int64)[None, :] * stride_wi, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(g_rows + cols.to(tl.int64)[None, :] * stride_gi, mask=mask, other=0.0).to(tl.float32)
-        total += tl.abs(w * g)
+        if POWER == 1:
+            total += tl.abs(w * g)
+        else:
+            total += (w * g) * (w * g)
     sums = sums_ptr + offs_o.to(tl.int64) * stride_sum
     row_sums = tl.sum(total, axis=1)
     if ADD:
@@ -85,8 +89,9 @@ def _sum_columns_kernel(  # type: ignore[no-untyped-def]
     REPEATS: tl.constexpr,
     STAGES: tl.constexpr,
     ALIGNED: tl.constexpr,
+    POWER: tl.constexpr,
 ):
-    """partials[strip, i] = sum over the strip's rows of |W[o, i] * G[o, i]|."""
+    """partials[strip, i] = sum over the strip's rows of |W[o, i] * G[o, i]| ** POWER, POWER 1 or 2."""
     width = I
     if ALIGNED:
         width = (I // 16) * 16
@@ -104,7 +109,10 @@ def _sum_columns_kernel(  # type: ignore[no-untyped-def]
         mask = (rows < O)[:, None] & mask_i[None, :]
         w = tl.load(w_cols + rows.to(tl.int64)[:, None] * stride_wo, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(g_cols + rows.to(tl.int64)[:, None] * stride_go, mask=mask, other=0.0).to(tl.float32)
-        total += tl.abs(w * g)
+        if POWER == 1:
+            total += tl.abs(w * g)
+        else:
+            total += (w * g) * (w * g)
     tl.store(partials_ptr + strip.to(tl.int64) * I + offs_i, tl.sum(total, axis=0), mask=mask_i)
 
 
@@ -162,8 +170,8 @@ def finish(out: torch.Tensor, partials: torch.Tensor, block: int) -> None:
         )
 
 
-def launch(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int) -> None:
-    """Add ``sum |weight * grad|`` of every structure to ``out``; arguments as validated by the op."""
+def launch(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int, power: int) -> None:
+    """Add ``sum |weight * grad| ** power`` of every structure to ``out``; arguments as validated by the op."""
     if weight.stride(1) != 1 and weight.stride(0) == 1:
         weight, grad, axis = weight.t(), grad.t(), "column" if axis == "row" else "row"
     rows, width = weight.shape
@@ -185,6 +193,7 @@ def launch(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: st
                 sums.stride(0),
                 ADD=block == 1,
                 ALIGNED=aligned_rows,
+                POWER=power,
                 **ROWS,
             )
             partials = sums.unsqueeze(0)
@@ -192,7 +201,16 @@ def launch(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: st
             strips = triton.cdiv(rows, COLUMNS["BLOCK_O"] * COLUMNS["REPEATS"])
             partials = torch.empty((strips, width), dtype=torch.float32, device=weight.device)
             _sum_columns_kernel[(triton.cdiv(width, COLUMNS["BLOCK_I"]), strips)](
-                weight, grad, partials, rows, width, *weight.stride(), *grad.stride(), ALIGNED=aligned_rows, **COLUMNS
+                weight,
+                grad,
+                partials,
+                rows,
+                width,
+                *weight.stride(),
+                *grad.stride(),
+                ALIGNED=aligned_rows,
+                POWER=power,
+                **COLUMNS,
             )
     if axis == "column" or block > 1:
         finish(out, partials, block)

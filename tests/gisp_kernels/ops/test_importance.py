@@ -89,6 +89,21 @@ def test_reduce_adds_only_float32_rounding(
         assert_error_budget(scores, truth.scores.float(), truth)
 
 
+@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_power(backend: str, axis: str) -> None:
+    for shape in SHAPES:
+        dy, x, weight = operands(*shape[:3], torch.float32)
+        block = block_for(shape, axis)
+        grad = dy.T @ x
+        truth = reduce_truth(weight, grad, axis, block, power=2)
+        scores = abs_weighted_reduce(weight, grad, axis=axis, block=block, power=2, backend=backend)
+        # A square rounds twice what it is made of.
+        assert_error_budget(scores, truth.scores.float(), truth)
+        fused = wgrad_importance(dy, x, weight, axis=axis, block=block, power=2, backend=backend)
+        torch.testing.assert_close(fused, scores, rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_wgrad_reference_rounds_the_gradient_once(axis: str, dtype: torch.dtype) -> None:
@@ -220,7 +235,7 @@ def test_program_order_does_not_matter() -> None:
 def test_registration(choice: str) -> None:
     dy, x, weight = operands(6, 10, 4, torch.float32)
     torch.library.opcheck(
-        torch.ops.gisp.abs_weighted_reduce_.default, (torch.zeros(3), weight, dy.T @ x, "row", 2, choice)
+        torch.ops.gisp.abs_weighted_reduce_.default, (torch.zeros(3), weight, dy.T @ x, "row", 2, choice, 2)
     )
     torch.library.opcheck(
         torch.ops.gisp.wgrad_importance_.default, ([torch.zeros(10)], dy, x, [weight], [0], [1], "column", choice)
@@ -245,6 +260,9 @@ W, G = torch.zeros(4, 6), torch.zeros(4, 6)
 DY, X = torch.zeros(3, 4), torch.zeros(3, 6)
 BAD_CALLS: list[tuple[type[Exception], str, Callable[[], object]]] = [
     (ValueError, "axis must be 'row' or 'column', got 'rows'", lambda: abs_weighted_reduce(W, G, axis="rows")),
+    (ValueError, "power must be 1 or 2, got 3", lambda: abs_weighted_reduce(W, G, power=3)),
+    (ValueError, "power must be 1 or 2, got 0", lambda: wgrad_importance(DY, X, W, power=0)),
+    (RuntimeError, "'native' does not implement", lambda: wgrad_importance(DY, X, W, power=2, backend="native")),
     (ValueError, "block must be at least 1, got 0", lambda: abs_weighted_reduce(W, G, block=0)),
     (ValueError, "block 3 does not divide the 4 rows", lambda: abs_weighted_reduce(W, G, block=3)),
     (ValueError, r"grad must have shape \(4, 6\), got \(6, 4\)", lambda: abs_weighted_reduce(W, G.t())),

@@ -59,6 +59,20 @@ def test_reduce(shape: tuple[int, int, int, int], axis: str, dtype: torch.dtype)
         assert_error_budget(scores, truth.scores.float(), truth)
 
 
+@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+def test_second_power(shape: tuple[int, int, int, int], axis: str) -> None:
+    dy, x, weight = operands(*shape[:3], torch.bfloat16)
+    block = block_for(shape, axis)
+    grad = weight_grad(dy, x)
+    truth = reduce_truth(weight, grad, axis, block, power=2)
+    for scores in (
+        abs_weighted_reduce(weight, grad, axis=axis, block=block, power=2),
+        wgrad_importance(dy, x, weight, axis=axis, block=block, power=2),
+    ):
+        assert_error_budget(scores, truth.scores.float(), truth)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("axis", ["row", "column"])
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
