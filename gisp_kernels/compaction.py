@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from gisp_kernels.groups import Projection, StructureGroup
 from gisp_kernels.ops.swap import PreparedSwaps
@@ -26,6 +27,11 @@ class _Store:
 
     def __init__(self, projection: Projection, name: str) -> None:
         linear = projection.linear
+        if projection.index is not None or projection.axis == "element" or not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f"only blocks of rows or columns of an nn.Linear can be removed in place, got {projection.axis}s of a "
+                f"{type(linear).__name__}" + ("" if projection.index is None else " by an index")
+            )
         self.block = projection.block
         self.axis = projection.axis
         self.dim = 0 if projection.axis == "row" else 1
@@ -33,12 +39,12 @@ class _Store:
         self._name = name
         # The number of features that follows this tensor's extent; a bias leaves it to its weight.
         self._features = None if name == "bias" else ("out_features", "in_features")[self.dim]
-        self.parameter: torch.nn.Parameter = linear._parameters[name]  # type: ignore[assignment]
+        self.parameter: nn.Parameter = linear._parameters[name]  # type: ignore[assignment]
         self._take(self.parameter.detach())
 
     @staticmethod
     def of(projection: Projection) -> list[_Store]:
-        has_bias = projection.axis == "row" and projection.linear.bias is not None
+        has_bias = projection.axis == "row" and getattr(projection.linear, "bias", None) is not None
         return [_Store(projection, name) for name in ("weight", "bias")[: 1 + has_bias]]
 
     def narrow(self, count: int) -> None:
@@ -98,8 +104,8 @@ class Compactor:
         backend: of the swaps, see :func:`gisp_kernels.ops.swap.swap_blocks_`.
 
     Raises:
-        ValueError: two groups of one name, a weight that appears twice (a tied weight would be swapped twice), or a
-            weight whose rows are not contiguous.
+        ValueError: two groups of one name, a weight that appears twice (a tied weight would be swapped twice), a
+            weight whose rows are not contiguous, or structures that are no blocks of an ``nn.Linear``.
     """
 
     def __init__(self, groups: Sequence[StructureGroup], *, backend: str | None = None) -> None:

@@ -6,13 +6,15 @@ projections, and structure ``s`` owns the same index range in each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
-Axis = Literal["row", "column"]
+Axis = Literal["row", "column", "element"]
 GroupKind = Literal["heads", "channels"]
 Kind = Literal["heads", "kv_heads", "channels"]
 KINDS: tuple[Kind, ...] = ("heads", "kv_heads", "channels")
@@ -65,32 +67,89 @@ def projections_of(module: str) -> tuple[LayerProjection, ...]:
     return tuple(item for item in PROJECTIONS if item.module == module)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projection:
-    """One Linear layer as seen by a group.
+    """One weight as seen by a group.
+
+    The weight is read with its outputs first, [O, I], whatever way the module stores it (``Conv1D`` of transformers
+    holds [I, O]). Experts in one tensor are [E, O, I]; their rows and columns are numbered expert by expert, so that
+    row ``r`` of expert ``e`` is row ``e * O + r`` and column ``c`` column ``e * I + c``.
 
     Attributes:
-        linear: the layer, ``weight`` of shape [out_features, in_features].
+        linear: the module that holds the weight, an ``nn.Linear`` as a rule.
         axis: ``"row"``: structure ``s`` owns rows ``s*block : (s+1)*block`` and those entries of the bias;
-            ``"column"``: it owns those columns, and the bias belongs to no structure.
+            ``"column"``: it owns those columns, and the bias belongs to no structure; ``"element"``: every element is
+            a structure, in the order of [O, I].
         block: consecutive rows or columns per structure (head_dim for heads, 1 for channels; projections of one group
             may differ in it).
+        index: in place of ``block``, int64 [structures, lines]: rows or columns of every structure, for fused weights
+            (query, key and value in one, gate and up in one). Lines it leaves out belong to no structure.
+        parameter: name of the weight in the module.
+
+    Raises:
+        ValueError: an unknown axis, or a block or index that does not fit.
     """
 
-    linear: nn.Linear
+    linear: Any
     axis: Axis
     block: int = 1
+    index: torch.Tensor | None = None
+    parameter: str = "weight"
 
     def __post_init__(self) -> None:
-        if self.axis not in ("row", "column"):
-            raise ValueError(f"axis must be 'row' or 'column', got {self.axis!r}")
+        if self.axis not in get_args(Axis):
+            raise ValueError(f"axis must be 'row', 'column' or 'element', got {self.axis!r}")
         if self.block < 1:
             raise ValueError(f"block must be at least 1, got {self.block}")
+        if self.index is not None:
+            self._check_index(self.index)
+        elif self.axis == "element" and self.block > 1:
+            raise ValueError(f"elements stand alone: block must be 1, got {self.block}")
+
+    def _check_index(self, index: torch.Tensor) -> None:
+        if self.block > 1 or self.axis == "element":
+            raise ValueError(f"index takes the place of block, by rows or columns: got block {self.block}, {self.axis}")
+        if not isinstance(index, torch.Tensor) or index.dtype != torch.int64 or index.dim() != 2:
+            raise ValueError("index must be an int64 tensor [structures, lines]")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.width:
+            raise ValueError(f"index must name {self.axis}s from 0 to {self.width - 1}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Projection):
+            return NotImplemented
+        same_index = self.index is other.index or (
+            self.index is not None and other.index is not None and torch.equal(self.index, other.index)
+        )
+        return same_index and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[int, str, int, str]:
+        return id(self.linear), self.axis, self.block, self.parameter
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[O, I] or [E, O, I], a view where the module stores it the other way round."""
+        weight = getattr(self.linear, self.parameter)
+        return weight.transpose(-1, -2) if is_transposed(self.linear) else weight
 
     @property
     def width(self) -> int:
-        """Current extent of the weight along ``axis``."""
-        return self.linear.weight.shape[0 if self.axis == "row" else 1]
+        """Rows, columns or elements of the weight at present, those of all experts together."""
+        *experts, rows, columns = self.weight.shape
+        lines = {"row": rows, "column": columns, "element": rows * columns}[self.axis]
+        return lines * math.prod(experts)
+
+    @property
+    def count(self) -> float:
+        """Structures at the current width; no whole number where the block does not divide it."""
+        return self.width / self.block if self.index is None else len(self.index)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores weights with inputs first: ``Conv1D`` and some stacked experts of transformers."""
+    return bool(getattr(module, "is_transposed", False)) or type(module).__name__ == "Conv1D"
 
 
 @dataclass(frozen=True)
@@ -108,19 +167,76 @@ class StructureGroup:
     def __post_init__(self) -> None:
         if not self.projections:
             raise ValueError(f"group {self.name!r} has no projections")
-        counts = {p.width / p.block for p in self.projections}
-        if len(counts) != 1 or not counts.copy().pop().is_integer():
-            shapes = ", ".join(f"{tuple(p.linear.weight.shape)} by {p.axis}s of {p.block}" for p in self.projections)
+        counts = {p.count for p in self.projections}
+        if len(counts) != 1 or not float(min(counts)).is_integer():
+            shapes = ", ".join(
+                f"{tuple(p.weight.shape)} by {p.axis}s "
+                + (f"of {p.block}" if p.index is None else f"of an index of {len(p.index)}")
+                for p in self.projections
+            )
             raise ValueError(f"group {self.name!r}: projections disagree on the structure count: {shapes}")
 
     @property
     def count(self) -> int:
         """Number of structures at the current width."""
-        return self.projections[0].width // self.projections[0].block
+        return int(self.projections[0].count)
+
+
+# Names of query, key, value and output projection, and of the layers into and out of an MLP's channels, in the models
+# of transformers and torch. The first of each are those of PROJECTIONS.
+ATTENTIONS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q", "k", "v", "o"),
+)
+MLPS = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("wi_0", "wi_1"), "wo"),
+    (("w1", "w3"), "w2"),
+    (("up_proj",), "down_proj"),
+    (("fc1",), "fc2"),
+    (("linear1",), "linear2"),
+    (("c_fc",), "c_proj"),
+    (("wi",), "wo"),
+)
+
+
+def unwrapped(module: Any) -> Any:
+    """The layer inside adapters of PEFT, which hold it as ``base_layer``; another module as it is."""
+    while isinstance(getattr(module, "base_layer", None), nn.Module):
+        module = module.base_layer
+    return module
+
+
+def layers_of(module: Any, names: Iterable[str]) -> list[Any] | None:
+    """The Linear layers of these names in a module, or ``None`` where one is missing."""
+    found = [unwrapped(getattr(module, name, None)) for name in names]
+    fit = all(isinstance(item, nn.Linear) or type(item).__name__ == "Conv1D" for item in found)
+    return found if fit else None
+
+
+def _head_dim(attention: Any) -> int | None:
+    head_dim = getattr(attention, "head_dim", getattr(attention, "key_value_proj_dim", None))
+    return None if head_dim is None else int(head_dim)
+
+
+def attention_layers(attention: Any) -> list[Any] | None:
+    """Query, key, value and output projection of an attention module that has ``head_dim``, or ``None``."""
+    found = (layers_of(attention, names) for names in ATTENTIONS)
+    return next((layers for layers in found if layers), None) if _head_dim(attention) is not None else None
+
+
+def mlp_layers(mlp: Any) -> tuple[list[Any], Any] | None:
+    """The layers into an MLP's channels and the one out of them, or ``None``."""
+    for into, out in MLPS:
+        layers = layers_of(mlp, (*into, out))
+        if layers:
+            return layers[:-1], layers[-1]
+    return None
 
 
 def attention_group(name: str, attention: Any, *, whole_kv_groups: bool = False) -> StructureGroup:
-    """Heads of an attention module with ``q_proj, k_proj, v_proj, o_proj`` and ``head_dim``.
+    """Heads of an attention module that has ``head_dim`` and projections named as in :data:`ATTENTIONS`.
 
     With one key/value head per query head a head owns its rows of q, k and v and its columns of o. With shared
     key/value heads (GQA: ``num_key_value_groups`` above 1, or fewer rows in k than in q) it owns rows of q and columns
@@ -129,38 +245,39 @@ def attention_group(name: str, attention: Any, *, whole_kv_groups: bool = False)
     Args:
         whole_kv_groups: a structure is a key/value head with all query heads that share it: its rows of k and v, their
             rows of q and columns of o. The module must share its key/value heads evenly.
+
+    Raises:
+        ValueError: it has no such projections, or key/value heads that are not shared evenly.
     """
-    head_dim = int(attention.head_dim)
-    heads, kv_heads = attention.q_proj.out_features // head_dim, attention.k_proj.out_features // head_dim
+    layers, head_dim = attention_layers(attention), _head_dim(attention)
+    if layers is None or head_dim is None:
+        raise ValueError(f"group {name!r}: {type(attention).__name__} has no q, k, v and output projection of heads")
+    query, key, value, output = layers
+    heads, kv_heads = query.out_features // head_dim, key.out_features // head_dim
     shared = heads != kv_heads or getattr(attention, "num_key_value_groups", 1) != 1
     query_rows = head_dim
     if whole_kv_groups and kv_heads and heads % kv_heads == 0:
         query_rows = heads // kv_heads * head_dim
     elif whole_kv_groups:
         raise ValueError(f"group {name!r}: {heads} query heads do not share {kv_heads} key/value heads evenly")
-    blocks = {"heads": query_rows, "kv_heads": head_dim}
-    parts = tuple(
-        Projection(getattr(attention, item.name), item.axis, blocks[item.kind])
-        for item in projections_of("self_attn")
-        if item.kind == "heads" or whole_kv_groups or not shared
+    own = (key, value) if whole_kv_groups or not shared else ()
+    parts = (
+        Projection(query, "row", query_rows),
+        *(Projection(linear, "row", head_dim) for linear in own),
+        Projection(output, "column", query_rows),
     )
     return StructureGroup(name, parts, "heads")
 
 
 def mlp_group(name: str, mlp: Any) -> StructureGroup:
-    """Channels of a gated MLP: one row of ``gate_proj`` and ``up_proj``, one column of ``down_proj``."""
-    parts = tuple(Projection(getattr(mlp, item.name), item.axis) for item in projections_of("mlp"))
+    """Channels of an MLP with layers named as in :data:`MLPS`: a row of those into it, a column of the one out of it.
+
+    Raises:
+        ValueError: it has no such layers, or their widths differ.
+    """
+    layers = mlp_layers(mlp)
+    if layers is None:
+        raise ValueError(f"group {name!r}: {type(mlp).__name__} has no layers into and out of channels")
+    into, out = layers
+    parts = (*(Projection(linear, "row") for linear in into), Projection(out, "column"))
     return StructureGroup(name, parts, "channels")
-
-
-def _has_projections(module: nn.Module, of: str) -> bool:
-    return all(isinstance(getattr(module, item.name, None), nn.Linear) for item in projections_of(of))
-
-
-def iter_groups(model: nn.Module) -> Iterator[StructureGroup]:
-    """Groups of every attention and gated MLP found in ``model``, in module order, by attribute names alone."""
-    for name, module in model.named_modules():
-        if _has_projections(module, "self_attn") and hasattr(module, "head_dim"):
-            yield attention_group(name, module)
-        elif _has_projections(module, "mlp"):
-            yield mlp_group(name, module)

@@ -20,6 +20,7 @@ ROOMS = {
             "backend",
             "checks",
             "groups",
+            "families",
             "alignment",
             "triton",
             "ops",

@@ -92,10 +92,10 @@ def wgrad_importance(
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Sum of ``|weight * G| ** power`` over every block of rows or columns, ``G = grad_output.T @ input`` of all tokens.
+    """Sum of ``|weight * G| ** power`` over every block of rows or columns, ``G = grad_output.T @ input``.
 
-    ``G`` is the weight gradient of a Linear layer. The fused kernels consume it tile by tile and never store it. They sum
-    the first power alone: with ``power`` 2 a matrix product forms ``G`` and a reduction squares it.
+    ``G`` is the weight gradient of a Linear layer over all tokens. The fused kernels consume it tile by tile and never
+    store it. They sum the first power alone: with ``power`` 2 a matrix product forms ``G`` and a reduction squares it.
 
     Args:
         grad_output: [..., O], gradient of the layer's output, any strides.

@@ -13,7 +13,9 @@ import torch
 
 from gisp_kernels.groups import Projection, StructureGroup
 from gisp_kernels.ops.gate_grads import gate_grads, gate_sums, loss_change
-from gisp_kernels.record.tap import Needs, Tap, Use, current_backward
+from gisp_kernels.record.attach.tap import Tap
+from gisp_kernels.record.attach.use import Needs, Use, current_backward
+from gisp_kernels.record.sums import own_lines
 
 
 class GateTap(Tap[tuple[torch.Tensor, int]]):
@@ -44,7 +46,7 @@ class GateTap(Tap[tuple[torch.Tensor, int]]):
             ValueError: the layer is scored by rows, or has another number of structures.
         """
         (projection,) = self._projections
-        count = projection.width // projection.block
+        count = int(projection.count)
         if projection.axis != "column":
             raise ValueError(f"group {self.name!r}: only structures with an output projection can be closed")
         if closed.dtype != torch.bool or closed.shape != (count,):
@@ -72,16 +74,20 @@ class GateTap(Tap[tuple[torch.Tensor, int]]):
 
     def _zero(self) -> None:
         (projection,) = self._projections
-        count = projection.width // projection.block
+        count = int(projection.count)
         self.sums = torch.zeros(3, count, dtype=torch.float64, device=self.linear.weight.device)
 
-    def _scores_of(self, projection: Projection) -> torch.Tensor:
-        return loss_change(self.sums)
+    def _totals(self) -> list[torch.Tensor]:
+        return [self.sums]
+
+    def _scores_of(self, projection: Projection, totals: list[torch.Tensor]) -> torch.Tensor:
+        return loss_change(totals[0])
 
     def _take_use(self, use: Use) -> None:
         (projection,) = self._projections
-        value, grad = map(_sequences, use.at_gates(projection.axis, self.linear.bias))
-        found = gate_grads(value, grad, block=projection.block, backend=self._backend)
+        at_gates = use.at_gates(projection.axis, self.linear.bias)
+        (value, block), (grad, _) = (own_lines(_sequences(tensor), projection) for tensor in at_gates)
+        found = gate_grads(value, grad, block=block, backend=self._backend)
         # Uses of one pass are summed as they come.
         earlier = self._pending.get(current_backward())
         if earlier is not None:
@@ -106,7 +112,7 @@ class GateTap(Tap[tuple[torch.Tensor, int]]):
             )
         self.sums += gate_sums(grads, curvature.to(grads.device), units)
 
-    def _take_weight_grad(self, grad: torch.Tensor) -> None:
+    def _take_weight_grad(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
         """Refuse a weight gradient, which does not tell sequences apart."""
         raise RuntimeError(
             f"group {self.name!r}: second-order scores need the forward inside the recorder, this one ran before it"
@@ -131,7 +137,12 @@ def gate_columns(group: StructureGroup, closed: torch.Tensor, dtype: torch.dtype
 
 
 def _columns(projection: Projection, closed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (~closed).to(projection.linear.weight.device, dtype).repeat_interleave(projection.block)
+    device = projection.linear.weight.device
+    if projection.index is None:
+        return (~closed).to(device, dtype).repeat_interleave(projection.block)
+    columns = torch.ones(projection.width, device=device, dtype=dtype)
+    columns[projection.index.to(device)[closed.to(device)]] = 0
+    return columns
 
 
 def _sequences(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,34 +1,59 @@
-"""Recording importance around an ordinary ``loss.backward()``.
+"""Scores of every group while a recorder is active.
 
-While a recorder is active, the forward of every covered Linear runs an autograd function whose backward returns the
-gradient of its input and of its bias as usual and, in place of the gradient of its weight, scores it. Graphs built
-before the recorder was entered are scored through hooks on the weights that require a gradient.
+Covered Linear layers run an autograd function whose backward returns the gradient of their input and of their bias as
+usual and, in place of the gradient of their weight, scores it. Weights that are used in another way, or whose gradients
+are to stay, are scored at their gradient, by hooks. So are graphs built before the recorder was entered.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from gisp_kernels import checks
-from gisp_kernels.groups import Projection, StructureGroup, iter_groups
+from gisp_kernels.groups import Axis, Projection, StructureGroup, unwrapped
+from gisp_kernels.record.attach.copying import Uncopyable
+from gisp_kernels.record.attach.parallel import added_over
+from gisp_kernels.record.attach.tap import Tap
+from gisp_kernels.record.attach.use import current_backward
+from gisp_kernels.record.coverage import Coverage
 from gisp_kernels.record.gates import GateTap, gate_projection
 from gisp_kernels.record.scored import ScoredTap
 from gisp_kernels.record.signed import SignedTap
-from gisp_kernels.record.tap import Tap, current_backward
+from gisp_kernels.record.targets import Mode, Way, refuse_sharing, way_of
 
-Mode = Literal["stream", "exact", "signed", "second-order"]
-Target = nn.Module | Iterable[StructureGroup] | Iterable[nn.Linear] | Mapping[str, nn.Linear]
+Key = tuple[nn.Module, str]
 
-_taken: weakref.WeakSet[nn.Linear] = weakref.WeakSet()
+_taken: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-class ImportanceRecorder:
-    """Scores collected while active as a context manager; made by :func:`record_importance`.
+class ImportanceRecorder(Uncopyable):
+    """Scores collected while active as a context manager; made by :func:`record_importance` or :func:`record_lines`.
+
+    Modes:
+
+    ``"stream"``: every backward pass adds ``|W * G|`` of its own weight gradient ``G``; no gradient is kept between
+    passes. Uses of one layer in one pass are summed before the absolute value; with reentrant checkpointing only uses
+    within one checkpointed segment.
+
+    ``"exact"``: ``G`` is summed over passes in a float32 buffer of the size of the weight and the absolute value is
+    taken once, in :meth:`scores` (paper Eq. 8). With one pass the two agree up to rounding.
+
+    ``"signed"``: the absolute value of ``W * G`` summed over a structure, all its projections and all passes, which is
+    the gradient of a gate on the structure (LLM-Pruner's "vector" score, arXiv 2305.11627, taken over the whole
+    structure). It is linear in ``G``, so it is exact over any number of passes and no weight gradient is formed; the
+    outputs of layers scored by rows are kept for the backward pass and must not be changed in place.
+
+    ``"second-order"``: the change of the loss that closing a gate on the structure makes, predicted to second order
+    from the gate's gradient for every sequence (:mod:`gisp_kernels.ops.gate_grads`); the lowest are the least
+    important, as ever. Only output projections are recorded, their inputs must be [B, S, features] (2 dimensions are
+    one sequence), the loss a sum over sequences, and the forward must run inside the context. Set :attr:`curvature`
+    where the loss is not the mean over all tokens of the batch.
 
     Attributes:
         backward_calls: backward passes that reached a covered layer since the last reset.
@@ -43,35 +68,40 @@ class ImportanceRecorder:
     def __init__(
         self,
         groups: tuple[StructureGroup, ...],
+        coverage: Coverage,
         *,
         mode: Mode = "stream",
+        power: int = 1,
+        keep_grad: bool = False,
+        loss_scale: Any = None,
+        reduce_group: Any = None,
         backend: str | None = None,
         closed: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-        names = [group.name for group in groups]
-        if len(set(names)) != len(names):
-            raise ValueError(f"group names must be unique, got {names}")
+        _check_options(groups, mode, power, loss_scale)
         self.mode = mode
         self.curvature: torch.Tensor | None = None
         self.units: torch.Tensor | None = None
+        self._power = power
+        self._keep_grad = keep_grad
+        self._scale = _Scale(loss_scale)
+        self._reduce_group = reduce_group
         self._backend = backend
         self._groups = groups
+        self._coverage = coverage
         self._scored = {
             group.name: (gate_projection(group),) if mode == "second-order" else group.projections for group in groups
         }
-        self._taps: dict[nn.Linear, Tap[Any]] = {}
+        self._taps: dict[Key, Tap[Any]] = {}
         for group in groups:
             for projection in self._scored[group.name]:
-                linear = projection.linear
-                if linear not in self._taps:
-                    _check_linear(group.name, linear)
-                    self._taps[linear] = self._tap(group.name, linear)
-                self._taps[linear].add(projection)
-        self._check_sharing()
+                way_of(group.name, projection, mode=mode, keep_grad=keep_grad)
+                key = _key(projection)
+                if key not in self._taps:
+                    self._taps[key] = self._tap(group.name, *key)
+                self._taps[key].add(projection)
+        self._ways()
         self._close(closed or {})
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._active = False
         self._outermost: int | None = None
         self._backwards: set[int] = set()
@@ -88,24 +118,57 @@ class ImportanceRecorder:
         for tap in self._taps.values():
             tap.reset()
 
+    def coverage(self) -> Coverage:
+        """What of the target is scored, what is not, and which groups no backward pass has reached."""
+        reached = {key for key, tap in self._taps.items() if tap.reached}
+        unreached = [
+            group.name for group in self._groups if not reached.intersection(map(_key, self._scored[group.name]))
+        ]
+        return self._coverage.with_unreached(unreached)
+
     def scores(self) -> dict[str, torch.Tensor]:
         """Scores of every group so far, float32 [count]; sums over its projections in their order.
 
         ``stream``: the sum over backward passes of ``|W * G_pass|``. ``exact``: ``|W * sum of G_pass|`` (paper Eq. 8)
         with the weights as they are now. ``signed``: ``|sum of W * G|`` over all elements and passes.
-        ``second-order``: the sum over passes of the predicted change of the loss, of either sign.
+        ``second-order``: the sum over passes of the predicted change of the loss, of either sign. With a
+        ``reduce_group`` sums run over its processes too, all of which must call.
 
         Raises:
-            RuntimeError: a covered layer changed its width while being recorded.
+            RuntimeError: a covered layer changed its width while being recorded, or a scaled loss overflowed.
         """
+        parts = {key: self._parts_of(tap) for key, tap in self._taps.items()}
         scores = {}
         for group in self._groups:
-            parts = [self._taps[p.linear].score(p, self._active) for p in self._scored[group.name]]
-            total = parts[0].clone()
-            for part in parts[1:]:
+            first, *others = (parts[_key(p)][p] for p in self._scored[group.name])
+            total = first.clone()
+            for part in others:
                 total += part.to(total.device)
             scores[group.name] = total.abs().float() if self.mode == "signed" else total
+        self._scale.check(scores)
         return scores
+
+    def scores_of(self, module: nn.Module, axis: Axis = "row", parameter: str = "weight") -> torch.Tensor:
+        """Scores of one weight along one axis, float32.
+
+        Args:
+            module: a covered layer; adapters of PEFT stand for the layer inside.
+            axis: ``"row"`` or ``"column"``: [structures]; ``"element"``: as the weight, outputs first, [O, I].
+            parameter: which weight of the module.
+
+        Raises:
+            KeyError: the weight is not scored along this axis, or in several ways.
+            RuntimeError: as :meth:`scores`.
+        """
+        tap = self._taps.get((unwrapped(module), parameter))
+        found = {p: scores for p, scores in self._parts_of(tap).items() if p.axis == axis} if tap else {}
+        if tap is None or len(found) != 1:
+            how = f"in {len(found)} ways" if found else "not scored"
+            raise KeyError(f"{parameter} of this {type(module).__name__} is {how} by {axis}s")
+        (scores,) = found.values()
+        scores = scores.abs().float() if self.mode == "signed" else scores.clone()
+        self._scale.check({tap.name: scores})
+        return scores.view(tap.weight.shape) if axis == "element" else scores
 
     def gate_sums(self) -> dict[str, torch.Tensor]:
         """What the scores of mode ``second-order`` are made of: group name -> float64 [3, count].
@@ -115,178 +178,142 @@ class ImportanceRecorder:
         Raises:
             RuntimeError: another mode.
         """
-        taps = {group.name: self._taps[self._scored[group.name][0].linear] for group in self._groups}
+        taps = {group.name: self._taps[_key(self._scored[group.name][0])] for group in self._groups}
         found = {name: tap.sums.clone() for name, tap in taps.items() if isinstance(tap, GateTap)}
         if len(found) < len(taps):
             raise RuntimeError(f"mode {self.mode!r} records no gates: use mode 'second-order'")
+        if self._reduce_group is not None:
+            return {name: added_over([sums], self._reduce_group)[0] for name, sums in found.items()}
         return found
 
     def __enter__(self) -> ImportanceRecorder:
         if self._active:
             raise RuntimeError("this recorder is already active")
-        for linear, tap in self._taps.items():
-            if linear in _taken:
+        ways = self._ways()
+        for tap in self._taps.values():
+            if tap.linear in _taken:
                 raise RuntimeError(f"a layer of group {tap.name!r} is already being recorded by another recorder")
-            _check_linear(tap.name, linear)
             tap.check_width()
         self._outermost = None
         self._active = True
-        for linear, tap in self._taps.items():
-            _taken.add(linear)
-            tap.called = False
-            linear.forward = self._forward_of(tap)  # type: ignore[method-assign, assignment]
-            weight = linear.weight
-            if weight.requires_grad and weight.is_leaf:
-                self._handles.append(weight.register_hook(tap.take_weight_grad))
-                self._handles.append(weight.register_post_accumulate_grad_hook(tap.restore_weight_grad))
+        for key, tap in self._taps.items():
+            _taken.add(tap.linear)
+            tap.attach(by_forward=ways[key] == "forward", keep_grad=self._keep_grad, passing=self._pass_forward)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for linear, tap in self._taps.items():
-            linear.__dict__.pop("forward", None)
-            tap.close()
-            _taken.discard(linear)
+        for tap in self._taps.values():
+            tap.detach()
+            _taken.discard(tap.linear)
         self._active = False
 
-    def _tap(self, name: str, linear: nn.Linear) -> Tap[Any]:
-        shared = name, linear, self._backend, self._saw_backward
+    def _tap(self, name: str, linear: nn.Module, parameter: str) -> Tap[Any]:
+        shared = name, linear, parameter, self._backend, self._saw_backward
         if self.mode == "second-order":
             return GateTap(*shared, factors=lambda: (self.curvature, self.units))
         if self.mode == "signed":
             return SignedTap(*shared)
-        return ScoredTap(*shared, exact=self.mode == "exact")
+        return ScoredTap(*shared, exact=self.mode == "exact", power=self._power)
+
+    def _ways(self) -> dict[Key, Way]:
+        found: dict[Key, tuple[str, Way, torch.Tensor]] = {}
+        for group in self._groups:
+            for projection in self._scored[group.name]:
+                way = way_of(group.name, projection, mode=self.mode, keep_grad=self._keep_grad)
+                found.setdefault(_key(projection), (group.name, way, self._taps[_key(projection)].stored))
+        refuse_sharing(found)
+        return {key: way for key, (_, way, _) in found.items()}
 
     def _close(self, closed: Mapping[str, torch.Tensor]) -> None:
         for name, gates in closed.items():
             if self.mode != "second-order" or name not in self._scored:
                 raise ValueError(f"closed names group {name!r}: give groups that are scored, in mode 'second-order'")
-            tap = self._taps[self._scored[name][0].linear]
+            tap = self._taps[_key(self._scored[name][0])]
             assert isinstance(tap, GateTap)
             tap.close_gates(gates)
 
-    def _forward_of(self, tap: Tap[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-        def forward(input: torch.Tensor) -> torch.Tensor:
-            backward = current_backward()
-            if backward is None:
-                self._outermost = None
-            elif self._outermost is None:
-                # Checkpointing runs the forward again inside a backward pass, and its reentrant form then starts a
-                # nested one: all of that is one pass to the caller.
-                self._outermost = backward
-                torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
-            return tap.forward(input)
+    def _parts_of(self, tap: Tap[Any]) -> dict[Projection, torch.Tensor]:
+        return tap.scores(active=self._active, group=self._reduce_group, scale=self._scale.value)
 
-        return forward
+    def _pass_forward(self) -> None:
+        self._scale.meet_forward()
+        backward = current_backward()
+        if backward is None:
+            self._outermost = None
+        elif self._outermost is None:
+            # Checkpointing runs the forward again inside a backward pass, and its reentrant form then starts a
+            # nested one: all of that is one pass to the caller.
+            self._outermost = backward
+            torch.autograd.Variable._execution_engine.queue_callback(self._leave_backward)
 
     def _leave_backward(self) -> None:
         self._outermost = None
 
-    def _saw_backward(self) -> None:
+    def _saw_backward(self) -> int | None:
         current = current_backward()
         outermost = self._outermost if self._outermost is not None else current
-        if outermost is not None:
+        if outermost is not None and outermost not in self._backwards:
             self._backwards.add(outermost)
+            self._scale.follow(self._taps.values())
+        return outermost
 
-    def _check_sharing(self) -> None:
-        owners: dict[int, str] = {}
-        for linear, tap in self._taps.items():
-            if id(linear.weight) in owners:
-                raise ValueError(
-                    f"two layers (groups {owners[id(linear.weight)]!r} and {tap.name!r}) share one weight: their "
-                    "gradients cannot be told apart"
+
+class _Scale:
+    """What the loss is multiplied with; buffers are kept in units of the present one."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self.value = 1.0
+        self._read = False
+
+    def meet_forward(self) -> None:
+        """Require to be told the scale where there is one as a rule."""
+        if self._source is not None:
+            return
+        for device in ("cuda", "cpu"):
+            if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+                raise RuntimeError(
+                    "float16 autocast goes with a GradScaler, whose factor would stay in the scores: pass "
+                    "loss_scale=scaler, or loss_scale=1.0 for a loss that is not scaled"
                 )
-            owners[id(linear.weight)] = tap.name
+
+    def follow(self, taps: Any) -> None:
+        """Take over the scale of a pass that has begun."""
+        if self._source is None:
+            return
+        source: Callable[[], float] = getattr(self._source, "get_scale", lambda: self._source)
+        value = float(source())
+        if not (math.isfinite(value) and value > 0):
+            raise RuntimeError(f"loss_scale must be finite and above 0, got {value}")
+        if self._read and value != self.value:
+            for tap in taps:
+                tap.rescale(value / self.value)
+        self.value, self._read = value, True
+
+    def check(self, scores: Mapping[str, torch.Tensor]) -> None:
+        """Refuse what an overflow of a scaled loss left."""
+        if self._source is not None and not all(bool(values.isfinite().all()) for values in scores.values()):
+            raise RuntimeError(
+                "scores are not finite: the scaled loss overflowed in a pass. Call reset() and record once the scale "
+                "has settled"
+            )
 
 
-def record_importance(
-    target: Target,
-    *,
-    mode: Mode = "stream",
-    backend: str | None = None,
-    closed: Mapping[str, torch.Tensor] | None = None,
-) -> ImportanceRecorder:
-    """Recorder of structure scores, a context manager to put around any ``loss.backward()``.
-
-    ::
-
-        with record_importance(model) as recorder:
-            model(**batch).loss.backward()
-        scores = recorder.scores()  # {"model.layers.0.mlp": float32 [channels], ...}
-
-    The forward may run inside the context or, for weights that require a gradient, before it. The ``.grad`` of
-    covered weights is left as it was; other parameters get their gradients as always.
-
-    Args:
-        target: a module (every attention and gated MLP in it is a group), an iterable of
-            :class:`~gisp_kernels.groups.StructureGroup`, or an iterable or mapping of ``nn.Linear``, each then a group
-            of its own, scored by output rows and named by its position or key.
-        mode: ``"stream"``: every backward pass adds ``|W * G|`` of its own weight gradient ``G``; no gradient is kept
-            between passes. ``"exact"``: ``G`` is summed over passes in a float32 buffer of the size of the weight and
-            the absolute value is taken once, in :meth:`ImportanceRecorder.scores` (paper Eq. 8). With one pass
-            the two agree up to rounding. Uses of one layer in one pass are summed before the absolute value; with
-            reentrant checkpointing ``"stream"`` sums only uses within one checkpointed segment. ``"signed"``: the
-            absolute value of ``W * G`` summed over a structure, all its projections and all passes, which is the
-            gradient of a gate on the structure (LLM-Pruner's "vector" score, arXiv 2305.11627, taken over the whole
-            structure). It is linear in ``G``, so it is exact over any number of passes and no weight gradient is
-            formed; the outputs of layers scored by rows are kept for the backward pass and must not be changed in
-            place. ``"second-order"``: the change of the loss that closing a gate on the structure makes, predicted to
-            second order from the gate's gradient for every sequence (:mod:`gisp_kernels.ops.gate_grads`); the lowest
-            are
-            the least important, as ever. Only output projections are recorded, their inputs must be [B, S, features]
-            (2 dimensions are one sequence), the loss a sum over sequences, and the forward must run inside the context.
-            Set :attr:`ImportanceRecorder.curvature` where the loss is not the mean over all tokens of the batch.
-        backend: implementation of the ops, see :mod:`gisp_kernels.backend`.
-        closed: mode ``second-order`` alone: group name -> bool [count], structures whose gate stands at 0 while
-            recording: the model computes as if they were gone, and their gate gradients, ``sum g_b`` of
-            :meth:`ImportanceRecorder.gate_sums`, say how the loss changes as they come back.
-
-    Raises:
-        TypeError: ``target`` is none of these, or a covered layer is no plain floating-point ``nn.Linear``.
-        ValueError: no group found, repeated names, a weight shared by two covered layers, an unknown mode, or
-            ``closed`` that does not fit.
-        RuntimeError: (on entering) a covered layer is already being recorded; (while active) its width changed.
-    """
-    return ImportanceRecorder(_groups_of(target), mode=mode, backend=backend, closed=closed)
+def _key(projection: Projection) -> Key:
+    return projection.linear, projection.parameter
 
 
-def _groups_of(target: Target) -> tuple[StructureGroup, ...]:
-    if isinstance(target, nn.Linear):
-        target = [target]
-    if isinstance(target, nn.Module):
-        return _found_groups(target)
-    if isinstance(target, Mapping):
-        named = {str(name): linear for name, linear in target.items()}
-    elif isinstance(target, Iterable):
-        items = list(target)
-        if all(isinstance(item, StructureGroup) for item in items):
-            return tuple(items)  # type: ignore[arg-type]
-        named = {str(i): item for i, item in enumerate(items)}
-    else:
-        raise TypeError(f"target must be a module, StructureGroups or nn.Linear layers, got {type(target).__name__}")
-    for name, linear in named.items():
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"target[{name!r}] must be an nn.Linear, got {type(linear).__name__}")
-    return tuple(StructureGroup(name, (Projection(linear, "row"),)) for name, linear in named.items())
-
-
-def _found_groups(model: nn.Module) -> tuple[StructureGroup, ...]:
-    groups = tuple(iter_groups(model))
-    if not groups:
-        raise ValueError(
-            f"no attention (q_proj, k_proj, v_proj, o_proj) or gated MLP (gate_proj, up_proj, down_proj) found in "
-            f"{type(model).__name__}: pass StructureGroups or nn.Linear layers"
-        )
-    return groups
-
-
-def _check_linear(name: str, linear: nn.Linear) -> None:
-    replaced = "forward" in linear.__dict__ and linear not in _taken
-    if type(linear).forward is not nn.Linear.forward or replaced:
-        raise TypeError(
-            f"group {name!r}: a {type(linear).__name__} with its own forward cannot be recorded "
-            "(remove adapters and hooks that replace it)"
-        )
-    checks.check_matrix(f"the weight of a layer of group {name!r}", linear.weight)
+def _check_options(groups: tuple[StructureGroup, ...], mode: Mode, power: int, loss_scale: Any) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
+    checks.check_power(power)
+    if mode in ("signed", "second-order"):
+        if power != 1:
+            raise ValueError(f"power {power} is for modes 'stream' and 'exact', not {mode!r}")
+        if any(p.axis == "element" for group in groups for p in group.projections):
+            raise ValueError(f"elements are scored in modes 'stream' and 'exact', not {mode!r}")
+    if mode == "second-order" and loss_scale is not None:
+        raise ValueError("mode 'second-order' does not undo loss_scale: record with an unscaled loss")
+    names = [group.name for group in groups]
+    if len(set(names)) != len(names):
+        raise ValueError(f"group names must be unique, got {names}")

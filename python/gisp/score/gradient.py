@@ -22,7 +22,7 @@ from gisp_kernels import loss_change, record_importance
 from gisp_kernels.groups import StructureGroup
 from gisp_kernels.ops import float8
 from gisp_kernels.record.gates import gate_columns
-from gisp_kernels.record.recorder import Mode
+from gisp_kernels.record.targets import Mode
 
 # By group what scores are made of, and the loss.
 Sums = tuple[dict[str, torch.Tensor], torch.Tensor]

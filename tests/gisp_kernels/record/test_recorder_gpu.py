@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gisp_kernels import iter_groups, record_importance
 from gisp_kernels.ops.wgrad import FUSED_MAX_TOKENS
-from gisp_kernels.record.recorder import Mode
+from gisp_kernels.record.targets import Mode
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,247 @@
+"""What every recorded weight shares: where its scores come from, its passes, its width."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gisp_kernels.groups import Projection, is_transposed
+from gisp_kernels.record.attach.copying import Uncopyable
+from gisp_kernels.record.attach.parallel import added_over
+from gisp_kernels.record.attach.use import Needs, RecordedLinear, Use, current_backward
+from gisp_kernels.record.attach.watch import Watch
+
+Pending = TypeVar("Pending")
+
+
+class Tap(ABC, Uncopyable, Generic[Pending]):
+    """Collects the scores of one weight, for every projection it is scored by.
+
+    A subclass says what it reads of a use of the layer (:attr:`needs`) and what it makes of it (:meth:`_take_use`).
+    What has to wait for the end of a backward pass goes to ``_pending``, by the number of the pass, and comes back
+    through :meth:`_end_pass`.
+
+    Args:
+        name: group name, for messages.
+        linear: the module that holds the weight.
+        parameter: its name there.
+        backend: implementation of the ops.
+        seen: called inside each backward pass that reaches the weight; gives the number of the pass.
+
+    Attributes:
+        called: whether the layer ran since recording began.
+        reached: whether a backward pass brought scores since the last reset.
+        degree, score_degree: the power of the loss that the buffers grow with, and that scores made of them do.
+    """
+
+    degree = 1
+    score_degree = 1
+    # Whether scores of parts of one pass add up to those of the pass.
+    additive = True
+
+    def __init__(
+        self, name: str, linear: nn.Module, parameter: str, backend: str | None, seen: Callable[[], int | None]
+    ) -> None:
+        self.name = name
+        self.linear: Any = linear
+        self.parameter = parameter
+        self.called = False
+        self.reached = False
+        self._backend = backend
+        self._seen = seen
+        self._projections: list[Projection] = []
+        self._shape = self._present_shape()
+        self._pending: dict[int | None, list[Pending]] = {}
+        self._anchor: torch.Tensor | None = None
+        self._watch: Watch | None = None
+        # The last passes that brought uses of the layer, and gradients of its weight.
+        self._use_pass: int | None = None
+        self._grad_pass: int | None = None
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What a :class:`Use` is to hold."""
+
+    @property
+    def gates(self) -> torch.Tensor | None:
+        """What the columns of the input are multiplied with, [I]; ``None`` for ones."""
+        return None
+
+    @abstractmethod
+    def _zero(self) -> None:
+        """Make the buffers anew, at the present width."""
+
+    @abstractmethod
+    def _totals(self) -> list[torch.Tensor]:
+        """The buffers, which add up over passes and processes."""
+
+    @abstractmethod
+    def _scores_of(self, projection: Projection, totals: list[torch.Tensor]) -> torch.Tensor:
+        """Scores of a projection, [count], from :meth:`_totals` of any number of passes and processes."""
+
+    @abstractmethod
+    def _take_use(self, use: Use) -> None:
+        """Score one use of the layer in the running backward pass, or keep it until the pass ends."""
+
+    @abstractmethod
+    def _take_weight_grad(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
+        """Score a weight gradient; both are as :attr:`Projection.weight`."""
+
+    def _end_pass(self, pending: list[Pending]) -> None:
+        """Score what uses of the layer left in one backward pass, once the last of them has been seen."""
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """The weight as the module stores it."""
+        weight: torch.Tensor = getattr(self.linear, self.parameter)
+        return weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as :attr:`Projection.weight`."""
+        return self.oriented(self.stored)
+
+    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the shape of :attr:`stored`, outputs first."""
+        return tensor.transpose(-1, -2) if is_transposed(self.linear) else tensor
+
+    def add(self, projection: Projection) -> None:
+        """Score the layer for one more projection."""
+        if projection not in self._projections:
+            self._projections.append(projection)
+
+    def reset(self) -> None:
+        """Zero the scores, at the present width."""
+        self._shape = self._present_shape()
+        self._pending.clear()
+        self.reached = False
+        self._zero()
+
+    def attach(self, *, by_forward: bool, keep_grad: bool, passing: Callable[[], None]) -> None:
+        """Begin to record.
+
+        Args:
+            by_forward: whether the forward of the layer is to be recorded, or its weight gradients alone.
+            keep_grad: leave weight gradients to accumulate.
+            passing: called at every forward of the layer.
+        """
+        self.called = False
+        self._use_pass = self._grad_pass = None
+        if by_forward:
+            self.linear.forward = _Forward(self, passing)
+        self._watch = Watch(self, keep_grad=keep_grad, passing=passing)
+        self._watch.attach()
+
+    def detach(self) -> None:
+        """End recording, and drop what an interrupted backward pass left behind."""
+        self._pending.clear()
+        self._anchor = None
+        if isinstance(self.linear.__dict__.get("forward"), _Forward):
+            del self.linear.forward
+        if self._watch is not None:
+            self._watch.detach()
+            self._watch = None
+
+    def check_width(self) -> None:
+        """Require the shape the buffers were made for."""
+        shape = self._present_shape()
+        if shape != self._shape:
+            raise RuntimeError(
+                f"group {self.name!r}: a weight changed from {self._shape} to {shape} while being recorded; "
+                "read the scores before changing widths and call reset() after"
+            )
+
+    def _present_shape(self) -> tuple[int, ...]:
+        return tuple(self.stored.shape)
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Multiply the loss of all passes so far, as it were."""
+        for total in self._totals():
+            total *= factor**self.degree
+
+    def scores(self, *, active: bool, group: Any, scale: float) -> dict[Projection, torch.Tensor]:
+        """Scores for every projection, [count]; while recording is ``active`` the width must be as it was.
+
+        Args:
+            group: processes to add up over, or ``None``.
+            scale: what the loss was multiplied with.
+        """
+        if active:
+            self.check_width()
+        totals = self._totals() if group is None else added_over(self._totals(), group)
+        found = {p: self._scores_of(p, totals) for p in self._projections}
+        return found if scale == 1 else {p: scores / scale**self.score_degree for p, scores in found.items()}
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The layer, recorded if a graph is being built."""
+        linear = self.linear
+        self.check_width()
+        inside = current_backward() is not None
+        if not inside:
+            self.called = True
+            self._pending.clear()
+        # Recomputation inside a backward pass must repeat what the original forward did. A layer not called
+        # since recording began ran unrecorded, and the hooks of its weight score it.
+        unrecorded = inside and not self.called and linear.weight.requires_grad
+        if unrecorded or not torch.is_grad_enabled():
+            gates = self.gates
+            return F.linear(input if gates is None else input * gates.to(input.dtype), linear.weight, linear.bias)
+        if self._anchor is None:
+            # An empty tensor costs no kernel to accumulate, yet its hook runs once per backward pass, after the
+            # last use of the layer in it.
+            self._anchor = torch.zeros(0, device=linear.weight.device, requires_grad=True)
+            self._anchor.register_hook(self._leave_pass)
+        return RecordedLinear.apply(input, linear.bias, self._anchor, linear.weight.detach(), self)
+
+    def collect(self, use: Use) -> None:
+        """Take one use of the layer in the running backward pass."""
+        self.check_width()
+        self._use_pass = self._seen()
+        self._check_one_source()
+        self._take_use(use)
+
+    def take_weight_grad(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
+        """Take the gradient of the weight, both as the module stores them."""
+        self.check_width()
+        self._grad_pass = self._seen()
+        self._check_one_source()
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            self._take_weight_grad(self.oriented(weight.detach()), self.oriented(grad.detach()))
+
+    def _check_one_source(self) -> None:
+        self.reached = True
+        if not self.additive and self._use_pass is not None and self._use_pass == self._grad_pass:
+            raise RuntimeError(
+                f"group {self.name!r}: one backward pass uses a weight in its layer and elsewhere (tied weights, or a "
+                "graph from before the recorder), and the parts do not add up: pass keep_grad=True, which reads the "
+                "whole gradient, or use mode 'exact'"
+            )
+
+    def _leave_pass(self, _: torch.Tensor) -> None:
+        pending = self._pending.pop(current_backward(), None)
+        if pending is not None:
+            self._end_pass(pending)
+
+
+class _Forward(Uncopyable):
+    """Stands in for the forward of a recorded layer."""
+
+    def __init__(self, tap: Tap[Any], passing: Callable[[], None]) -> None:
+        self._tap = tap
+        self._passing = passing
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        self._passing()
+        return self._tap.forward(input)
+
+
+def is_recorded(module: nn.Module) -> bool:
+    """Whether a recorder stands in for the forward of a module."""
+    return isinstance(module.__dict__.get("forward"), _Forward)

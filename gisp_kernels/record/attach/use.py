@@ -1,0 +1,103 @@
+"""One use of a recorded Linear: the autograd function in its forward, and what its backward hands to a tap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from gisp_kernels.groups import Projection
+from gisp_kernels.ops.importance import as_tokens
+
+
+def current_backward() -> int | None:
+    """Number of the backward pass this thread is running, or ``None``."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
+class Needs(NamedTuple):
+    """Which tensors of a use of the layer its tap reads beside the gradient of the output."""
+
+    input: bool
+    output: bool
+    grad_input: bool
+
+    @classmethod
+    def of_gates(cls, projections: Iterable[Projection]) -> Needs:
+        """What :meth:`Use.at_gates` reads."""
+        axes = {projection.axis for projection in projections}
+        return cls(input="column" in axes, output="row" in axes, grad_input="column" in axes)
+
+
+class Use(NamedTuple):
+    """One use of the layer in a backward pass; ``None`` for what its tap does not need.
+
+    Attributes:
+        grad_output, output: [..., O].
+        input, grad_input: [..., I].
+    """
+
+    grad_output: torch.Tensor
+    input: torch.Tensor | None
+    output: torch.Tensor | None
+    grad_input: torch.Tensor | None
+
+    def at_gates(self, axis: str, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values that gates on columns or rows multiply, and their gradients.
+
+        The sum over tokens of their product is the gradient of gates that stand at 1.
+        """
+        if axis == "column":
+            assert self.input is not None and self.grad_input is not None
+            return self.input, self.grad_input
+        assert self.output is not None
+        return self.output if bias is None else self.output.float() - bias.detach().float(), self.grad_output
+
+
+class RecordedLinear(torch.autograd.Function):
+    """A Linear whose backward gives its tap a :class:`Use` in place of forming a weight gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        bias: torch.Tensor | None,
+        anchor: torch.Tensor,
+        weight: torch.Tensor,
+        tap: Any,
+    ) -> torch.Tensor:
+        ctx.tap = tap
+        ctx.input_dtype = input.dtype
+        ctx.set_materialize_grads(False)
+        device = input.device.type
+        if torch.is_autocast_enabled(device) and input.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            # Autocast would make this copy for the product; the backward pass needs the same one.
+            input = input.to(torch.get_autocast_dtype(device))
+        gates = tap.gates
+        output = F.linear(input if gates is None else input * gates.to(input.dtype), weight, bias)
+        needs = tap.needs
+        ctx.save_for_backward(input if needs.input else None, weight, output if needs.output else None, gates)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if grad_output is None:
+            return None, None, None, None, None
+        input, weight, output, gates = ctx.saved_tensors
+        grad_input = grad_bias = None
+        with torch.autocast(weight.device.type, enabled=False):
+            if ctx.needs_input_grad[0] or ctx.tap.needs.grad_input:
+                grad_input = grad_output.matmul(weight.to(grad_output.dtype))
+            if ctx.needs_input_grad[1]:
+                grad_bias = as_tokens(grad_output).sum(0)
+            ctx.tap.collect(Use(grad_output, input, output, grad_input))
+            # The tap has seen the gradient at the gates; on goes what passes through them.
+            if grad_input is not None and gates is not None:
+                grad_input = grad_input * gates.to(grad_input.dtype)
+        grad_input = None if grad_input is None else grad_input.to(ctx.input_dtype)
+        return grad_input, grad_bias, weight.new_zeros(0, dtype=torch.float32), None, None

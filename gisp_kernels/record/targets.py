@@ -1,0 +1,211 @@
+"""What may be recorded: the groups of a target, and which way each of their weights can be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gisp_kernels import checks
+from gisp_kernels.families import iter_groups
+from gisp_kernels.groups import Axis, Projection, StructureGroup, unwrapped
+from gisp_kernels.record.attach.parallel import is_sharded
+from gisp_kernels.record.attach.tap import is_recorded
+
+Mode = Literal["stream", "exact", "signed", "second-order"]
+Target = nn.Module | Iterable[StructureGroup] | Iterable[nn.Module] | Mapping[str, nn.Module]
+Way = Literal["forward", "weight"]
+
+
+def is_layer(module: Any) -> bool:
+    """Whether a module is a Linear layer, of torch or as transformers' ``Conv1D``, in an adapter or by itself."""
+    module = unwrapped(module)
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def groups_of(target: Target) -> tuple[StructureGroup, ...]:
+    """The groups of a target as :func:`gisp_kernels.record_importance` takes it.
+
+    Raises:
+        TypeError: it is no such target.
+        ValueError: a module without any group.
+    """
+    if isinstance(target, nn.Module) and not is_layer(target):
+        groups = tuple(iter_groups(target))
+        if not groups:
+            raise ValueError(
+                f"no attention (q_proj, k_proj, v_proj, o_proj) or gated MLP (gate_proj, up_proj, down_proj) found in "
+                f"{type(target).__name__}: pass StructureGroups or nn.Linear layers"
+            )
+        return groups
+    if isinstance(target, Iterable) and not isinstance(target, Mapping | nn.Module):
+        target = list(target)
+        if all(isinstance(item, StructureGroup) for item in target):
+            return tuple(target)  # type: ignore[arg-type]
+    return tuple(StructureGroup(n, (Projection(linear, "row"),)) for n, linear in named_layers(target).items())
+
+
+def named_layers(target: Any) -> dict[str, Any]:
+    """Layers by name: those of a mapping, of an iterable by position, one layer, or all those of a module.
+
+    In a module, layers of adapters are left out.
+
+    Raises:
+        TypeError: something is no Linear layer.
+        ValueError: a module without one.
+    """
+    if isinstance(target, nn.Module) and not is_layer(target):
+        return _layers_in(target)
+    if isinstance(target, nn.Module):
+        target = [target]
+    if isinstance(target, Mapping):
+        named = {str(name): linear for name, linear in target.items()}
+    elif isinstance(target, Iterable):
+        named = {str(i): item for i, item in enumerate(target)}
+    else:
+        raise TypeError(f"target must be a module, StructureGroups or nn.Linear layers, got {type(target).__name__}")
+    for name, linear in named.items():
+        if not is_layer(linear):
+            raise TypeError(f"target[{name!r}] must be an nn.Linear, got {type(linear).__name__}")
+    return {name: unwrapped(linear) for name, linear in named.items()}
+
+
+def _layers_in(module: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    wrappers: list[str] = []
+    for name, child in module.named_modules():
+        if any(name.startswith(f"{wrapper}.") for wrapper in wrappers):
+            continue
+        if unwrapped(child) is not child:
+            wrappers.append(name)
+        if is_layer(child):
+            found[name] = unwrapped(child)
+    if not found:
+        raise ValueError(f"no nn.Linear found in {type(module).__name__}")
+    return found
+
+
+def line_groups(target: Any, axes: Iterable[Axis], without: Iterable[int] = ()) -> tuple[StructureGroup, ...]:
+    """A group ``"NAME.AXIS"`` for every layer of a target and every axis; ``without``: ids of weights to leave out."""
+    left_out = set(without)
+    return tuple(
+        StructureGroup(f"{name}.{axis}", (Projection(linear, axis),))
+        for name, linear in named_layers(target).items()
+        if id(linear.weight) not in left_out
+        for axis in axes
+    )
+
+
+def way_of(name: str, projection: Projection, *, mode: Mode, keep_grad: bool) -> Way:
+    """How the weight of a projection is scored: in the ``"forward"`` of its layer, or at the gradient of the
+    ``"weight"``.
+
+    Args:
+        name: of the group, for messages.
+
+    Raises:
+        TypeError: neither way is open; the message says why and what to do.
+        ValueError: not in this mode.
+    """
+    module, parameter = projection.linear, projection.parameter
+    weight = getattr(module, parameter)
+    label, kind = f"the weight of a layer of group {name!r}", type(module).__name__
+    checks.check_float(label, weight)
+    if weight.dim() not in (2, 3):
+        raise ValueError(f"{label} must have 2 dimensions, or 3 for experts, got shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise TypeError(f"{label} has no memory on this machine: it cannot be recorded while it is offloaded")
+    watched = keep_grad and weight.requires_grad
+    if watched and not weight.is_leaf:
+        raise TypeError(
+            f"{label} is computed from other parameters (weight_norm, parametrize): keep_grad=True needs a parameter"
+        )
+    if is_sharded(weight) and not watched:
+        raise TypeError(f"{label} is sharded (fully_shard, parallelize_module): pass keep_grad=True, with it trainable")
+    if not watched and _has_own_forward_of_linear(module) and parameter == "weight":
+        return "forward"
+    if not weight.requires_grad:
+        raise TypeError(
+            f"group {name!r}: a {kind} with its own forward cannot be recorded while its weight is frozen: let it "
+            "require a gradient, or remove adapters and hooks that replace the forward"
+        )
+    if mode == "second-order":
+        raise ValueError(
+            f"group {name!r}: mode 'second-order' scores the forward of a plain nn.Linear, not weight gradients: "
+            f"without keep_grad, or with the weight frozen; got a {kind}"
+        )
+    return "weight"
+
+
+def _has_own_forward_of_linear(module: nn.Module) -> bool:
+    replaced = "forward" in module.__dict__ and not is_recorded(module)
+    return type(module).forward is nn.Linear.forward and not replaced
+
+
+def refuse_sharing(ways: Mapping[tuple[nn.Module, str], tuple[str, Way, torch.Tensor]]) -> None:
+    """Refuse two layers with one weight, where the gradient of each layer's uses is read apart.
+
+    Args:
+        ways: of every weight (module and name): its group, way and tensor.
+
+    Raises:
+        ValueError: there are two.
+    """
+    owners: dict[int, str] = {}
+    for name, way, weight in ways.values():
+        if way == "forward" and id(weight) in owners:
+            raise ValueError(
+                f"two layers (groups {owners[id(weight)]!r} and {name!r}) share one weight: their gradients cannot be "
+                "told apart; keep_grad=True scores the whole gradient"
+            )
+        owners[id(weight)] = name
+
+
+def refuse_tied(target: Any, groups: Iterable[StructureGroup], *, mode: Mode, keep_grad: bool) -> None:
+    """Refuse a scored weight that another module of the target holds too, unless its whole gradient is read.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if not isinstance(target, nn.Module):
+        return
+    scored = {(id(p.linear), p.parameter) for group in groups for p in group.projections}
+    holders: dict[int, str] = {}
+    for path, module in target.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if (id(module), name) not in scored:
+                holders[id(parameter)] = f"{path}.{name}"
+    for group in groups:
+        for projection in group.projections:
+            weight = getattr(projection.linear, projection.parameter)
+            whole = weight.requires_grad and (keep_grad or mode in ("exact", "signed"))
+            if id(weight) in holders and not whole:
+                raise ValueError(
+                    f"a weight of group {group.name!r} is {holders[id(weight)]!r} too, and the scores of its uses do "
+                    "not add up: pass keep_grad=True, with the weight trainable, which reads the whole gradient"
+                )
+
+
+def refuse_wrapped(target: Any, *, keep_grad: bool) -> None:
+    """Refuse modules that would miss a gradient, or whose compiled code would not see a recorder.
+
+    Raises:
+        RuntimeError: the target holds one.
+    """
+    if keep_grad or not isinstance(target, nn.Module):
+        return
+    for module in target.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel) and any(
+            p.requires_grad for p in module.parameters()
+        ):
+            raise RuntimeError(
+                "DistributedDataParallel waits for the weight gradients that recording takes away: pass keep_grad=True"
+            )
+        compiled = type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None)
+        if compiled:
+            raise RuntimeError(
+                f"{type(module).__name__} is compiled and would not see the recorder: pass keep_grad=True with "
+                "trainable weights, or record the module before it is compiled"
+            )
