@@ -41,9 +41,10 @@ def groups_of(target: Target) -> tuple[StructureGroup, ...]:
             )
         return groups
     if isinstance(target, Iterable) and not isinstance(target, Mapping | nn.Module):
-        target = list(target)
-        if all(isinstance(item, StructureGroup) for item in target):
-            return tuple(target)  # type: ignore[arg-type]
+        items: list[Any] = list(target)
+        if all(isinstance(item, StructureGroup) for item in items):
+            return tuple(items)
+        target = items
     return tuple(StructureGroup(n, (Projection(linear, "row"),)) for n, linear in named_layers(target).items())
 
 

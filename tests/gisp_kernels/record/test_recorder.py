@@ -338,7 +338,7 @@ def test_targets_that_cannot_be_recorded(model: Block) -> None:
     with pytest.raises(TypeError, match="got int"):
         record_importance(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"target\['1'\] must be an nn.Linear, got ReLU"):
-        record_importance([nn.Linear(2, 2), nn.ReLU()])  # type: ignore[arg-type]
+        record_importance([nn.Linear(2, 2), nn.ReLU()])
     with pytest.raises(ValueError, match="mode must be one of stream, exact, signed, second-order, got 'both'"):
         record_importance(model, mode="both")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="float64"):
