@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gisp_kernels.ops.importance import as_tokens
+from gisp_kernels.record.attach.copying import Uncopyable
 
 # So many elements are taken at a time, which bounds the float32 copies of 16-bit inputs.
 _CHUNK_ELEMENTS = 2**25
@@ -98,7 +99,7 @@ def _of_chunk(tokens: torch.Tensor, mask: torch.Tensor | None) -> ActivationStat
     return ActivationStatistics(count, mean, (squares - count * (mean - centre).square()).clamp_min(0))
 
 
-class ActivationRecorder:
+class ActivationRecorder(Uncopyable):
     """Statistics collected while active as a context manager; made by :func:`record_activations`.
 
     Attributes:
