@@ -190,7 +190,7 @@ def refuse_tied(target: Any, groups: Iterable[StructureGroup], *, mode: Mode, ke
 
 
 def refuse_wrapped(target: Any, *, keep_grad: bool) -> None:
-    """Refuse modules that would miss a gradient, or whose compiled code would not see a recorder.
+    """Refuse a module that would wait for gradients which recording takes away.
 
     Raises:
         RuntimeError: the target holds one.
@@ -198,15 +198,11 @@ def refuse_wrapped(target: Any, *, keep_grad: bool) -> None:
     if keep_grad or not isinstance(target, nn.Module):
         return
     for module in target.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel) and any(
-            p.requires_grad for p in module.parameters()
+        if (
+            isinstance(module, nn.parallel.DistributedDataParallel)
+            and not module.find_unused_parameters
+            and any(p.requires_grad for p in module.parameters())
         ):
             raise RuntimeError(
                 "DistributedDataParallel waits for the weight gradients that recording takes away: pass keep_grad=True"
-            )
-        compiled = type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None)
-        if compiled:
-            raise RuntimeError(
-                f"{type(module).__name__} is compiled and would not see the recorder: pass keep_grad=True with "
-                "trainable weights, or record the module before it is compiled"
             )
