@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from recorder_oracle import Attention, Block, grad_of
@@ -27,7 +29,7 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
 
 
-def product(weight: torch.Tensor, power: int = 1) -> torch.Tensor:
+def product(weight: Any, power: int = 1) -> torch.Tensor:
     """``|W * G| ** power`` of a weight whose gradient autograd left, float64."""
     return (weight.double() * grad_of(weight).double()).abs().detach() ** power
 

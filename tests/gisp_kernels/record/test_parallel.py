@@ -17,9 +17,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from gisp_kernels import record_importance, record_lines
+from gisp_kernels.groups import Axis
 from gisp_kernels.record.targets import Mode
 
 RANKS = 2
+AXES: tuple[Axis, ...] = ("row", "column")
 
 
 def setting() -> tuple[Block, torch.Tensor]:
@@ -110,7 +112,7 @@ def fully_sharded(mode: Mode) -> None:
     mine, truth = batches[distributed.get_rank()], truths(model, batches, mode)
     first = true_scores(model, *mine, exact=mode == "exact")
     mesh = init_device_mesh("cpu", (RANKS,))
-    found = {}
+    found: dict[bool, dict[str, torch.Tensor]] = {}
     for recorded in (False, True):
         own = copy.deepcopy(model)
         for part in (own.attn, own.mlp, own):
@@ -158,11 +160,11 @@ def tensor_parallel(mode: Mode) -> None:
     assert_scores(recorder.scores(), truth)
     with record_lines(own, mode=mode, keep_grad=True) as along:
         for batch in batches:
-            own.mlp(batch).pow(2).mean().backward()
+            own.get_submodule("mlp")(batch).pow(2).mean().backward()
     for name in ("gate_proj", "up_proj", "down_proj"):
-        for axis in ("row", "column"):
-            found = along.scores_of(getattr(own.mlp, name), axis)  # type: ignore[arg-type]
-            torch.testing.assert_close(found, alone.scores_of(getattr(lines.mlp, name), axis))  # type: ignore[arg-type]
+        for axis in AXES:
+            found = along.scores_of(own.get_submodule(f"mlp.{name}"), axis)
+            torch.testing.assert_close(found, alone.scores_of(lines.get_submodule(f"mlp.{name}"), axis))
 
 
 @pytest.mark.parametrize("mode", ["stream", "exact"])
