@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from recorder_oracle import Block, score, true_scores, weight_grads
 from torch.utils.checkpoint import checkpoint
 
-from gisp_kernels import iter_groups, record_importance
+from gisp_kernels import iter_groups, record_importance, record_lines
 from gisp_kernels.ops.wgrad import FUSED_MAX_TOKENS
 from gisp_kernels.record.targets import Mode
 
@@ -136,3 +137,45 @@ def test_stream_mode_keeps_no_weight_gradient() -> None:
         wide(x).float().sum().backward()
         assert torch.cuda.max_memory_allocated() - before < wide.weight.numel() // 2
     assert recorder.backward_calls == 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("mode", MODES)
+def test_kept_gradients_are_those_of_autograd(model: Block, mode: Mode, backend: str) -> None:
+    x, plain = batch(), copy.deepcopy(model)
+    truth = true_scores(model, x)
+    runs = [own if backend == "eager" else torch.compile(own, backend=backend) for own in (plain, model)]
+    runs[0](x).float().pow(2).mean().backward()
+    with record_importance(model, mode=mode, keep_grad=True) as recorder:
+        runs[1](x).float().pow(2).mean().backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+    assert_scores(recorder.scores(), truth, 1e-5 if backend == "eager" else 4 * BFLOAT16_ROUNDING)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_rows_and_columns_of_one_product(model: Block, power: int) -> None:
+    x = batch()
+    grads = weight_grads(model.loss(x), list(iter_groups(model)))
+    with record_lines(model, ("row", "column", "element"), power=power) as recorder:
+        model.loss(x).backward()
+    for linear, grad in grads.items():
+        products = (linear.weight.double() * grad.double()).abs().detach() ** power
+        for axis, expected in (("row", products.sum(1)), ("column", products.sum(0)), ("element", products)):
+            found = recorder.scores_of(linear, axis).double()  # type: ignore[arg-type]
+            atol = float(expected.max()) * BFLOAT16_ROUNDING if axis == "element" else 0.0
+            torch.testing.assert_close(found, expected, rtol=2 * power * BFLOAT16_ROUNDING, atol=atol)
+
+
+def test_gradient_scaler() -> None:
+    model = Block(hidden=256, heads=4, head_dim=64, width=650).cuda()
+    x = batch().float()
+    truth = true_scores(model, x)
+    scaler = torch.amp.GradScaler("cuda")
+    with record_importance(model, keep_grad=True, loss_scale=scaler) as recorder:
+        with torch.autocast("cuda", dtype=torch.float16):
+            loss = model.loss(x)
+        scaler.scale(loss).backward()
+    assert_scores(recorder.scores(), truth, 2e-2)
