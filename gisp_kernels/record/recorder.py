@@ -198,7 +198,7 @@ class ImportanceRecorder(Uncopyable):
         self._active = True
         for key, tap in self._taps.items():
             _taken.add(tap.linear)
-            tap.attach(by_forward=ways[key] == "forward", keep_grad=self._keep_grad, passing=self._pass_forward)
+            tap.attach(way=ways[key], keep_grad=self._keep_grad, passing=self._pass_forward)
         return self
 
     def __exit__(self, *exception: object) -> None:

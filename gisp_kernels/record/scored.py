@@ -59,7 +59,7 @@ class ScoredTap(Tap[tuple[torch.Tensor, torch.Tensor]]):
         return scores
 
     def _take_use(self, use: Use) -> None:
-        assert use.input is not None
+        assert use.input is not None and use.grad_output is not None
         grad_output, input = as_tokens(use.grad_output), as_tokens(use.input)
         if self._exact:
             add_product(self._padded_grad, grad_output, input)

@@ -16,7 +16,7 @@ from gisp_kernels.record.attach.tap import is_recorded
 
 Mode = Literal["stream", "exact", "signed", "second-order"]
 Target = nn.Module | Iterable[StructureGroup] | Iterable[nn.Module] | Mapping[str, nn.Module]
-Way = Literal["forward", "weight"]
+Way = Literal["forward", "weight", "beside"]
 
 
 def is_layer(module: Any) -> bool:
@@ -100,8 +100,8 @@ def line_groups(target: Any, axes: Iterable[Axis], without: Iterable[int] = ()) 
 
 
 def way_of(name: str, projection: Projection, *, mode: Mode, keep_grad: bool) -> Way:
-    """How the weight of a projection is scored: in the ``"forward"`` of its layer, or at the gradient of the
-    ``"weight"``.
+    """How the weight of a projection is scored: in the ``"forward"`` of its layer, at the gradient of the
+    ``"weight"``, or by what passes ``"beside"`` it, which leaves the weight its gradient.
 
     Args:
         name: of the group, for messages.
@@ -125,8 +125,8 @@ def way_of(name: str, projection: Projection, *, mode: Mode, keep_grad: bool) ->
         )
     if is_sharded(weight) and not watched:
         raise TypeError(f"{label} is sharded (fully_shard, parallelize_module): pass keep_grad=True, with it trainable")
-    if not watched and _has_own_forward_of_linear(module) and parameter == "weight":
-        return "forward"
+    if _has_own_forward_of_linear(module) and parameter == "weight" and not (watched and mode != "second-order"):
+        return "beside" if watched else "forward"
     if not weight.requires_grad:
         raise TypeError(
             f"group {name!r}: a {kind} with its own forward cannot be recorded while its weight is frozen: let it "
@@ -134,8 +134,8 @@ def way_of(name: str, projection: Projection, *, mode: Mode, keep_grad: bool) ->
         )
     if mode == "second-order":
         raise ValueError(
-            f"group {name!r}: mode 'second-order' scores the forward of a plain nn.Linear, not weight gradients: "
-            f"without keep_grad, or with the weight frozen; got a {kind}"
+            f"group {name!r}: mode 'second-order' scores the forward of a plain nn.Linear, not weight gradients; got a "
+            f"{kind}"
         )
     return "weight"
 
@@ -156,7 +156,7 @@ def refuse_sharing(ways: Mapping[tuple[nn.Module, str], tuple[str, Way, torch.Te
     """
     owners: dict[int, str] = {}
     for name, way, weight in ways.values():
-        if way == "forward" and id(weight) in owners:
+        if way != "weight" and id(weight) in owners:
             raise ValueError(
                 f"two layers (groups {owners[id(weight)]!r} and {name!r}) share one weight: their gradients cannot be "
                 "told apart; keep_grad=True scores the whole gradient"

@@ -59,6 +59,7 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         self._pending: dict[int | None, list[Pending]] = {}
         self._anchor: torch.Tensor | None = None
         self._watch: Watch | None = None
+        self._beside = False
         # The last passes that brought uses of the layer, and gradients of its weight.
         self._use_pass: int | None = None
         self._grad_pass: int | None = None
@@ -123,17 +124,18 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         self.reached = False
         self._zero()
 
-    def attach(self, *, by_forward: bool, keep_grad: bool, passing: Callable[[], None]) -> None:
+    def attach(self, *, way: str, keep_grad: bool, passing: Callable[[], None]) -> None:
         """Begin to record.
 
         Args:
-            by_forward: whether the forward of the layer is to be recorded, or its weight gradients alone.
+            way: of :func:`gisp_kernels.record.targets.way_of`.
             keep_grad: leave weight gradients to accumulate.
             passing: called at every forward of the layer.
         """
         self.called = False
         self._use_pass = self._grad_pass = None
-        if by_forward:
+        self._beside = way == "beside"
+        if way != "weight":
             self.linear.forward = _Forward(self, passing)
         self._watch = Watch(self, keep_grad=keep_grad, passing=passing)
         self._watch.attach()
@@ -191,14 +193,43 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         # since recording began ran unrecorded, and the hooks of its weight score it.
         unrecorded = inside and not self.called and linear.weight.requires_grad
         if unrecorded or not torch.is_grad_enabled():
-            gates = self.gates
-            return F.linear(input if gates is None else input * gates.to(input.dtype), linear.weight, linear.bias)
+            return F.linear(self._gated(input), linear.weight, linear.bias)
+        if self._beside:
+            return self._observed(input)
         if self._anchor is None:
             # An empty tensor costs no kernel to accumulate, yet its hook runs once per backward pass, after the
             # last use of the layer in it.
             self._anchor = torch.zeros(0, device=linear.weight.device, requires_grad=True)
             self._anchor.register_hook(self._leave_pass)
         return RecordedLinear.apply(input, linear.bias, self._anchor, linear.weight.detach(), self)
+
+    def _gated(self, input: torch.Tensor) -> torch.Tensor:
+        gates = self.gates
+        return input if gates is None else input * gates.to(input.dtype)
+
+    def _observed(self, input: torch.Tensor) -> torch.Tensor:
+        """The layer as it is, with hooks on what goes in or comes out."""
+        read = self._gated(input)
+        if not read.requires_grad:
+            read = read.detach().requires_grad_()
+        elif read is input:
+            # Others may read the same input; a node of its own has the gradient of this layer alone.
+            read = input.view_as(input)
+        output = F.linear(read, self.linear.weight, self.linear.bias)
+        if self.needs.grad_input:
+            value = input.detach()
+            read.register_hook(lambda grad: self._collect_beside(Use(None, value, None, grad)))
+        else:
+            given = output.detach()
+            output.register_hook(lambda grad: self._collect_beside(Use(grad, None, given, None)))
+        return output
+
+    def _collect_beside(self, use: Use) -> None:
+        number = current_backward()
+        if number not in self._pending:
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish_pass(number))
+        with torch.no_grad(), torch.autocast(self.linear.weight.device.type, enabled=False):
+            self.collect(use)
 
     def collect(self, use: Use) -> None:
         """Take one use of the layer in the running backward pass."""
@@ -211,6 +242,9 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         """Take the gradient of the weight, both as the module stores them."""
         self.check_width()
         self._grad_pass = self._seen()
+        if self._beside:
+            torch.autograd.Variable._execution_engine.queue_callback(self._check_observed)
+            return
         self._check_one_source()
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             self._take_weight_grad(self.oriented(weight.detach()), self.oriented(grad.detach()))
@@ -224,8 +258,17 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
                 "whole gradient, or use mode 'exact'"
             )
 
+    def _check_observed(self) -> None:
+        if self._use_pass != self._grad_pass:
+            raise RuntimeError(
+                f"group {self.name!r}: second-order scores need the forward inside the recorder, this one ran before it"
+            )
+
     def _leave_pass(self, _: torch.Tensor) -> None:
-        pending = self._pending.pop(current_backward(), None)
+        self._finish_pass(current_backward())
+
+    def _finish_pass(self, number: int | None) -> None:
+        pending = self._pending.pop(number, None)
         if pending is not None:
             self._end_pass(pending)
 
@@ -236,8 +279,13 @@ class _Forward(Uncopyable):
     def __init__(self, tap: Tap[Any], passing: Callable[[], None]) -> None:
         self._tap = tap
         self._passing = passing
+        # Compiled code would drop hooks that are set inside it, and reuse what it has seen of another recorder.
+        self._run = torch.compiler.disable(self._record)
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        return self._run(input)
+
+    def _record(self, input: torch.Tensor) -> torch.Tensor:
         self._passing()
         return self._tap.forward(input)
 

@@ -41,7 +41,7 @@ class Use(NamedTuple):
         input, grad_input: [..., I].
     """
 
-    grad_output: torch.Tensor
+    grad_output: torch.Tensor | None
     input: torch.Tensor | None
     output: torch.Tensor | None
     grad_input: torch.Tensor | None
@@ -54,7 +54,7 @@ class Use(NamedTuple):
         if axis == "column":
             assert self.input is not None and self.grad_input is not None
             return self.input, self.grad_input
-        assert self.output is not None
+        assert self.output is not None and self.grad_output is not None
         return self.output if bias is None else self.output.float() - bias.detach().float(), self.grad_output
 
 

@@ -16,7 +16,7 @@ from recorder_oracle import Block, grad_of, true_scores
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gisp_kernels import iter_groups, record_activations, record_importance, record_lines
+from gisp_kernels import Projection, StructureGroup, iter_groups, record_activations, record_importance, record_lines
 from gisp_kernels.record.targets import Mode
 
 MODES: tuple[Mode, ...] = ("stream", "exact")
@@ -124,9 +124,65 @@ def test_compiled_without_keeping_gradients(model: Block, batch: torch.Tensor, w
     torch._dynamo.reset()
 
 
-def test_second_order_scores_need_the_forward_to_themselves(model: Block) -> None:
-    with pytest.raises(ValueError, match="without keep_grad, or with the weight frozen"):
-        record_importance(model, mode="second-order", keep_grad=True)
+ROUTES = ["plain", "reentrant", "non-reentrant", "compiled", "autocast", "input without gradient"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_second_order_scores_beside_the_gradients(model: Block, route: str) -> None:
+    batches, plain = torch.randn(2, 3, 7, 16).requires_grad_(route != "input without gradient"), copy.deepcopy(model)
+    if "reentrant" in route:
+        for own in (model, plain):
+            own.wrap = functools.partial(checkpoint, use_reentrant=route == "reentrant")
+    runs = [torch.compile(own, backend="aot_eager") if route == "compiled" else own for own in (plain, model)]
+
+    def step(run: Any, batch: torch.Tensor) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=route == "autocast"):
+            output = run(batch)
+        output.float().pow(2).mean().backward()
+
+    for batch in batches:
+        step(runs[0], batch)
+    scores = {}
+    for keep_grad in (True, False):
+        # The compiler has seen the layers without a recorder.
+        with record_importance(model, mode="second-order", keep_grad=keep_grad) as recorder:
+            for batch in batches:
+                step(runs[1], batch)
+        scores[keep_grad] = recorder.scores()
+        assert recorder.backward_calls == 2
+        if keep_grad and route != "compiled":
+            assert_same_gradients(model, plain)
+        elif keep_grad:
+            # A graph broken at every layer sums in another order.
+            for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+    for name, expected in scores[False].items():
+        rtol = 2e-2 if route == "autocast" else 1e-5
+        torch.testing.assert_close(scores[True][name], expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
+    torch._dynamo.reset()
+
+
+def test_second_order_by_rows_and_with_closed_gates(model: Block, batch: torch.Tensor) -> None:
+    closed = {"mlp": torch.arange(21) % 3 == 0}
+    rows = [StructureGroup("rows", (Projection(model.mlp.up_proj, "row", 3),))]
+    for target, options in ((rows, {}), (list(iter_groups(model)), {"closed": closed})):
+        found = {}
+        for keep_grad in (False, True):
+            model.zero_grad()
+            with record_importance(target, mode="second-order", keep_grad=keep_grad, **options) as recorder:  # type: ignore[arg-type]
+                model.loss(batch).backward()
+            found[keep_grad] = recorder.scores()
+        assert model.mlp.up_proj.weight.grad is not None
+        for name, expected in found[False].items():
+            torch.testing.assert_close(found[True][name], expected, rtol=1e-5, atol=1e-8)
+
+
+def test_second_order_scores_of_a_graph_from_before_are_refused(model: Block, batch: torch.Tensor) -> None:
+    loss = model.loss(batch)
+    with record_importance(model, mode="second-order", keep_grad=True):
+        with pytest.raises(RuntimeError, match="need the forward inside the recorder"):
+            loss.backward()
+        model.loss(batch).backward()
 
 
 def test_a_frozen_weight_is_scored_as_ever(model: Block, batch: torch.Tensor) -> None:
