@@ -29,6 +29,7 @@ from benchmarks.common.measure import ceilings
 from benchmarks.common.task import Row, Task, describe, first_line, run_task
 from benchmarks.kernels import compaction, decoder, float8, gates, importance, products, sweep
 from benchmarks.kernels.goals import kernel_goals
+from benchmarks.kernels.passes import recording
 from gisp.errors import GispError
 
 NAME = "gisp bench kernels"
@@ -36,7 +37,7 @@ NAME = "gisp bench kernels"
 
 def all_tasks(quick: bool = False) -> list[Task]:
     """Every task; those a goal is about come first."""
-    modules = (compaction, importance, gates, decoder, float8, products)
+    modules = (compaction, importance, gates, recording, decoder, float8, products)
     return [task for module in modules for task in module.tasks(quick)]
 
 

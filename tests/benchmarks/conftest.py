@@ -8,6 +8,7 @@ import torch
 from benchmarks.common import task
 from benchmarks.common.measure import Measurement
 from benchmarks.kernels import decoder, float8, gates, importance, products, sweep
+from benchmarks.kernels.passes import recording
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def random_matrix(*shape: int) -> torch.Tensor:
         return torch.randn(shape)
 
-    for module in (decoder, float8, gates, importance, products, sweep):
+    for module in (decoder, float8, gates, importance, products, recording, sweep):
         monkeypatch.setattr(module, "random_matrix", random_matrix)
     monkeypatch.setattr(task, "rotation", lambda inputs: [inputs])
     monkeypatch.setattr(task, "restorer", lambda inputs: None)

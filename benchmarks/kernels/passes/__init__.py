@@ -1,0 +1,1 @@
+"""Forward and backward passes through layers, in place of single ops."""
