@@ -12,7 +12,7 @@ from torch import nn
 
 from gisp_kernels.groups import Projection, is_transposed
 from gisp_kernels.record.attach.copying import Uncopyable
-from gisp_kernels.record.attach.parallel import added_over
+from gisp_kernels.record.attach.parallel import added_over, is_sharded
 from gisp_kernels.record.attach.use import Needs, RecordedLinear, Use, current_backward
 from gisp_kernels.record.attach.watch import Watch
 
@@ -209,6 +209,11 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
 
     def _observed(self, input: torch.Tensor) -> torch.Tensor:
         """The layer as it is, with hooks on what goes in or comes out."""
+        if is_sharded(self.linear.weight):
+            raise RuntimeError(
+                f"group {self.name!r}: second-order scores do not read a layer split over processes "
+                "(parallelize_module): use another mode"
+            )
         read = self._gated(input)
         if not read.requires_grad:
             read = read.detach().requires_grad_()

@@ -129,7 +129,9 @@ def test_every_structure_of_a_model_is_scored(name: str, keep_grad: bool) -> Non
     assert not coverage.unreached
     assert 0 < coverage.share <= 1
     assert coverage.parameters == sum(p.numel() for p in model.parameters())
-    if keep_grad:
+    if not keep_grad:
+        assert all(getattr(p.linear, p.parameter).grad is None for group in groups for p in group.projections)
+    else:
         plain = copy.deepcopy(model)
         plain.zero_grad()
         loss_of(plain).backward()
@@ -222,6 +224,11 @@ def test_gpt2_by_lines() -> None:
             truth = (module.weight * grads[f"{name}.weight"]).abs().double().detach()
             torch.testing.assert_close(recorder.scores_of(module, "row").double(), truth.sum(0), rtol=1e-4, atol=0.0)
             torch.testing.assert_close(recorder.scores_of(module, "column").double(), truth.sum(1), rtol=1e-4, atol=0.0)
+
+
+def test_lines_of_a_model_with_experts_name_the_experts() -> None:
+    with pytest.raises(ValueError, match=r"mlp\.experts\.gate_up_proj, .*mlp\.experts\.down_proj"):
+        record_lines(MODELS["mixtral"]())
 
 
 def test_frozen_experts_are_refused() -> None:
