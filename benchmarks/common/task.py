@@ -28,7 +28,8 @@ class Prepared:
         check: raises AssertionError for an implementation that is wrong on these inputs.
         baseline: implementation that speed-ups refer to.
         flops, bytes: least work of the op; one of them is given and makes the share of the ceiling.
-        parts: timed beside the others and computing less than the op (a bare product, a pass that is not scored), so never checked.
+        parts: timed beside the others and computing less than the op (a bare product, a pass without scores), so never
+            checked.
         in_place: implementations overwrite their inputs, which are restored before every call.
     """
 

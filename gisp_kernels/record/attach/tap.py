@@ -239,6 +239,7 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
     def collect(self, use: Use) -> None:
         """Take one use of the layer in the running backward pass."""
         self.check_width()
+        self.reached = True
         self._use_pass = self._seen()
         self._check_one_source()
         self._take_use(use)
@@ -250,12 +251,12 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         if self._beside:
             torch.autograd.Variable._execution_engine.queue_callback(self._check_observed)
             return
+        self.reached = True
         self._check_one_source()
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             self._take_weight_grad(self.oriented(weight.detach()), self.oriented(grad.detach()))
 
     def _check_one_source(self) -> None:
-        self.reached = True
         if not self.additive and self._use_pass is not None and self._use_pass == self._grad_pass:
             raise RuntimeError(
                 f"group {self.name!r}: one backward pass uses a weight in its layer and elsewhere (tied weights, or a "
