@@ -20,6 +20,8 @@ from gisp_kernels.ordering import Change, Ordering
 
 # Bytes of an int64.
 _WORD = 8
+# Bytes copied aside at a time where rows move up within their storage.
+_MOVED = 2**26
 
 
 class _Store:
@@ -68,6 +70,20 @@ class _Store:
             self.parameter.data = _in_words(data).clone(memory_format=torch.contiguous_format).view(data.dtype)
         self._take(self.parameter.detach())
 
+    def tighten(self) -> None:
+        """Move what the layer shows to the front of its own storage, rows without a gap."""
+        data = self.parameter.detach()
+        if not data.is_contiguous():
+            rows, width = data.shape
+            tight = data.as_strided((rows, width), (width, 1))
+            count = max(1, _MOVED // max(1, width * data.element_size()))
+            for start in range(0, rows, count):
+                # Rows end before those that are still to be read begin.
+                tight[start : start + count] = data[start : start + count].clone()
+            torch.autograd.graph.increment_version(self.full)
+            self.parameter.data = tight
+        self._take(self.parameter.detach())
+
     def is_shown(self, count: int) -> bool:
         """Whether the layer still shows the first ``count`` structures of this storage."""
         parameter = self.parameter
@@ -102,13 +118,20 @@ class Compactor:
     Args:
         groups: the groups; their current weights are the full storage.
         backend: of the swaps, see :func:`gisp_kernels.ops.swap.swap_blocks_`.
+        device: of :attr:`numbers`; ``None``: that of the first weight.
 
     Raises:
         ValueError: two groups of one name, a weight that appears twice (a tied weight would be swapped twice), a
             weight whose rows are not contiguous, or structures that are no blocks of an ``nn.Linear``.
     """
 
-    def __init__(self, groups: Sequence[StructureGroup], *, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        groups: Sequence[StructureGroup],
+        *,
+        backend: str | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         self._backend = backend
         counts: dict[str, int] = {}
         for group in groups:
@@ -120,7 +143,8 @@ class Compactor:
         self._stores = [[_Store.of(p) for p in group.projections] for group in groups]
         self._check_stores()
         self._flat_stores = [[s for stores in projections for s in stores] for projections in self._stores]
-        device = self._flat_stores[0][0].full.device if groups else torch.device("cpu")
+        if device is None:
+            device = self._flat_stores[0][0].full.device if groups else torch.device("cpu")
         self._numbers = torch.from_numpy(self._ordering.order).to(device, copy=True)
         self._prepared: PreparedSwaps | None = None
         self._steps: list[Change] = []
@@ -143,7 +167,7 @@ class Compactor:
 
     @property
     def numbers(self) -> torch.Tensor:
-        """Structure at every position, int64 [all structures] on the device of the first weight.
+        """Structure at every position, int64 [all structures].
 
         Structures and positions are numbered group after group. Later steps change this tensor, in the launch that
         changes the weights: no step is waited for.
@@ -203,10 +227,14 @@ class Compactor:
             self._steps.pop()
 
     @torch.no_grad()
-    def pack(self) -> None:
+    def pack(self, *, in_place: bool = False) -> None:
         """Copy the kept parts to storage of their own and free the rest; steps so far can no longer be rolled back.
 
         One tensor is held twice at a time.
+
+        Args:
+            in_place: leave the kept parts in the storage they have, at its front and without gaps, and free nothing:
+                for memory that is registered with a device, where what is read should be no more than what is kept.
 
         Raises:
             ValueError: a layer's weight was replaced from outside; nothing has changed then.
@@ -216,7 +244,7 @@ class Compactor:
         self._prepared = None
         for stores in self._flat_stores:
             for store in stores:
-                store.pack()
+                store.tighten() if in_place else store.pack()
         self._steps.clear()
         self._packed = True
 

@@ -228,6 +228,36 @@ def test_pack_frees_the_tail_and_ends_the_way_back() -> None:
     assert weight.data_ptr() == pointer, "tight storage is not copied again"
 
 
+@pytest.mark.parametrize("moved", [1, 200, 2**26])
+def test_pack_in_place_leaves_every_weight_where_it_is(moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gisp_kernels.compaction._MOVED", moved)
+    block = Block(dtype=torch.bfloat16)
+    groups = block.groups()
+    dense = dense_of(block)
+    places = {name: p.data_ptr() for name, p in block.named_parameters()}
+    compactor = Compactor(groups)
+    for removed in ({"heads": [0, 3], "channels": list(range(10))}, {"channels": [11, 30]}, {"heads": [1, 2, 4, 5]}):
+        compactor.remove(removed)
+        version = block.down_proj.weight._version
+        compactor.pack(in_place=True)
+        assert compactor.bytes_storage() == compactor.bytes_packed()
+        for name, parameter in block.named_parameters():
+            assert parameter.is_contiguous() and (parameter.data_ptr() == places[name] or not parameter.numel())
+        assert ("channels" in removed) == (block.down_proj.weight._version > version), "autograd must notice"
+        for group in groups:
+            assert_kept(compactor, group, dense)
+    with pytest.raises(RuntimeError, match=r"since pack\(\)"):
+        compactor.rollback()
+
+
+def test_numbers_are_where_the_caller_wants_them() -> None:
+    compactor = Compactor(Block().groups(), device=torch.device("cpu"))
+    compactor.remove({"channels": [3]})
+    assert compactor.numbers.device.type == "cpu" and compactor.numbers[compactor.kept_span("channels")].tolist() == [
+        6 + i for i in compactor.order("channels")[:36].tolist()
+    ]
+
+
 def test_rollback_limits() -> None:
     compactor = Compactor(Block().groups())
     compactor.remove({"heads": [0]})

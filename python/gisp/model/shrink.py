@@ -34,7 +34,8 @@ class ShrinkableModel:
         self.map = model_map
         self.fingerprint = fingerprint(model_map.model)
         self.history: list[Removal] = []
-        self._compactor = Compactor(model_map.groups)
+        # Where the model computes; decoder layers may lie elsewhere.
+        self._compactor = Compactor(model_map.groups, device=next(model_map.model.parameters()).device)
         self._shares = {group.name: model_map.members(group) for group in model_map.groups}
         self._restore: Callable[[], None] | None = None
         if model_map.shares_kv:
@@ -102,13 +103,21 @@ class ShrinkableModel:
         del self.history[len(self.history) - steps :]
         self._refresh({name for removal in undone for name in removal})
 
-    def pack(self) -> None:
+    def pack(self, *, in_place: bool = False) -> None:
         """Give the memory of removed weights back; earlier steps can no longer be rolled back.
 
         Weights written in place since the last step (:meth:`until_moved`) stay.
+
+        Args:
+            in_place: as for :meth:`gisp_kernels.Compactor.pack`.
         """
-        self._compactor.pack()
+        self._compactor.pack(in_place=in_place)
         self._restore = None
+
+    @property
+    def slack(self) -> float:
+        """Part of the memory that structures own that what is kept leaves unused."""
+        return 1 - self._compactor.bytes_packed() / max(1, self._compactor.bytes_storage())
 
     def until_moved(self, restore: Callable[[], None]) -> None:
         """Call ``restore`` before the next step or rollback.
