@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from gisp.data import Row
 from gisp.errors import GispError
+from gisp.model.modes import replaced_forward
 from gisp.model.structures import LayerMap, ModelMap
 
 _TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
@@ -158,17 +159,3 @@ class Decoder:
                 f"layer 0 is not an attention and an MLP block each added to its input (it is off by {distance:.0e}): "
                 "this model type cannot be compensated"
             )
-
-
-@contextlib.contextmanager
-def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Another ``forward`` of a module for a while."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.forward = own

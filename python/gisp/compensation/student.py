@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn import functional
 
 from gisp.compensation.acceptance import HeldOut
-from gisp.compensation.streams import Batch, make_batches, replaced_forward
+from gisp.compensation.streams import Batch, make_batches
 from gisp.data import Row, Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
+from gisp.model.modes import replaced_forward
 from gisp.model.structures import ModelMap
 from gisp.replicas.sharing import sharers
 from gisp_kernels import gate_grads

@@ -1,4 +1,5 @@
-"""How a model computes for a while: in evaluation mode, without parameter gradients, deterministically, exactly."""
+"""How a model computes for a while: in evaluation mode, without parameter gradients, deterministically, exactly, by
+other code."""
 
 from __future__ import annotations
 
@@ -66,3 +67,17 @@ def exact_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Another ``forward`` of a module for a while."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = own
