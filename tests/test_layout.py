@@ -41,6 +41,7 @@ ROOMS = {
             "config",
             "replicas",
             "model",
+            "offload",
             "data",
             "score",
             "select",

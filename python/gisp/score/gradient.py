@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,8 @@ from gisp.config.criteria import CRITERIA
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.model.modes import deterministic, evaluation_mode, frozen
+from gisp.offload.backward import LayerwiseBackward
+from gisp.offload.stream import LayerStream
 from gisp.score.base import StepScores
 from gisp.score.context import Context
 from gisp.score.first_order import averaged_batches, first_order_weights
@@ -22,6 +25,7 @@ from gisp_kernels import loss_change, record_importance
 from gisp_kernels.groups import StructureGroup
 from gisp_kernels.ops import float8
 from gisp_kernels.record.gates import gate_columns
+from gisp_kernels.record.recorder import ImportanceRecorder
 from gisp_kernels.record.targets import Mode
 
 # By group what scores are made of, and the loss.
@@ -56,6 +60,7 @@ class GradientScorer:
         self._config = config
         self._kind = CRITERIA[str(config.criterion)].gradient
         self._model, self._device = context.model, context.device
+        self._stream = LayerStream.of(context.model)
         self._fused: ImportancePass | None = None
         self.refused = f"{objective_name(context.loss)} is a loss of its own" if context.loss else None
 
@@ -161,8 +166,14 @@ class GradientScorer:
             parts = list(self._context.steps.small(rows.numbers, [i for part in parts for i in part]))
         found, owners = [], []
         with torch.no_grad(), evaluation_mode(self._model):
-            for micro in (rows.micro_batch(part) for part in parts if part):
-                found.append(fused.token_nll(micro) if fused else torch.cat(self._answer_nll(micro)))
+            micros = [rows.micro_batch(part) for part in parts if part]
+            # Layers that are fetched are visited by all of them.
+            together = fused.token_nll(micros) if fused and self._stream else None
+            for number, micro in enumerate(micros):
+                if together is not None:
+                    found.append(together[number])
+                else:
+                    found.append(fused.token_nll([micro])[0] if fused else torch.cat(self._answer_nll(micro)))
                 counts = [data.scored[rows.numbers[i]] for i in micro.positions]
                 owners.append(torch.tensor(micro.positions).repeat_interleave(torch.tensor(counts)))
         nll = torch.zeros(len(rows.numbers), dtype=torch.float64)
@@ -195,10 +206,12 @@ class GradientScorer:
         scored = [(group.name, group.count) for group in groups]
         total: dict[str, torch.Tensor] = {}
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
-        for micro in rows.micro_batches():
-            found, part = run(micro, scored)
-            total = {name: total[name] + values for name, values in found.items()} if total else found
-            loss += part
+        micros = list(rows.micro_batches())
+        # Layers that are fetched are visited by all of them; else one goes after the other, which keeps less.
+        for together in [micros] if self._stream else [[micro] for micro in micros]:
+            for found, part in run(together, scored):
+                total = {name: total[name] + values for name, values in found.items()} if total else found
+                loss += part
         return total, loss
 
     def _by_autograd(
@@ -208,15 +221,12 @@ class GradientScorer:
         mode: Mode,
         closed: Mapping[str, torch.Tensor],
     ) -> Sums:
+        if self._stream is not None:
+            return self._by_layers(self._stream, groups, rows, mode, closed)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         with frozen(self._model), record_importance(groups, mode=mode, closed=closed or None) as recorder:
             for micro in rows.micro_batches():
-                if micro.samples is None:
-                    weights = torch.tensor(micro.weights, device=self._device)
-                    recorder.curvature = sequence_curvature(micro.labels.to(self._device), weights)
-                else:
-                    recorder.curvature = micro.samples.curvature.to(self._device)
-                    recorder.units = micro.samples.index.to(self._device)
+                self._set_samples(recorder, micro)
                 loss = self._loss(micro)
                 # A block of a layer without any live structure passes no gradient on.
                 if loss.requires_grad:
@@ -226,7 +236,48 @@ class GradientScorer:
                         "the loss of your own has no gradient: compute it with gradients enabled and without detach()"
                     )
                 total += loss.detach()
-            return recorder.gate_sums() if mode == "second-order" else recorder.scores(), total
+            return _recorded(recorder), total
+
+    def _by_layers(
+        self,
+        stream: LayerStream,
+        groups: list[StructureGroup],
+        rows: StepRows,
+        mode: Mode,
+        closed: Mapping[str, torch.Tensor],
+    ) -> Sums:
+        """The same where layers come one after the other: each is recorded for the time of its backward."""
+        micros = list(rows.micro_batches())
+        layer_of = {g.name: item.index for item in self._context.map.layers for g in (item.heads, item.channels)}
+        lowest = min((layer_of[group.name] for group in groups), default=len(self._context.map.layers))
+        found: dict[str, torch.Tensor] = {}
+
+        @contextmanager
+        def recorded(layer: int) -> Iterator[Callable[[int], None]]:
+            own = [group for group in groups if layer_of[group.name] == layer]
+            gates = {group.name: closed[group.name] for group in own if group.name in closed}
+            with record_importance(own, mode=mode, closed=gates or None) as recorder:
+                yield lambda number: self._set_samples(recorder, micros[number])
+                # The scores of summed gradients are made with the weights, which are gone afterwards.
+                found.update(_recorded(recorder))
+
+        ids = [micro.ids.to(self._device) for micro in micros]
+        with frozen(self._model):
+            run = LayerwiseBackward(self._model, stream).run
+            losses = run(ids, lambda number: self._loss(micros[number]), lowest, recorded)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for loss in losses:
+            total += loss
+        return {group.name: found[group.name] for group in groups}, total
+
+    def _set_samples(self, recorder: ImportanceRecorder, micro: MicroBatch) -> None:
+        """Tell a recorder what the sequences of the coming backward pass weigh."""
+        if micro.samples is None:
+            weights = torch.tensor(micro.weights, device=self._device)
+            recorder.curvature = sequence_curvature(micro.labels.to(self._device), weights)
+        else:
+            recorder.curvature = micro.samples.curvature.to(self._device)
+            recorder.units = micro.samples.index.to(self._device)
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         """The weighted loss of a micro-batch, 0-dim with its graph."""
@@ -246,3 +297,7 @@ class GradientScorer:
         followers = micro.followers or Followers([], [], [])
         rows, tokens = torch.tensor([followers.rows, followers.tokens], dtype=torch.int64, device=self._device)
         return answer_nll(self._model, micro.ids.to(self._device), micro.labels.to(self._device), rows, tokens)
+
+
+def _recorded(recorder: ImportanceRecorder) -> dict[str, torch.Tensor]:
+    return recorder.gate_sums() if recorder.mode == "second-order" else recorder.scores()

@@ -76,8 +76,8 @@ def test_shrunk_scores_lie_between_curvature_and_the_whole():
     shrunk = gradient_scorer(model_map, data, first_order="shrunk", **options).score(1, model_map.groups).scores
     weights = [1 / len(data)] * len(data)
     sums = ImportancePass(model_map).gate_sums(
-        MicroBatch(*data.batch(list(range(len(data)))), weights), live(model_map)
-    )[0]
+        [MicroBatch(*data.batch(list(range(len(data)))), weights)], live(model_map)
+    )[0][0]
     factors = first_order_weights(sums, {group.name: group.kind for group in model_map.groups}, len(data), 1.0)
     assert 0 < float(factors["layers.0.channels"]) < 1
     for name, values in sums.items():

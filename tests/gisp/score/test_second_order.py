@@ -39,15 +39,15 @@ def test_the_fused_pass_is_the_formula(family, removal):
     expected = oracle(model, model_map, data.rows, weights)
     ids, labels = data.batch(list(range(len(data))))
     run = ImportancePass(model_map)
-    sums, loss = run.gate_sums(MicroBatch(ids, labels, weights), live(model_map))
+    sums, loss = run.gate_sums([MicroBatch(ids, labels, weights)], live(model_map))[0]
     scores = {name: loss_change(values) for name, values in sums.items()}
     assert_scores(scores, expected)
-    assert torch.equal(loss, run.score(MicroBatch(ids, labels, weights), live(model_map))[1])
+    assert torch.equal(loss, run.score([MicroBatch(ids, labels, weights)], live(model_map))[0][1])
     # One layer alone: what lies below it gets no gradient.
     name, count = live(model_map)[-1]
-    some, _ = run.gate_sums(MicroBatch(ids, labels, weights), [(name, count)])
+    some, _ = run.gate_sums([MicroBatch(ids, labels, weights)], [(name, count)])[0]
     torch.testing.assert_close(some[name], sums[name], rtol=1e-12, atol=0)
-    nothing, same_loss = run.gate_sums(MicroBatch(ids, labels, weights), [])
+    nothing, same_loss = run.gate_sums([MicroBatch(ids, labels, weights)], [])[0]
     assert nothing == {} and torch.equal(same_loss, loss)
 
 

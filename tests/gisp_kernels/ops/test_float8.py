@@ -133,8 +133,10 @@ def test_a_pass_is_what_autograd_makes_of_rounded_products(monkeypatch):
     model_map = map_model(model)
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
-    plain = ImportancePass(model_map).score(MicroBatch(ids, ids, weights), live(model_map))[0]
-    scores, loss = ImportancePass(model_map, Float8Products()).score(MicroBatch(ids, ids, weights), live(model_map))
+    plain = ImportancePass(model_map).score([MicroBatch(ids, ids, weights)], live(model_map))[0][0]
+    scores, loss = ImportancePass(model_map, Float8Products()).score([MicroBatch(ids, ids, weights)], live(model_map))[
+        0
+    ]
     head = model.get_output_embeddings()
     apart = nn.Linear.forward
 
@@ -161,10 +163,10 @@ def test_of_layers_with_shared_heads_or_biases_scores_stay_near(monkeypatch):
         model_map = map_model(tiny_model(family, **SHAPE))
         ids = tiny_tokens()
         weights = [1 / len(ids)] * len(ids)
-        plain, loss = ImportancePass(model_map).score(MicroBatch(ids, ids, weights), live(model_map))
+        plain, loss = ImportancePass(model_map).score([MicroBatch(ids, ids, weights)], live(model_map))[0]
         scores, rounded_loss = ImportancePass(model_map, Float8Products()).score(
-            MicroBatch(ids, ids, weights), live(model_map)
-        )
+            [MicroBatch(ids, ids, weights)], live(model_map)
+        )[0]
         torch.testing.assert_close(rounded_loss, loss, rtol=0.02, atol=0)
         assert not torch.equal(rounded_loss, loss)
         for name, values in plain.items():
@@ -175,8 +177,8 @@ def test_widths_that_do_not_fit_run_as_before():
     model_map = map_model(tiny_model("llama-gqa", **{**SHAPE, "hidden_size": 40}))
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
-    plain = ImportancePass(model_map).score(MicroBatch(ids, ids, weights), live(model_map))
-    found = ImportancePass(model_map, Float8Products()).score(MicroBatch(ids, ids, weights), live(model_map))
+    plain = ImportancePass(model_map).score([MicroBatch(ids, ids, weights)], live(model_map))[0]
+    found = ImportancePass(model_map, Float8Products()).score([MicroBatch(ids, ids, weights)], live(model_map))[0]
     assert torch.equal(plain[1], found[1])
     for name, values in plain[0].items():
         assert torch.equal(values, found[0][name])

@@ -9,6 +9,7 @@ from torch import nn
 
 from gisp.model.fuse import is_rms_norm, is_silu
 from gisp.model.structures import ModelMap
+from gisp.offload.stream import LayerStream
 
 _PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 # Difference between two correct forward passes of a deep model in the given precision, with room; a wrong one is off by
@@ -24,7 +25,9 @@ def why_not(model_map: ModelMap, length: int) -> str | None:
     """
     model = model_map.model
     decoder = model.model
-    if any(_hooked(module) for module in model.modules()):
+    stream = LayerStream.of(model)
+    own = stream.hooks if stream else frozenset()
+    if any(_hooked(module, own) for module in model.modules()):
         return "a module has hooks or a forward of its own"
     if not isinstance(getattr(decoder, "embed_tokens", None), nn.Embedding) or not hasattr(decoder, "rotary_emb"):
         return "no token embedding and rotary tables"
@@ -33,8 +36,9 @@ def why_not(model_map: ModelMap, length: int) -> str | None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return "the output projection is no plain Linear without bias"
-    devices = {(p.device, p.dtype) for p in model.parameters()}
-    if len(devices) != 1 or next(iter(devices))[1] not in _TOLERANCE:
+    devices = {p.device for p in model.parameters() if not (stream and stream.holds(p))}
+    dtypes = {p.dtype for p in model.parameters()}
+    if len(devices) != 1 or len(dtypes) != 1 or not dtypes <= _TOLERANCE.keys():
         return "parameters of several devices or dtypes"
     for item in model_map.layers:
         reason = _layer_reason(item, length)
@@ -79,11 +83,12 @@ def _layer_reason(item: Any, length: int) -> str | None:
     return None
 
 
-def _hooked(module: nn.Module) -> bool:
+def _hooked(module: nn.Module, own: frozenset[int]) -> bool:
+    """Whether a module computes something else than its class; hooks ``own`` only bring its weights."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return any(hooks) or "forward" in module.__dict__
+    return any(held.keys() - own for held in hooks) or "forward" in module.__dict__

@@ -41,7 +41,7 @@ def test_scores_and_loss_equal_autograd(family, removal):
     data, signs = ragged(), [1, -1, 1, 1, -1]
     expected = expected_scores(model, model_map, data, signs)
     ids, labels = data.batch(list(range(len(data))))
-    scores, loss = ImportancePass(model_map).score(MicroBatch(ids, labels, row_weights(signs)), live(model_map))
+    scores, loss = ImportancePass(model_map).score([MicroBatch(ids, labels, row_weights(signs))], live(model_map))[0]
     assert scores.keys() == {name for name, _ in live(model_map)}
     for name, values in scores.items():
         torch.testing.assert_close(values, expected[name], rtol=5e-5, atol=1e-6)
@@ -56,8 +56,8 @@ def test_scoring_some_groups_gives_what_scoring_all_gives(names):
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
     run = ImportancePass(model_map)
-    everything, loss = run.score(MicroBatch(ids, ids, weights), live(model_map))
-    some, same_loss = run.score(MicroBatch(ids, ids, weights), [(n, c) for n, c in live(model_map) if n in names])
+    everything, loss = run.score([MicroBatch(ids, ids, weights)], live(model_map))[0]
+    some, same_loss = run.score([MicroBatch(ids, ids, weights)], [(n, c) for n, c in live(model_map) if n in names])[0]
     assert list(some) == [n for n, _ in live(model_map) if n in names]
     for name, values in some.items():
         torch.testing.assert_close(values, everything[name], rtol=0, atol=0)
@@ -69,9 +69,9 @@ def test_nothing_to_score_still_gives_the_loss():
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
     run = ImportancePass(model_map)
-    scores, loss = run.score(MicroBatch(ids, ids, weights), [])
+    scores, loss = run.score([MicroBatch(ids, ids, weights)], [])[0]
     assert scores == {}
-    assert torch.equal(loss, run.score(MicroBatch(ids, ids, weights), live(model_map))[1])
+    assert torch.equal(loss, run.score([MicroBatch(ids, ids, weights)], live(model_map))[0][1])
 
 
 @pytest.mark.parametrize("layers", [1, 3, 4])
@@ -81,9 +81,9 @@ def test_recomputing_layers_changes_no_bit(monkeypatch, layers, removal):
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
     run = ImportancePass(model_map)
-    kept, loss = run.score(MicroBatch(ids, ids, weights), live(model_map))
+    kept, loss = run.score([MicroBatch(ids, ids, weights)], live(model_map))[0]
     monkeypatch.setattr(importance_pass, "layers_to_recompute", lambda items, batch: layers)
-    recomputed, same_loss = run.score(MicroBatch(ids, ids, weights), live(model_map))
+    recomputed, same_loss = run.score([MicroBatch(ids, ids, weights)], live(model_map))[0]
     assert torch.equal(loss, same_loss)
     for name, values in kept.items():
         assert torch.equal(values, recomputed[name]), name
@@ -94,9 +94,9 @@ def test_a_gradient_in_chunks_of_tokens_is_the_gradient(monkeypatch):
     ids = torch.cat([tiny_tokens()] * 3)
     weights = [1 / len(ids)] * len(ids)
     run = ImportancePass(model_map)
-    whole, loss = run.score(MicroBatch(ids, ids, weights), live(model_map))
+    whole, loss = run.score([MicroBatch(ids, ids, weights)], live(model_map))[0]
     monkeypatch.setattr("gisp.score.fused.lm_head.CHUNK_ELEMENTS", 1)
-    chunked, same_loss = run.score(MicroBatch(ids, ids, weights), live(model_map))
+    chunked, same_loss = run.score([MicroBatch(ids, ids, weights)], live(model_map))[0]
     torch.testing.assert_close(loss, same_loss)
     for name, values in whole.items():
         torch.testing.assert_close(values, chunked[name])
@@ -106,7 +106,7 @@ def test_weights_and_gradients_of_the_model_stay_as_they_were():
     model, model_map = pruned("qwen2", "uneven")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = tiny_tokens()
-    ImportancePass(model_map).score(MicroBatch(ids, ids, [1 / len(ids)] * len(ids)), live(model_map))
+    ImportancePass(model_map).score([MicroBatch(ids, ids, [1 / len(ids)] * len(ids))], live(model_map))[0]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None
 

@@ -1,0 +1,75 @@
+"""Putting a model where a plan says: layer by layer, so that no second copy of it ever stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from gisp.offload.host import HostMemory
+from gisp.offload.stream import LayerStream
+
+# Writes the weight of a name into memory of its shape and dtype.
+Fill = Callable[[str, torch.Tensor], object]
+
+
+@torch.no_grad()
+def place(
+    model: Any,
+    streamed: tuple[int, ...],
+    device: torch.device,
+    *,
+    inputs_on_host: bool = False,
+    fill: Fill | None = None,
+) -> LayerStream:
+    """Move the decoder layers of a model to host memory and everything else to the device, in place.
+
+    Args:
+        model: a causal language model with its layers at ``model.layers``.
+        streamed: numbers of the layers that go to host memory.
+        inputs_on_host: as for :class:`gisp.offload.plan.Plan`.
+        fill: writes the weights of a model whose parameters have no memory yet.
+    """
+    memory = HostMemory(device)
+    away = {id(p) for i in streamed for p in model.model.layers[i].parameters()}
+    # By identity of the parameter as it was, which is held so that none takes its number.
+    done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in done:
+                home = memory if id(parameter) in away else None
+                data = _placed(parameter, f"{path}.{name}", device, home, fill)
+                done[id(parameter)] = parameter, _with_data(parameter, data)
+            module._parameters[name] = done[id(parameter)][1]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return LayerStream(model, model.model.layers, streamed, device, boundaries_on_host=inputs_on_host, memory=memory)
+
+
+def _placed(
+    parameter: nn.Parameter, name: str, device: torch.device, memory: HostMemory | None, fill: Fill | None
+) -> torch.Tensor:
+    """A parameter's values in memory of their own, at their place."""
+    if memory is None and fill is None:
+        return parameter.detach().to(device)
+    shape = tuple(parameter.shape)
+    dtype = parameter.dtype
+    new = memory.empty(shape, dtype) if memory else torch.empty(shape, dtype=dtype, device=device)
+    if fill is None:
+        new.copy_(parameter.detach())
+    else:
+        fill(name, new)
+    return new
+
+
+def _with_data(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+    """The parameter with other values; a new one where it had no memory."""
+    if parameter.is_meta:
+        return nn.Parameter(data, requires_grad=parameter.requires_grad)
+    parameter.data = data
+    return parameter
