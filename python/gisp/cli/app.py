@@ -17,9 +17,11 @@ from gisp.cli.bench_command import bench
 from gisp.cli.demo_command import demo
 from gisp.cli.eval_command import evaluate
 from gisp.cli.export_command import export
+from gisp.cli.flags import with_bare_values
 from gisp.cli.inspect_command import inspect, report
 from gisp.cli.prune_command import prune
 from gisp.cli.stop import InterruptError, unwinding
+from gisp.config.options import OPTIONS
 from gisp.errors import GispError, is_out_of_memory, quoted, shortened
 from gisp.replicas.environment import launched, rank
 from gisp.replicas.errors import ReplicaError
@@ -94,15 +96,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["prune"]:
+        arguments = with_bare_values(arguments, OPTIONS.values())
     try:
         # Commands that start processes give them their own arguments.
-        code = app(args=argv, standalone_mode=False, obj=sys.argv[1:] if argv is None else [*argv])
+        code = app(args=arguments, standalone_mode=False, obj=[*arguments])
     except ReplicaError as error:
         return 2 if error.told else _fail(str(error), always=True)
     except GispError as error:
         return _fail(str(error))
     except _ParseError as error:
-        message = _with_value(error, sys.argv[1:] if argv is None else argv)
+        message = _with_value(error, arguments)
         # Without a command the help has been shown, and there is nothing more to say.
         return _fail(message) if message.strip() else 2
     except typer.Exit as exit_request:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from gisp.config.declare import Option
 from gisp.errors import GispError, quoted
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -46,6 +47,17 @@ def with_flags(flags: Sequence[inspect.Parameter]) -> Callable[[Command], Comman
         return command
 
     return give
+
+
+def with_bare_values(arguments: Sequence[str], options: Iterable[Option]) -> list[str]:
+    """Arguments of a command with a value after every flag that may stand alone and does."""
+    alone = {option.flag: option for option in options if option.bare}
+    found = []
+    for given, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        option = alone.get(given)
+        bare = option is not None and following not in option.choices
+        found.append(f"{given}={option.bare}" if option and bare else given)
+    return found
 
 
 def numbers(text: str) -> list[float]:

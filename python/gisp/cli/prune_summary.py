@@ -29,16 +29,20 @@ def closing_lines(trajectory: Any, out: str, data: str) -> Iterator[str]:
 def quality_line(trajectory: Any, data: str) -> str:
     """One line; a figure that cannot be measured never fails a run that is written."""
     from gisp.evaluate.unseen import measure_unseen, some
+    from gisp.offload.stream import LayerStream
 
     if trajectory.unseen is None:
         reason = "a mixture has no one figure" if trajectory.data.get("tasks") else f"the run has seen all of {data}"
         return f"quality not measured: {reason}, use gisp eval on other data"
     model = trajectory.model
     sequences = some(trajectory.unseen, _TOKENS[next(model.parameters()).device.type])
+    before = ""
     try:
         name, after = measure_unseen(model, sequences)
-        _, before = measure_unseen(trajectory.at(0.0), sequences)
+        # Layers in host memory give up what was removed.
+        if LayerStream.of(model) is None:
+            before = f"{measure_unseen(trajectory.at(0.0), sequences)[1]:.4f} before, "
     except GispError as error:
         return f"quality not measured: {error}"
     tokens = sum(len(ids) for ids, _ in sequences.rows)
-    return f"{name} {before:.4f} before, {after:.4f} after, on {tokens:,} tokens of {data} that no step has seen"
+    return f"{name} {before}{after:.4f} after, on {tokens:,} tokens of {data} that no step has seen"

@@ -35,6 +35,7 @@ class Option:
         open: whether a name with a dot (a Python function's) is a choice too.
         auto: whether the text ``auto`` stands for an option that is not given.
         least, above, below: bounds of a number.
+        bare: the value of the flag where none follows it; empty where one must.
         unset: what happens for a default of ``None``, in words.
         group: heading of the help that it stands under.
     """
@@ -49,6 +50,7 @@ class Option:
     least: int | None = None
     above: int | None = None
     below: int | None = None
+    bare: str = ""
     unset: str = ""
     group: str = ""
 

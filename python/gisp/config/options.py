@@ -12,6 +12,7 @@ import yaml
 
 from gisp.config.criteria import ALLOCATORS, CRITERIA, GATE_DEFAULTS, names_with
 from gisp.config.declare import declared_options, option
+from gisp.config.memory import bytes_of
 from gisp.errors import GispError, quoted
 
 DEFAULT_PRESET = "fast"
@@ -90,7 +91,8 @@ OFFICIAL_RATIO = 0.7
 # Enough for a node of eight GPUs; a slice of the default step is then 1,024 tokens.
 SLICES = 8
 # Options that say where a run is computed, not what it computes.
-PLACE_OPTIONS = ("device",)
+PLACE_OPTIONS = ("device", "offload", "gpu_memory")
+OFFLOAD = {"never": "", "auto": "what does not fit on the GPU", "always": "all of them"}
 
 # What rounds of --regrow go with: they compare structures by second-order scores a parameter, on fresh batches.
 _REGROWING = {
@@ -183,6 +185,16 @@ class PruneConfig:
         "Weights and products", None, choices=DTYPES, unset="bfloat16 on a GPU, float32 on a CPU", group=_COMPUTE
     )
     fp8: bool = option("8-bit products in the importance pass", False, group=_COMPUTE)
+    offload: str = option(
+        "Decoder layers that lie in host memory and visit the GPU",
+        "never",
+        choices=OFFLOAD,
+        bare="always",
+        group=_COMPUTE,
+    )
+    gpu_memory: str | None = option(
+        "Most memory to take of the GPU, as 24GB; with offload only", None, unset="what is free", group=_COMPUTE
+    )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -207,6 +219,7 @@ class PruneConfig:
             yield f"--fp8 goes with --criterion {names_with('fp8')}: leave it out"
         if self.fp8 and self.engine != "stream" and what.gradient != "second-order":
             yield "--fp8 goes with one batch a step: give --engine stream, or leave it out"
+        yield from self._offload_conflicts()
         if what.whole_layers:
             if self.allocator != "global" or self.norm != "none":
                 yield f"{criterion} ranks whole layers: leave --allocator and --norm out"
@@ -230,6 +243,21 @@ class PruneConfig:
             yield f"{criterion} is trained, in one step by default: leave --one-shot out"
         if self.one_shot and (self.steps != 1 or self.ema):
             yield f"--one-shot is one step: leave --steps ({self.steps}) and --ema ({self.ema}) out"
+
+    def _offload_conflicts(self) -> Iterator[str]:
+        if self.gpu_memory is not None and bytes_of(self.gpu_memory) is None:
+            yield f"--gpu-memory is {quoted(self.gpu_memory)}: give an amount as 24GB or 24GiB"
+        if self.offload == "never":
+            if self.gpu_memory is not None:
+                yield f"--gpu-memory {self.gpu_memory} belongs to --offload: give --offload auto, or leave it out"
+            return
+        given = f"--offload {self.offload}"
+        if CRITERIA[self.criterion].gradient is None:
+            yield f"{given} goes with --criterion {names_with('gradient')}, not {self.criterion}"
+        if self.allocator == "owl":
+            yield f"{given} does not go with --allocator owl, which watches all layers: give global or uniform"
+        if self.regrow:
+            yield f"{given} keeps no removed weights for --regrow {self.regrow}: leave one of the two out"
 
 
 OPTIONS = declared_options(PruneConfig)

@@ -53,15 +53,9 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     Raises:
         GispError: missing, foreign, incomplete or broken model.
     """
-    check_model_path(path)
-    quiet()
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    kind = _check_stored(path)
+    from transformers import AutoModelForCausalLM
 
-    stored = _stored_config(path)
-    kind = str(stored.get("model_type"))
-    if kind.startswith("gisp_") and kind not in CONFIG_MAPPING:
-        raise GispError(f"model {path} is already pruned ({kind}): give its dense base model")
-    check_stored(Path(path), path, stored)
     limits = hub_options(path)
     try:
         source, options = pretrained(path)
@@ -105,6 +99,46 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     if bad is not None:
         raise GispError(f"model {path} holds NaN or infinite weights in {bad}: give a sound checkpoint")
     return model.to(device).eval()
+
+
+def skeleton(path: str, dtype: torch.dtype | str) -> Any:
+    """A causal language model of the shapes that a folder or hub name has, without memory for its weights.
+
+    Args:
+        dtype: as :func:`resolve_dtype` gives it.
+
+    Raises:
+        GispError: no model there, or one whose configuration cannot be read.
+    """
+    _check_stored(path)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    limits = hub_options(path)
+    try:
+        source, options = pretrained(path)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options, **limits)
+        if dtype == "auto":
+            dtype = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # transformers raises many types for folders it cannot read
+        if limits and isinstance(error, OSError):
+            raise GispError(unreachable(f"model {path}")) from None
+        raise GispError(f"model {path} cannot be loaded: {_one_line(error)}") from None
+
+
+def _check_stored(path: str) -> str:
+    """Refuse what is no dense model, by its files; the model type that they name."""
+    check_model_path(path)
+    quiet()
+    from transformers import CONFIG_MAPPING
+
+    stored = _stored_config(path)
+    kind = str(stored.get("model_type"))
+    if kind.startswith("gisp_") and kind not in CONFIG_MAPPING:
+        raise GispError(f"model {path} is already pruned ({kind}): give its dense base model")
+    check_stored(Path(path), path, stored)
+    return kind
 
 
 def snapshot(name: str) -> Path | None:

@@ -15,13 +15,14 @@ from gisp.config.options import OFFICIAL_RATIO, OPTIONS, PLACE_OPTIONS, PruneCon
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
+from gisp.offload.stream import LayerStream
 from gisp.progress import task
 from gisp.replicas.group import Replicas
-from gisp.run.estimate import announce
 from gisp.run.folder import RunFolder
 from gisp.run.metrics.measure import PhaseClock, histogram_record, score_histogram, step_details
 from gisp.run.record import library_versions
 from gisp.run.regrow import Regrowth
+from gisp.run.resources.estimate import announce
 from gisp.run.setup import Setup, check_scores
 from gisp.run.step import StepWriter, Transfer
 from gisp.run.trajectory import StepRecord, Trajectory, move_to
@@ -30,6 +31,8 @@ from gisp.score.objectives import SequenceLoss
 from gisp.select.schedule import parameter_target, structure_ratio
 from gisp.select.selector import Ranking, Selection
 
+# Unused part of the structures' memory above which kept weights move up: it would cross to the device in vain.
+_SLACK = 0.1
 OnStep = Callable[[StepRecord, int], None]
 
 
@@ -66,6 +69,7 @@ class PruningLoop:
         device = next(model_map.model.parameters()).device
         self.average = ScoreAverage(model_map.groups, self.setup.open, config.ema, device)
         self._device, self._transfer = device, Transfer(device)
+        self._streams = LayerStream.of(model_map.model) is not None
         counts = {item.heads.name: model_map.num_heads for item in model_map.layers}
         counts |= {item.channels.name: model_map.intermediate_size for item in model_map.layers}
         self._removed_at = {name: np.zeros(count, dtype=np.int32) for name, count in counts.items()}
@@ -129,7 +133,7 @@ class PruningLoop:
         trajectory = self.trajectory
         steps = self.config.steps + self.config.regrow
         writer = StepWriter(overlap=self._device.type == "cuda")
-        if not trajectory.complete:
+        if not trajectory.complete and not self._streams:
             context, left = self.setup.context, steps - len(trajectory.steps)
             announce(self.map, context.data, self.config, left, context.replicas.size)
         with task("pruning", steps, begun=len(trajectory.steps)) as progress:
@@ -198,6 +202,8 @@ class PruningLoop:
         for name, index in removal.removed.items():
             self._removed_at[name][index.numpy()] = step
         self.shrinkable.remove(removal.removed)
+        if self._streams and self.shrinkable.slack > _SLACK:
+            self.shrinkable.pack(in_place=True)
         clock.mark("compact")
         sizes = self._sizes(self.selector.removed)
         record = StepRecord(

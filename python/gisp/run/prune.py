@@ -21,12 +21,14 @@ from gisp.model.load import load_dense, resolve_device, resolve_dtype
 from gisp.model.paths import check_model_path
 from gisp.model.probe import PROVEN
 from gisp.model.shrink import ShrinkableModel
-from gisp.model.structures import first_bad_parameter, map_model
+from gisp.model.structures import ModelMap, first_bad_parameter, map_model
+from gisp.offload.place import place
 from gisp.progress import reporting
 from gisp.progress.track import Report
 from gisp.replicas.group import Replicas
 from gisp.run.folder import RunFolder
 from gisp.run.loop import OnStep, PruningLoop
+from gisp.run.resources.placement import check_offload, plan_of, skeleton_of
 from gisp.run.together import check_alike, take_up
 from gisp.run.trajectory import Trajectory
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
@@ -72,6 +74,8 @@ def prune(
     device: str | None = None,
     dtype: str | None = None,
     fp8: bool | None = None,
+    offload: str | None = None,
+    gpu_memory: str | None = None,
 ) -> Trajectory:
     """Prune a model in place; further options are those of ``python -m gisp.config.reference``.
 
@@ -139,19 +143,20 @@ def _start(
     model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: SequenceLoss | None, replicas: Replicas
 ) -> PruningLoop:
     """A run ready for its first step."""
-    dense, path = _dense_model(model, config)
-    model_map = map_model(dense, config.gqa)
-    if isinstance(data, Sequences):
-        sequences = data.checked(model_map.vocab_size)
+    if config.offload == "never":
+        dense, path = _dense_model(model, config)
+        model_map = map_model(dense, config.gqa)
+        sequences = _sequences(data, config, dense, model_map, path, loss)
     else:
-        sequences = load_sequences(
-            data,
-            vocab_size=model_map.vocab_size,
-            seq_len=config.seq_len,
-            tokenizer_from=path or str(getattr(dense, "name_or_path", "")) or None,
-            objective="lm" if loss else config.objective,
-            seed=config.seed,
-        )
+        check_offload(config, loss, replicas.size)
+        outline, path = (model, "") if isinstance(model, nn.Module) else (skeleton_of(str(model), config), str(model))
+        # The plan is made before anything is loaded, and needs the lengths of sequences.
+        sequences = _sequences(data, config, outline, map_model(outline), path, loss)
+        plan = plan_of(outline, sequences, config)
+        dense, path = _dense_model(model, config, None if plan is None else torch.device("cpu"))
+        if plan is not None:
+            place(dense, plan.streamed, resolve_device(config.device), inputs_on_host=plan.inputs_on_host)
+        model_map = map_model(dense, config.gqa)
     samples = len(sequences.examples) if config.samples is None else config.samples
     spare = sequences.chosen(range(samples, len(sequences.examples))) if samples < len(sequences.examples) else None
     sequences = check_objective(sequences.first(config.samples), config)
@@ -167,8 +172,28 @@ def _start(
     return loop
 
 
-def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[Any, str]:
-    """The model to prune and the path a later session finds it at (empty for a model in memory)."""
+def _sequences(
+    data: Any, config: PruneConfig, dense: Any, model_map: ModelMap, path: str, loss: SequenceLoss | None
+) -> Sequences:
+    """The calibration data, for the vocabulary of a model."""
+    if isinstance(data, Sequences):
+        return data.checked(model_map.vocab_size)
+    return load_sequences(
+        data,
+        vocab_size=model_map.vocab_size,
+        seq_len=config.seq_len,
+        tokenizer_from=path or str(getattr(dense, "name_or_path", "")) or None,
+        objective="lm" if loss else config.objective,
+        seed=config.seed,
+    )
+
+
+def _dense_model(model: nn.Module | str | Path, config: PruneConfig, to: torch.device | None = None) -> tuple[Any, str]:
+    """The model to prune and the path a later session finds it at (empty for a model in memory).
+
+    Args:
+        to: where it is loaded to if not to where it computes.
+    """
     if isinstance(model, nn.Module):
         if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
             warnings.warn(
@@ -188,5 +213,5 @@ def _dense_model(model: nn.Module | str | Path, config: PruneConfig) -> tuple[An
     path = str(model)
     check_model_path(path)
     device = resolve_device(config.device)
-    loaded = load_dense(path, device, resolve_dtype(config.dtype, device))
+    loaded = load_dense(path, to or device, resolve_dtype(config.dtype, device))
     return loaded, str(Path(path).resolve()) if Path(path).exists() else path

@@ -13,7 +13,6 @@ from tiny import FAMILIES, tiny_model
 
 from gisp.config.options import make_config
 from gisp.data import Sequences
-from gisp.errors import GispError
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.offload.place import place

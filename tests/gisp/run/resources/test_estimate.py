@@ -17,7 +17,7 @@ from gisp.config.options import make_config
 from gisp.data import load_sequences
 from gisp.model.structures import map_model
 from gisp.progress import Progress, reporting
-from gisp.run.estimate import estimate, lines, memory
+from gisp.run.resources.estimate import estimate, lines, memory
 
 
 class _Peak(TorchDispatchMode):

@@ -44,6 +44,18 @@ def step_tokens(data: Sequences, config: PruneConfig) -> int:
     return min(total, config.batch_tokens) if config.engine == "stream" else total
 
 
+def pass_tokens(model_map: ModelMap, data: Sequences, config: PruneConfig, device: torch.device) -> int:
+    """Tokens that pass through the model together."""
+    longest = max(len(ids) for ids, _ in data.rows)
+    tokens = step_tokens(data, config)
+    if config.batch_size:
+        return min(tokens, config.batch_size * longest)
+    if config.engine == "exact":
+        # As gisp.data.batches bounds a pass over a whole set.
+        return min(tokens, max(longest, (2**24 if device.type == "cpu" else 2**29) // model_map.vocab_size))
+    return tokens
+
+
 def estimate(model_map: ModelMap, data: Sequences, config: PruneConfig) -> Estimate:
     """Seconds and memory of a run on the device the model lies on; about a twentieth of a second is measured."""
     tokens = step_tokens(data, config)
@@ -54,13 +66,7 @@ def memory(model_map: ModelMap, data: Sequences, config: PruneConfig) -> int:
     """Bytes of a run at its fullest moment, on the device of the model."""
     weight = next(model_map.model.parameters())
     size, passes = weight.element_size(), _passes(config)
-    longest = max(len(ids) for ids, _ in data.rows)
-    tokens = step_tokens(data, config)
-    if config.batch_size:
-        tokens = min(tokens, config.batch_size * longest)
-    elif config.engine == "exact":
-        # As gisp.data.batches bounds a pass over a whole set.
-        tokens = min(tokens, max(longest, (2**24 if weight.device.type == "cpu" else 2**29) // model_map.vocab_size))
+    tokens = pass_tokens(model_map, data, config, weight.device)
     heads = (model_map.num_heads + 2 * model_map.num_kv_heads) * model_map.head_dim
     layer = 2 * model_map.hidden_size + heads + 2 * model_map.intermediate_size
     # Of a pass without a backward one layer is there at a time.

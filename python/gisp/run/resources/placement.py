@@ -1,0 +1,107 @@
+"""Where the layers of a run lie that may be larger than its GPU: what it asks of memory, and the plan made of that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gisp.config.criteria import CRITERIA
+from gisp.config.memory import bytes_of, gigabytes
+from gisp.config.options import PruneConfig
+from gisp.data import Sequences
+from gisp.errors import GispError
+from gisp.model.load import resolve_device, resolve_dtype, skeleton
+from gisp.model.structures import ModelMap, map_model
+from gisp.offload.host import available_bytes
+from gisp.offload.plan import Demand, Plan, make_plan
+from gisp.progress import note
+from gisp.run.resources.estimate import pass_tokens, step_tokens
+from gisp.score.fused import why_not
+from gisp.score.fused.lm_head import CHUNK_ELEMENTS
+from gisp.score.objectives import SequenceLoss, objective_name
+
+
+def check_offload(config: PruneConfig, loss: SequenceLoss | None, processes: int) -> None:
+    """Refuse what a run with layers in host memory cannot do beyond its options.
+
+    Raises:
+        GispError: names it.
+    """
+    if loss is not None:
+        raise GispError(
+            f"--offload {config.offload} computes the loss in its own way: objective {objective_name(loss)} needs the "
+            "whole model on the GPU"
+        )
+    if processes > 1:
+        raise GispError(
+            f"--offload {config.offload} is for one GPU, {processes} processes share this run: leave it out"
+        )
+
+
+def skeleton_of(path: str, config: PruneConfig) -> Any:
+    """The shapes of the model of a run, before its weights are loaded."""
+    return skeleton(path, resolve_dtype(config.dtype, resolve_device(config.device)))
+
+
+def plan_of(model: Any, data: Sequences, config: PruneConfig) -> Plan | None:
+    """Where the layers of a run lie, told to whoever hears of progress; ``None`` where all are on the device.
+
+    Args:
+        model: the dense model or its shapes alone.
+
+    Raises:
+        GispError: it does not fit.
+    """
+    device = resolve_device(config.device)
+    limit = None if config.gpu_memory is None else bytes_of(config.gpu_memory)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device)
+        if limit is not None:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        limit = free if limit is None else min(limit, free)
+    found = demand(map_model(model), data, config)
+    plan = make_plan(found, everything=config.offload == "always", limit=limit, host=available_bytes())
+    if plan is None:
+        note(f"offload: the model fits, nothing is in host memory ({gigabytes(sum(found.layers) + found.rest)})")
+        return None
+    for line in plan.lines():
+        note(line)
+    return plan
+
+
+def demand(model_map: ModelMap, data: Sequences, config: PruneConfig) -> Demand:
+    """What a run with layers in host memory asks of memory."""
+    model = model_map.model
+    weight = next(model.parameters())
+    size, hidden, channels = weight.element_size(), model_map.hidden_size, model_map.intermediate_size
+    layers = tuple(sum(p.numel() * p.element_size() for p in item.layer.parameters()) for item in model_map.layers)
+    longest = max(len(ids) for ids, _ in data.rows)
+    tokens, together = step_tokens(data, config), pass_tokens(model_map, data, config, resolve_device(config.device))
+    # About what a layer keeps of a token, and what its busiest moment takes, by either pass.
+    working = together * (16 * hidden + 4 * channels) * size
+    if CRITERIA[config.criterion].gradient == "second-order":
+        # Gradients of gates of every sequence and structure.
+        structures = sum(group.count for group in model_map.groups)
+        working += 4 * structures * max(1, tokens // longest)
+    if CRITERIA[config.criterion].gradient == "absolute":
+        working += 4 * max(layers) // size
+    fused = why_not(model_map, longest) is None
+    logits = together * model_map.vocab_size
+    working += 2 * size * min(CHUNK_ELEMENTS, logits) if fused else 8 * logits
+    return Demand(
+        layers=layers,
+        rest=model_map.parameters * size - sum(layers),
+        largest=size * hidden * max(channels, model_map.num_heads * model_map.head_dim),
+        inputs=tokens * hidden * size,
+        working=working,
+        # Files are mapped, and copied layer by layer; weights of another dtype are converted all at once.
+        loading=model_map.parameters * size if _converted(model) else 0,
+    )
+
+
+def _converted(model: Any) -> bool:
+    if not next(model.parameters()).is_meta:
+        return False
+    return getattr(model.config, "dtype", None) not in (None, next(model.parameters()).dtype)
