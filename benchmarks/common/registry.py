@@ -51,6 +51,8 @@ class Case:
 MODELS = {
     "llama-2-13b": Model(40, hidden=5120, heads=40, kv_heads=40, head_dim=128, channels=13824, vocabulary=32000),
     "llama-3-8b": Model(32, hidden=4096, heads=32, kv_heads=8, head_dim=128, channels=14336, vocabulary=128256),
+    "llama-2-7b": Model(32, hidden=4096, heads=32, kv_heads=32, head_dim=128, channels=11008, vocabulary=32000),
+    "llama-3-70b": Model(80, hidden=8192, heads=64, kv_heads=8, head_dim=128, channels=28672, vocabulary=128256),
     "tiny": Model(4, hidden=64, heads=4, kv_heads=2, head_dim=16, channels=128, vocabulary=256),
 }
 REAL = ("llama-2-13b", "llama-3-8b")

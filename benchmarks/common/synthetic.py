@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,39 @@ def built(
             return kind(config).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def build_outline(model: Model, dtype: torch.dtype) -> Any:
+    """The same model without memory for its weights, which :func:`fill_weight` gives them wherever they will lie."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**llama_settings(model), use_cache=False)
+    outline: Any = built(LlamaForCausalLM, config, torch.device("meta"), dtype)
+    # Its tables are computed when it is made.
+    outline.model.rotary_emb = type(outline.model.rotary_emb)(config)
+    return outline
+
+
+def fill_weight(device: torch.device, name: str, memory: torch.Tensor) -> None:
+    """Random values of the weight of a name, the same wherever it lies; they are drawn on ``device``."""
+    if name.endswith("norm.weight"):
+        memory.fill_(1)
+        return
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    for rows in memory.split(4096):
+        rows.copy_(0.02 * torch.randn(rows.shape, generator=generator, device=device, dtype=memory.dtype))
+
+
+def build_filled(model: Model, device: torch.device, dtype: torch.dtype) -> Any:
+    """The outline with its weights on ``device``."""
+    outline = build_outline(model, dtype)
+    tables, outline.model.rotary_emb = outline.model.rotary_emb, None
+    outline.to_empty(device=device)
+    outline.model.rotary_emb = tables.to(device)
+    with torch.no_grad():
+        for name, parameter in outline.named_parameters():
+            fill_weight(device, name, parameter)
+    return outline
 
 
 def random_tokens(model: Model, rows: int, length: int, seed: int = 0) -> torch.Tensor:

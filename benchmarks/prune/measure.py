@@ -90,6 +90,7 @@ def timed_run(
     peak: Ceilings | None,
     budget: Budget,
     group: ProcessGroup | None = None,
+    **place: Any,
 ) -> dict[str, Any]:
     """Prune a model and tell what it took, JSON-ready.
 
@@ -97,6 +98,7 @@ def timed_run(
         tokens: int64 [N, S], on the CPU.
         budget: the run ends after the step in which it is spent, and what was done is reported.
         group: processes that score together; all but the first report only what they removed.
+        place: further options of `gisp.prune`, which say where it is computed.
     """
     ends: list[float] = []
 
@@ -113,6 +115,7 @@ def timed_run(
         "batch_tokens": setting.batch_tokens,
         "fp8": setting.fp8,
         "criterion": setting.criterion,
+        **place,
     }
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"

@@ -38,6 +38,7 @@ from benchmarks.common.synthetic import build_model, random_tokens
 from benchmarks.prune.compensation import timed_compensation
 from benchmarks.prune.goals import GIGABYTE, prune_goals
 from benchmarks.prune.measure import Setting, timed_run
+from benchmarks.prune.offload import measure_offload, show_offload
 from benchmarks.prune.paper import time_paper_step
 from benchmarks.prune.replicas import all_same, check_shared, counts_of, measure_replicas, run_replica, show_replicas
 from gisp.compensation import CompensationOptions
@@ -199,6 +200,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--compensation-steps", type=count, help="of kfac (4), gates (150) or distil (300)")
     options.add_argument("--calibration-tokens", type=count, help="of a fit and of a step of kfac (131072)")
     options.add_argument("--gpus", type=counts_of, metavar="1,2,4", help="only time runs shared by so many GPUs")
+    options.add_argument(
+        "--offload", action="store_true", help="only time runs with layers in host memory beside plain"
+    )
+    options.add_argument("--gpu-memory", metavar="SIZE", help="with --offload: memory to take, as 24GB (what is free)")
+    options.add_argument("--layers", type=count, help="with --offload: cut the model to so many layers")
     add_result_options(options, plots=True)
     options.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     return options
@@ -220,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{show(runs)}\n{show_phases(runs)}\n" if runs else "", end="")
         compensated = show_compensation(runs)
         print(compensated + "\n" if compensated else "", end="")
+        offloaded = show_offload(result.get("offload", []))
+        print(offloaded + "\n" if offloaded else "", end="")
         shared = show_replicas(result.get("replicas", []))
         print(shared + "\n" if shared else "", end="")
     if args.goals:
@@ -229,7 +237,8 @@ def main(argv: list[str] | None = None) -> int:
 
         for path in write_plots(result, args.out or args.source):
             print(f"wrote {path}")
-    return 0 if all_same(result) and not any("error" in run for run in runs) else 1
+    failed = any("error" in run for run in [*runs, *result.get("offload", [])])
+    return 0 if all_same(result) and not failed else 1
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -238,6 +247,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         check_shared(args)
         return measure_replicas(names, args, lambda result: write_json(args.out, result) if args.out else None)
     setting = Setting.make(device, args.sparsity, args.steps, args.batch_tokens, args.fp8, args.criterion)
+    if args.offload:
+        found = [measure_offload(name, device, setting, args) for name in names]
+        return {"benchmark": "prune", "identity": identity(device), "runs": [], "offload": found}
     compensation = _compensation(args)
     if len(names) > 1:
         return measure_apart(names, args)

@@ -23,12 +23,13 @@ from gisp.model.probe import PROVEN
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap, first_bad_parameter, map_model
 from gisp.offload.place import place
+from gisp.offload.stream import LayerStream
 from gisp.progress import reporting
 from gisp.progress.track import Report
 from gisp.replicas.group import Replicas
 from gisp.run.folder import RunFolder
 from gisp.run.loop import OnStep, PruningLoop
-from gisp.run.resources.placement import check_offload, plan_of, skeleton_of
+from gisp.run.resources.placement import check_offload, compute_device, plan_of, skeleton_of
 from gisp.run.together import check_alike, take_up
 from gisp.run.trajectory import Trajectory
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
@@ -89,11 +90,9 @@ def prune(
         process_group: processes that score together, see :mod:`gisp.replicas`; ``None``: this one alone.
         objective: may also be a loss of your own, a ``SequenceLoss`` of :mod:`gisp.score.objectives`.
 
-    Returns:
-        The trajectory; its ``model`` is the pruned model.
+    Returns: the trajectory; its ``model`` is the pruned model.
 
-    Raises:
-        GispError: bad input or an impossible request, before anything is written.
+    Raises: GispError: bad input or an impossible request, before anything is written.
     """
     return _prune({**locals()})
 
@@ -143,7 +142,8 @@ def _start(
     model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: SequenceLoss | None, replicas: Replicas
 ) -> PruningLoop:
     """A run ready for its first step."""
-    if config.offload == "never":
+    # Layers that lie in host memory already stay where they are.
+    if config.offload == "never" or LayerStream.of(model) is not None:
         dense, path = _dense_model(model, config)
         model_map = map_model(dense, config.gqa)
         sequences = _sequences(data, config, dense, model_map, path, loss)
@@ -155,7 +155,7 @@ def _start(
         plan = plan_of(outline, sequences, config)
         dense, path = _dense_model(model, config, None if plan is None else torch.device("cpu"))
         if plan is not None:
-            place(dense, plan.streamed, resolve_device(config.device), inputs_on_host=plan.inputs_on_host)
+            place(dense, plan.streamed, compute_device(config), inputs_on_host=plan.inputs_on_host)
         model_map = map_model(dense, config.gqa)
     samples = len(sequences.examples) if config.samples is None else config.samples
     spare = sequences.chosen(range(samples, len(sequences.examples))) if samples < len(sequences.examples) else None

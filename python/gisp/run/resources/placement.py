@@ -39,6 +39,12 @@ def check_offload(config: PruneConfig, loss: SequenceLoss | None, processes: int
         )
 
 
+def compute_device(config: PruneConfig) -> torch.device:
+    """Where a run computes, a GPU by its number."""
+    device = resolve_device(config.device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def skeleton_of(path: str, config: PruneConfig) -> Any:
     """The shapes of the model of a run, before its weights are loaded."""
     return skeleton(path, resolve_dtype(config.dtype, resolve_device(config.device)))
@@ -53,11 +59,13 @@ def plan_of(model: Any, data: Sequences, config: PruneConfig) -> Plan | None:
     Raises:
         GispError: it does not fit.
     """
-    device = resolve_device(config.device)
+    device = compute_device(config)
     limit = None if config.gpu_memory is None else bytes_of(config.gpu_memory)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device)
+        # A model that is there moves.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free += sum(p.numel() * p.element_size() for p in model.parameters() if p.device == device)
         if limit is not None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
         limit = free if limit is None else min(limit, free)

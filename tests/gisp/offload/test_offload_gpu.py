@@ -1,0 +1,115 @@
+"""Layers in host memory and a GPU: the resident run to the bit, registered memory, a peak that stays in its plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokens
+
+import gisp
+from gisp.model.structures import map_model
+from gisp.offload.place import place
+from gisp.offload.plan import Plan
+from gisp.offload.stream import LayerStream
+from gisp.run import prune as prune_module
+from gisp.run.resources import placement
+
+pytestmark = pytest.mark.gpu
+
+SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 32}
+RUNS: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "in batches": {"batch_size": 3},
+    "in slices": {"slices": 4},
+    "query heads, odd widths": {"gqa": "query", "align": 1},
+    "summed": {"preset": "paper", "batch_tokens": None, "batch_size": 8, "steps": 5},
+    "of one batch": {"criterion": "gisp"},
+    "signed": {"criterion": "signed", "batch_size": 4},
+}
+
+
+def model_of(dtype: torch.dtype, layers: int = 8, **shape: Any) -> Any:
+    return tiny_model("llama-gqa", layers=layers, **{**SHAPE, **shape}).to(dtype)
+
+
+def run(model: Any, **options: Any) -> Any:
+    given = {"sparsity": 0.5, "steps": 12, "align": 16, "batch_tokens": 512, **options}
+    return gisp.prune(model, tiny_tokens(64, 32), **given)
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert [r.loss for r in found.steps] == [r.loss for r in expected.steps]
+    for name, at in expected.removed_at.items():
+        assert torch.equal(found.removed_at[name], at), name
+
+
+@pytest.mark.parametrize("where", ["all", "some"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_the_resident_run(name: str, dtype: torch.dtype, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(model_of(dtype).cuda(), **RUNS[name])
+    if where == "some":
+
+        def some_layers(*of: Any) -> Plan:
+            return Plan(placement.demand(map_model(of[0]), *of[1:]), (1, 2, 5), True, None)
+
+        monkeypatch.setattr(prune_module, "plan_of", some_layers)
+    model = model_of(dtype)
+    found = run(model, **RUNS[name], offload="always")
+    assert_same(found, expected)
+    stream = LayerStream.of(model)
+    assert stream is not None
+    traffic = stream.traffic
+    assert traffic.bytes > 0 and traffic.seconds > 0 and 0 <= traffic.overlap <= 1
+    devices = [{p.device.type for p in layer.parameters()} for layer in model.model.layers]
+    streamed = range(8) if where == "all" else (1, 2, 5)
+    assert devices == [{"cpu"} if i in streamed else {"cuda"} for i in range(8)]
+    assert next(model.parameters()).device.type == "cuda"
+
+
+def test_the_model_computes_as_the_resident_one() -> None:
+    tokens = tiny_tokens(4, 32).cuda()
+    resident, model = model_of(torch.bfloat16).cuda(), model_of(torch.bfloat16)
+    place(model, tuple(range(8)), torch.device("cuda", 0))
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(model(tokens).logits, resident(tokens).logits)
+
+
+def test_host_memory_is_registered_and_given_back() -> None:
+    model = model_of(torch.bfloat16, layers=2)
+    place(model, (0, 1), torch.device("cuda", 0))
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert weight.is_pinned()
+    again = model_of(torch.bfloat16, layers=2)
+    del model
+    del weight
+    # Memory that comes again must not still be registered.
+    place(again, (0, 1), torch.device("cuda", 0))
+    assert again.model.layers[0].mlp.up_proj.weight.is_pinned()
+
+
+def test_a_run_stays_within_its_memory() -> None:
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "head_dim": 64}
+    tokens = tiny_tokens(64, 64)
+    options: dict[str, Any] = {"sparsity": 0.3, "steps": 2, "batch_tokens": 1024}
+    whole = model_of(torch.bfloat16, layers=24, **shape)
+    size = sum(p.numel() * 2 for p in whole.parameters())
+    peaks = []
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        expected = gisp.prune(model_of(torch.bfloat16, layers=24, **shape).cuda(), tokens, **options)
+        peaks.append(torch.cuda.max_memory_allocated())
+        expected.model = None
+        limit = int(0.6 * size)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        found = gisp.prune(whole, tokens, **options, offload="auto", gpu_memory=f"{limit / 1e6:.0f}MB")
+        peaks.append(torch.cuda.max_memory_allocated())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert_same(found, expected)
+    assert peaks[0] > size and peaks[1] <= limit
