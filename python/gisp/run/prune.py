@@ -78,7 +78,7 @@ def prune(
     offload: str | None = None,
     gpu_memory: str | None = None,
 ) -> Trajectory:
-    """Prune a model in place; further options are those of ``python -m gisp.config.reference``.
+    """Prune a model in place, which the trajectory has as its ``model``; ``python -m gisp.config.reference`` says more.
 
     Args:
         model: a dense causal language model, or the folder or hub name of one.
@@ -90,9 +90,8 @@ def prune(
         process_group: processes that score together, see :mod:`gisp.replicas`; ``None``: this one alone.
         objective: may also be a loss of your own, a ``SequenceLoss`` of :mod:`gisp.score.objectives`.
 
-    Returns: the trajectory; its ``model`` is the pruned model.
-
-    Raises: GispError: bad input or an impossible request, before anything is written.
+    Raises:
+        GispError: bad input or an impossible request, before anything is written.
     """
     return _prune({**locals()})
 
