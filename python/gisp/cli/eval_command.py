@@ -66,6 +66,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Leave layers in host memory; they visit the GPU.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     **flags: Any,
 ) -> None:
@@ -78,6 +81,7 @@ def evaluate(
         **_what(lm_eval, lm_eval_include, flags),
         "device": device,
         "dtype": dtype,
+        "offload": offload,
         "compensation": compensation_request(flags),
     }
     _check_given(target, data, sparsity, points, flags["calibration"])

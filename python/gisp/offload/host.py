@@ -16,6 +16,11 @@ _PORTABLE = 1
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def numbered(device: torch.device) -> torch.device:
+    """A device by its number: parameters say that of theirs."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 class HostMemory:
     """Tensors in host memory, registered with CUDA where the device is a GPU.
 

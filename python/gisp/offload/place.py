@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gisp.offload.host import HostMemory
+from gisp.offload.host import HostMemory, numbered
 from gisp.offload.stream import LayerStream
 
 # Writes the weight of a name into memory of its shape and dtype.
@@ -32,6 +32,7 @@ def place(
         inputs_on_host: as for :class:`gisp.offload.plan.Plan`.
         fill: writes the weights of a model whose parameters have no memory yet.
     """
+    device = numbered(device)
     memory = HostMemory(device)
     away = {id(p) for i in streamed for p in model.model.layers[i].parameters()}
     # By identity of the parameter as it was, which is held so that none takes its number.
@@ -49,6 +50,11 @@ def place(
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return LayerStream(model, model.model.layers, streamed, device, boundaries_on_host=inputs_on_host, memory=memory)
+
+
+def stream_layers(model: Any, device: torch.device) -> LayerStream:
+    """Move all decoder layers of a model to host memory, for forward passes."""
+    return place(model, tuple(range(len(model.model.layers))), device)
 
 
 def _placed(

@@ -29,7 +29,7 @@ from gisp.progress.track import Report
 from gisp.replicas.group import Replicas
 from gisp.run.folder import RunFolder
 from gisp.run.loop import OnStep, PruningLoop
-from gisp.run.resources.placement import check_offload, compute_device, plan_of, skeleton_of
+from gisp.run.resources.placement import check_offload, plan_of, skeleton_of
 from gisp.run.together import check_alike, take_up
 from gisp.run.trajectory import Trajectory
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
@@ -154,7 +154,7 @@ def _start(
         plan = plan_of(outline, sequences, config)
         dense, path = _dense_model(model, config, None if plan is None else torch.device("cpu"))
         if plan is not None:
-            place(dense, plan.streamed, compute_device(config), inputs_on_host=plan.inputs_on_host)
+            place(dense, plan.streamed, resolve_device(config.device), inputs_on_host=plan.inputs_on_host)
         model_map = map_model(dense, config.gqa)
     samples = len(sequences.examples) if config.samples is None else config.samples
     spare = sequences.chosen(range(samples, len(sequences.examples))) if samples < len(sequences.examples) else None

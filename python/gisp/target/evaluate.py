@@ -36,6 +36,7 @@ def evaluate_target(
     dtype: str | None = None,
     compensation: CompensationRequest | None = None,
     replicas: Replicas | None = None,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """Figures of one model with their conditions; those of a run are also recorded in its folder.
 
@@ -48,13 +49,14 @@ def evaluate_target(
         compensation: done to the pruned model first; only for a run.
         replicas: processes that share the work, each with the whole model; ``None``: this one alone. The figures are
             those of one; only a compensation and lm-eval tasks are summed and batched in slices then.
+        offload: as for :func:`gisp.target.open.open_target`; without compensation.
 
     Returns:
         ``sparsity, model_sparsity, step, parameters, kv_bytes_per_token, data`` and what was measured.
     """
-    chosen = _checked(target, data, options, window, lm_eval, compensation)
+    chosen = _checked(target, data, options, window, lm_eval, compensation, offload)
     with sharing(replicas) as sharers:
-        opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype)
+        opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype, offload=offload)
         _agree(sharers, opened, chosen, lm_eval)
         recorder = _recorder(target, opened, data, chosen, lm_eval) if sharers.first else None
         measure = _measure(opened, data, chosen, lm_eval)
@@ -80,6 +82,7 @@ def evaluate_along(
     compensation: CompensationRequest | None = None,
     on_point: Callable[[dict[str, Any]], None] | None = None,
     replicas: Replicas | None = None,
+    offload: bool = False,
 ) -> dict[str, Any]:
     """The same for the dense model and each sparsity of a run or nested checkpoint, moving one model.
 
@@ -89,7 +92,7 @@ def evaluate_along(
         sparsities: of each the nearest step is taken, every step once.
         compensation: done anew at each point of a run.
         on_point: called with each point when it is measured.
-        replicas: as of :func:`evaluate_target`.
+        replicas, offload: as of :func:`evaluate_target`.
 
     Returns:
         ``target, data`` and ``points``, dense first, then by sparsity.
@@ -97,12 +100,12 @@ def evaluate_along(
     Raises:
         GispError: a target of one size, or a sparsity beyond the run.
     """
-    chosen = _checked(target, data, options, window, lm_eval, compensation)
+    chosen = _checked(target, data, options, window, lm_eval, compensation, offload)
     if not sparsities:
         raise GispError("--sparsities is empty: give numbers with commas between them")
     check_along(target)
     with sharing(replicas) as sharers:
-        opened = open_target(target, sparsity=0.0, device=device, dtype=dtype)
+        opened = open_target(target, sparsity=0.0, device=device, dtype=dtype, offload=offload)
         wanted = {0: opened.points[0]} | {p.step or 0: p for p in map(opened.nearest, sparsities)}
         _agree(sharers, opened, chosen, lm_eval)
         recorder = _recorder(target, opened, data, chosen, lm_eval) if sharers.first else None
@@ -127,12 +130,18 @@ def _checked(
     window: int | None,
     lm_eval: LmEvalTasks | None,
     compensation: CompensationRequest | None,
+    offload: bool,
 ) -> EvalOptions:
     """How to evaluate, where what is given goes together."""
     if options is not None and window is not None:
         raise GispError("window and options are both given: set options.window")
     if data is None and lm_eval is None:
         raise GispError("nothing to measure: give --data SPEC or --lm-eval TASKS")
+    if compensation is not None and offload:
+        raise GispError(
+            f"--compensate {compensation.options.method} changes layers that --offload leaves in host memory: "
+            "leave one of the two out"
+        )
     if compensation is not None and not is_run(target):
         raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
     return options or EvalOptions(window=window)

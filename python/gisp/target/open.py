@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gisp.compensation import CompensationRequest, compensate
+from gisp.errors import GispError
 from gisp.export.load import load
 from gisp.export.nested.files import NestedFiles
 from gisp.export.nested.place import is_nested
@@ -14,6 +15,7 @@ from gisp.export.sizes.stored import StoredSize, stored_sizes
 from gisp.model.attention import KV_INDEX, NoHeads
 from gisp.model.load import resolve_device, resolve_dtype
 from gisp.model.structures import channels_name, heads_name
+from gisp.offload.place import stream_layers
 from gisp.run.trajectory import Trajectory, move_to
 from gisp.select.schedule import nearest_step
 from gisp.target.check import check_target, is_run
@@ -112,22 +114,32 @@ class Target:
 
 
 def open_target(
-    target: str, *, sparsity: float | None = None, device: str = "auto", dtype: str | None = None
+    target: str,
+    *,
+    sparsity: float | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    offload: bool = False,
 ) -> Target:
     """The model a path names, at one sparsity.
 
     Args:
         target: dense model or exported folder, hub name, nested checkpoint or run folder.
         sparsity: point of a run or nested checkpoint (``None`` = its end); only for these.
+        offload: leave the decoder layers in host memory, from which they visit the device.
 
     Raises:
-        GispError: nothing usable there.
+        GispError: nothing usable there, or a nested checkpoint whose layers should lie in host memory.
     """
     place = resolve_device(device)
     if is_run(target):
-        return _open_run(Trajectory.load(target), sparsity, device, dtype)
+        return _open_run(Trajectory.load(target), sparsity, device, dtype, offload)
     check_target(target, sparsity)
-    model = load(target, sparsity=sparsity, device=str(place), dtype=resolve_dtype(dtype, place))
+    if offload and is_nested(target):
+        raise GispError(f"--offload takes a model or a run, {target} is a nested checkpoint: leave it out")
+    model = load(target, sparsity=sparsity, device="cpu" if offload else str(place), dtype=resolve_dtype(dtype, place))
+    if offload:
+        stream_layers(model, place)
     record = getattr(model.config, "gisp", None) or {}
     step = int(record["step"]) if is_nested(target) else None
     here = Point(float(record.get("sparsity", 0.0)), float(record.get("model_sparsity", 0.0)), step)
@@ -139,9 +151,16 @@ def open_target(
     return Target(model, target, points, here, lambda point: model.resize(point.sparsity), goal=files.goal)
 
 
-def _open_run(trajectory: Trajectory, sparsity: float | None, device: str, dtype: str | None) -> Target:
+def _open_run(trajectory: Trajectory, sparsity: float | None, device: str, dtype: str | None, offload: bool) -> Target:
     step = trajectory.step_for(sparsity)
-    model = trajectory.load_base(device=device, dtype=dtype)
+    if offload:
+        place = resolve_device(device)
+        # Of the device that computes, not of the one it is loaded on.
+        kind = resolve_dtype(dtype or trajectory.config.get("dtype"), place)
+        model = trajectory.load_base(device="cpu", dtype=str(kind).removeprefix("torch."))
+        stream_layers(model, place)
+    else:
+        model = trajectory.load_base(device=device, dtype=dtype)
     shrinkable = trajectory.shrinkable(model)
     points = [
         Point(trajectory.sparsity_at(t), trajectory.model_sparsity_at(t), t) for t in range(len(trajectory.steps) + 1)

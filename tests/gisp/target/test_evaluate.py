@@ -14,6 +14,7 @@ from tiny import tiny_model, tiny_tokens
 
 import gisp
 from gisp.cli import main
+from gisp.config.evaluation import EvalOptions
 from gisp.config.options import GQA_MODES
 from gisp.errors import GispError
 from gisp.export.nested.export import export_nested
@@ -257,3 +258,38 @@ def test_figures_are_given_where_they_cannot_be_recorded(places: Path, monkeypat
     with pytest.warns(UserWarning, match="the figures are not recorded: .*disk is full"):
         found = evaluate_target(str(places / "run"), str(places / "tokens.safetensors"), device="cpu")
     assert found["perplexity"] > 1
+
+
+@pytest.mark.parametrize("data", ["tokens.safetensors", "rows.jsonl"])
+def test_layers_in_host_memory_give_the_same_figures(places: Path, data: str, tmp_path: Path) -> None:
+    spec = str(places / data)
+    common: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+    gisp.export_run(places / "run", 0.3, tmp_path / "hf", device="cpu")
+    for target in (places / "model", places / "run", tmp_path / "hf"):
+        found = evaluate_target(str(target), spec, **common, offload=True)
+        assert found == evaluate_target(str(target), spec, **common)
+    along: dict[str, Any] = {"sparsities": [0.2, 0.4], **common}
+    run = str(places / "run")
+    assert evaluate_along(run, spec, **along, offload=True) == evaluate_along(run, spec, **along)
+
+
+def test_generation_works_with_layers_in_host_memory(places: Path, tmp_path: Path) -> None:
+    data = tmp_path / "completions.jsonl"
+    write_rows(data, [{"prompt": "a c", "completion": "ab"}, {"prompt": "ba", "completion": "g"}])
+    given: dict[str, Any] = {
+        "options": EvalOptions(generate=True, max_new_tokens=4),
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    model = str(places / "model")
+    assert evaluate_target(model, str(data), **given, offload=True) == evaluate_target(model, str(data), **given)
+
+
+def test_what_does_not_go_with_layers_in_host_memory(places: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = str(places / "tokens.safetensors")
+    assert main(["eval", str(places / "nested"), "--data", tokens, "--offload", *CPU]) == 2
+    assert "is a nested checkpoint: leave it out" in capsys.readouterr().err
+    given = ["--compensate", "lsq", "--calibration", tokens]
+    assert main(["eval", str(places / "run"), "--data", tokens, "--offload", *given, *CPU]) == 2
+    assert "--compensate lsq changes layers that --offload leaves in host memory" in capsys.readouterr().err
+    assert main(["eval", str(places / "run"), "--data", tokens, "--offload", *CPU]) == 0

@@ -13,7 +13,7 @@ from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.load import resolve_device, resolve_dtype, skeleton
 from gisp.model.structures import ModelMap, map_model
-from gisp.offload.host import available_bytes
+from gisp.offload.host import available_bytes, numbered
 from gisp.offload.plan import Demand, Plan, make_plan
 from gisp.progress import note
 from gisp.run.resources.estimate import pass_tokens, step_tokens
@@ -39,12 +39,6 @@ def check_offload(config: PruneConfig, loss: SequenceLoss | None, processes: int
         )
 
 
-def compute_device(config: PruneConfig) -> torch.device:
-    """Where a run computes, a GPU by its number."""
-    device = resolve_device(config.device)
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
 def skeleton_of(path: str, config: PruneConfig) -> Any:
     """The shapes of the model of a run, before its weights are loaded."""
     return skeleton(path, resolve_dtype(config.dtype, resolve_device(config.device)))
@@ -59,7 +53,7 @@ def plan_of(model: Any, data: Sequences, config: PruneConfig) -> Plan | None:
     Raises:
         GispError: it does not fit.
     """
-    device = compute_device(config)
+    device = numbered(resolve_device(config.device))
     limit = None if config.gpu_memory is None else bytes_of(config.gpu_memory)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
