@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ SUPPORTED = ("native", "triton")
 # Blocks are moved as integers of the element's size: every bit pattern survives, NaN payloads included.
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _AXES = ("row", "column")
+# Bytes of a cache line, and lines to swap above which threads share them: about a millisecond of one.
+_LINE = 64
+_MANY_LINES = 2**16
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -131,8 +135,7 @@ class PreparedSwaps:
             chosen = [pairs[i] for i in busy]
             if choice == "native":
                 entries = [(*self._entries[i], len(pair)) for i, pair in zip(busy, chosen, strict=True)]
-                flat = torch.from_numpy(np.concatenate(chosen))
-                _launch_native(self._tensors[busy[0]].device, entries, flat)
+                _run_native(self._tensors[busy[0]].device, entries, chosen)
             else:
                 self._swap(busy, [torch.from_numpy(pair) for pair in chosen], choice)
             torch.autograd.graph.increment_version([self._tensors[i] for i in busy])
@@ -149,6 +152,36 @@ class PreparedSwaps:
             lines = (pair.t().unsqueeze(2) * block + torch.arange(block)).flatten(1).to(tensor.device)
             held = tensor.index_select(axis, lines.flip(0).flatten())
             tensor.index_copy_(axis, lines.flatten(), held)
+
+
+def _run_native(device: torch.device, entries: Sequence[tuple[int, ...]], pairs: Sequence[IntArray]) -> None:
+    """Swap blocks as :func:`_launch_native` does; in a CPU's memory by torch's number of threads, where there are many.
+
+    Args:
+        pairs: of every entry.
+    """
+
+    def run(share: Sequence[int]) -> None:
+        flat = torch.from_numpy(np.concatenate([pairs[i] for i in share]))
+        _launch_native(device, [entries[i] for i in share], flat)
+
+    # A cache line that is read is what takes time.
+    lines = [
+        rows * len(pair) * -(-size * length // _LINE)
+        for (_, size, _, rows, length, *_), pair in zip(entries, pairs, strict=True)
+    ]
+    if device.type != "cpu" or sum(lines) < _MANY_LINES or torch.get_num_threads() == 1:
+        return run(range(len(entries)))
+    shares: list[list[int]] = [[] for _ in range(min(torch.get_num_threads(), len(entries)))]
+    loads = [0] * len(shares)
+    # The largest first, each to whoever has least; no tensor is parted.
+    for i in sorted(range(len(entries)), key=lambda i: -lines[i]):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += lines[i]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        # Reading the results raises what a thread raised.
+        list(pool.map(run, shares))
 
 
 def _launch_native(device: torch.device, entries: Sequence[tuple[int, ...]], pairs: torch.Tensor) -> None:

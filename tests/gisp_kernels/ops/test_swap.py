@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from interpreter import shuffled_grid
@@ -9,6 +11,7 @@ from partition_cases import bits, random_bits, random_pairs, swapped
 
 from gisp_kernels import _ext
 from gisp_kernels.backend import has_triton, interpreting
+from gisp_kernels.ops import swap
 from gisp_kernels.ops.swap import swap_blocks_
 
 NO_CORE = _ext.why_not("cpu")
@@ -112,6 +115,29 @@ def test_random_shapes(backend: str) -> None:
         expected[:, : shape[1]] = swapped(view, pairs, axis, block)
         swap_blocks_([view], [pairs], [axis], [block], backend=backend)
         assert torch.equal(bits(full), bits(expected)), (shape, axis, block, full.dtype, pairs)
+
+
+@pytest.mark.skipif(NO_CORE is not None, reason=str(NO_CORE))
+@pytest.mark.parametrize("threads", [2, 3, 64])
+def test_threads_share_tensors_and_part_none(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    launch = swap._launch_native
+
+    def counted(device: torch.device, entries: Any, pairs: torch.Tensor) -> None:
+        launched.append(len(entries))
+        launch(device, entries, pairs)
+
+    monkeypatch.setattr(swap, "_launch_native", counted)
+    monkeypatch.setattr(swap, "_MANY_LINES", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    tensors = [torch.randn(6 + i, 12) for i in range(7)]
+    axes = ["row", "column"] * 3 + ["row"]
+    pairs = [torch.tensor([[0, 4], [2, 5]]), torch.tensor([[1, 3]])] * 3 + [torch.empty(0, 2, dtype=torch.int64)]
+    expected = [t.clone() for t in tensors]
+    swap_blocks_(expected, pairs, axes, [1] * 7, backend="reference")
+    swap_blocks_(tensors, pairs, axes, [1] * 7, backend="native")
+    assert all(torch.equal(found, wanted) for found, wanted in zip(tensors, expected, strict=True))
+    assert len(launched) == min(threads, 6) and sum(launched) == 6
 
 
 def test_nothing_to_do() -> None:
