@@ -50,8 +50,15 @@ class Boundaries:
         key = layer, len(self._waiting.get(layer, ()))
         held = self._buffers.get(key)
         if held is None or held.numel() < states.numel() or held.dtype != states.dtype:
+            if held is not None:
+                self._settle()
+                self._memory.free(held)
             held = self._buffers[key] = self._memory.empty((states.numel(),), states.dtype)
         return held[: states.numel()].view(states.shape)
+
+    def _settle(self) -> None:
+        if self._side is not None:
+            self._side.synchronize()
 
 
 class _Away:

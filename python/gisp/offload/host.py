@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from gisp.progress import note
 
 # cudaHostRegisterPortable: the memory is registered for every context.
 _PORTABLE = 1
+# Memory is registered by pages, none of them twice.
+_PAGE = 4096
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -29,30 +32,50 @@ class HostMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._held: list[torch.Tensor] = []
-        self._refused = False
-        weakref.finalize(self, _unregister, self._held)
+        self._device = device
+        # By address.
+        self._registered: dict[int, torch.Tensor] = {}
+        self._refused = device.type != "cuda"
+        # The end of a process gives memory back by itself.
+        weakref.finalize(self, _unregister, self._registered).atexit = False
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor of its own memory, not initialised."""
-        tensor = torch.empty(shape, dtype=dtype)
-        if self._on_gpu and tensor.numel() and not self._refused:
-            size = tensor.numel() * tensor.element_size()
-            code = int(_runtime().cudaHostRegister(tensor.data_ptr(), size, _PORTABLE))
-            if code:
-                self._refused = True
-                note(f"host memory cannot be registered with CUDA (error {code}): transfers hold up the computation")
-            else:
-                self._held.append(tensor)
-        return tensor
+        """A tensor in pages of its own, not initialised."""
+        size = prod(shape) * dtype.itemsize
+        pages = -(-size // _PAGE) * _PAGE
+        memory = torch.empty(pages + _PAGE, dtype=torch.uint8)
+        start = -memory.data_ptr() % _PAGE
+        memory = memory[start : start + pages]
+        if pages and not self._refused:
+            self._register(memory)
+        return memory[:size].view(dtype).view(shape)
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """Give up a tensor that nothing reads any more."""
+        memory = self._registered.pop(tensor.data_ptr(), None)
+        if memory is not None:
+            _unregister({tensor.data_ptr(): memory})
+
+    def _register(self, memory: torch.Tensor) -> None:
+        code = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
+        if not code:
+            self._registered[memory.data_ptr()] = memory
+            return
+        self._refused = True
+        note(f"host memory cannot be registered with CUDA (error {code}): transfers hold up the computation")
+        _take_error(self._device)
 
 
-def _unregister(held: list[torch.Tensor]) -> None:
-    for tensor in held:
-        with contextlib.suppress(RuntimeError):
-            _runtime().cudaHostUnregister(tensor.data_ptr())
-    held.clear()
+def _unregister(registered: dict[int, torch.Tensor]) -> None:
+    for address in registered:
+        _runtime().cudaHostUnregister(address)
+    registered.clear()
+
+
+def _take_error(device: torch.device) -> None:
+    """Take in an error that CUDA tells once more, to whoever launches next."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 def _runtime() -> Any:

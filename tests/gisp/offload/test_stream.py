@@ -144,3 +144,62 @@ def test_host_memory() -> None:
     tensor.fill_(1)
     free = available_bytes()
     assert free is None or free > 0
+
+
+def test_host_memory_lies_in_pages_of_its_own() -> None:
+    memory = HostMemory(CPU)
+    held = [memory.empty((size,), torch.float32) for size in (1, 3, 1024, 1025, 0)]
+    pages: set[int] = set()
+    for tensor in held:
+        tensor.fill_(2)
+        own = range(tensor.data_ptr() // 4096, -(-(tensor.data_ptr() + 4 * tensor.numel()) // 4096))
+        assert not tensor.numel() or (tensor.data_ptr() % 4096 == 0 and not pages & {*own})
+        pages |= {*own}
+    memory.free(held[0])
+
+
+class Runtime:
+    """Registers as CUDA does: no page twice, and nothing that is not registered is given back."""
+
+    def __init__(self, most: int) -> None:
+        self.held: dict[int, int] = {}
+        self.most = most
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        begun = any(at < address + size and address < at + held for at, held in self.held.items())
+        if begun or len(self.held) == self.most:
+            return 712
+        self.held[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802 - CUDA's name
+        del self.held[address]
+        return 0
+
+
+def test_memory_is_registered_once_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(100)
+    monkeypatch.setattr("gisp.offload.host._runtime", lambda: runtime)
+    memory = HostMemory(torch.device("cuda", 0))
+    held = [memory.empty((size,), torch.bfloat16) for size in (3, 5000, 7)]
+    assert [runtime.held[t.data_ptr()] for t in held] == [4096, 12288, 4096]
+    memory.free(held[1])
+    assert len(runtime.held) == 2
+    del memory
+    gc.collect()
+    assert not runtime.held
+
+
+def test_memory_that_cannot_be_registered_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(1)
+    told: list[str] = []
+    monkeypatch.setattr("gisp.offload.host._runtime", lambda: runtime)
+    monkeypatch.setattr("gisp.offload.host.note", told.append)
+    monkeypatch.setattr("gisp.offload.host._take_error", lambda _: None)
+    memory = HostMemory(torch.device("cuda", 0))
+    for size in (3, 5, 7):
+        assert memory.empty((size,), torch.float32).numel() == size
+    assert told == ["host memory cannot be registered with CUDA (error 712): transfers hold up the computation"]
+    del memory
+    gc.collect()
+    assert not runtime.held
