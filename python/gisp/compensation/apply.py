@@ -20,6 +20,7 @@ from gisp.errors import GispError
 from gisp.model.keep import Keep, block_columns
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
+from gisp.offload.stream import check_in_one_place
 from gisp.progress import reporting
 from gisp.progress.track import Report
 from gisp.replicas.group import Replicas
@@ -153,6 +154,7 @@ def compensate(
     Raises:
         GispError: a model that is not pruned or was packed, a bad option, unreadable data.
     """
+    check_in_one_place(model, "compensation")
     chosen = make_options(**options)
     shrinkable = ShrinkableModel.of(model)
     if shrinkable is None:

@@ -10,6 +10,7 @@ from gisp.export.formats.hf import export_hf
 from gisp.export.formats.masked import export_masked
 from gisp.export.spec import ExportReport, PrunedSpec
 from gisp.model.shrink import ShrinkableModel
+from gisp.offload.stream import check_in_one_place
 
 _WRITERS = {"hf": export_hf, "masked": export_masked}
 
@@ -33,6 +34,7 @@ def export_model(
     shrinkable = ShrinkableModel.of(model)
     if shrinkable is None or not shrinkable.history:
         raise GispError("this model is not pruned: use its own save_pretrained")
+    check_in_one_place(model, "export_model")
     if format not in _WRITERS:
         raise GispError(f"format {format!r} needs a run folder: choose hf or masked, or gisp.export_run")
     if shrinkable.compensated:

@@ -221,6 +221,22 @@ class LayerStream:
             self._leave(layer)
 
 
+def check_in_one_place(model: Any, what: str) -> None:
+    """Refuse a model whose layers lie in host memory.
+
+    Args:
+        what: needs all of it on one device.
+
+    Raises:
+        GispError: the model's layers visit the device.
+    """
+    if LayerStream.of(model) is not None:
+        raise GispError(
+            f"the layers of this model lie in host memory (--offload), {what} needs the whole model in one place: "
+            "load it anew, or use gisp export RUN"
+        )
+
+
 def resident_or_streamed(model: Any) -> Visits:
     """How a pass goes through the layers of a model."""
     return LayerStream.of(model) or Resident()
