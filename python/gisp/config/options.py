@@ -186,7 +186,7 @@ class PruneConfig:
     )
     fp8: bool = option("8-bit products in the importance pass", False, group=_COMPUTE)
     offload: str = option(
-        "Decoder layers that lie in host memory and visit the GPU",
+        "Decoder layers that lie in host memory and visit the GPU; without a value always",
         "never",
         choices=OFFLOAD,
         bare="always",
