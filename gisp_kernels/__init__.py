@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gisp_kernels._ext import build_info
 from gisp_kernels._version import __version__
-from gisp_kernels.compaction import Compactor
+from gisp_kernels.compaction.compactor import Compactor
 from gisp_kernels.families import experts_group, iter_groups, latent_attention_group
 from gisp_kernels.groups import Projection, StructureGroup, attention_group, mlp_group
 from gisp_kernels.ops.gate_grads import gate_grads, gate_sums, loss_change, predicted_loss_change

@@ -14,7 +14,7 @@ from torch import nn
 
 from gisp_kernels import _ext
 from gisp_kernels.backend import has_triton
-from gisp_kernels.compaction import Compactor
+from gisp_kernels.compaction.compactor import Compactor
 from gisp_kernels.groups import Projection, StructureGroup
 from gisp_kernels.ops.swap import swap_blocks_
 

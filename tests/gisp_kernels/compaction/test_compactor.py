@@ -11,7 +11,7 @@ from torch import nn
 
 from gisp_kernels import _ext
 from gisp_kernels.backend import has_triton, interpreting
-from gisp_kernels.compaction import Compactor
+from gisp_kernels.compaction.compactor import Compactor
 from gisp_kernels.groups import Projection, StructureGroup, attention_group, mlp_group
 
 NO_CORE = _ext.why_not("cpu")
@@ -230,7 +230,7 @@ def test_pack_frees_the_tail_and_ends_the_way_back() -> None:
 
 @pytest.mark.parametrize("moved", [1, 200, 2**26])
 def test_pack_in_place_leaves_every_weight_where_it_is(moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gisp_kernels.compaction._MOVED", moved)
+    monkeypatch.setattr("gisp_kernels.compaction.compactor._MOVED", moved)
     block = Block(dtype=torch.bfloat16)
     groups = block.groups()
     dense = dense_of(block)
