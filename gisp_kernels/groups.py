@@ -13,6 +13,9 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from gisp_kernels.layers import lines_of
 
 Axis = Literal["row", "column", "element"]
 GroupKind = Literal["heads", "channels"]
@@ -136,7 +139,12 @@ class Projection:
 
     @property
     def width(self) -> int:
-        """Rows, columns or elements of the weight at present, those of all experts together."""
+        """Rows, columns or elements of the weight at present, those of all experts together.
+
+        A layer that is no matrix has the outputs and inputs of :func:`gisp_kernels.layers.lines_of`.
+        """
+        if self.axis != "element" and not is_matrix(self.linear, self.parameter):
+            return lines_of(self.linear, self.axis).count
         *experts, rows, columns = self.weight.shape
         lines = {"row": rows, "column": columns, "element": rows * columns}[self.axis]
         return lines * math.prod(experts)
@@ -145,6 +153,12 @@ class Projection:
     def count(self) -> float:
         """Structures at the current width; no whole number where the block does not divide it."""
         return self.width / self.block if self.index is None else len(self.index)
+
+
+def is_matrix(module: nn.Module, parameter: str = "weight") -> bool:
+    """Whether a module maps inputs to outputs by one matrix, or one for each of its experts."""
+    weight = getattr(module, parameter, None)
+    return weight is not None and weight.dim() in (2, 3) and not isinstance(module, (nn.Embedding, _ConvNd))
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -170,7 +184,7 @@ class StructureGroup:
         counts = {p.count for p in self.projections}
         if len(counts) != 1 or not float(min(counts)).is_integer():
             shapes = ", ".join(
-                f"{tuple(p.weight.shape)} by {p.axis}s "
+                f"{p.width} lines by {p.axis}s "
                 + (f"of {p.block}" if p.index is None else f"of an index of {len(p.index)}")
                 for p in self.projections
             )

@@ -19,6 +19,7 @@ ROOMS = {
             "_ext",
             "backend",
             "checks",
+            "layers",
             "groups",
             "families",
             "alignment",
