@@ -6,123 +6,48 @@ unchanged leading dimension), what was removed stays behind it until :meth:`Comp
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from gisp_kernels.groups import Projection, StructureGroup
+from gisp_kernels.compaction.assembly import Assembly
+from gisp_kernels.compaction.axis import Axis
+from gisp_kernels.compaction.state import OptimizerState
+from gisp_kernels.compaction.store import Store, size_in_bytes
+from gisp_kernels.groups import StructureGroup
 from gisp_kernels.ops.swap import PreparedSwaps
 from gisp_kernels.ordering import Change, Ordering
 
-# Bytes of an int64.
-_WORD = 8
-# Bytes copied aside at a time where rows move up within their storage.
-_MOVED = 2**26
-
-
-class _Store:
-    """One weight or bias with the storage it owns, kept and removed structures together."""
-
-    def __init__(self, projection: Projection, name: str) -> None:
-        linear = projection.linear
-        if projection.index is not None or projection.axis == "element" or not isinstance(linear, nn.Linear):
-            raise ValueError(
-                f"only blocks of rows or columns of an nn.Linear can be removed in place, got {projection.axis}s of a "
-                f"{type(linear).__name__}" + ("" if projection.index is None else " by an index")
-            )
-        self.block = projection.block
-        self.axis = projection.axis
-        self.dim = 0 if projection.axis == "row" else 1
-        self._linear: Any = linear
-        self._name = name
-        # The number of features that follows this tensor's extent; a bias leaves it to its weight.
-        self._features = None if name == "bias" else ("out_features", "in_features")[self.dim]
-        self.parameter: nn.Parameter = linear._parameters[name]  # type: ignore[assignment]
-        self._take(self.parameter.detach())
-
-    @staticmethod
-    def of(projection: Projection) -> list[_Store]:
-        has_bias = projection.axis == "row" and getattr(projection.linear, "bias", None) is not None
-        return [_Store(projection, name) for name in ("weight", "bias")[: 1 + has_bias]]
-
-    def narrow(self, count: int) -> None:
-        """Show the first ``count`` structures in the layer."""
-        extent = count * self.block
-        parameter, view = self.parameter, self.full.narrow(self.dim, 0, extent)
-        if parameter.grad is not None and parameter.shape != view.shape:
-            parameter.grad = None
-        parameter.data = view
-        if self._features is not None:
-            # nn.Module's own attribute setting looks for parameters and modules first, at ten times the cost.
-            object.__setattr__(self._linear, self._features, extent)
-
-    def pack(self) -> None:
-        """Copy what the layer shows to storage of its own, where it does not fill its storage already.
-
-        The storage shares the parameter's version counter, so that autograd notices a later swap in a saved weight.
-        """
-        data = self.parameter.detach()
-        if not (data.is_contiguous() and data.untyped_storage().nbytes() == _bytes(data)):
-            self.parameter.data = _in_words(data).clone(memory_format=torch.contiguous_format).view(data.dtype)
-        self._take(self.parameter.detach())
-
-    def tighten(self) -> None:
-        """Move what the layer shows to the front of its own storage, rows without a gap."""
-        data = self.parameter.detach()
-        if not data.is_contiguous():
-            rows, width = data.shape
-            tight = data.as_strided((rows, width), (width, 1))
-            count = max(1, _MOVED // max(1, width * data.element_size()))
-            for start in range(0, rows, count):
-                # Rows end before those that are still to be read begin.
-                tight[start : start + count] = data[start : start + count].clone()
-            torch.autograd.graph.increment_version(self.full)
-            self.parameter.data = tight
-        self._take(self.parameter.detach())
-
-    def is_shown(self, count: int) -> bool:
-        """Whether the layer still shows the first ``count`` structures of this storage."""
-        parameter = self.parameter
-        if self._linear._parameters.get(self._name) is not parameter:
-            return False
-        shape, extent = parameter.shape, count * self.block
-        if (
-            shape[self.dim] != extent
-            or len(shape) != len(self._shape)
-            or (len(shape) == 2 and shape[1 - self.dim] != self._shape[1 - self.dim])
-            or parameter.stride() != self._stride
-            or parameter.dtype != self._dtype
-        ):
-            return False
-        # A tensor without elements has no address of its own.
-        if parameter.numel():
-            return parameter.data_ptr() == self._address
-        return parameter.untyped_storage().data_ptr() == self.full.untyped_storage().data_ptr()
-
-    def _take(self, full: torch.Tensor) -> None:
-        self.full = full
-        self._address = full.data_ptr()
-        self._shape, self._stride, self._dtype = full.shape, full.stride(), full.dtype
-
 
 class Compactor:
-    """Removes structures from the Linear layers of groups in place, step by step, and brings them back.
+    """Removes structures from the layers of groups in place, step by step, and brings them back.
+
+    A group is a list of (layer, axis, block or index) whose lines go together. Rows are outputs, columns inputs; layers
+    are those of :func:`gisp_kernels.layers.lines_of`. A layer may lose rows to one group and columns to another or the
+    same, and lines of one axis to several groups that name theirs by ``index``. A tied weight is cut once.
 
     The Parameter objects, their ``requires_grad`` and their storage stay; ``.grad`` of a layer whose width changes is
-    dropped, because it belongs to the other width. ``in_features`` and ``out_features`` follow the weight.
+    dropped, because it belongs to the other width. Sizes that layers keep as attributes follow. A backward pass of a
+    loss from before is refused then.
+
+    A step costs what it removes, where structures are blocks. A tensor cut by an ``index`` is written anew, and what is
+    kept stays in the order of the lines.
 
     Args:
         groups: the groups; their current weights are the full storage.
         backend: of the swaps, see :func:`gisp_kernels.ops.swap.swap_blocks_`.
         device: of :attr:`numbers`; ``None``: that of the first weight.
+        optimizer: one or several; their state for the groups' parameters, all that is shaped like them, moves along. It
+            may come and be loaded at any time. What a step brings back has the state it had when it went.
 
     Raises:
-        ValueError: two groups of one name, a weight that appears twice (a tied weight would be swapped twice), a
-            weight whose rows are not contiguous, or structures that are no blocks of an ``nn.Linear``.
+        TypeError: a layer of another kind.
+        ValueError: two groups of one name, lines that two structures own or that cannot go alone, tensors that overlap
+            or whose rows are not contiguous, or an optimizer that holds no parameter of the groups.
     """
 
     def __init__(
@@ -131,24 +56,29 @@ class Compactor:
         *,
         backend: str | None = None,
         device: torch.device | None = None,
+        optimizer: Any | Sequence[Any] = (),
     ) -> None:
         self._backend = backend
+        self._groups = list(groups)
         counts: dict[str, int] = {}
         for group in groups:
             if group.name in counts:
                 raise ValueError(f"two groups are named {group.name!r}")
             counts[group.name] = group.count
         self._ordering = Ordering(counts)
-        # Each group lists for each projection the weight and, for rows, its bias.
-        self._stores = [[_Store.of(p) for p in group.projections] for group in groups]
-        self._check_stores()
-        self._flat_stores = [[s for stores in projections for s in stores] for projections in self._stores]
+        assembly = Assembly(groups)
+        self._stores, self._axes = assembly.stores, assembly.axes
+        optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
+        self._state = OptimizerState(optimizers, self._stores)
         if device is None:
-            device = self._flat_stores[0][0].full.device if groups else torch.device("cpu")
+            device = self._stores[0].full.device if self._stores else torch.device("cpu")
         self._numbers = torch.from_numpy(self._ordering.order).to(device, copy=True)
-        self._prepared: PreparedSwaps | None = None
+        self._prepared: list[PreparedSwaps] = []
         self._steps: list[Change] = []
         self._packed = False
+        self._bind()
+        # State comes and goes, and is taken over anew where it was replaced.
+        self._own = self._held
 
     @property
     def depth(self) -> int:
@@ -161,9 +91,7 @@ class Compactor:
 
     def order(self, name: str) -> torch.Tensor:
         """Original index by current position, int64 CPU [original count]; the first :meth:`kept` are the kept ones."""
-        group = self._ordering.group(name)
-        span = self._ordering.span(group)
-        return torch.from_numpy(self._ordering.order[span] - span.start)
+        return self._local_order(self._ordering.group(name))
 
     @property
     def numbers(self) -> torch.Tensor:
@@ -180,14 +108,27 @@ class Compactor:
         start = int(self._ordering.start[group])
         return slice(start, start + self._ordering.kept[group])
 
+    def group(self, name: str) -> StructureGroup:
+        """A group as it is now: one with an ``index`` has the lines of what is kept, by position."""
+        number = self._ordering.group(name)
+        group, kept = self._groups[number], self._ordering.kept
+        current = []
+        for projection, axis in zip(group.projections, self._axes[number], strict=True):
+            index = projection.index
+            if index is not None:
+                index = axis.shown_at(kept)[index[: kept[number]].cpu()].to(index.device)
+            current.append(dataclasses.replace(projection, index=index))
+        return dataclasses.replace(group, projections=tuple(current))
+
     def bytes_packed(self) -> int:
         """Bytes of what is kept: what the groups' storage takes after :meth:`pack`."""
-        return sum(_bytes(store.parameter) for stores in self._flat_stores for store in stores)
+        return sum(size_in_bytes(store.tensor) for store in self._stores)
 
     def bytes_storage(self) -> int:
         """Bytes the groups' storage takes now, kept and removed structures together."""
-        return sum(_bytes(store.full) for stores in self._flat_stores for store in stores)
+        return sum(size_in_bytes(store.full) for store in self._stores)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def remove(self, removals: Mapping[str, torch.Tensor | Sequence[int]]) -> None:
         """Remove structures as one step, also when there are none to remove.
@@ -196,22 +137,25 @@ class Compactor:
             removals: group name -> original indices, in any order.
 
         Raises:
-            ValueError: an unknown group, an index that is out of range, repeated or already removed, or a layer whose
-                weight was replaced from outside. Nothing has changed then.
+            ValueError: an unknown group, an index that is out of range, repeated or already removed, a layer whose
+                weight was replaced from outside, or an optimizer's state that cannot follow. Nothing has changed then.
         """
         change = self._ordering.plan(removals)
         groups = change.groups.tolist()
         self._check_shown(groups)
+        self._follow_state()
         self._swap(change)
         self._set_kept(groups, change.after.tolist())
         self._steps.append(change)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def rollback(self, steps: int = 1) -> None:
         """Undo the last steps: weights, biases and order are bit for bit what they were.
 
         Raises:
-            ValueError: ``steps`` is negative, or a layer's weight was replaced from outside.
+            ValueError: ``steps`` is negative, a layer's weight was replaced from outside, or an optimizer's state
+                cannot follow.
             RuntimeError: fewer steps can be undone; nothing has changed then.
         """
         if steps < 0:
@@ -220,12 +164,14 @@ class Compactor:
             why = " since pack(), which gave up the weights removed before" if self._packed else ""
             raise RuntimeError(f"{steps} steps cannot be rolled back: only {self.depth} were taken{why}")
         self._check_shown(sorted({g for step in self._steps[self.depth - steps :] for g in step.groups.tolist()}))
+        self._follow_state()
         for _ in range(steps):
             change = self._steps[-1]
             self._swap(change)
             self._set_kept(change.groups.tolist(), change.before.tolist())
             self._steps.pop()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def pack(self, *, in_place: bool = False) -> None:
         """Copy the kept parts to storage of their own and free the rest; steps so far can no longer be rolled back.
@@ -239,99 +185,87 @@ class Compactor:
         Raises:
             ValueError: a layer's weight was replaced from outside; nothing has changed then.
         """
-        self._check_shown(range(len(self._flat_stores)))
+        self._check_shown(range(len(self._axes)))
+        self._follow_state()
         # The prepared swaps hold on to the storage that is given up.
-        self._prepared = None
-        for stores in self._flat_stores:
-            for store in stores:
-                store.tighten() if in_place else store.pack()
+        self._prepared = []
+        for store in (*self._stores, *self._state.stores):
+            store.tighten() if in_place else store.pack()
+        for axis in dict.fromkeys(itertools.chain.from_iterable(self._axes)):
+            axis.pack()
         self._steps.clear()
         self._packed = True
 
-    def _check_stores(self) -> None:
-        spans: list[tuple[str, int, int, str]] = []
-        for name, projections in zip(self._ordering.names, self._stores, strict=True):
-            for i, stores in enumerate(projections):
-                place = f"projection {i} of group {name!r}"
-                weight = stores[0].full
-                if weight.dim() != 2 or weight.layout != torch.strided or weight.is_meta:
-                    found = f"{weight.layout} {tuple(weight.shape)} on {weight.device}"
-                    raise ValueError(f"the weight of {place} must be a dense matrix with memory, got {found}")
-                if weight.shape[1] > 1 and weight.stride(1) != 1:
-                    raise ValueError(f"rows of the weight of {place} must be contiguous, got strides {weight.stride()}")
-                full = [store.full for store in stores]
-                spans += [(str(t.device), t.data_ptr(), _end(t), place) for t in full if t.numel()]
-        spans.sort()
-        for one, other in itertools.pairwise(spans):
-            if one[0] == other[0] and other[1] < one[2]:
-                raise ValueError(f"{one[3]} and {other[3]} share memory: a tied weight cannot be compacted")
+    def _bind(self) -> None:
+        """Sort the stores by the axes they lie on and the groups that cut them."""
+        self._prepared = []
+        self._on: dict[Axis, list[tuple[Store, int]]] = {axis: [] for axes in self._axes for axis in axes}
+        for store in (*self._stores, *self._state.stores):
+            for dim, axis in store.axes.items():
+                self._on[axis].append((store, dim))
+        self._held = [list(dict.fromkeys(s for axis in axes for s, _ in self._on[axis])) for axes in self._axes]
+
+    def _follow_state(self) -> None:
+        if self._state.refresh():
+            self._bind()
 
     def _check_shown(self, groups: Iterable[int]) -> None:
         for group in groups:
-            kept = self._ordering.kept[group]
-            for store in self._flat_stores[group]:
-                if not store.is_shown(kept):
-                    self._refuse(group, store)
-
-    def _refuse(self, group: int, store: _Store) -> None:
-        i = next(i for i, stores in enumerate(self._stores[group]) if store in stores)
-        raise ValueError(
-            f"the weight or bias of projection {i} of group {self._ordering.names[group]!r} was replaced from outside "
-            "(moved, cast or reloaded): make a new Compactor"
-        )
+            for store in self._own[group]:
+                if not store.is_shown():
+                    raise ValueError(
+                        f"the weight or bias of {store.place} was replaced from outside (moved, cast or reloaded): "
+                        "make a new Compactor"
+                    )
 
     def _swap(self, change: Change) -> None:
         if len(change.pairs):
-            if self._prepared is None:
+            if not self._prepared:
                 self._prepared = self._prepare()
             starts = np.repeat(self._ordering.start[change.groups], np.diff(change.first))
             local = change.pairs - starts[:, None]
             # The numbers on the device move in the same launch as the weights; they are entry 0.
-            pairs = {0: change.pairs}
+            pairs = [{0: change.pairs}, *({} for _ in self._prepared[1:])]
             ends = change.first.tolist()
             for group, first, last in zip(change.groups.tolist(), ends, ends[1:], strict=False):
                 if first < last:
                     shared = local[first:last]
-                    for i in self._entries[group]:
-                        pairs[i] = shared
-            self._prepared.run(pairs)
+                    for launch, i in self._entries[group]:
+                        pairs[launch][i] = shared
+            for prepared, own in zip(self._prepared, pairs, strict=True):
+                prepared.run(own)
         self._ordering.swap(change)
 
-    def _prepare(self) -> PreparedSwaps:
-        stores = [store for group in self._flat_stores for store in group]
-        sizes = [len(group) for group in self._flat_stores]
-        first = list(itertools.accumulate(sizes, initial=1))
-        self._entries = [range(start, start + size) for start, size in zip(first, sizes, strict=False)]
-        return PreparedSwaps(
-            [self._numbers, *(store.full for store in stores)],
-            ["row", *(store.axis for store in stores)],
-            [1, *(store.block for store in stores)],
-            backend=self._backend,
-        )
+    def _prepare(self) -> list[PreparedSwaps]:
+        """Swaps of all tensors in one launch, and in a second one of those that are cut along two dimensions."""
+        entries: list[list[tuple[torch.Tensor, str, int]]] = [[(self._numbers, "row", 1)], []]
+        self._entries: list[list[tuple[int, int]]] = [[] for _ in self._axes]
+        seen: set[Store] = set()
+        for axis, lines in self._on.items():
+            if not axis.swapped:
+                continue
+            (claim,) = axis.claims
+            for store, dim in lines:
+                launch = int(store in seen)
+                seen.add(store)
+                tensor, name, width = store.blocks(dim)
+                self._entries[claim.group].append((launch, len(entries[launch])))
+                entries[launch].append((tensor, name, claim.block * width))
+        return [PreparedSwaps(*map(list, zip(*e, strict=True)), backend=self._backend) for e in entries if e]
 
-    def _set_kept(self, groups: Iterable[int], counts: Iterable[int]) -> None:
+    def _set_kept(self, groups: list[int], counts: Iterable[int]) -> None:
+        kept = self._ordering.kept
         for group, count in zip(groups, counts, strict=True):
-            self._ordering.kept[group] = count
-            for store in self._flat_stores[group]:
-                store.narrow(count)
+            kept[group] = count
+        for axis in dict.fromkeys(axis for group in groups for axis in self._axes[group]):
+            axis.set_kept(kept)
+            if not axis.swapped:
+                source = axis.lay_out(self._local_order, kept)
+                for store, dim in self._on[axis]:
+                    store.lay_out(dim, source)
+        for store in dict.fromkeys(store for group in groups for store in self._held[group]):
+            store.show()
 
-
-def _in_words(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as int64 where it can be read so: torch copies strided rows element by element."""
-    size = tensor.element_size()
-    places = (
-        tensor.data_ptr(),
-        *(size * n for n in (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])),
-    )
-    if tensor.dim() == 0 or tensor.stride(-1) != 1 or any(place % _WORD for place in places):
-        return tensor
-    return tensor.view(torch.int64)
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _end(tensor: torch.Tensor) -> int:
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr() + (last + 1) * tensor.element_size()
+    def _local_order(self, group: int) -> torch.Tensor:
+        span = self._ordering.span(group)
+        return torch.from_numpy(self._ordering.order[span] - span.start)

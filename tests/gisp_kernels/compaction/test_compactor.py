@@ -230,7 +230,7 @@ def test_pack_frees_the_tail_and_ends_the_way_back() -> None:
 
 @pytest.mark.parametrize("moved", [1, 200, 2**26])
 def test_pack_in_place_leaves_every_weight_where_it_is(moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gisp_kernels.compaction.compactor._MOVED", moved)
+    monkeypatch.setattr("gisp_kernels.compaction.store._MOVED", moved)
     block = Block(dtype=torch.bfloat16)
     groups = block.groups()
     dense = dense_of(block)
@@ -312,9 +312,22 @@ def test_projections_of_a_group_may_have_blocks_of_different_size() -> None:
         attention_group("heads", block, whole_kv_groups=True)
 
 
-def test_tied_weights_are_refused() -> None:
+def test_tied_weights_are_cut_once() -> None:
     block = Block()
     block.up_proj.weight = block.gate_proj.weight
+    dense, before = dense_of(block), state(block)
+    groups = block.groups()
+    compactor = Compactor(groups)
+    compactor.remove({"channels": [3, 36]})
+    assert block.up_proj.weight is block.gate_proj.weight
+    assert_kept(compactor, groups[1], dense)
+    compactor.rollback()
+    assert_same(block, before)
+
+
+def test_overlapping_weights_are_refused() -> None:
+    block = Block()
+    block.up_proj.weight = nn.Parameter(block.gate_proj.weight.detach()[:])
     with pytest.raises(ValueError, match=r"projection 0 .* and projection 1 of group 'channels' share memory"):
         Compactor(block.groups())
     with pytest.raises(ValueError, match="two groups are named 'channels'"):
@@ -326,7 +339,7 @@ def test_layouts_that_cannot_be_swapped_are_refused() -> None:
     block.gate_proj.weight.data = torch.randn(17, 37).t()
     with pytest.raises(ValueError, match=r"rows of the weight of projection 0 .* must be contiguous"):
         Compactor(block.groups())
-    with pytest.raises(ValueError, match="dense matrix with memory"):
+    with pytest.raises(ValueError, match="dense tensor with memory"):
         Compactor(Block().to("meta").groups())
 
 

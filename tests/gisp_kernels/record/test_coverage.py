@@ -207,8 +207,22 @@ def test_phi3_by_an_index() -> None:
         loss_of(model).backward()
     for name, expected in truth.items():
         torch.testing.assert_close(recorder.scores()[name].double(), expected, rtol=1e-4, atol=0.0)
-    with pytest.raises(ValueError, match=r"only blocks of rows or columns of an nn.Linear can be removed in place"):
-        Compactor(groups)
+    channels = [group for group in groups if group.kind == "channels"]
+    compactor = Compactor(channels)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        dense = model(ids).logits
+        weights = [group.projections[1].linear.weight for group in channels]
+        kept = [weight[:, [1, 3]].clone() for weight in weights]
+        for weight in weights:
+            weight[:, [1, 3]] = 0
+        masked = model(ids).logits
+        compactor.remove({group.name: [1, 3] for group in channels})
+        torch.testing.assert_close(model(ids).logits, masked)
+        compactor.rollback()
+        for weight, columns in zip(weights, kept, strict=True):
+            weight[:, [1, 3]] = columns
+        assert torch.equal(model(ids).logits, dense)
 
 
 def test_gpt2_by_lines() -> None:

@@ -1,0 +1,84 @@
+"""Optimizer state that moves with its parameter: momentum, the moments of Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from gisp_kernels.compaction.store import Store
+
+
+class OptimizerState:
+    """What optimizers keep for the parameters of stores, as stores of their own.
+
+    Args:
+        optimizers: anything with the ``state`` and ``param_groups`` of a ``torch.optim.Optimizer``.
+        stores: of the parameters; buffers among them have no state.
+
+    Attributes:
+        stores: of the state found by the last :meth:`refresh`.
+
+    Raises:
+        ValueError: an optimizer holds none of the parameters.
+    """
+
+    def __init__(self, optimizers: Sequence[Any], stores: Iterable[Store]) -> None:
+        self._optimizers = optimizers
+        self._followed = [store for store in stores if isinstance(store.tensor, torch.nn.Parameter)]
+        self._found: dict[tuple[int, str], Store] = {}
+        known = {id(store.tensor) for store in self._followed}
+        for optimizer in optimizers:
+            if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+                raise ValueError(f"the {type(optimizer).__name__} holds no parameter of these groups")
+
+    @property
+    def stores(self) -> list[Store]:
+        return list(self._found.values())
+
+    def refresh(self) -> bool:
+        """Take over state that is new, loaded or gone since; whether any is.
+
+        Raises:
+            ValueError: a state that is not shaped like its parameter; nothing has changed then.
+        """
+        found: dict[tuple[int, str], Store] = {}
+        fresh = []
+        for number, store in enumerate(self._followed):
+            for state, name in self._entries(store):
+                earlier = self._found.get((number, name))
+                # Loading a state makes new mappings.
+                if earlier is not None and earlier.owners[0][0] is state and earlier.is_shown():
+                    found[number, name] = earlier
+                else:
+                    fresh.append((number, store, state, name, earlier))
+        for number, store, state, name, earlier in fresh:
+            found[number, name] = store.follower(state, name, earlier)
+        changed = bool(fresh) or len(found) < len(self._found)
+        self._found = found
+        return changed
+
+    def _entries(self, store: Store) -> Iterator[tuple[dict[str, Any], str]]:
+        """Tensors kept for a parameter, shaped like it."""
+        shape = store.tensor.shape
+        for optimizer in self._optimizers:
+            state = optimizer.state.get(store.tensor, {})
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == shape:
+                    yield state, name
+                elif any(tensor.numel() > 1 for tensor in _tensors(value)):
+                    raise ValueError(
+                        f"state {name!r} that {type(optimizer).__name__} keeps for the {store} does not have its shape "
+                        f"{tuple(shape)}: it cannot follow; use an optimizer whose state has, or make a new one"
+                    )
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
