@@ -28,6 +28,7 @@ ROOMS = {
             "ordering",
             "compaction",
             "record",
+            "adapters",
             "testing",
         ),
     ),
