@@ -1,4 +1,4 @@
-"""Who is where in partitioned groups: the plan of a removal, for all groups of a model at once, in numpy.
+"""Who is where in partitioned groups: the plan of a removal, for all groups of a model at once, on the host.
 
 Structures are numbered group after group. The first ``kept`` positions of a group hold what is kept, the others what
 was removed. A removal swaps removed structures with kept ones from behind the new width, so that both stay together.
@@ -6,13 +6,14 @@ was removed. A removal swaps removed structures with kept ones from behind the n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from gisp_kernels.ops.swap import IntArray
+# Planning stays on the host whatever torch's default device is.
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,15 @@ class Change:
     Attributes:
         groups: numbers of the groups that lose structures, ascending.
         before, after: kept structures of each of them.
-        pairs: int64 [n, 2], positions to swap over all groups; those of one group lie together, all differ.
-        first: for each of ``groups`` the first of its pairs, and the end.
+        pairs: int64 CPU [n, 2], positions to swap over all groups; those of one group lie together, all differ.
+        counts: pairs of each of ``groups``.
     """
 
-    groups: IntArray
-    before: IntArray
-    after: IntArray
-    pairs: IntArray = field(repr=False)
-    first: IntArray
+    groups: list[int]
+    before: list[int]
+    after: list[int]
+    pairs: torch.Tensor = field(repr=False)
+    counts: list[int]
 
 
 class Ordering:
@@ -41,23 +42,25 @@ class Ordering:
 
     Attributes:
         names: of the groups.
-        start: int64 [groups + 1], where the numbers of each group begin.
-        order: int64 [all], structure at every position.
+        start: where the numbers of each group begin, and the end of all.
+        order: int64 CPU [all], structure at every position.
         kept: structures kept in every group.
     """
 
+    # What is made in inference mode could not be changed outside of it.
+    @torch.inference_mode(False)
     def __init__(self, counts: Mapping[str, int]) -> None:
         self.names = list(counts)
         self.number = {name: i for i, name in enumerate(self.names)}
-        self.start: IntArray = np.concatenate(([0], np.cumsum(np.array(list(counts.values()), dtype=np.int64))))
-        self.order: IntArray = np.arange(self.start[-1])
+        self.start = list(itertools.accumulate(counts.values(), initial=0))
+        self.order = torch.arange(self.start[-1], device=_HOST)
         self.kept: list[int] = list(counts.values())
-        self._position = self.order.copy()
-        self._marked = np.zeros(len(self.order), dtype=bool)
+        self._position = self.order.clone()
+        self._marked = torch.zeros(len(self.order), dtype=torch.bool, device=_HOST)
 
     def span(self, group: int) -> slice:
         """Positions of a group."""
-        return slice(int(self.start[group]), int(self.start[group + 1]))
+        return slice(self.start[group], self.start[group + 1])
 
     def group(self, name: str) -> int:
         """Number of a group.
@@ -78,58 +81,71 @@ class Ordering:
         Raises:
             ValueError: an unknown group, or an index that is out of range, repeated or already removed.
         """
-        given = {self.group(name): _index_array(name, index) for name, index in removals.items()}
-        groups = np.array(sorted(g for g, index in given.items() if len(index)), dtype=np.int64)
-        if not len(groups):
-            none = np.empty(0, dtype=np.int64)
-            return Change(none, none, none, np.empty((0, 2), dtype=np.int64), np.zeros(1, dtype=np.int64))
-        indices = [given[g] for g in groups.tolist()]
-        taken = np.array([len(index) for index in indices])
-        before = np.array([self.kept[g] for g in groups.tolist()])
-        after = before - taken
-        start = self.start[groups]
-        positions = self._checked_positions(groups, np.concatenate(indices), taken, before)
+        given = {self.group(name): _host_index(name, index) for name, index in removals.items()}
+        groups = sorted(g for g, index in given.items() if len(index))
+        if not groups:
+            return Change([], [], [], torch.empty((0, 2), dtype=torch.int64, device=_HOST), [])
+        taken = [len(given[g]) for g in groups]
+        before = [self.kept[g] for g in groups]
+        after = [kept - gone for kept, gone in zip(before, taken, strict=True)]
+        positions = self._checked_positions(groups, taken, torch.cat([given[g] for g in groups]))
+        # The first position behind the new width of a structure's group, and where the group's places in the list end.
+        borders = [self.start[g] + kept for g, kept in zip(groups, after, strict=True)]
+        shift = [border - place for border, place in zip(borders, itertools.accumulate(taken, initial=0), strict=False)]
+        border, offset = _spread([borders, shift], taken)
         self._marked[positions] = True
         # Both sides ascend, so that the result depends on the set of indices only, not on how it was listed.
-        leaving = np.sort(positions[positions < np.repeat(start + after, taken)])
-        behind = np.repeat(start + after - (np.cumsum(taken) - taken), taken) + np.arange(len(positions))
+        leaving = positions[positions < border].sort().values
+        behind = offset + torch.arange(len(positions), device=_HOST)
         moving_in = behind[~self._marked[behind]]
         self._marked[positions] = False
-        first = np.searchsorted(leaving, np.append(start, self.start[-1]))
-        return Change(groups, before, after, np.stack((leaving, moving_in), axis=1), first)
+        starts = torch.tensor([*(self.start[g] for g in groups), self.start[-1]], device=_HOST)
+        counts = torch.searchsorted(leaving, starts).diff().tolist()
+        return Change(groups, before, after, torch.stack((leaving, moving_in), dim=1), counts)
 
     def swap(self, change: Change) -> None:
         """Carry out the swaps of a change, or undo them."""
-        first, second = change.pairs[:, 0], change.pairs[:, 1]
+        first, second = change.pairs.unbind(1)
         one, other = self.order[first], self.order[second]
         self.order[first], self.order[second] = other, one
         self._position[one], self._position[other] = second, first
 
-    def _checked_positions(self, groups: IntArray, index: IntArray, taken: IntArray, before: IntArray) -> IntArray:
-        """Positions of structures given by their index within the group."""
-        start = np.repeat(self.start[groups], taken)
-        total = np.repeat(self.start[groups + 1], taken) - start
-        outside = np.flatnonzero((index < 0) | (index >= total))
-        if len(outside):
-            name = self._named(groups, taken, outside[0])
-            raise ValueError(f"group {name!r} has {total[outside[0]]} structures, got index {index[outside[0]]}")
+    def within_groups(self, change: Change) -> tuple[torch.Tensor, ...]:
+        """For each of a change's groups its pairs as positions within the group, int64 CPU [n, 2]."""
+        (starts,) = _spread([[self.start[g] for g in change.groups]], change.counts)
+        return (change.pairs - starts[:, None]).split(change.counts)
+
+    def _checked_positions(self, groups: list[int], taken: list[int], index: torch.Tensor) -> torch.Tensor:
+        """Positions of structures given by their index within the group, ``taken`` of each group."""
+        totals = [self.start[g + 1] - self.start[g] for g in groups]
+        start, total, kept = _spread([[self.start[g] for g in groups], totals, [self.kept[g] for g in groups]], taken)
+
+        def refuse(places: torch.Tensor, what: str) -> None:
+            place = int(places.nonzero()[0])
+            group = next(g for g, end in zip(groups, itertools.accumulate(taken), strict=True) if place < end)
+            raise ValueError(what.format(name=self.names[group], index=int(index[place]), total=int(total[place])))
+
+        outside = (index < 0) | (index >= total)
+        if outside.any():
+            refuse(outside, "group {name!r} has {total} structures, got index {index}")
         positions = self._position[start + index]
-        gone = np.flatnonzero(positions - start >= np.repeat(before, taken))
-        if len(gone):
-            name = self._named(groups, taken, gone[0])
-            raise ValueError(f"structure {index[gone[0]]} of group {name!r} is already removed")
-        ranked = np.sort(positions)
-        if (ranked[1:] == ranked[:-1]).any():
-            again = np.flatnonzero(positions == ranked[1:][ranked[1:] == ranked[:-1]][0])[0]
-            name = self._named(groups, taken, again)
-            raise ValueError(f"structure {index[again]} of group {name!r} is given more than once")
+        gone = positions - start >= kept
+        if gone.any():
+            refuse(gone, "structure {index} of group {name!r} is already removed")
+        ranked = positions.sort().values
+        repeated = ranked[1:][ranked[1:] == ranked[:-1]]
+        if len(repeated):
+            refuse(positions == repeated[0], "structure {index} of group {name!r} is given more than once")
         return positions
 
-    def _named(self, groups: IntArray, taken: IntArray, place: np.int64) -> str:
-        return self.names[int(np.repeat(groups, taken)[place])]
+
+def _spread(of_groups: list[list[int]], taken: list[int]) -> tuple[torch.Tensor, ...]:
+    """Values of groups as int64 CPU [structures], each as often as structures are taken from its group."""
+    values, repeats = torch.tensor(of_groups, device=_HOST), torch.tensor(taken, device=_HOST)
+    return values.repeat_interleave(repeats, dim=1).unbind()
 
 
-def _index_array(name: str, index: torch.Tensor | Sequence[int]) -> IntArray:
+def _host_index(name: str, index: torch.Tensor | Sequence[int]) -> torch.Tensor:
     # One structure may be removed in each of a hundred groups: the common case must cost next to nothing.
     if not (isinstance(index, torch.Tensor) and index.dtype == torch.int64 and index.is_cpu and index.dim() == 1):
         index = torch.as_tensor(index, device="cpu")
@@ -139,8 +155,7 @@ def _index_array(name: str, index: torch.Tensor | Sequence[int]) -> IntArray:
             shape = tuple(index.shape)
             raise ValueError(f"indices to remove from {name!r} must have one dimension, got shape {shape}")
         index = index.long()
-    array: IntArray = index.numpy()
-    return array
+    return index
 
 
 def _some(names: Iterable[str], limit: int = 4) -> str:

@@ -11,7 +11,6 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from gisp_kernels.compaction.assembly import Assembly
@@ -72,7 +71,7 @@ class Compactor:
         self._state = OptimizerState(optimizers, self._stores)
         if device is None:
             device = self._stores[0].full.device if self._stores else torch.device("cpu")
-        self._numbers = torch.from_numpy(self._ordering.order).to(device, copy=True)
+        self._numbers = self._ordering.order.to(device, copy=True)
         self._prepared: list[PreparedSwaps] = []
         self._steps: list[Change] = []
         self._packed = False
@@ -105,7 +104,7 @@ class Compactor:
     def kept_span(self, name: str) -> slice:
         """Positions of a group's kept structures in :attr:`numbers`."""
         group = self._ordering.group(name)
-        start = int(self._ordering.start[group])
+        start = self._ordering.start[group]
         return slice(start, start + self._ordering.kept[group])
 
     def group(self, name: str) -> StructureGroup:
@@ -141,11 +140,11 @@ class Compactor:
                 weight was replaced from outside, or an optimizer's state that cannot follow. Nothing has changed then.
         """
         change = self._ordering.plan(removals)
-        groups = change.groups.tolist()
+        groups = change.groups
         self._check_shown(groups)
         self._follow_state()
         self._swap(change)
-        self._set_kept(groups, change.after.tolist())
+        self._set_kept(groups, change.after)
         self._steps.append(change)
 
     @torch.inference_mode(False)
@@ -163,12 +162,12 @@ class Compactor:
         if steps > self.depth:
             why = " since pack(), which gave up the weights removed before" if self._packed else ""
             raise RuntimeError(f"{steps} steps cannot be rolled back: only {self.depth} were taken{why}")
-        self._check_shown(sorted({g for step in self._steps[self.depth - steps :] for g in step.groups.tolist()}))
+        self._check_shown(sorted({g for step in self._steps[self.depth - steps :] for g in step.groups}))
         self._follow_state()
         for _ in range(steps):
             change = self._steps[-1]
             self._swap(change)
-            self._set_kept(change.groups.tolist(), change.before.tolist())
+            self._set_kept(change.groups, change.before)
             self._steps.pop()
 
     @torch.inference_mode(False)
@@ -222,14 +221,10 @@ class Compactor:
         if len(change.pairs):
             if not self._prepared:
                 self._prepared = self._prepare()
-            starts = np.repeat(self._ordering.start[change.groups], np.diff(change.first))
-            local = change.pairs - starts[:, None]
             # The numbers on the device move in the same launch as the weights; they are entry 0.
             pairs = [{0: change.pairs}, *({} for _ in self._prepared[1:])]
-            ends = change.first.tolist()
-            for group, first, last in zip(change.groups.tolist(), ends, ends[1:], strict=False):
-                if first < last:
-                    shared = local[first:last]
+            for group, shared in zip(change.groups, self._ordering.within_groups(change), strict=True):
+                if len(shared):
                     for launch, i in self._entries[group]:
                         pairs[launch][i] = shared
             for prepared, own in zip(self._prepared, pairs, strict=True):
@@ -268,4 +263,4 @@ class Compactor:
 
     def _local_order(self, group: int) -> torch.Tensor:
         span = self._ordering.span(group)
-        return torch.from_numpy(self._ordering.order[span] - span.start)
+        return self._ordering.order[span] - span.start

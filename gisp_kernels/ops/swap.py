@@ -9,9 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from gisp_kernels import _ext
@@ -25,8 +24,6 @@ _AXES = ("row", "column")
 # Bytes of a cache line, and lines to swap above which threads share them: about a millisecond of one.
 _LINE = 64
 _MANY_LINES = 2**16
-
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Layout(NamedTuple):
@@ -84,7 +81,7 @@ def swap_blocks_(
         )
     prepared = PreparedSwaps(tensors, axes, blocks, backend=backend)
     _check_pairs(pairs, prepared.counts)
-    prepared.run({i: pair.numpy() for i, pair in enumerate(pairs) if len(pair)})
+    prepared.run({i: pair for i, pair in enumerate(pairs) if len(pair)})
 
 
 class PreparedSwaps:
@@ -119,8 +116,8 @@ class PreparedSwaps:
         self._devices = sorted({t.device for t in tensors}, key=str)
         self._members = {d: {i for i, t in enumerate(tensors) if t.device == d and t.numel()} for d in self._devices}
 
-    def run(self, pairs: Mapping[int, IntArray]) -> None:
-        """Swap ``pairs[i]``, int64 [n, 2] with n > 0 and different indices below the number of blocks, in tensor ``i``.
+    def run(self, pairs: Mapping[int, torch.Tensor]) -> None:
+        """Swap ``pairs[i]``, int64 CPU [n, 2] with n > 0 and different indices of blocks, in tensor ``i``.
 
         Raises:
             RuntimeError: the backend cannot run here; nothing has been swapped then.
@@ -137,7 +134,7 @@ class PreparedSwaps:
                 entries = [(*self._entries[i], len(pair)) for i, pair in zip(busy, chosen, strict=True)]
                 _run_native(self._tensors[busy[0]].device, entries, chosen)
             else:
-                self._swap(busy, [torch.from_numpy(pair) for pair in chosen], choice)
+                self._swap(busy, chosen, choice)
             torch.autograd.graph.increment_version([self._tensors[i] for i in busy])
 
     def _swap(self, numbers: list[int], pairs: list[torch.Tensor], choice: str) -> None:
@@ -154,7 +151,7 @@ class PreparedSwaps:
             tensor.index_copy_(axis, lines.flatten(), held)
 
 
-def _run_native(device: torch.device, entries: Sequence[tuple[int, ...]], pairs: Sequence[IntArray]) -> None:
+def _run_native(device: torch.device, entries: Sequence[tuple[int, ...]], pairs: Sequence[torch.Tensor]) -> None:
     """Swap blocks as :func:`_launch_native` does; in a CPU's memory by torch's number of threads, where there are many.
 
     Args:
@@ -162,8 +159,7 @@ def _run_native(device: torch.device, entries: Sequence[tuple[int, ...]], pairs:
     """
 
     def run(share: Sequence[int]) -> None:
-        flat = torch.from_numpy(np.concatenate([pairs[i] for i in share]))
-        _launch_native(device, [entries[i] for i in share], flat)
+        _launch_native(device, [entries[i] for i in share], torch.cat([pairs[i] for i in share]))
 
     # A cache line that is read is what takes time.
     lines = [

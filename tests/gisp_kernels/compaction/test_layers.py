@@ -193,9 +193,11 @@ def test_an_older_loss_is_refused() -> None:
         loss.backward()
 
 
-def test_steps_inside_inference_mode() -> None:
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_steps_inside_inference_mode(made_inside: bool) -> None:
     found = case("fused")
-    compactor = Compactor(found.groups)
+    with torch.inference_mode(made_inside):
+        compactor = Compactor(found.groups)
     with torch.inference_mode():
         compactor.remove(found.steps[0])
         assert_as_masked(found, "fused", found.steps[0])
