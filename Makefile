@@ -4,17 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-SOURCES := setup.py pyproject.toml CMakeLists.txt tests/constraints.txt $(shell find csrc -type f 2>/dev/null)
+SOURCES := setup.py pyproject.toml python/setup.py python/pyproject.toml CMakeLists.txt tests/constraints.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help setup browser demo test lint types docs format hooks bench bench-quick bench-pytest clean
+.PHONY: help setup browser demo test lint types docs format hooks dist bench bench-quick bench-pytest clean
 help:
-	@echo "make setup   .venv with the package and its development tools"
+	@echo "make setup   .venv with both packages and their development tools"
 	@echo "make demo    prune the shipped decoder to 50 %, export, reload, evaluate"
 	@echo "make test    all tests that run on this machine"
 	@echo "make lint    ruff, read-only          make types   mypy over the packages, benchmarks and tests"
 	@echo "make format  ruff, rewriting files    make docs    the documentation as a site, in strict mode"
 	@echo "make browser   Chromium for the tests of the report (Debian and Ubuntu, as root)"
 	@echo "make hooks   lint, types and commit subjects checked before every commit"
+	@echo "make dist    wheels and source distributions of both packages, in dist"
 	@echo "make bench   kernels and whole runs, with goals and plots (GPU)"
 	@echo "make bench-quick   a few kernels      make bench-pytest   the same under pytest-benchmark"
 
@@ -22,7 +23,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable . --editable './python[dev]'
 	touch $@
 
 demo: setup
@@ -52,6 +53,10 @@ format: setup
 hooks: setup
 	$(BIN)/pre-commit install --hook-type pre-commit --hook-type commit-msg
 
+dist: setup
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist python
+
 bench: setup
 	$(BIN)/gisp bench kernels --goals --plot --out out/bench/kernels.json
 	$(BIN)/gisp bench prune --goals --plot --out out/bench/prune.json
@@ -63,4 +68,4 @@ bench-pytest: setup
 	$(BIN)/python -m pytest benchmarks/kernels/test_kernels.py --benchmark-group-by=group --benchmark-sort=mean $(PYTEST_ARGS)
 
 clean:
-	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist out *.egg-info python/build python/*.egg-info .pytest_cache .mypy_cache .ruff_cache

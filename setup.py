@@ -1,4 +1,4 @@
-"""Packages and the optional compiled core; everything else is in pyproject.toml, compiler flags in CMakeLists.txt.
+"""The kernels' version and optional compiled core; the rest is in pyproject.toml, compiler flags in CMakeLists.txt.
 
 ``GISP_BUILD_EXT``: ``auto`` (default) compiles the core when a C++ compiler and cmake are there and otherwise
 installs pure Python, with the reason in ``gisp_kernels.build_info()``; ``1`` fails when it cannot; ``0`` skips it.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -137,12 +137,6 @@ PLAN = decide(os.environ, shutil.which)
 if __name__ == "__main__":
     setup(
         version=read_version(),
-        packages=find_packages(include=["gisp_kernels*"]) + find_packages("python", include=["gisp*"]),
-        package_dir={"gisp": "python/gisp"},
-        package_data={
-            "gisp_kernels": ["py.typed"],
-            "gisp": ["py.typed", "demo/*", "demo/decoder/*", "report/page.html", "export/cards/*"],
-        },
         ext_modules=[Extension("gisp_kernels._core", sources=[])] if PLAN.core else [],
         cmdclass={"build_ext": CMakeBuild, "build_py": PackageModules},
     )

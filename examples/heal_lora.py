@@ -2,9 +2,10 @@
 
     python examples/heal_lora.py EXPORT --data train.jsonl --held-out heldout.jsonl --out healed
 
-needs ``pip install '.[lora]'`` in the checkout. Only adapters are trained: low-rank updates of every projection of the
-decoder layers. They are merged into the weights at the end, so the healed model has the shapes, the size and the speed
-of the export. Perplexity on held-out text is measured before training and of the folder that was written.
+needs ``pip install . './python[lora]'`` in the checkout. Only adapters are trained: low-rank updates of every
+projection of the decoder layers. They are merged into the weights at the end, so the healed model has the shapes, the
+size and the speed of the export. Perplexity on held-out text is measured before training and of the folder that was
+written.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def write_definitions(data: Path, folder: Path) -> list[str]:
     try:
         import lm_eval
     except ImportError:
-        raise GispError("preparing tasks needs lm-eval: pip install 'gisp-kernels[eval]'") from None
+        raise GispError("preparing tasks needs lm-eval: pip install 'gisp[eval]'") from None
     folder.mkdir(parents=True, exist_ok=True)
     found = []
     for name, definition in DEFINITIONS.items():

@@ -75,7 +75,7 @@ class LmEvalTasks:
     def __post_init__(self) -> None:
         """Refuse what needs no model to be refused."""
         if importlib.util.find_spec("lm_eval") is None:
-            raise GispError("--lm-eval needs lm-eval: pip install 'gisp-kernels[eval]'")
+            raise GispError("--lm-eval needs lm-eval: pip install 'gisp[eval]'")
         if not self.names or not all(self.names):
             raise GispError("--lm-eval names no task: give task names with commas between them")
         if self.include is not None and not self.include.is_dir():

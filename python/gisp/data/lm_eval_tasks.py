@@ -56,7 +56,7 @@ def _load(names: list[str], folder: str | None) -> dict[str, Any]:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise GispError(f"{LM_EVAL}{','.join(names)} needs lm-eval: pip install 'gisp-kernels[eval]'") from None
+        raise GispError(f"{LM_EVAL}{','.join(names)} needs lm-eval: pip install 'gisp[eval]'") from None
     if folder is not None and not Path(folder).is_dir():
         raise GispError(f"{folder} is not a folder of lm-eval task files: give {LM_EVAL}NAME@FOLDER")
     manager = TaskManager(include_path=folder, include_defaults=folder is None)

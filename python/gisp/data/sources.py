@@ -143,7 +143,7 @@ def _parquet_rows(path: Path) -> Iterable[dict[str, Any]]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise GispError(f"{path}: reading parquet needs pyarrow: pip install 'gisp-kernels[data]'") from None
+        raise GispError(f"{path}: reading parquet needs pyarrow: pip install 'gisp[data]'") from None
     try:
         return list(pyarrow.parquet.read_table(path).to_pylist())
     except (pyarrow.lib.ArrowException, ValueError) as error:
@@ -188,7 +188,7 @@ def _datasets(what: str) -> Any:
     try:
         import datasets
     except ImportError:
-        raise GispError(f"{what} needs the datasets library: pip install 'gisp-kernels[data]'") from None
+        raise GispError(f"{what} needs the datasets library: pip install 'gisp[data]'") from None
     return datasets
 
 

@@ -29,7 +29,7 @@ def pretrained(path: str) -> tuple[str, dict[str, Any]]:
     if not is_gguf(path):
         return path, {}
     if importlib.util.find_spec("gguf") is None:
-        raise GispError(f"{path} needs the gguf package: pip install 'gisp-kernels[gguf]'")
+        raise GispError(f"{path} needs the gguf package: pip install 'gisp[gguf]'")
     return str(Path(path).parent), {"gguf_file": Path(path).name}
 
 

@@ -182,5 +182,5 @@ def test_rows_become_signed_sequences(tmp_path):
 
 def test_without_lm_eval_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(GispError, match=r"^lm-eval:piqa needs lm-eval: pip install 'gisp-kernels\[eval\]'$"):
+    with pytest.raises(GispError, match=r"^lm-eval:piqa needs lm-eval: pip install 'gisp\[eval\]'$"):
         list(read_rows("lm-eval:piqa"))

@@ -140,5 +140,5 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else found(name, *a))
-    with pytest.raises(GispError, match=r"--lm-eval needs lm-eval: pip install 'gisp-kernels\[eval\]'"):
+    with pytest.raises(GispError, match=r"--lm-eval needs lm-eval: pip install 'gisp\[eval\]'"):
         LmEvalTasks(("arc_easy",))

@@ -131,5 +131,5 @@ def test_what_cannot_be_read_is_one_line(
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     out = ["--data", str(files / "text.jsonl"), "--out", str(tmp_path / "run")]
     assert main(["prune", str(files / "m.gguf"), *out]) == 2
-    assert "needs the gguf package: pip install 'gisp-kernels[gguf]'" in " ".join(capsys.readouterr().err.split())
+    assert "needs the gguf package: pip install 'gisp[gguf]'" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()

@@ -29,7 +29,7 @@ def check_log(name: str) -> None:
     if name not in LOGGERS:
         raise GispError(f"--log is {name!r}: choose one of {', '.join(LOGGERS)}")
     if importlib.util.find_spec(name) is None:
-        raise GispError(f"--log {name} needs {name}: pip install 'gisp-kernels[{name}]', or leave it out")
+        raise GispError(f"--log {name} needs {name}: pip install 'gisp[{name}]', or leave it out")
 
 
 @contextmanager

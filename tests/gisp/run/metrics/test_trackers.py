@@ -60,7 +60,7 @@ def test_tensorboard_reads_what_was_written(model_folder, token_file, tmp_path):
 
 def test_a_library_that_is_not_there_is_named(monkeypatch, model_folder, token_file, tmp_path, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(GispError, match=r"--log wandb needs wandb: pip install 'gisp-kernels\[wandb\]'"):
+    with pytest.raises(GispError, match=r"--log wandb needs wandb: pip install 'gisp\[wandb\]'"):
         check_log("wandb")
     monkeypatch.undo()
     assert _prune(model_folder, token_file, tmp_path / "run", "--log", "paper") == 2

@@ -42,7 +42,7 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise GispError("the gguf format needs the gguf package: pip install 'gisp-kernels[gguf]'") from None
+        raise GispError("the gguf format needs the gguf package: pip install 'gisp[gguf]'") from None
     return gguf
 
 

@@ -271,9 +271,9 @@ def test_unusable_dtypes_and_places_are_refused(tmp_path: Path) -> None:
 def test_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Named before the run is even looked at: loading a large model takes minutes."""
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(GispError, match=r"pip install 'gisp-kernels\[gguf\]'"):
+    with pytest.raises(GispError, match=r"pip install 'gisp\[gguf\]'"):
         export_run(tmp_path / "absent", 0.5, tmp_path / "out", format="gguf")
-    with pytest.raises(GispError, match=r"pip install 'gisp-kernels\[gguf\]'"):
+    with pytest.raises(GispError, match=r"pip install 'gisp\[gguf\]'"):
         _export("llama-mha", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
