@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -198,22 +199,44 @@ def find_cuobjdump() -> str | None:
     return str(bundled) if bundled.exists() else shutil.which("cuobjdump")
 
 
+def architectures(binary: Path) -> set[str]:
+    """What machine code a binary holds."""
+    program = find_cuobjdump()
+    assert program is not None
+    dump = subprocess.run([program, binary], capture_output=True, text=True, check=True)
+    return {line.split("=")[1].strip() for line in dump.stdout.splitlines() if line.startswith("arch =")}
+
+
 @pytest.mark.skipif(not _ext.build_info()["cuda"], reason="the core was not built with CUDA")
 @pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump")
 def test_binary_holds_the_named_architectures() -> None:
-    program, core = find_cuobjdump(), _ext.core().__file__
-    assert program is not None and core is not None
-    dump = subprocess.run([program, core], capture_output=True, text=True, check=True)
-    found = {line.split("=")[1].strip() for line in dump.stdout.splitlines() if line.startswith("arch =")}
     named = _ext.build_info()["cuda_archs"]
     assert {"sm_80", "sm_90a"} <= set(named)
-    assert {arch for arch in named if arch.startswith("sm_")} == found
+    assert {arch for arch in named if arch.startswith("sm_")} == architectures(Path(str(_ext.core().__file__)))
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("nvcc")), reason="needs cmake and nvcc")
+@pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump")
+def test_core_compiles_for_every_architecture(tmp_path: Path) -> None:
+    """Ampere, Hopper and, where nvcc knows it, Blackwell; no GPU is needed."""
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = tuple(map(int, re.search(r"release (\d+)\.(\d+)", version).groups()))  # type: ignore[union-attr]
+    build(tmp_path, "-DGISP_CUDA=ON")
+    (library,) = tmp_path.rglob("libgisp_core.a")
+    assert architectures(library) == {"sm_80", "sm_90a"} | ({"sm_100"} if release >= (12, 8) else set())
 
 
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="needs cmake and a C++ compiler")
 def test_core_alone(tmp_path: Path) -> None:
     """The core compiles without Python, torch or CUDA and passes its own test program."""
-    configure = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), "-DGISP_PYTHON=OFF", "-DGISP_TESTS=ON"]
-    for step in (configure, ["cmake", "--build", str(tmp_path)], [str(tmp_path / "gisp_tests")]):
+    build(tmp_path, "-DGISP_TESTS=ON")
+    subprocess.run([tmp_path / "gisp_tests"], check=True)
+
+
+def build(folder: Path, option: str) -> None:
+    """Compile the core without Python."""
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-DGISP_PYTHON=OFF", option, *generator]
+    for step in (configure, ["cmake", "--build", str(folder)]):
         done = subprocess.run(step, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
