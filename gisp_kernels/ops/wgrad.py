@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -107,11 +108,23 @@ def fused_kernel(
     from gisp_kernels.triton import wgrad_tma
     from gisp_kernels.triton.wgrad_importance import MIN_LARGE_TILES
 
-    if _bulk_why_not(grad_output, input, weights) or torch.cuda.get_device_capability(input.device)[0] < HOPPER:
+    if _bulk_why_not(grad_output, input, weights) or not runs_descriptors(
+        torch.cuda.get_device_properties(input.device)
+    ):
         return "triton", 0
     kept = 0 if axis == "row" else 1
     tiles = wgrad_tma.tiles([w.shape[kept] for w in weights], weights[0].shape[1 - kept])
     return ("tma", tiles) if tiles >= MIN_LARGE_TILES else ("triton", 0)
+
+
+def runs_descriptors(gpu: Any) -> bool:
+    """Whether a GPU with these properties runs the TMA kernel.
+
+    GeForce GPUs of capability 12 have the accelerator and less than half the shared memory.
+    """
+    from gisp_kernels.triton import wgrad_tma
+
+    return gpu.major >= HOPPER and gpu.shared_memory_per_block_optin >= wgrad_tma.SHARED_BYTES
 
 
 @functools.cache

@@ -20,6 +20,8 @@ BLOCK_M, BLOCK_N, BLOCK_T = 128, 256, 64
 GROUP_M = 8
 NUM_WARPS, NUM_STAGES = 8, 3
 MAX_LAYERS = 3
+# The least shared memory of a program: the tiles of its products in flight, and a tile of 16-bit W.
+SHARED_BYTES = 2 * (NUM_STAGES * BLOCK_T * (BLOCK_M + BLOCK_N) + BLOCK_M * BLOCK_N)
 
 
 @triton.jit

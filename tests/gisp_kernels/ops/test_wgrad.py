@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -47,6 +49,14 @@ def test_layers_that_no_kernel_takes_together_are_planned_apart(
     dy, x, weight = operands()
     monkeypatch.setattr(wgrad, "fused_kernel", lambda *args: (kernel, 0))
     assert wgrad.plan(dy, x, [weight] * layers, "row") == chosen
+
+
+@pytest.mark.parametrize(("name", "major", "shared", "runs"), [
+    ("A100", 8, 166912, False), ("H100", 9, 232448, True), ("B200", 10, 232448, True), ("RTX 5090", 12, 101376, False)
+])  # fmt: skip
+def test_tma_needs_the_accelerator_and_the_memory(name: str, major: int, shared: int, runs: bool) -> None:
+    gpu = SimpleNamespace(major=major, shared_memory_per_block_optin=shared)
+    assert wgrad.runs_descriptors(gpu) == runs, name
 
 
 @pytest.mark.skipif(not _ext.has_sm90(), reason="the core has no Hopper kernel")
