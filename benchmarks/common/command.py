@@ -19,6 +19,9 @@ from gisp.model.load import resolve_device
 from gisp.replicas.environment import rank
 from gisp.replicas.errors import ReplicaError
 
+# Of --compare: the result kept for this card.
+LAST = "last"
+
 
 class Parser(argparse.ArgumentParser):
     """Options of a command; a mistake is one line for the caller to print."""
@@ -120,6 +123,13 @@ def add_result_options(options: argparse.ArgumentParser, *, plots: bool) -> None
     options.add_argument("--out", type=Path, help="JSON file to write")
     options.add_argument("--goals", action="store_true", help="also print which goals are met")
     options.add_argument("--from", dest="source", type=Path, metavar="FILE", help="show an earlier result")
+    options.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="hold every ratio against an earlier result of this card, or 'last', the one in benchmarks/results: "
+        "exit code 1 where one is worse by more than the noise of both",
+    )
     if plots:
         options.add_argument("--plot", action="store_true", help="also draw PNGs beside --out")
 
@@ -138,8 +148,10 @@ def result_of(args: argparse.Namespace, benchmark: str, measure: Callable[[], di
     """The result of ``--from``, or a new one, written to ``--out``.
 
     Raises:
-        GispError: the earlier result cannot be read, or the new one not be written.
+        GispError: an earlier result cannot be read, or the new one not be written.
     """
+    if args.compare and str(args.compare) != LAST:
+        read_json(args.compare, benchmark)
     if args.source:
         return read_json(args.source, benchmark)
     check_writable(args.out)

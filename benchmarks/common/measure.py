@@ -25,13 +25,36 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Median, fastest and slowest repetition in milliseconds, and peak extra memory in bytes."""
+    """Repetitions in milliseconds, as of :func:`summarised`, and peak extra memory in bytes."""
 
     median_ms: float
+    q1_ms: float
+    q3_ms: float
     min_ms: float
     max_ms: float
     repetitions: int
     extra_bytes: int
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile; of one value, that value."""
+    if len(values) == 1:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def summarised(milliseconds: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles, fastest and slowest repetition, and how many there were."""
+    first, third = quartiles(milliseconds)
+    return {
+        "median_ms": statistics.median(milliseconds),
+        "q1_ms": first,
+        "q3_ms": third,
+        "min_ms": min(milliseconds),
+        "max_ms": max(milliseconds),
+        "repetitions": len(milliseconds),
+    }
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -96,10 +119,7 @@ def measure_together(
     for _ in range(ROUNDS):
         for name, function in functions.items():
             times[name] += _times(function, copies, before_call, *turns[name])
-    return {
-        name: Measurement(statistics.median(found), min(found), max(found), len(found), extra[name])
-        for name, found in times.items()
-    }
+    return {name: Measurement(**summarised(found), extra_bytes=extra[name]) for name, found in times.items()}
 
 
 def _warm_up(function: Function, inputs: Inputs, copies: Sequence[Inputs], prepare: Prepare) -> int:

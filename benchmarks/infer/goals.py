@@ -5,9 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.common.compare import Ratios, of_times
 from benchmarks.common.goals import Goal
 
 Row = dict[str, Any]
+
+
+def infer_ratios(result: dict[str, Any]) -> Ratios:
+    """Speed of every size over the dense model."""
+    found: Ratios = {}
+    for item in result["models"]:
+        dense, *pruned = item["rows"]
+        for row in pruned:
+            for what, times in row.get("times", {}).items():
+                found[f"{item['model']} at {row['asked']:g}, {what}"] = of_times(times, dense["times"][what])
+    return found
 
 
 def infer_goals(models: list[Row]) -> list[Goal]:

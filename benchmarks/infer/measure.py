@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.measure import summarised
 from gisp.model.fuse import fuse
 
 Step = Callable[[], Any]
@@ -42,7 +42,7 @@ def measure_inference(model: Any, setting: Setting) -> dict[str, Any]:
     """Milliseconds and bytes of one model, JSON-ready.
 
     ``prefill_ms`` is the pass over the prompt with the logits of its last token, ``first_token_ms`` that and the choice
-    of the token on the host; ``decode_ms`` a token for every sequence of a batch.
+    of the token on the host; ``decode_ms`` a token for every sequence of a batch. ``times`` also has their quartiles.
     """
     if setting.fused:
         fuse(model)
@@ -57,14 +57,21 @@ def measure_inference(model: Any, setting: Setting) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "kv_bytes_per_token": _kv_bytes(model),
-        "prefill_ms": _median(prefill, device, setting.repetitions),
-        "first_token_ms": _median(lambda: int(prefill()[0, -1].argmax()), device, setting.repetitions),
-        "decode_ms": {},
+    }
+    times = {
+        "prefill": _times(prefill, device, setting.repetitions),
+        "first token": _times(lambda: int(prefill()[0, -1].argmax()), device, setting.repetitions),
     }
     for batch in setting.batches:
         step = decode_step(model, batch, setting)
-        result["decode_ms"][str(batch)] = _median(step, device, 4 * setting.repetitions)
-    return result
+        times[f"decode of batch {batch}"] = _times(step, device, 4 * setting.repetitions)
+    return {
+        **result,
+        "prefill_ms": times["prefill"]["median_ms"],
+        "first_token_ms": times["first token"]["median_ms"],
+        "decode_ms": {str(batch): times[f"decode of batch {batch}"]["median_ms"] for batch in setting.batches},
+        "times": times,
+    }
 
 
 def decode_step(model: Any, batch: int, setting: Setting) -> Step:
@@ -114,8 +121,8 @@ def _kv_bytes(model: Any) -> int:
     return sum(2 * layer.self_attn.k_proj.out_features * size for layer in model.model.layers)
 
 
-def _median(step: Step, device: torch.device, repetitions: int) -> float:
-    """Median milliseconds of a finished call."""
+def _times(step: Step, device: torch.device, repetitions: int) -> dict[str, Any]:
+    """Milliseconds of a finished call."""
     for _ in range(_WARM_UP):
         step()
     times = []
@@ -125,7 +132,7 @@ def _median(step: Step, device: torch.device, repetitions: int) -> float:
         step()
         _wait(device)
         times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times)
+    return summarised(times)
 
 
 def _wait(device: torch.device) -> None:

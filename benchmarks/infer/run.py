@@ -24,11 +24,12 @@ from benchmarks.common.command import (
     result_of,
     table,
 )
+from benchmarks.common.compare import regressed
 from benchmarks.common.goals import goal_table
 from benchmarks.common.identity import identity
 from benchmarks.common.measure import ceilings
 from benchmarks.common.registry import MODELS, Model
-from benchmarks.infer.goals import infer_goals
+from benchmarks.infer.goals import infer_goals, infer_ratios
 from benchmarks.infer.measure import Setting, measure_inference
 from benchmarks.infer.shapes import LayerShape, build_pruned, decoder_parameters, pruned_layers
 from gisp.errors import GispError
@@ -155,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command.
+    """Run the command; 1 if a ratio is worse than before.
 
     Raises:
         GispError: bad options, or no GPU for a real model.
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     print(show(result["models"]))
     if args.goals:
         print(goal_table(infer_goals(result["models"])))
-    return 0
+    return 1 if regressed(args, result, infer_ratios) else 0
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common.measure import Ceilings
+from benchmarks.common.measure import Ceilings, summarised
 from benchmarks.common.registry import MODELS, REAL, Model
 from benchmarks.common.task import AUTO, Row, Task, rates, with_speedups
 from gisp_kernels import Compactor, StructureGroup, attention_group, mlp_group
@@ -148,8 +148,7 @@ def _time_pack(model: Model, share: float, peak: Ceilings) -> list[Row]:
         del groups, watch, compactor
     times = [pack["median_ms"] for pack in packs]
     extra = max(pack["extra_bytes"] for pack in packs)
-    summary = {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times)}
-    row = {"implementation": AUTO, **summary, "repetitions": _PACKS, "extra_bytes": extra, "bytes_moved": moved}
+    row = {"implementation": AUTO, **summarised(times), "extra_bytes": extra, "bytes_moved": moved}
     row |= rates(0, moved, row["median_ms"], peak)
     gather |= rates(0, moved, gather["median_ms"], peak)
     return with_speedups([row, {"implementation": GATHER, **gather}], GATHER)
@@ -177,11 +176,8 @@ def _wall(run: Callable[[], Any], undo: Callable[[], Any], repetitions: int, *, 
         undo()
         torch.cuda.synchronize()
     return {
-        "median_ms": statistics.median(wall),
-        "min_ms": min(wall),
-        "max_ms": max(wall),
+        **summarised(wall),
         "device_ms": statistics.median(device),
-        "repetitions": repetitions,
         "extra_bytes": extra,
     }
 

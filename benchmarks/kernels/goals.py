@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from typing import Any
 
+from benchmarks.common.compare import Ratios, of_times
 from benchmarks.common.goals import Goal
 from benchmarks.common.registry import DENSE, HALF, MIDWAY, REAL
 from benchmarks.common.task import AUTO, Row
 from benchmarks.kernels.importance import CUBLAS, CUBLAS_EAGER, CUBLAS_OURS
 
 MEBIBYTE = 2**20
+# Names of what was measured of a task, and parts of further such names.
+_MEASURED = {"implementation", "red", "baseline", "speedup", "tflops", "gbs", "repetitions", "structures"}
+_MEASURED_PARTS = ("_ms", "_bytes", "_moved", "percent_")
+
+
+def kernel_ratios(result: dict[str, Any]) -> Ratios:
+    """Speed of ours over the baseline of every task."""
+    timed = {(_task(row), row["implementation"]): row for row in result["rows"] if "median_ms" in row}
+    return {
+        f"{name}, over {row['baseline']}": of_times(row, timed[name, row["baseline"]])
+        for (name, implementation), row in timed.items()
+        if implementation == AUTO and "speedup" in row
+    }
+
+
+def _task(row: Row) -> str:
+    """The op and everything that was not measured."""
+    told = [key for key in row if key not in _MEASURED and not any(part in key for part in _MEASURED_PARTS)]
+    return " ".join(str(row[key]) for key in told)
 
 
 def kernel_goals(rows: list[Row]) -> list[Goal]:

@@ -23,12 +23,13 @@ from benchmarks.common.command import (
     require_gpu,
     result_of,
 )
+from benchmarks.common.compare import regressed
 from benchmarks.common.goals import goal_table
 from benchmarks.common.identity import identity
 from benchmarks.common.measure import ceilings
 from benchmarks.common.task import Row, Task, describe, first_line, run_task
 from benchmarks.kernels import compaction, decoder, float8, gates, importance, products, sweep
-from benchmarks.kernels.goals import kernel_goals
+from benchmarks.kernels.goals import kernel_goals, kernel_ratios
 from benchmarks.kernels.passes import recording
 from gisp.errors import GispError
 
@@ -107,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 1 if an implementation was wrong.
+    """Run the command; 1 if an implementation was wrong or a ratio is worse than before.
 
     Raises:
         GispError: bad options, or no GPU.
@@ -127,4 +128,5 @@ def main(argv: list[str] | None = None) -> int:
 
         for path in write_plots(result, args.out or args.source):
             print(f"wrote {path}")
-    return 1 if any("red" in row for row in result.get("rows", [])) else 0
+    slower = regressed(args, result, kernel_ratios)
+    return 1 if slower or any("red" in row for row in result.get("rows", [])) else 0

@@ -206,10 +206,15 @@ def step_rows(
     return rows
 
 
+def window_rows(rows: Sequence[dict[str, Any]]) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
+    """The first and the last steps; the very first, which compiles kernels, is left out if there are others."""
+    return rows[1 : 1 + WINDOW] or rows, rows[1:][-WINDOW:] or rows
+
+
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Median speed of the pass over the first steps (the very first left out if there are others) and the last."""
+    """Median speed of the pass over the first steps and the last."""
     found: dict[str, Any] = {}
-    for where, window in (("dense", rows[1 : 1 + WINDOW] or rows), ("end", rows[1:][-WINDOW:] or rows)):
+    for where, window in zip(("dense", "end"), window_rows(rows), strict=True):
         for key in ("tokens_per_second", "tflops", "percent_of_matmul"):
             values = [row[key] for row in window if row[key] is not None]
             found[f"{key}_{where}"] = statistics.median(values) if values else None

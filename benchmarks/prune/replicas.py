@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.common.command import Budget, table, write_json
 from benchmarks.common.identity import ROOT, identity
+from benchmarks.common.measure import quartiles
 from benchmarks.common.registry import MODELS
 from benchmarks.common.synthetic import build_model, random_tokens
 from benchmarks.prune.goals import GIGABYTE
@@ -123,6 +124,7 @@ def run_replica(args: argparse.Namespace) -> int:
         seconds = [row["step_seconds"] for row in rows[1:] or rows]
         found["later_seconds"] = sum(seconds)
         found["step_seconds_dense"] = statistics.median(seconds[:WINDOW])
+        found["step_quartiles_dense"] = quartiles(seconds[:WINDOW])
         found["step_seconds_end"] = statistics.median(seconds[-WINDOW:])
         write_json(Path(args.out), {"identity": machine, "cards": cards, **found})
     return 0

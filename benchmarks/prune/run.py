@@ -30,13 +30,14 @@ from benchmarks.common.command import (
     table,
     write_json,
 )
+from benchmarks.common.compare import regressed
 from benchmarks.common.goals import goal_table
 from benchmarks.common.identity import ROOT, identity
 from benchmarks.common.measure import ceilings
 from benchmarks.common.registry import MODELS
 from benchmarks.common.synthetic import build_model, random_tokens
 from benchmarks.prune.compensation import timed_compensation
-from benchmarks.prune.goals import GIGABYTE, prune_goals
+from benchmarks.prune.goals import GIGABYTE, prune_goals, prune_ratios
 from benchmarks.prune.measure import Setting, timed_run
 from benchmarks.prune.offload import measure_offload, show_offload
 from benchmarks.prune.paper import time_paper_step
@@ -211,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 1 if a model's run failed, or runs that must be the same are not.
+    """Run the command; 1 if a model's run failed, runs that must be the same are not, or a ratio is worse than before.
 
     Raises:
         GispError: bad options, or no GPU for a real model.
@@ -238,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
         for path in write_plots(result, args.out or args.source):
             print(f"wrote {path}")
     failed = any("error" in run for run in [*runs, *result.get("offload", [])])
-    return 0 if all_same(result) and not failed else 1
+    slower = regressed(args, result, prune_ratios)
+    return 0 if all_same(result) and not failed and not slower else 1
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -22,5 +22,5 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "random_matrix", random_matrix)
     monkeypatch.setattr(task, "rotation", lambda inputs: [inputs])
     monkeypatch.setattr(task, "restorer", lambda inputs: None)
-    timed = Measurement(2.0, 1.0, 3.0, 7, 2**20)
+    timed = Measurement(2.0, 1.5, 2.5, 1.0, 3.0, 7, 2**20)
     monkeypatch.setattr(task, "measure_together", lambda functions, *_, **__: dict.fromkeys(functions, timed))
