@@ -59,6 +59,7 @@ dist: setup
 
 bench: setup
 	$(BIN)/gisp bench kernels --goals --plot --out out/bench/kernels.json
+	$(BIN)/gisp bench embed --goals --out out/bench/embed.json
 	$(BIN)/gisp bench prune --goals --plot --out out/bench/prune.json
 
 bench-quick: setup

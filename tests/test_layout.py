@@ -58,7 +58,10 @@ ROOMS = {
             "__main__",
         ),
     ),
-    "benchmarks": (ROOT / "benchmarks", ("common", "decoders", "kernels", "infer", "prune", "studies", "quality")),
+    "benchmarks": (
+        ROOT / "benchmarks",
+        ("common", "decoders", "kernels", "embed", "infer", "prune", "studies", "quality"),
+    ),
 }
 # From the ground up, too: what a package may import of the others.
 PACKAGES = ("gisp_kernels", "gisp", "benchmarks")

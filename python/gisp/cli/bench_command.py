@@ -24,6 +24,12 @@ def kernels(context: typer.Context) -> None:
 
 
 @bench.command(context_settings=_OPTIONS_OF_THE_MODULE)
+def embed(context: typer.Context) -> None:
+    """Time scores around a backward pass beside the ways of other libraries; see --help."""
+    _run("embed", context.args)
+
+
+@bench.command(context_settings=_OPTIONS_OF_THE_MODULE)
 def prune(context: typer.Context) -> None:
     """Time a whole run on models of real shape beside the paper's way; see --help."""
     _run("prune", context.args)

@@ -1,0 +1,1 @@
+"""Scores inside somebody else's backward pass, beside the ways peers take them."""
