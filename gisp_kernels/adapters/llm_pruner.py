@@ -25,6 +25,8 @@ from gisp_kernels.adapters.stand_in import Lines, linears_of, lines_of, stand_in
 from gisp_kernels.groups import Axis
 from gisp_kernels.record.importance import record_lines
 
+__all__ = ["TaylorImportance"]
+
 _AXES = dict.fromkeys((tp.prune_linear_out_channels, peer.hf_linear_pruner.prune_out_channels), "row")
 _AXES |= dict.fromkeys((tp.prune_linear_in_channels, peer.hf_linear_pruner.prune_in_channels), "column")
 _NEEDS = {"param_second": ("acc_grad",), "param_mix": ("grad", "acc_grad")}

@@ -23,6 +23,8 @@ from gisp_kernels.adapters.stand_in import Lines, linears_of, lines_of, stand_in
 from gisp_kernels.record.importance import record_lines
 from gisp_kernels.record.recorder import ImportanceRecorder
 
+__all__ = ["TaylorImportance"]
+
 _AXES = {tp.prune_linear_out_channels: "row", tp.prune_linear_in_channels: "column"}
 
 

@@ -16,6 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gisp_kernels.record.importance import record_importance
 from gisp_kernels.record.recorder import ImportanceRecorder
 
+__all__ = ["ImportanceCallback"]
+
 
 class ImportanceCallback(TrainerCallback):
     """Scores structures from the backward passes of a training; gradients and steps stay what they are.
