@@ -42,7 +42,7 @@ class Assembly:
                 ]
             )
         self.stores = list(self._stores.values())
-        _check_memory(self.stores)
+        _check_memory(self.stores, self.axes)
 
     def _add(self, group: int, projection: Projection, place: str) -> Axis:
         layer: nn.Module = projection.linear
@@ -92,9 +92,18 @@ def _owned(layer: nn.Module, name: str, place: str) -> tuple[MutableMapping[str,
     raise ValueError(f"{place}: {name} of the {type(layer).__name__} is computed from other tensors: undo that first")
 
 
-def _check_memory(stores: Sequence[Store]) -> None:
+def _check_memory(stores: Sequence[Store], axes: Sequence[Sequence[Axis]]) -> None:
+    """Require memory that does not overlap, but of groups that lie elsewhere: all of such a group is on ``meta``."""
+    away: set[Store] = set()
+    if any(not store.full.is_meta for store in stores) and any(store.full.is_meta for store in stores):
+        for cut in axes:
+            own = [store for store in stores if _on(store, cut)]
+            if all(store.full.is_meta for store in own):
+                away.update(own)
     spans = []
     for store in stores:
+        if store in away:
+            continue
         store.check()
         full = store.full
         if full.numel():
@@ -103,6 +112,10 @@ def _check_memory(stores: Sequence[Store]) -> None:
     for one, other in itertools.pairwise(spans):
         if one[0] == other[0] and other[1] < one[2]:
             raise ValueError(f"{one[3]} and {other[3]} share memory: tensors that overlap cannot be compacted")
+
+
+def _on(store: Store, axes: Sequence[Axis]) -> bool:
+    return any(axis is other for axis in store.axes.values() for other in axes)
 
 
 def _end(tensor: torch.Tensor) -> int:

@@ -36,6 +36,9 @@ class Compactor:
     A step costs what it removes, where structures are blocks. A tensor cut by an ``index`` is written anew, and what is
     kept stays in the order of the lines.
 
+    Of a model that is parted over processes, groups that lie elsewhere have their weights on ``meta``: their shapes and
+    their order follow every step as if they were here.
+
     Args:
         groups: the groups; their current weights are the full storage.
         backend: of the swaps, see :func:`gisp_kernels.ops.swap.swap_blocks_`.
@@ -70,7 +73,8 @@ class Compactor:
         optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         self._state = OptimizerState(optimizers, self._stores)
         if device is None:
-            device = self._stores[0].full.device if self._stores else torch.device("cpu")
+            here = (store.full.device for store in self._stores if not store.full.is_meta)
+            device = next(here, torch.device("cpu"))
         self._numbers = self._ordering.order.to(device, copy=True)
         self._prepared: list[PreparedSwaps] = []
         self._steps: list[Change] = []
@@ -118,6 +122,32 @@ class Compactor:
                 index = axis.shown_at(kept)[index[: kept[number]].cpu()].to(index.device)
             current.append(dataclasses.replace(projection, index=index))
         return dataclasses.replace(group, projections=tuple(current))
+
+    def storage(self, name: str) -> list[torch.Tensor]:
+        """Weights and biases of a group with what was removed of them, projection after projection."""
+        return [store.full for store in self._own[self._ordering.group(name)]]
+
+    def house(self, name: str, storage: Sequence[torch.Tensor]) -> None:
+        """Let a group live in other storage, of which its layers show as much as before; steps stay reversible.
+
+        For a group that goes to another process, or comes from one. Its Parameters are new ones.
+
+        Args:
+            storage: contiguous tensors as of :meth:`storage`, of the same values or all on ``meta``.
+
+        Raises:
+            ValueError: other shapes or dtypes; nothing has changed then.
+        """
+        stores = self._own[self._ordering.group(name)]
+        fits = len(storage) == len(stores) and all(
+            new.shape == store.full.shape and new.dtype == store.full.dtype and new.is_contiguous()
+            for new, store in zip(storage, stores, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"storage of group {name!r} must be contiguous, of its shapes and dtype")
+        self._prepared = []
+        for new, store in zip(storage, stores, strict=True):
+            store.house(new.detach())
 
     def bytes_packed(self) -> int:
         """Bytes of what is kept: what the groups' storage takes after :meth:`pack`."""
@@ -241,6 +271,8 @@ class Compactor:
                 continue
             (claim,) = axis.claims
             for store, dim in lines:
+                if store.full.is_meta:
+                    continue
                 launch = int(store in seen)
                 seen.add(store)
                 tensor, name, width = store.blocks(dim)

@@ -132,6 +132,16 @@ class Store:
         """Bring lines to new places; ``source`` int64 CPU [lines]: where each comes from."""
         self.full.copy_(self.full.index_select(dim, source.to(self.full.device)))
 
+    def house(self, full: torch.Tensor) -> None:
+        """Own another storage of the same shape, of which the owners show as much as before in a new Parameter."""
+        requires_grad = self.tensor.requires_grad
+        self._take(full)
+        shown = self._shown_part()
+        self.tensor = torch.nn.Parameter(shown, requires_grad=requires_grad)
+        self._shown = shown.shape
+        for owner, name in self.owners:
+            owner[name] = self.tensor
+
     def pack(self) -> None:
         """Copy what is shown to storage of its own, where it does not fill its storage already.
 

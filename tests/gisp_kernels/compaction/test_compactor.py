@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import pytest
 import torch
@@ -341,6 +343,10 @@ def test_layouts_that_cannot_be_swapped_are_refused() -> None:
         Compactor(block.groups())
     with pytest.raises(ValueError, match="dense tensor with memory"):
         Compactor(Block().to("meta").groups())
+    half = Block()
+    half.gate_proj.to("meta")
+    with pytest.raises(ValueError, match="dense tensor with memory"):
+        Compactor(half.groups())
 
 
 def test_a_replaced_weight_is_noticed() -> None:
@@ -390,3 +396,58 @@ def test_pack_keeps_bits_whatever_words_a_prefix_is_made_of(
     assert linear.weight.dtype == dtype and linear.weight.is_contiguous()
     assert linear.weight.untyped_storage().nbytes() == before.numel() * before.element_size()
     assert torch.equal(linear.weight.detach().view(torch.uint8), before.view(torch.uint8))
+
+
+def elsewhere(block: Block, groups: Iterable[str]) -> Block:
+    """The block with the weights of some groups on meta."""
+    for group in block.groups():
+        if group.name in groups:
+            for projection in group.projections:
+                projection.linear.to("meta")
+    return block
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_that_lie_elsewhere_follow_every_step(backend: str) -> None:
+    steps: list[dict[str, list[int]]] = [{"heads": [1], "channels": [0, 9]}, {"heads": [0, 5]}, {"channels": [36, 3]}]
+    torch.manual_seed(0)
+    whole = Block()
+    parts = [elsewhere(copy.deepcopy(whole), [name]) for name in ("channels", "heads")]
+    made = [Compactor(block.groups(), backend=backend) for block in (whole, *parts)]
+    removals: list[Callable[[Compactor], None]] = [partial(Compactor.remove, removals=step) for step in steps]
+    for action in (*removals, Compactor.rollback):
+        for compactor in made:
+            action(compactor)
+        for part, compactor in zip(parts, made[1:], strict=True):
+            assert torch.equal(compactor.numbers, made[0].numbers)
+            for name, parameter in part.named_parameters():
+                expected = whole.get_parameter(name)
+                assert parameter.shape == expected.shape, name
+                assert parameter.is_meta or torch.equal(parameter, expected), name
+
+
+def test_a_group_moves_with_what_was_removed() -> None:
+    torch.manual_seed(0)
+    whole = Block()
+    expected = copy.deepcopy(whole)
+    here, there = elsewhere(copy.deepcopy(whole), ["heads"]), elsewhere(copy.deepcopy(whole), ["channels"])
+    compactors = [Compactor(here.groups()), Compactor(there.groups())]
+    for compactor in compactors:
+        compactor.remove({"heads": [2], "channels": [4, 30]})
+    moved = [tensor.clone() for tensor in compactors[0].storage("channels")]
+    compactors[0].remove({"channels": [7]})
+    compactors[0].rollback()
+    compactors[1].house("channels", moved)
+    with pytest.raises(ValueError, match="storage of group 'channels' must be contiguous, of its shapes"):
+        compactors[1].house("channels", moved[:-1])
+    compactors[1].remove({"channels": [0]})
+    assert there.gate_proj.weight.shape[0] == there.gate_proj.out_features == 34
+    compactors[1].rollback(2)
+    for name, parameter in there.named_parameters():
+        # The bias of an output projection is no structure's.
+        assert name == "down_proj.bias" or torch.equal(parameter, expected.get_parameter(name)), name
+    away = [torch.empty_like(tensor, device="meta") for tensor in moved]
+    compactors[1].house("channels", away)
+    compactors[1].remove({"channels": [0], "heads": [3]})
+    assert there.down_proj.weight.is_meta and there.down_proj.weight.shape[1] == there.down_proj.in_features == 36
+    assert there.q_proj.weight.shape[0] == 20
