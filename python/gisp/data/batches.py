@@ -38,7 +38,7 @@ class StepBatches:
         self._kind = kind
         self._batch_size = batch_size
         self._vocab_size = model_map.vocab_size
-        weight = next(model_map.model.parameters())
+        weight = model_map.weight
         self._device = weight.device
         # About what plain transformers layers keep of a token: norms, projections, rotary and attention are some 16
         # vectors of the hidden size, the MLP 4 of its width.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
@@ -22,6 +22,9 @@ class ShrinkableModel:
 
     Every call of :meth:`remove` is one step; weights keep their storage (see :class:`gisp_kernels.Compactor`).
 
+    Args:
+        known_fingerprint: of the dense model, where some of its layers lie in other processes.
+
     Attributes:
         map: the structure map made from the dense model.
         fingerprint: of the dense model.
@@ -30,12 +33,12 @@ class ShrinkableModel:
 
     _ATTRIBUTE = "gisp_shrinkable"
 
-    def __init__(self, model_map: ModelMap) -> None:
+    def __init__(self, model_map: ModelMap, known_fingerprint: str | None = None) -> None:
         self.map = model_map
-        self.fingerprint = fingerprint(model_map.model)
+        self.fingerprint = known_fingerprint or fingerprint(model_map.model)
         self.history: list[Removal] = []
         # Where the model computes; decoder layers may lie elsewhere.
-        self._compactor = Compactor(model_map.groups, device=next(model_map.model.parameters()).device)
+        self._compactor = Compactor(model_map.groups, device=model_map.weight.device)
         self._shares = {group.name: model_map.members(group) for group in model_map.groups}
         self._restore: Callable[[], None] | None = None
         if model_map.shares_kv:
@@ -118,6 +121,14 @@ class ShrinkableModel:
     def slack(self) -> float:
         """Part of the memory that structures own that what is kept leaves unused."""
         return 1 - self._compactor.bytes_packed() / max(1, self._compactor.bytes_storage())
+
+    def storage(self, name: str) -> list[torch.Tensor]:
+        """As :meth:`gisp_kernels.Compactor.storage`."""
+        return self._compactor.storage(name)
+
+    def house(self, name: str, storage: Sequence[torch.Tensor]) -> None:
+        """As :meth:`gisp_kernels.Compactor.house`."""
+        self._compactor.house(name, storage)
 
     def until_moved(self, restore: Callable[[], None]) -> None:
         """Call ``restore`` before the next step or rollback.

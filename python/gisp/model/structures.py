@@ -8,7 +8,7 @@ tied embeddings. :data:`gisp_kernels.groups.PROJECTIONS` says which weights that
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +88,15 @@ class ModelMap:
 
     def __repr__(self) -> str:
         return f"<ModelMap of {self.model_type}: {len(self.layers)} layers, {self.parameters:,} parameters>"
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A weight of the model for its device and dtype, one of this process where others hold layers too."""
+        first: torch.Tensor = next(iter(self.model.parameters()))
+        if not first.is_meta:
+            return first
+        held = (item.attention.o_proj.weight for item in self.layers)
+        return next((weight for weight in held if not weight.is_meta), first)
 
     @property
     def shares_kv(self) -> bool:
@@ -247,15 +256,28 @@ def fingerprint(model: nn.Module) -> str:
     Values are rounded to bfloat16 first, so that loading the same checkpoint in another dtype keeps the hash. Samples
     alone would miss a single changed weight, sums alone an exchange of weights.
     """
+    return fingerprint_of(fingerprint_parts(model))
+
+
+def fingerprint_parts(model: nn.Module) -> dict[str, bytes]:
+    """What of every parameter that lies in this process goes into the fingerprint."""
+    return {name: _fingerprint_part(name, p) for name, p in model.named_parameters() if not p.is_meta}
+
+
+def fingerprint_of(parts: Mapping[str, bytes]) -> str:
+    """The fingerprint of a model with such parameters."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1).to(torch.bfloat16).view(torch.int16)
-        count = min(_FINGERPRINT_SAMPLES, flat.numel())
-        index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
-        digest.update(flat[index].cpu().numpy().tobytes())
-        digest.update(_checksum(flat).cpu().numpy().tobytes())
+    for _, part in sorted(parts.items()):
+        digest.update(part)
     return digest.hexdigest()
+
+
+def _fingerprint_part(name: str, parameter: torch.Tensor) -> bytes:
+    flat = parameter.detach().reshape(-1).to(torch.bfloat16).view(torch.int16)
+    count = min(_FINGERPRINT_SAMPLES, flat.numel())
+    index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+    values = flat[index].cpu().numpy().tobytes() + _checksum(flat).cpu().numpy().tobytes()
+    return f"{name}{tuple(parameter.shape)}".encode() + values
 
 
 def _checksum(values: torch.Tensor) -> torch.Tensor:
@@ -267,9 +289,11 @@ def _checksum(values: torch.Tensor) -> torch.Tensor:
 
 
 def first_bad_parameter(model: nn.Module) -> str | None:
-    """Name of the first parameter holding NaN or infinity, or None."""
+    """Name of the first parameter of this process holding NaN or infinity, or None."""
     for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.numel():
+            continue
         # Extremes pass NaN on; looking at every number would take 50 times as long on a CPU.
-        if parameter.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
             return name
     return None

@@ -122,7 +122,7 @@ class Selector:
         self._gone = np.zeros(len(self.groups), dtype=np.int64)
         self.removed = np.zeros(starts[-1], dtype=bool)
 
-        device = next(model_map.model.parameters()).device
+        device = model_map.weight.device
 
         def on_device(values: list[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
