@@ -45,6 +45,7 @@ ROOMS = {
             "model",
             "offload",
             "data",
+            "stages",
             "score",
             "select",
             "run",

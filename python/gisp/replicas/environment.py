@@ -50,6 +50,8 @@ def joined(device: str) -> Iterator[ProcessGroup | None]:
     local = int(os.environ["LOCAL_RANK"])
     if device not in ("auto", "cuda", "cpu"):
         raise GispError(f"--device {device} is one for all processes: leave it out, each takes a GPU of its own")
+    # Messages between stages wait for one another where streams share a queue of the GPU.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         if local >= torch.cuda.device_count():

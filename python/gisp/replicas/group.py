@@ -37,6 +37,7 @@ class Replicas:
 
     Attributes:
         rank, size: of this process in the group, and how many there are.
+        device: what collectives take and give lies there.
     """
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
@@ -45,7 +46,7 @@ class Replicas:
         self.rank = distributed.get_rank(group) if group else 0
         self.size = distributed.get_world_size(group) if group else 1
         on_gpu = group is not None and "nccl" in str(distributed.get_backend(group))
-        self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     @property
     def first(self) -> bool:
@@ -71,7 +72,7 @@ class Replicas:
         bounds = [rank * slices // self.size for rank in range(self.size + 1)]
         found = torch.stack([sums_of(i) for i in range(bounds[self.rank], bounds[self.rank + 1])])
         counts = [stop - start for start, stop in pairwise(bounds)]
-        gathered = self._gather(found, max(counts))
+        gathered = self.gather(found, max(counts))
         return list(torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)]))
 
     def add_up(
@@ -101,7 +102,7 @@ class Replicas:
                 flat, whole = found.view(-1), total.view(-1)
                 for begin in range(0, len(flat), _ELEMENTS):
                     part = slice(begin, begin + _ELEMENTS)
-                    for other in self._gather(flat[None, part], 1)[: slices - first, 0]:
+                    for other in self.gather(flat[None, part], 1)[: slices - first, 0]:
                         whole[part] += other
 
     def each(
@@ -130,26 +131,31 @@ class Replicas:
         """Numbers of so many items, slices too, that fall to this process in :meth:`each` and :meth:`add_up`."""
         return range(self.rank, count, self.size)
 
-    def check_slices(self, slices: int) -> None:
-        """Require a slice for every process.
+    def check_slices(self, slices: int, sharing: int | None = None) -> None:
+        """Require a slice for every process, or for every replica that is parted over some.
+
+        Args:
+            sharing: how many share the slices, all processes by default.
 
         Raises:
-            GispError: there are more processes.
+            GispError: there are more.
         """
-        if slices < self.size:
+        sharing = sharing or self.size
+        if slices < sharing:
+            what = "processes" if sharing == self.size else "replicas"
             raise GispError(
-                f"--slices {slices} leaves {self.size - slices} of {self.size} processes without work: "
-                f"give --slices {self.size} or more, or fewer processes"
+                f"--slices {slices} leaves {sharing - slices} of {sharing} {what} without work: "
+                f"give --slices {sharing} or more, or fewer processes"
             )
 
     def exchange(self, data: bytes) -> list[bytes]:
         """What every process gives, by rank."""
         if self.size == 1:
             return [data]
-        sizes = [int(size) for size in self._gather(torch.tensor([[len(data)]]), 1).flatten()]
+        sizes = [int(size) for size in self.gather(torch.tensor([[len(data)]]), 1).flatten()]
         held = torch.zeros(1, max(1, *sizes), dtype=torch.uint8)
         held[0, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else 0
-        rows = self._gather(held, 1)[:, 0].cpu()
+        rows = self.gather(held, 1)[:, 0].cpu()
         return [row[:size].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
 
     def from_first(self, data: bytes) -> bytes:
@@ -167,18 +173,18 @@ class Replicas:
             # One that is through must not be taken for lost by others that still work.
             self.exchange(b"")
 
-    def _gather(self, rows: torch.Tensor, most: int) -> torch.Tensor:
+    def gather(self, rows: torch.Tensor, most: int) -> torch.Tensor:
         """Rows [R, n] of every process, filled up to ``most`` with zeros; [size, most, n] on their device."""
-        padded = torch.zeros(most, rows.shape[1], dtype=rows.dtype, device=self._device)
+        padded = torch.zeros(most, rows.shape[1], dtype=rows.dtype, device=self.device)
         padded[: len(rows)] = rows
         out = padded.new_empty(self.size, most, rows.shape[1])
         try:
             distributed.all_gather([*out], padded, group=self._group)
         except RuntimeError as error:
-            raise self._lost(error) from None
+            raise self.lost(error) from None
         return out.to(rows.device)
 
-    def _lost(self, error: RuntimeError) -> GispError:
+    def lost(self, error: RuntimeError) -> GispError:
         """What a failed collective means: another process is gone."""
         reason = self._watch.reason() if self._watch else None
         words = _first_line(error)
