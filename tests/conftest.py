@@ -21,6 +21,10 @@ os.environ["GISP_CACHE"] = "off"
 if has_triton() and not HAS_CUDA:
     repair_interpreter()
 
+# A device context looks torch's functions up on first use: before poisoned_memory puts others in their place.
+with torch.device("meta"):
+    torch.zeros(0)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_CUDA:

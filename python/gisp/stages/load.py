@@ -1,0 +1,137 @@
+"""Reading a part of a model: its layout from ``config.json``, and of the weights those that are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from gisp.errors import GispError
+from gisp.model.load import _stored_config, quiet, snapshot
+from gisp.model.paths import check_model_path
+from gisp.model.stored import check_stored, left_out
+
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def skeleton(path: str, dtype: torch.dtype) -> Any:
+    """A dense causal language model with all parameters on ``meta`` and what is computed from its config on the CPU.
+
+    Raises:
+        GispError: no model there, or one of a kind that is not read in parts.
+    """
+    check_model_path(path)
+    quiet()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = folder_of(path)
+    check_stored(folder, path, _stored_config(str(folder)))
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
+    except Exception as error:  # transformers raises many types for folders it cannot read
+        raise GispError(f"model {path} cannot be loaded: {' '.join(str(error).split())[:240]}") from None
+    return with_tables(model).eval()
+
+
+def with_tables(model: Any) -> Any:
+    """A model on ``meta`` with its rotary tables computed, on the CPU as a model is that is loaded whole.
+
+    Raises:
+        GispError: it holds other buffers, whose values nothing tells.
+    """
+    rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
+    if rotary is not None:
+        model.model.rotary_emb = type(rotary)(config=model.config)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise GispError(
+                f"{type(model).__name__} has a buffer {name}: such a model is not parted, leave --stages out"
+            )
+    return model
+
+
+def folder_of(path: str) -> Path:
+    """The folder with the files of a model.
+
+    Raises:
+        GispError: a GGUF file, or a hub name that was not downloaded.
+    """
+    folder = Path(path) if Path(path).is_dir() else snapshot(path)
+    if folder is None or Path(path).is_file():
+        raise GispError(
+            f"model {path} is no folder: --stages reads safetensors of a folder, download or convert it first"
+        )
+    return folder
+
+
+def read_weights(model: nn.Module, path: str, names: Collection[str], device: torch.device) -> None:
+    """Give parameters of a skeleton the values of a model's safetensors files, in their own dtype, on a device.
+
+    Args:
+        names: of :meth:`torch.nn.Module.named_parameters`.
+
+    Raises:
+        GispError: files that are missing, broken or of another model; all names and shapes are compared.
+    """
+    folder = folder_of(path)
+    stored = _files(folder, path)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    # By every name of a parameter the one that it is asked for by.
+    tied = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    extra = left_out(sorted(set(stored) - set(tied)))
+    missing = sorted(set(tied.values()) - {own for name, own in tied.items() if name in stored})
+    for problem, found in (("unexpected keys", extra), ("missing keys", missing)):
+        if found:
+            raise GispError(f"model {path} does not fit its config.json: {problem}, first {found[0]}")
+    by_file: dict[Path, list[str]] = {}
+    done: set[str] = set()
+    for name, own in tied.items():
+        if own in names and own not in done and name in stored:
+            by_file.setdefault(stored[name], []).append(name)
+            done.add(own)
+    for file, wanted in by_file.items():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in wanted:
+                    _give(model, name, tensors.get_tensor(name), device, path)
+        except (SafetensorError, OSError) as error:
+            raise GispError(f"model {path} cannot be loaded: {file.name}: {' '.join(str(error).split())}") from None
+
+
+def _files(folder: Path, path: str) -> dict[str, Path]:
+    """Tensor name to the file that holds it."""
+    try:
+        if (folder / _WHOLE).is_file():
+            with safe_open(folder / _WHOLE, framework="pt") as tensors:
+                return dict.fromkeys(tensors.keys(), folder / _WHOLE)
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): folder / Path(str(file)).name for name, file in index.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise GispError(
+            f"model {path} has no safetensors that --stages can read ({type(error).__name__}): convert it first"
+        ) from None
+
+
+def _give(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.device, path: str) -> None:
+    parameter = model.get_parameter(name)
+    if tensor.shape != parameter.shape:
+        raise GispError(f"model {path} does not fit its config.json: mismatched keys, first {name}")
+    put(model, parameter, tensor.to(device, parameter.dtype))
+
+
+def put(model: nn.Module, parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+    """Let a tensor take the place of a parameter of the same shape, wherever it is tied to."""
+    made = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    for module in model.modules():
+        for name, held in module._parameters.items():
+            if held is parameter:
+                module._parameters[name] = made

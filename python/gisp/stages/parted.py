@@ -1,0 +1,171 @@
+"""Which parameters a stage holds, and a model of which only those lie in this process."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gisp.config.options import PruneConfig
+from gisp.errors import GispError
+from gisp.model.checks import check_writable
+from gisp.model.load import resolve_device, resolve_dtype
+from gisp.model.probe import PROVEN
+from gisp.model.structures import (
+    ModelMap,
+    fingerprint_of,
+    fingerprint_parts,
+    first_bad_parameter,
+    map_model,
+    protected_layers,
+)
+from gisp.stages.costs import layer_costs
+from gisp.stages.group import Stages
+from gisp.stages.load import put, read_weights, skeleton
+from gisp.stages.placement import Placement, place
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# Passes of a step that borders are chosen for where the data are not read yet.
+_TOKENS = 1024
+
+
+def parted_model(model: nn.Module | str, config: PruneConfig, stages: Stages) -> Any:
+    """The model with the layers of this stage in this process, all others on ``meta``.
+
+    Args:
+        model: a folder, of which no more is read; or a model of which at least these layers are here. What of it lies
+            in other stages is given up.
+
+    Raises:
+        GispError: a model that cannot be parted.
+    """
+    device = resolve_device(config.device)
+    if isinstance(model, nn.Module):
+        dense: Any = model
+    else:
+        dense = skeleton(model, _dtype(config, device))
+    placement = placed(dense, config, stages.count)
+    stages.placement = placement
+    names = held_names(dense, placement, stages.stage)
+    with _together(stages):
+        if isinstance(model, nn.Module):
+            _check_here(dense, names)
+        else:
+            read_weights(dense, model, names, device)
+            dense.model.rotary_emb.to(device)
+        give_up(dense, names)
+        bad = first_bad_parameter(dense)
+        if bad is not None:
+            raise GispError(f"the model holds NaN or infinite weights in {bad}: give a sound model")
+    return dense
+
+
+def check_stages(count: int, config: PruneConfig, *, own_loss: bool) -> None:
+    """Refuse what needs passes over a whole model.
+
+    Raises:
+        GispError: names the option.
+    """
+    whole = f"--stages {count} parts the model over processes"
+    if own_loss:
+        raise GispError(f"{whole}: an objective of your own needs all of it, leave --stages out")
+    for name, value in (("objective", "choice"), ("allocator", "owl")):
+        if getattr(config, name) == value:
+            raise GispError(f"{whole}: --{name} {value} passes data through all of it, leave one of them out")
+    if config.regrow:
+        raise GispError(f"{whole}: --regrow {config.regrow} passes data through all of it, leave one of them out")
+
+
+def placed(model: Any, config: PruneConfig, stages: int) -> Placement:
+    """Where the layers of a dense model go.
+
+    Raises:
+        GispError: fewer layers than stages, or a model of a kind that was never tried.
+    """
+    model_map = map_model(model, config.gqa)
+    layers = len(model_map.layers)
+    if layers < stages:
+        raise GispError(f"--stages {stages} is more than the {layers} layers of this model: give at most that many")
+    if model_map.model_type not in PROVEN:
+        raise GispError(f"model type {model_map.model_type!r} was never tried: prune it without --stages")
+    protected = protected_layers(layers, config.protect_first, config.protect_last)
+    lowest = min(set(range(layers)) - protected, default=layers)
+    slices = int(config.slices or 1)
+    return place(layer_costs(model_map, lowest), stages, [_TOKENS] * slices)
+
+
+def held_names(model: nn.Module, placement: Placement, stage: int) -> set[str]:
+    """Names of the parameters of a stage: its layers, at the ends of the model embeddings, last norm and output.
+
+    Tied embeddings are at both ends; pruning never changes them.
+    """
+    held, last = {*placement.held(stage)}, placement.stage_of(len(placement.chunks) - 1)
+    output = next((name for name, p in model.named_parameters() if p is _output(model)), None)
+    found = set()
+    for name, _ in model.named_parameters():
+        layer = _LAYER.match(name)
+        if layer:
+            here = int(layer[1]) in held
+        elif name.startswith("model.embed_tokens."):
+            here = stage == 0 or (stage == last and name == output)
+        else:
+            here = stage == last
+        if here:
+            found.add(name)
+    return found
+
+
+def give_up(model: nn.Module, names: Collection[str]) -> None:
+    """Put the parameters that are not among ``names`` on ``meta``."""
+    for name, parameter in [*model.named_parameters()]:
+        if name not in names and not parameter.is_meta:
+            put(model, parameter, torch.empty_like(parameter, device="meta"))
+
+
+def shared_fingerprint(model_map: ModelMap, stages: Stages) -> str:
+    """The fingerprint of the whole model, the same in every process."""
+    own = {name: part.hex() for name, part in fingerprint_parts(model_map.model).items()}
+    parts: dict[str, bytes] = {}
+    for answer in stages.processes.exchange(json.dumps(own).encode()):
+        parts |= {name: bytes.fromhex(part) for name, part in json.loads(answer).items()}
+    return fingerprint_of(parts)
+
+
+def _output(model: Any) -> Any:
+    return model.get_output_embeddings().weight
+
+
+def _dtype(config: PruneConfig, device: torch.device) -> torch.dtype:
+    dtype = resolve_dtype(config.dtype, device)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _check_here(model: nn.Module, names: Collection[str]) -> None:
+    check_writable(model)
+    missing = next((name for name, p in model.named_parameters() if name in names and p.is_meta), None)
+    if missing is not None:
+        raise GispError(f"{missing} of this stage is on meta: give a model whose layers of this stage have weights")
+
+
+@contextmanager
+def _together(stages: Stages) -> Iterator[None]:
+    """What one process refuses of its part all refuse, as each sees another part.
+
+    Raises:
+        GispError: of the first that does.
+    """
+    refused = ""
+    try:
+        yield
+    except GispError as error:
+        refused = str(error)
+    answers = stages.processes.exchange(refused.encode())
+    found = next((answer.decode() for answer in answers if answer), None)
+    if found is not None:
+        raise GispError(found)
