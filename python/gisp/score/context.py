@@ -18,6 +18,7 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
 from gisp.replicas.group import Replicas
 from gisp.score.objectives import SequenceLoss, sequence_nll
+from gisp.stages.group import Stages
 from gisp_kernels import ActivationStatistics, record_activations
 
 
@@ -41,6 +42,7 @@ class Context:
         config: resolved options of the run.
         loss: a user's own loss per sequence instead of the mean NLL.
         replicas: the processes that score together; with ``slices`` alone.
+        stages: where the model's layers lie, ``None`` where all are in this process.
     """
 
     shrinkable: ShrinkableModel
@@ -48,6 +50,7 @@ class Context:
     config: PruneConfig
     loss: SequenceLoss | None = None
     replicas: Replicas = field(default_factory=Replicas)
+    stages: Stages | None = None
 
     @property
     def map(self) -> ModelMap:
@@ -65,7 +68,7 @@ class Context:
     @property
     def weight(self) -> torch.Tensor:
         """A weight of the model, for its device and dtype."""
-        return next(iter(self.model.parameters()))
+        return self.map.weight
 
     @cached_property
     def steps(self) -> StepBatches:

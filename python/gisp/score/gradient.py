@@ -19,7 +19,9 @@ from gisp.score.base import StepScores
 from gisp.score.context import Context
 from gisp.score.first_order import averaged_batches, first_order_weights
 from gisp.score.fused import Float8Products, Followers, ImportancePass, MicroBatch, differs, why_not
+from gisp.score.fused.products import Products
 from gisp.score.objectives import answer_nll, objective_name, own_losses, sequence_curvature, sequence_nll
+from gisp.score.staged import StagedPass
 from gisp.score.step_rows import StepRows
 from gisp_kernels import loss_change, record_importance
 from gisp_kernels.groups import StructureGroup
@@ -62,6 +64,9 @@ class GradientScorer:
         self._model, self._device = context.model, context.device
         self._stream = LayerStream.of(context.model)
         self._fused: ImportancePass | None = None
+        self._staged: StagedPass | None = None
+        if context.stages is not None:
+            self._staged = StagedPass(context, Float8Products() if config.fp8 else Products())
         self.refused = f"{objective_name(context.loss)} is a loss of its own" if context.loss else None
 
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
@@ -108,6 +113,8 @@ class GradientScorer:
         """What scores are made of, from all parts of a step, in whatever process they are passed."""
         if self._config.slices is None:
             return self._of_part(groups, rows, closed)
+        if self._staged is not None:
+            return self._staged.sums(groups, parts)
         # Whether the fused pass is taken is found once, by the same sequence in every process.
         self._fused_pass(rows)
         sizes = [3 * group.count for group in groups]

@@ -106,6 +106,9 @@ def make_batch(decoder: Any, micro: MicroBatch) -> PassBatch:
     labels, followers = micro.labels, micro.followers
     rows, length = micro.ids.shape
     device = decoder.embed_tokens.weight.device
+    if device.type == "meta":
+        # The embeddings lie in another process, tables of the rotation in every one.
+        device = decoder.rotary_emb.inv_freq.device
     targets = torch.full_like(labels, IGNORED)
     targets[:, :-1] = labels[:, 1:]
     scored = targets != IGNORED

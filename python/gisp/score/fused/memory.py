@@ -43,9 +43,7 @@ def layers_to_recompute(items: Sequence[LayerMap], batch: PassBatch) -> int:
     if device.type != "cuda" or not items:
         return 0
     tokens = batch.rows * batch.length
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    budget = USABLE * (free + unused) - max(working_bytes(item, tokens) for item in items)
+    budget = _usable_bytes(device) - max(working_bytes(item, tokens) for item in items)
     return recomputed_within(budget, [kept_bytes(item, tokens) for item in items], [_start_bytes(items[0], tokens)])
 
 
@@ -62,6 +60,45 @@ def recomputed_within(budget: float, kept: Sequence[int], start: Sequence[int]) 
         total -= kept[count] - start[0]
         count += 1
     return count
+
+
+def recomputed_in_chunks(held: Sequence[tuple[int, Sequence[LayerMap]]], tokens: int, device: torch.device) -> int:
+    """The same for a stage: how many of the first layers of every chunk.
+
+    Args:
+        held: of every chunk how many batches it holds at a time, and its layers that keep anything.
+        tokens: of the largest batch.
+    """
+    items = [item for _, layers in held for item in layers]
+    if device.type != "cuda" or not items:
+        return 0
+    budget = _usable_bytes(device) - max(working_bytes(item, tokens) for item in items)
+    return fewest_recomputed(
+        budget,
+        [(batches, [kept_bytes(item, tokens) for item in layers]) for batches, layers in held],
+        _start_bytes(items[0], tokens),
+    )
+
+
+def fewest_recomputed(budget: float, held: Sequence[tuple[int, Sequence[int]]], start: int) -> int:
+    """The fewest first layers of every chunk to recompute so that what is kept fits in ``budget`` bytes.
+
+    Args:
+        held: of every chunk how many batches it holds, and bytes that every layer keeps of one.
+        start: bytes a recomputed layer keeps.
+    """
+    most = max(len(kept) for _, kept in held)
+    for count in range(most):
+        total = sum(batches * (start * min(count, len(kept)) + sum(kept[count:])) for batches, kept in held)
+        if total <= budget:
+            return count
+    return most
+
+
+def _usable_bytes(device: torch.device) -> float:
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return USABLE * (free + unused)
 
 
 def _start_bytes(item: LayerMap, tokens: int) -> int:

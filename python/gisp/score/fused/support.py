@@ -36,7 +36,8 @@ def why_not(model_map: ModelMap, length: int) -> str | None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return "the output projection is no plain Linear without bias"
-    devices = {p.device for p in model.parameters() if not (stream and stream.holds(p))}
+    # Of a model that is parted over processes the rest lies on meta.
+    devices = {p.device for p in model.parameters() if not (p.is_meta or (stream and stream.holds(p)))}
     dtypes = {p.dtype for p in model.parameters()}
     if len(devices) != 1 or len(dtypes) != 1 or not dtypes <= _TOLERANCE.keys():
         return "parameters of several devices or dtypes"
@@ -56,10 +57,15 @@ def differs(model: Any, hidden: torch.Tensor, ids: torch.Tensor) -> float | None
     """
     device = hidden.device
     with torch.no_grad():
-        expected = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state.flatten(0, 1).double()
-        found = model.model.norm(hidden).double()
-    distance = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    return None if distance <= _TOLERANCE[hidden.dtype] else distance
+        expected = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
+        return distance_of(model.model.norm(hidden), expected)
+
+
+def distance_of(found: torch.Tensor, expected: torch.Tensor) -> float | None:
+    """Relative distance of hidden states [T, D] from the model's own [B, S, D], ``None`` if they agree."""
+    own = expected.flatten(0, 1).double()
+    distance = float((found.double() - own).norm() / own.norm().clamp_min(1e-30))
+    return None if distance <= _TOLERANCE[found.dtype] else distance
 
 
 def _layer_reason(item: Any, length: int) -> str | None:

@@ -1,0 +1,5 @@
+"""The fused pass of a model that is parted by whole layers over processes."""
+
+from gisp.score.staged.staged_pass import StagedPass
+
+__all__ = ["StagedPass"]

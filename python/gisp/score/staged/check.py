@@ -1,0 +1,70 @@
+"""Whether the fused pass computes what the parted model computes: stage by stage, on one sequence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gisp.model.modes import evaluation_mode
+from gisp.score.fused.batch import MicroBatch, make_batch
+from gisp.score.fused.layers import Layers, embedded
+from gisp.score.fused.support import distance_of
+from gisp.stages.group import Stages
+from gisp.stages.placement import Placement
+
+
+@torch.no_grad()
+def first_difference(
+    stages: Stages,
+    placement: Placement,
+    chunks: Mapping[int, Layers],
+    model: Any,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+) -> str | None:
+    """Where the pass differs from the model, the same answer in every process; ``None`` if nowhere.
+
+    Args:
+        chunks: layers of this process, by chunk.
+        weight: one of the model's in this process.
+        ids: int64 [1, S].
+    """
+    batch = make_batch(model.model, MicroBatch(ids, ids, [1.0]))
+    found: dict[str, float] = {}
+    last = len(placement.chunks) - 1
+    for chunk, layers in sorted(chunks.items()):
+        x: torch.Tensor | None = None
+        if chunk:
+            x = weight.new_empty(ids.shape[1], model.config.hidden_size)
+            stages.wait(stages.receive(x, placement.stage_of(chunk - 1)))
+        start = embedded(model, batch) if x is None else x.clone()
+        hidden, delta, _ = layers.forward(start, None, batch, len(layers))
+        hidden = hidden if delta is None else hidden + delta
+        with evaluation_mode(model), _only(model.model, layers, ends=chunk == last) as decoder:
+            given = {"input_ids": ids.to(weight.device)} if x is None else {"inputs_embeds": x[None]}
+            expected = decoder(**given, use_cache=False).last_hidden_state
+            distance = distance_of(decoder.norm(hidden), expected)
+        if distance is not None:
+            found[f"the hidden state after layer {layers.items[-1].index}"] = distance
+        if chunk < last:
+            stages.wait(stages.send(hidden.contiguous(), placement.stage_of(chunk + 1)))
+    answers = [json.loads(answer) for answer in stages.processes.exchange(json.dumps(found).encode())]
+    return next((f"{what} is off by {by:.1e}" for answer in answers for what, by in answer.items()), None)
+
+
+@contextmanager
+def _only(decoder: Any, layers: Layers, *, ends: bool) -> Iterator[Any]:
+    """The model's own decoder with some of its layers alone, and its final norm only where it ends."""
+    held = decoder.layers, decoder.norm
+    decoder.layers = nn.ModuleList(item.layer for item in layers.items)
+    if not ends:
+        decoder.norm = nn.Identity()
+    try:
+        yield decoder
+    finally:
+        decoder.layers, decoder.norm = held
