@@ -64,6 +64,10 @@ def prune(
     gpus: Annotated[
         int | None, typer.Option(min=1, help="GPUs of this host that score together; the result is that of one.")
     ] = None,
+    stages: Annotated[
+        int,
+        typer.Option(min=1, help="Parts of whole layers that the model lies in, each on a GPU of its own; see --gpus."),
+    ] = 1,
     **flags: Any,
 ) -> None:
     """Prune a model step by step; every sparsity passed on the way stays available."""
@@ -81,6 +85,8 @@ def prune(
     if gpus is not None or launched():
         options = _in_slices(options, out if resume else None)
     make_config(**options)
+    if stages > 1 and gpus is None and not launched():
+        raise GispError(f"--stages {stages} needs as many processes: add --gpus {stages}, or start it by torchrun")
     if resume and places["out"] and not places["model"] and not places["data"]:
         raise GispError(f"{places['out']} holds no run to resume: give the folder that gisp prune --out wrote")
     missing = [shown for shown, value in zip(("MODEL", "--data", "--out"), places.values(), strict=True) if not value]
@@ -90,11 +96,11 @@ def prune(
     if not rank():
         _check_given(places, resume, log)
     if gpus is not None and gpus > 1:
-        raise typer.Exit(_launch(gpus, places, resume, log, options))
-    _run(places, resume, log, options)
+        raise typer.Exit(_launch(gpus, stages, places, resume, log, options))
+    _run(places, resume, log, options, stages)
 
 
-def _run(places: dict[str, Any], resume: bool, log: str | None, options: dict[str, Any]) -> None:
+def _run(places: dict[str, Any], resume: bool, log: str | None, options: dict[str, Any], stages: int) -> None:
     """Prune in this process, and tell how it went if it is the only or the first one of the run."""
     from gisp.run.metrics.trackers import logged
     from gisp.run.prune import prune as run_prune
@@ -110,7 +116,8 @@ def _run(places: dict[str, Any], resume: bool, log: str | None, options: dict[st
         ):
             warnings.simplefilter("always" if first else "ignore", UserWarning)
             warnings.showwarning = lambda message, *_: output().warn(f"warning: {message}")
-            trajectory = run_prune(**places, resume=resume, on_step=on_step, process_group=group, **options)
+            options |= {"process_group": group, "stages": stages}
+            trajectory = run_prune(**places, resume=resume, on_step=on_step, **options)
     except KeyboardInterrupt:
         raise InterruptError(_how_to_go_on(Path(places["out"]))) from None
     if not first:
@@ -138,17 +145,23 @@ def _in_slices(options: dict[str, Any], run: Path | None) -> dict[str, Any]:
     return {**options, "slices": SLICES}
 
 
-def _launch(gpus: int, places: dict[str, Any], resume: bool, log: str | None, options: dict[str, Any]) -> int:
+def _launch(
+    gpus: int, stages: int, places: dict[str, Any], resume: bool, log: str | None, options: dict[str, Any]
+) -> int:
     """Run the same command as several processes of this host; its exit code."""
     from gisp.replicas.launch import check_processes, launch
 
     if launched():
         raise GispError(f"--gpus {gpus} starts processes, torchrun has started them already: leave it out")
-    if int(options["slices"]) < gpus:
-        raise GispError(f"--slices is {options['slices']}, less than --gpus {gpus}: give at least that many")
+    if gpus % stages:
+        raise GispError(f"--gpus {gpus} is no multiple of --stages {stages}: give one")
+    if int(options["slices"]) < gpus // stages:
+        of = f"--gpus {gpus}" + (f" in --stages {stages}" if stages > 1 else "")
+        raise GispError(f"--slices is {options['slices']}, less than {of}: give at least {gpus // stages}")
     check_processes(gpus, str(options.get("device") or "auto"))
     given = [f"--data={places['data']}", f"--out={places['out']}", *(["--resume"] if resume else [])]
     given += [f"--log={log}"] if log else []
+    given += [f"--stages={stages}"] if stages > 1 else []
     given += [f"--{name}" for name in ("quiet", "verbose") if getattr(output(), name)]
     for name, value in options.items():
         if isinstance(value, bool):

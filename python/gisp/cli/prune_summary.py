@@ -35,6 +35,8 @@ def quality_line(trajectory: Any, data: str) -> str:
         reason = "a mixture has no one figure" if trajectory.data.get("tasks") else f"the run has seen all of {data}"
         return f"quality not measured: {reason}, use gisp eval on other data"
     model = trajectory.model
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "quality not measured: the model lies in several processes, use gisp eval"
     sequences = some(trajectory.unseen, _TOKENS[next(model.parameters()).device.type])
     before = ""
     try:

@@ -30,6 +30,8 @@ from gisp.score.average import ScoreAverage
 from gisp.score.objectives import SequenceLoss
 from gisp.select.schedule import parameter_target, structure_ratio
 from gisp.select.selector import Ranking, Selection
+from gisp.stages.group import Stages
+from gisp.stages.moves import EVERY, rebalance
 
 # Unused part of the structures' memory above which kept weights move up: it would cross to the device in vain.
 _SLACK = 0.1
@@ -43,7 +45,7 @@ class PruningLoop:
         spec: what the data are recorded as.
         base_path: where a later session finds the dense model, empty for a model in memory.
         loss: a user's own loss.
-        replicas: as of :class:`gisp.run.setup.Setup`.
+        replicas, stages: as of :class:`gisp.run.setup.Setup`.
 
     Attributes:
         spare: sequences that ``samples`` leaves out, where there are any.
@@ -60,13 +62,14 @@ class PruningLoop:
         base_path: str,
         loss: SequenceLoss | None = None,
         replicas: Replicas | None = None,
+        stages: Stages | None = None,
     ) -> None:
         self.map = model_map
         self.config = config
-        self.setup = Setup(config, model_map, data, (float(config.sparsity or 0),), loss, replicas)
+        self.setup = Setup(config, model_map, data, (float(config.sparsity or 0),), loss, replicas, stages)
         self.setup.allocate()
         self.selector, self.shrinkable = self.setup.selector, self.setup.shrinkable
-        device = next(model_map.model.parameters()).device
+        device = model_map.weight.device
         self.average = ScoreAverage(model_map.groups, self.setup.open, config.ema, device)
         self._device, self._transfer = device, Transfer(device)
         self._streams = LayerStream.of(model_map.model) is not None
@@ -134,8 +137,7 @@ class PruningLoop:
         steps = self.config.steps + self.config.regrow
         writer = StepWriter(overlap=self._device.type == "cuda")
         if not trajectory.complete and not self._streams:
-            context, left = self.setup.context, steps - len(trajectory.steps)
-            announce(self.map, context.data, self.config, left, context.replicas.size)
+            announce(self.map, self.setup.context, steps - len(trajectory.steps))
         with task("pruning", steps, begun=len(trajectory.steps)) as progress:
             try:
                 while not trajectory.complete:
@@ -204,6 +206,7 @@ class PruningLoop:
         self.shrinkable.remove(removal.removed)
         if self._streams and self.shrinkable.slack > _SLACK:
             self.shrinkable.pack(in_place=True)
+        self._rebalance(step)
         clock.mark("compact")
         sizes = self._sizes(self.selector.removed)
         record = StepRecord(
@@ -211,6 +214,19 @@ class PruningLoop:
         )
         metrics = self._metrics(record, removal.threshold, histogram_record(edges, counts), clock)
         return record, metrics, self.average.state(average)
+
+    def _rebalance(self, step: int) -> None:
+        """Let layers of a parted model move once in a while."""
+        stages = self.setup.context.stages
+        if stages is not None and step % EVERY == 0:
+            live = (
+                item.index
+                for item in self.map.layers
+                for group in (item.heads, item.channels)
+                if group.name in self.setup.open and self.shrinkable.kept(group.name)
+            )
+            passes = -(-int(self.config.slices or 1) // stages.replicas)
+            rebalance(stages, self.shrinkable, min(live, default=len(self.map.layers)), passes)
 
     def _regrow(
         self, step: int, clock: PhaseClock, writer: StepWriter
@@ -283,7 +299,7 @@ class PruningLoop:
     def _kv_bytes(self, removed_heads: np.ndarray) -> int:
         """Key and value bytes per token; a key/value head without any query head left is not counted."""
         heads = int((~removed_heads.reshape(len(self.map.layers) * self.map.num_kv_heads, -1)).any(1).sum())
-        return 2 * heads * self.map.head_dim * next(self.map.model.parameters()).element_size()
+        return 2 * heads * self.map.head_dim * self.map.weight.element_size()
 
 
 def _describe(data: Sequences, spec: str) -> dict[str, Any]:

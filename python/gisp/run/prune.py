@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from gisp.config.options import IN_MEMORY, OPTIONS, SLICES, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 from gisp.model.checks import check_writable, warn_beyond_positions
 from gisp.model.load import load_dense, resolve_device, resolve_dtype
 from gisp.model.paths import check_model_path
@@ -34,6 +34,8 @@ from gisp.run.together import check_alike, take_up
 from gisp.run.trajectory import Trajectory
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
 from gisp.score.questions import check_objective
+from gisp.stages.group import Stages
+from gisp.stages.parted import check_stages, parted_model
 
 
 def prune(
@@ -45,6 +47,7 @@ def prune(
     on_step: OnStep | None = None,
     progress: bool | Report | None = None,
     process_group: ProcessGroup | None = None,
+    stages: int = 1,
     preset: str | None = None,
     sparsity: float | None = None,
     steps: int | None = None,
@@ -87,7 +90,7 @@ def prune(
         resume: continue the run in ``out`` if there is one; the result is the undisturbed run's.
         on_step: called with every new record and the number of steps of the schedule.
         progress: who hears how far it is, see :func:`gisp.progress.reporting`; ``None``: a bar on a terminal.
-        process_group: processes that score together, see :mod:`gisp.replicas`; ``None``: this one alone.
+        process_group, stages: processes that share the run (:mod:`gisp.replicas`, :mod:`gisp.stages`); ``None``: one.
         objective: may also be a loss of your own, a ``SequenceLoss`` of :mod:`gisp.score.objectives`.
 
     Raises:
@@ -103,9 +106,24 @@ def _prune(given: dict[str, Any]) -> Trajectory:
     if given["process_group"] is not None and options["slices"] is None:
         options["slices"] = SLICES
     config, loss = _config(options)
-    start = partial(_start, given["model"], given["data"], config, loss, replicas)
-    with reporting(given["progress"] if replicas.first else False), replicas.watched():
+    stages = _stages(given["stages"], replicas, config, loss)
+    start = partial(_start, given["model"], given["data"], config, loss, replicas, stages)
+    with (
+        reporting(given["progress"] if replicas.first else False),
+        replicas.watched(),
+        stages.connected() if stages else nullcontext(),
+    ):
         return _run(given["out"], given["resume"], given["on_step"], start, replicas)
+
+
+def _stages(count: Any, replicas: Replicas, config: PruneConfig, loss: SequenceLoss | None) -> Stages | None:
+    """The stages of a run, ``None`` where every process holds the whole model."""
+    if type(count) is not int or count < 1:
+        raise GispError(f"stages is {quoted(count)}: give a whole number of at least 1")
+    if count == 1:
+        return None
+    check_stages(count, config, own_loss=loss is not None)
+    return Stages(replicas, count)
 
 
 def _config(options: dict[str, Any]) -> tuple[PruneConfig, SequenceLoss | None]:
@@ -138,12 +156,17 @@ def _run(
 
 
 def _start(
-    model: nn.Module | str | Path, data: Any, config: PruneConfig, loss: SequenceLoss | None, replicas: Replicas
+    model: nn.Module | str | Path,
+    data: Any,
+    config: PruneConfig,
+    loss: SequenceLoss | None,
+    replicas: Replicas,
+    stages: Stages | None,
 ) -> PruningLoop:
     """A run ready for its first step."""
     # Layers that lie in host memory already stay where they are.
-    if config.offload == "never" or LayerStream.of(model) is not None:
-        dense, path = _dense_model(model, config)
+    if stages is not None or config.offload == "never" or LayerStream.of(model) is not None:
+        dense, path = _parted(model, config, stages) if stages else _dense_model(model, config)
         model_map = map_model(dense, config.gqa)
         sequences = _sequences(data, config, dense, model_map, path, loss)
     else:
@@ -166,7 +189,7 @@ def _start(
             stacklevel=3,
         )
     spec = IN_MEMORY if isinstance(data, (torch.Tensor, Sequences)) else str(data)
-    loop = PruningLoop(model_map, sequences, config, spec, path, loss, replicas)
+    loop = PruningLoop(model_map, sequences, config, spec, path, loss, replicas, stages)
     loop.spare = spare
     return loop
 
@@ -185,6 +208,14 @@ def _sequences(
         objective="lm" if loss else config.objective,
         seed=config.seed,
     )
+
+
+def _parted(model: nn.Module | str | Path, config: PruneConfig, stages: Stages) -> tuple[Any, str]:
+    """As :func:`_dense_model`, with the layers of this stage alone."""
+    if isinstance(model, nn.Module):
+        return parted_model(model, config, stages), ""
+    path = str(model)
+    return parted_model(path, config, stages), str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _dense_model(model: nn.Module | str | Path, config: PruneConfig, to: torch.device | None = None) -> tuple[Any, str]:

@@ -20,6 +20,8 @@ from gisp.score.context import Context
 from gisp.score.objectives import SequenceLoss
 from gisp.select.allocators import group_shares, layer_outliers
 from gisp.select.whole_layers import make_selector
+from gisp.stages.group import Stages
+from gisp.stages.parted import shared_fingerprint
 
 
 class Setup:
@@ -28,6 +30,7 @@ class Setup:
     Args:
         sparsities: those the run is to reach.
         replicas: the processes that score together, this one alone for ``None``.
+        stages: where the model's layers lie, ``None`` where all are in this process.
 
     Attributes:
         context: what the scorer was built from.
@@ -46,15 +49,17 @@ class Setup:
         sparsities: Iterable[float],
         loss: SequenceLoss | None = None,
         replicas: Replicas | None = None,
+        stages: Stages | None = None,
     ) -> None:
         protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
         self.selector = make_selector(config, model_map, protected)
         for sparsity in sparsities:
             self.selector.check_reach(config, sparsity)
-        self.shrinkable = ShrinkableModel(model_map)
+        known = shared_fingerprint(model_map, stages) if stages else None
+        self.shrinkable = ShrinkableModel(model_map, known)
         if model_map.model_type not in PROVEN:
             check_independence(self.shrinkable)
-        self.context = Context(self.shrinkable, data, config, loss, replicas or Replicas())
+        self.context = Context(self.shrinkable, data, config, loss, replicas or Replicas(), stages)
         self.scorer = make_scorer(self.context)
         self._config, self._outliers = config, layer_outliers(self.context, self.selector)
         self.open = {group.name for group in self.selector.groups if not group.protected}

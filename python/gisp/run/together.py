@@ -23,7 +23,8 @@ def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
     """
     if replicas.size == 1:
         return
-    replicas.check_slices(int(loop.config.slices or 1))
+    stages = loop.setup.context.stages
+    replicas.check_slices(int(loop.config.slices or 1), replicas.size // (stages.count if stages else 1))
     run = loop.trajectory
     options = {f"option {name}": value for name, value in run.config.items() if name not in PLACE_OPTIONS}
     agree(
@@ -31,6 +32,7 @@ def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
         {
             **machine(loop.setup.context.device, run.versions),
             **options,
+            "stages": stages.count if stages else 1,
             "data": run.data["sha256"],
             "model": run.base_model["fingerprint"],
             "weights of": str(loop.setup.context.weight.dtype),

@@ -145,7 +145,7 @@ def test_a_stored_config_gives_way_to_another_preset_or_criterion(made, asked):
 
 def test_keywords_of_prune_are_the_declared_options():
     keywords = inspect.signature(gisp.prune).parameters
-    own = ("model", "data", "out", "resume", "on_step", "progress", "process_group")
+    own = ("model", "data", "out", "resume", "on_step", "progress", "process_group", "stages")
     assert tuple(keywords) == (*own, *OPTIONS)
     # Beside the declared type: a loss of the user's own, and "auto".
     wider = {"objective": "str | SequenceLoss | None", "batch_size": "int | str | None"}

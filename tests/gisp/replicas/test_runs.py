@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 from question_cases import letters
 from ranks import run_ranks
 from run_cases import OPTIONS, cut_after
+from run_files import written
 from tiny import tiny_model, tiny_tokens
 from torch import distributed
 
@@ -48,19 +48,6 @@ def prune_all(folder: str) -> None:
     for case in CASES:
         gradient.why_not = (lambda *_: "a test says so") if case == "autograd" else known
         prune(f"{folder}/{case}", case, process_group=distributed.group.WORLD)
-
-
-def written(out: Path) -> dict[str, bytes]:
-    """What a run leaves, without what depends on clock and memory."""
-    record = json.loads((out / "trajectory.json").read_text())
-    for step in record["steps"]:
-        del step["seconds"]
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["seconds"], line["tokens_per_second"]
-    kept = [path for path in out.rglob("*") if path.suffix in (".safetensors", ".yaml")]
-    left = {str(path.relative_to(out)): path.read_bytes() for path in kept}
-    return left | {"trajectory.json": json.dumps(record).encode(), "metrics.jsonl": json.dumps(lines).encode()}
 
 
 @pytest.fixture(scope="module")

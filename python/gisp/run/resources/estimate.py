@@ -15,6 +15,7 @@ from gisp.config.options import PruneConfig
 from gisp.data import Sequences
 from gisp.model.structures import ModelMap
 from gisp.progress import hears_notes, note
+from gisp.score.context import Context
 
 # Of the speed of its largest product a whole pass reaches about this part: attention, norms and the optimum of small
 # shapes. Steps of the demo decoder on a CPU lay between 0.4 and 0.6.
@@ -64,16 +65,25 @@ def estimate(model_map: ModelMap, data: Sequences, config: PruneConfig) -> Estim
 
 def memory(model_map: ModelMap, data: Sequences, config: PruneConfig) -> int:
     """Bytes of a run at its fullest moment, on the device of the model."""
-    weight = next(model_map.model.parameters())
+    weight = model_map.weight
     size, passes = weight.element_size(), _passes(config)
     tokens = pass_tokens(model_map, data, config, weight.device)
     heads = (model_map.num_heads + 2 * model_map.num_kv_heads) * model_map.head_dim
     layer = 2 * model_map.hidden_size + heads + 2 * model_map.intermediate_size
     # Of a pass without a backward one layer is there at a time.
-    kept = tokens * layer * size * (len(model_map.layers) if passes > 1 else 1)
+    kept = tokens * layer * size * (_held_layers(model_map) if passes > 1 else 1)
     logits = 2 * tokens * model_map.vocab_size * 4
     sums = model_map.decoder_parameters * 4 if passes == 3 and config.engine == "exact" else 0
-    return model_map.parameters * size + kept + logits + sums
+    return _held_parameters(model_map) * size + kept + logits + sums
+
+
+def _held_parameters(model_map: ModelMap) -> int:
+    """Parameters that lie in this process, tied ones once."""
+    return sum(p.numel() for p in model_map.model.parameters() if not p.is_meta)
+
+
+def _held_layers(model_map: ModelMap) -> int:
+    return sum(not item.attention.o_proj.weight.is_meta for item in model_map.layers)
 
 
 def _passes(config: PruneConfig) -> int:
@@ -86,7 +96,8 @@ def _passes(config: PruneConfig) -> int:
 
 def _seconds(model_map: ModelMap, tokens: int, config: PruneConfig) -> float:
     # A run that is resumed may have layers without a channel.
-    matrix = max((item.layer.mlp.gate_proj.weight.detach() for item in model_map.layers), key=torch.Tensor.numel)
+    matrices = (item.layer.mlp.gate_proj.weight.detach() for item in model_map.layers)
+    matrix = max((matrix for matrix in matrices if not matrix.is_meta), key=torch.Tensor.numel)
     if not matrix.numel():
         return 0.0
     output = model_map.hidden_size * model_map.vocab_size
@@ -111,16 +122,20 @@ def _speed(matrix: torch.Tensor, tokens: int) -> float:
     return count * 2 * tokens * matrix.numel() / passed
 
 
-def announce(model_map: ModelMap, data: Sequences, config: PruneConfig, steps_left: int, processes: int = 1) -> None:
+def announce(model_map: ModelMap, context: Context, steps_left: int) -> None:
     """Tell whoever hears of progress what a run will take, and what to do where that is much.
 
-    Args:
-        processes: that share every step.
+    Of a parted model the memory is that of the first stage.
     """
     if not hears_notes():
         return
+    data, config, processes = context.data, context.config, context.replicas.size
+    if context.stages is not None and context.stages.placement is not None:
+        chunks = len(context.stages.placement.chunks) // context.stages.count
+        held = [len([*context.stages.placement.held(stage)]) for stage in range(context.stages.count)]
+        note(f"stages: {', '.join(map(str, held))} layers, in {chunks} chunk{'s' * (chunks > 1)} each")
     found = estimate(model_map, data, config)
-    device = next(model_map.model.parameters()).device
+    device = model_map.weight.device
     seconds = found.seconds * steps_left / config.steps / processes
     for line in lines(seconds, found.bytes, device, free_bytes(model_map), busy_cores()):
         note(line)
@@ -165,11 +180,11 @@ def busy_cores() -> float:
 
 def free_bytes(model_map: ModelMap) -> int | None:
     """Memory a run may take on its device, weights included; ``None`` where the system does not tell."""
-    weight = next(model_map.model.parameters())
+    weight = model_map.weight
     if weight.device.type == "cuda":
         return int(torch.cuda.mem_get_info(weight.device)[0]) + torch.cuda.memory_reserved(weight.device)
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 + model_map.parameters * weight.element_size()
+                return int(line.split()[1]) * 1024 + _held_parameters(model_map) * weight.element_size()
     return None
