@@ -22,7 +22,7 @@ from benchmarks.prune.flops import Widths, pass_flops
 from gisp import prune
 from gisp.config.criteria import CRITERIA
 from gisp.config.options import PRESETS, make_config
-from gisp.model.structures import protected_layers
+from gisp.model.structures import channels_name, heads_name, protected_layers
 from gisp.replicas.environment import rank
 from gisp.run.record import removed_at_digest
 from gisp.run.trajectory import StepRecord, Trajectory
@@ -97,6 +97,7 @@ def timed_run(
     Args:
         tokens: int64 [N, S], on the CPU.
         budget: the run ends after the step in which it is spent, and what was done is reported.
+        peak: of all cards together, where several share the run.
         group: processes that score together; all but the first report only what they removed.
         place: further options of `gisp.prune`, which say where it is computed.
     """
@@ -170,13 +171,14 @@ def widths_before(trajectory: Trajectory, step: int) -> list[Widths]:
     """Widths of every layer a step was scored at, and whether it was scored."""
     config = trajectory.config
     protected = protected_layers(trajectory.layers, config["protect_first"], config["protect_last"])
+
+    def kept(name: str) -> int:
+        at = trajectory.removed_at[name]
+        return int(((at == 0) | (at >= step)).sum())
+
     return [
-        Widths(
-            heads=len(heads),
-            channels=len(channels),
-            scored=i not in protected,
-        )
-        for i, (heads, channels) in enumerate(trajectory.keep(step - 1).layers)
+        Widths(heads=kept(heads_name(i)), channels=kept(channels_name(i)), scored=i not in protected)
+        for i in range(trajectory.layers)
     ]
 
 

@@ -42,6 +42,7 @@ from benchmarks.prune.measure import Setting, timed_run
 from benchmarks.prune.offload import measure_offload, show_offload
 from benchmarks.prune.paper import time_paper_step
 from benchmarks.prune.replicas import all_same, check_shared, counts_of, measure_replicas, run_replica, show_replicas
+from benchmarks.prune.stages import measure_stages, run_stage, show_stages
 from gisp.compensation import CompensationOptions
 from gisp.compensation.options import METHODS
 from gisp.compensation.request import make_request
@@ -206,6 +207,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--gpu-memory", metavar="SIZE", help="with --offload: memory to take, as 24GB (what is free)")
     options.add_argument("--layers", type=count, help="with --offload: cut the model to so many layers")
+    options.add_argument("--stages", type=count, help="only time a run of a model parted into so many (with --gpus)")
     add_result_options(options, plots=True)
     options.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     return options
@@ -219,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     if launched():
-        return run_replica(args)
+        return run_stage(args) if args.stages else run_replica(args)
     check_plot(args)
     result = result_of(args, "prune", lambda: _measure(args))
     runs = result.get("runs", [])
@@ -231,6 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         print(offloaded + "\n" if offloaded else "", end="")
         shared = show_replicas(result.get("replicas", []))
         print(shared + "\n" if shared else "", end="")
+        parted = show_stages(result.get("stages", []))
+        print(parted + "\n" if parted else "", end="")
     if args.goals:
         print(goal_table(prune_goals(runs)))
     if args.plot:
@@ -245,6 +249,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
     names, device = models_and_device(args, NAME)
+    if args.stages:
+        args.gpus = args.gpus or [args.stages]
+        check_shared(args)
+        return measure_stages(names, args)
     if args.gpus:
         check_shared(args)
         return measure_replicas(names, args, lambda result: write_json(args.out, result) if args.out else None)
