@@ -10,6 +10,7 @@ import torch
 from torch import distributed
 
 from gisp.errors import GispError
+from gisp.replicas.agreement import agree
 from gisp.replicas.group import Replicas
 from gisp.stages.placement import Placement
 
@@ -54,7 +55,12 @@ class Stages:
 
         Every direction between two stages is a group of its own: what two stages send one another at the same time must
         not wait for each other.
+
+        Raises:
+            GispError: other processes have other numbers of stages.
         """
+        # Before lines are made: processes of other stages would wait for lines that nobody makes.
+        agree(self.processes, {"stages": self.count})
         pairs = sorted({(s, (s + by) % self.count) for s in range(self.count) for by in (1, -1)})
         made = []
         for replica in range(self.replicas):

@@ -19,8 +19,11 @@ from gisp.model.stored import check_stored, left_out
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def skeleton(path: str, dtype: torch.dtype) -> Any:
-    """A dense causal language model with all parameters on ``meta`` and what is computed from its config on the CPU.
+def skeleton(path: str, dtype: torch.dtype | None) -> Any:
+    """A causal language model with all parameters on ``meta`` and what is computed from its config on the CPU.
+
+    Args:
+        dtype: ``None`` for that of the config.
 
     Raises:
         GispError: no model there, or one of a kind that is not read in parts.
@@ -33,6 +36,7 @@ def skeleton(path: str, dtype: torch.dtype) -> Any:
     check_stored(folder, path, _stored_config(str(folder)))
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        dtype = dtype or getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
@@ -50,7 +54,8 @@ def with_tables(model: Any) -> Any:
     """
     rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
     if rotary is not None:
-        model.model.rotary_emb = type(rotary)(config=model.config)
+        # Its own configuration: that of an export has no number of heads for the whole model.
+        model.model.rotary_emb = type(rotary)(config=rotary.config)
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
             raise GispError(

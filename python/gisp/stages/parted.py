@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,18 +51,46 @@ def parted_model(model: nn.Module | str, config: PruneConfig, stages: Stages) ->
         dense = skeleton(model, _dtype(config, device))
     placement = placed(dense, config, stages.count)
     stages.placement = placement
+    if not isinstance(model, nn.Module):
+        return read_part(dense, model, placement, stages, device)
     names = held_names(dense, placement, stages.stage)
-    with _together(stages):
-        if isinstance(model, nn.Module):
-            _check_here(dense, names)
-        else:
-            read_weights(dense, model, names, device)
-            dense.model.rotary_emb.to(device)
+    with together(stages):
+        _check_here(dense, names)
         give_up(dense, names)
-        bad = first_bad_parameter(dense)
-        if bad is not None:
-            raise GispError(f"the model holds NaN or infinite weights in {bad}: give a sound model")
+        _check_finite(dense)
     return dense
+
+
+def read_part(model: Any, path: str, placement: Placement, stages: Stages, device: torch.device) -> Any:
+    """A skeleton with the weights that a stage holds, from the files of a folder, and its tables on the device.
+
+    Raises:
+        GispError: in all processes, what one of them refuses.
+    """
+    with together(stages):
+        read_weights(model, path, held_names(model, placement, stages.stage), device)
+        model.model.rotary_emb.to(device)
+        _check_finite(model)
+    return model
+
+
+def _check_finite(model: nn.Module) -> None:
+    bad = first_bad_parameter(model)
+    if bad is not None:
+        raise GispError(f"the model holds NaN or infinite weights in {bad}: give a sound model")
+
+
+@contextmanager
+def only(decoder: Any, layers: Iterable[nn.Module], *, ends: bool) -> Iterator[Any]:
+    """A model's own decoder with some of its layers alone, and its final norm only where it ends."""
+    held = decoder.layers, decoder.norm
+    decoder.layers = nn.ModuleList(layers)
+    if not ends:
+        decoder.norm = nn.Identity()
+    try:
+        yield decoder
+    finally:
+        decoder.layers, decoder.norm = held
 
 
 def check_stages(count: int, config: PruneConfig, *, own_loss: bool) -> None:
@@ -154,7 +182,7 @@ def _check_here(model: nn.Module, names: Collection[str]) -> None:
 
 
 @contextmanager
-def _together(stages: Stages) -> Iterator[None]:
+def together(stages: Stages) -> Iterator[None]:
     """What one process refuses of its part all refuse, as each sees another part.
 
     Raises:

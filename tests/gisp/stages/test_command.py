@@ -151,6 +151,18 @@ def test_a_stage_that_dies_is_named(tmp_path: Path) -> None:
     assert len(gisp.Trajectory.load(tmp_path / "run").steps) >= 1
 
 
+def unlike_run(stages: list[int]) -> None:
+    rank, group = distributed.get_rank(), distributed.group.WORLD
+    with pytest.raises(gisp.GispError) as caught:
+        gisp.prune(tiny_model(), tiny_tokens(16), process_group=group, stages=stages[rank], **OPTIONS)
+    assert f"rank 1 has stages {stages[1]}, rank 0 has {stages[0]}" in str(caught.value)
+
+
+@pytest.mark.parametrize("stages", [[2, 1, 2, 2], [2, 4, 2, 2]], ids=str)
+def test_processes_of_other_stages_are_told_apart(tmp_path: Path, stages: list[int]) -> None:
+    run_ranks(4, tmp_path / "ranks", unlike_run, stages)
+
+
 def in_memory_run(folder: str) -> None:
     group = distributed.group.WORLD
     trajectory = gisp.prune(

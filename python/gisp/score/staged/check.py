@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from gisp.model.modes import evaluation_mode
 from gisp.score.fused.batch import MicroBatch, make_batch
 from gisp.score.fused.layers import Layers, embedded
 from gisp.score.fused.support import distance_of
 from gisp.stages.group import Stages
+from gisp.stages.parted import only
 from gisp.stages.placement import Placement
 
 
@@ -45,7 +44,10 @@ def first_difference(
         start = embedded(model, batch) if x is None else x.clone()
         hidden, delta, _ = layers.forward(start, None, batch, len(layers))
         hidden = hidden if delta is None else hidden + delta
-        with evaluation_mode(model), _only(model.model, layers, ends=chunk == last) as decoder:
+        with (
+            evaluation_mode(model),
+            only(model.model, [item.layer for item in layers.items], ends=chunk == last) as decoder,
+        ):
             given = {"input_ids": ids.to(weight.device)} if x is None else {"inputs_embeds": x[None]}
             expected = decoder(**given, use_cache=False).last_hidden_state
             distance = distance_of(decoder.norm(hidden), expected)
@@ -55,16 +57,3 @@ def first_difference(
             stages.wait(stages.send(hidden.contiguous(), placement.stage_of(chunk + 1)))
     answers = [json.loads(answer) for answer in stages.processes.exchange(json.dumps(found).encode())]
     return next((f"{what} is off by {by:.1e}" for answer in answers for what, by in answer.items()), None)
-
-
-@contextmanager
-def _only(decoder: Any, layers: Layers, *, ends: bool) -> Iterator[Any]:
-    """The model's own decoder with some of its layers alone, and its final norm only where it ends."""
-    held = decoder.layers, decoder.norm
-    decoder.layers = nn.ModuleList(item.layer for item in layers.items)
-    if not ends:
-        decoder.norm = nn.Identity()
-    try:
-        yield decoder
-    finally:
-        decoder.layers, decoder.norm = held
