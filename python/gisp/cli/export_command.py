@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gisp.cli.flags import numbers, with_flags
+from gisp.cli.flags import flag, numbers, with_flags
 from gisp.cli.options.compensation import COMPENSATION, compensation_request
 from gisp.cli.options.gpus import GPUS, processes, start_processes
 from gisp.cli.output import shows_progress
@@ -21,10 +21,11 @@ from gisp.export.sizes.options import SizeOptions, check_options, option_text
 from gisp.replicas.environment import launched, rank
 
 _HUB = "Hub"
+_STAGES = flag("stages", "Processes that each read, write and check a part of the layers; hf alone.", kind=int, min=1)
 
 
 @shows_progress
-@with_flags((GPUS, *COMPENSATION))
+@with_flags((GPUS, _STAGES, *COMPENSATION))
 def export(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder.")],
@@ -56,6 +57,11 @@ def export(
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     if public and push_to_hub is None:
         raise GispError("--public is about --push-to-hub: give a repository or leave it out")
+    stages = compensation.pop("stages")
+    if stages is not None:
+        more = (nested, sparsities, round_mlp, align_heads, min_heads, data, window, dtype, push_to_hub)
+        _export_stages(stages, run, *_one_size(sparsity, out, None), device, format, {**compensation, "more": more})
+        return
     gpus = compensation["gpus"]
     _check_shared(gpus, data, compensation["compensate"])
     hub: dict[str, Any] = {"push_to_hub": push_to_hub, "private": not public}
@@ -88,6 +94,36 @@ def _check_shared(gpus: int | None, data: str | None, compensate: str | None) ->
     if (gpus is not None or launched()) and data is None and compensate is None:
         what = "torchrun" if gpus is None else f"--gpus {gpus}"
         raise GispError(f"{what} shares --compensate and --data, and neither is given: leave it out")
+
+
+def _export_stages(
+    stages: int, run: Path, sparsity: float, out: Path, device: str, format: str, others: dict[str, Any]
+) -> None:
+    """Start the processes of an export in parts, or be one of them.
+
+    Args:
+        others: what such an export does not follow, but for as many GPUs.
+    """
+    from gisp.replicas.environment import joined
+    from gisp.replicas.launch import check_processes, launch
+
+    gpus, more = others.pop("gpus"), others.pop("more")
+    if format != "hf" or {*more, *others.values()} != {None}:
+        raise GispError(f"--stages {stages} writes the point of the run as hf: leave the other options out")
+    if gpus not in (None, stages):
+        raise GispError(f"--gpus is {gpus}, --stages {stages} starts as many processes: leave it out")
+    if not launched():
+        _check_given(run, sparsity, out, ())
+        check_processes(stages, device)
+        given = ["export", str(run), f"--sparsity={sparsity}", f"--out={out}", f"--device={device}"]
+        raise typer.Exit(launch(stages, "gisp", [*given, f"--stages={stages}"]))
+    from gisp.export.parted import export_parted
+
+    with joined(device) as group:
+        assert group is not None
+        done = export_parted(run, sparsity, out, process_group=group, device=device)
+    if not rank():
+        _print_export(done, out, "hf", SizeOptions())
 
 
 def _check_nested(format: str, others: tuple[Any, ...]) -> None:

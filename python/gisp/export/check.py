@@ -7,7 +7,7 @@ peak memory grows by one module's float32 weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from gisp.model.keep import Keep, block_columns
 from gisp.model.modes import evaluation_mode, exact_products
 from gisp.model.structures import ModelMap
 from gisp.progress import stage
+from gisp.stages.parted import only
 
 ROUNDING = 2
 """Errors of the masked float32 model that an export may differ by: each of the two may be one away from the truth."""
@@ -172,6 +173,32 @@ def exact_logits(
     with torch.no_grad(), _deterministic_mode(model), _float32_rotary(model), _widened(model, removed or {}, dtype):
         logits: torch.Tensor = model(input_ids=tokens.to(model.get_input_embeddings().weight.device)).logits
     return logits.to(dtype).cpu()
+
+
+def chunk_output(
+    model: Any,
+    layers: Sequence[nn.Module],
+    given: torch.Tensor,
+    removed: Mapping[nn.Module, torch.Tensor],
+    dtype: torch.dtype,
+    *,
+    ends: bool,
+) -> torch.Tensor:
+    """What some layers of a model make of a hidden state, or of tokens, computed as :func:`exact_logits` computes.
+
+    Args:
+        given: int64 [rows, tokens], or [rows, tokens, hidden].
+        ends: give the logits, [rows, tokens, vocabulary], instead of a hidden state.
+    """
+    modes = _deterministic_mode(model), _float32_rotary(model), _widened(model, removed, dtype)
+    with torch.no_grad(), ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode)
+        decoder = stack.enter_context(only(model.model, layers, ends=ends))
+        device = next(p.device for layer in layers for p in layer.parameters())
+        name = "inputs_embeds" if given.is_floating_point() else "input_ids"
+        hidden: torch.Tensor = decoder(**{name: given.to(device)}, use_cache=False).last_hidden_state
+        return model.get_output_embeddings()(hidden).to(dtype) if ends else hidden
 
 
 def compare_logits(wanted: torch.Tensor, got: torch.Tensor, tolerance: float = TOLERANCE) -> tuple[float, float]:

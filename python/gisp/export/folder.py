@@ -132,8 +132,11 @@ def is_tied(model: Any) -> bool:
 
 
 def dense_state(base: Any) -> dict[str, torch.Tensor]:
-    """All weights of the base model by name, the output embeddings only when they are not the input ones."""
-    state = {name: tensor.detach() for name, tensor in base.state_dict().items()}
+    """All weights of the base model by name, the output embeddings only when they are not the input ones.
+
+    Of a model that is parted over processes those of this one.
+    """
+    state = {name: tensor.detach() for name, tensor in base.state_dict().items() if not tensor.is_meta}
     if is_tied(base):
         state = {name: tensor for name, tensor in state.items() if not name.startswith("lm_head.")}
     return state

@@ -199,7 +199,7 @@ def _measured(
     together: Together,
 ) -> tuple[PrunedSpec, Quality | None, Compensation | None]:
     """The point of a run, its perplexity and a compensation of what is made of it, as far as asked for."""
-    point = _point(trajectory, run, trajectory.step_for(sparsity))
+    point = point_of(trajectory, run, trajectory.step_for(sparsity))
     if data is None and compensation is None:
         return point, None, None
     with together() as replicas, sharing(replicas):
@@ -223,7 +223,7 @@ def _rounded(base: Any, spec: PrunedSpec, format: str, sizes: SizeOptions) -> Pr
     return spec if sizes.round_mlp is None else round_mlp(map_model(base), spec, sizes.round_mlp)
 
 
-def _point(trajectory: Trajectory, run: Path, step: int) -> PrunedSpec:
+def point_of(trajectory: Trajectory, run: Path, step: int) -> PrunedSpec:
     """A point of a run with what was measured there and on the dense model."""
     measured = read_evaluations(run, str(trajectory.base_model["fingerprint"]))
     here = tuple(e for e in measured if e.step in (0, step) or e.sparsity in (0.0, trajectory.sparsity_at(step)))

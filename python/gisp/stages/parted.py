@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gisp.config.criteria import CRITERIA
 from gisp.config.options import PruneConfig
 from gisp.errors import GispError
 from gisp.model.checks import check_writable
@@ -100,6 +101,8 @@ def check_stages(count: int, config: PruneConfig, *, own_loss: bool) -> None:
         GispError: names the option.
     """
     whole = f"--stages {count} parts the model over processes"
+    if CRITERIA[config.criterion].gradient != "second-order":
+        raise GispError(f"{whole}, which goes with --criterion second-order, not {config.criterion}: leave one out")
     if own_loss:
         raise GispError(f"{whole}: an objective of your own needs all of it, leave --stages out")
     for name, value in (("objective", "choice"), ("allocator", "owl")):

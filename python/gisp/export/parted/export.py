@@ -1,0 +1,149 @@
+"""A point of a run exported by several processes: each reads, writes and checks its own layers alone.
+
+So no process holds a model that is larger than its memory. The folder is that of one process but for the borders of its
+weight files. The check is that of :mod:`gisp.export.check`: hidden states of the masked base model and of the reloaded
+export go from stage to stage, in float32, and the last one compares the logits.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from gisp.errors import GispError
+from gisp.export.beside import base_folder, copy_beside
+from gisp.export.card import write_card
+from gisp.export.check import check_tokens
+from gisp.export.folder import check_place, new_folder, write_config
+from gisp.export.formats.hf import check_family, pruned_config, pruned_state
+from gisp.export.load import register_models
+from gisp.export.parted.compare import compare
+from gisp.export.parted.shards import write_shards
+from gisp.export.relayout import plan_layers
+from gisp.export.run import RunExport, point_of
+from gisp.export.sizes.layout import AttentionLayout
+from gisp.export.spec import ExportReport, LayerSizes, PrunedSpec, map_checked
+from gisp.model.load import resolve_device
+from gisp.model.structures import ModelMap
+from gisp.replicas.group import Replicas
+from gisp.run.trajectory import Trajectory
+from gisp.score.fused.support import why_not
+from gisp.stages.group import Stages
+from gisp.stages.load import skeleton
+from gisp.stages.parted import read_part, shared_fingerprint, together
+from gisp.stages.placement import Placement
+
+
+def export_parted(
+    run: str | Path,
+    sparsity: float | None,
+    out: str | Path,
+    *,
+    process_group: ProcessGroup | None,
+    device: str = "auto",
+) -> RunExport:
+    """Export the step of a run whose sparsity is nearest to ``sparsity``, as format ``hf``.
+
+    Args:
+        run, out: on a disk that all processes share.
+        process_group: that of all processes, each of which is a stage; ``None``: this one alone.
+
+    Raises:
+        GispError: as :func:`gisp.export.run.export_run`, in every process; nothing is left at ``out``.
+    """
+    processes = Replicas(process_group)
+    stages = Stages(processes, processes.size)
+    with processes.watched(), stages.connected():
+        with together(stages):
+            if processes.first:
+                check_place(Path(out))
+            trajectory = Trajectory.load(run)
+        spec = point_of(trajectory, Path(run), trajectory.step_for(sparsity))
+        place = resolve_device(device)
+        base, placement = _base(trajectory, stages, place)
+        model_map = map_checked(base, spec.keep)
+        check_family(model_map)
+        tokens = check_tokens(model_map.vocab_size, int(base.config.max_position_embeddings))
+        reason = why_not(model_map, tokens.shape[1])
+        if reason is not None:
+            raise GispError(f"this model is not passed on from stage to stage: {reason}, export it without --stages")
+        if shared_fingerprint(model_map, stages) != trajectory.base_model["fingerprint"]:
+            raise GispError("the base model of this run holds other weights by now: give its base model")
+        with new_folder(Path(out)) if processes.first else nullcontext(Path()) as own:
+            folder = Path(processes.from_first(str(own).encode()).decode())
+            report = _write(base, model_map, spec, folder, Path(out), stages, placement)
+            processes.exchange(b"")
+        return RunExport(spec, spec, report)
+
+
+def _base(trajectory: Trajectory, stages: Stages, device: torch.device) -> tuple[Any, Placement]:
+    """The part of a run's base model that lies in this process, in its own dtype."""
+    path = str(trajectory.base_model["path"])
+    if not path:
+        raise GispError("this run was made from a model in memory: --stages reads a folder, export it without")
+    if trajectory.layers < stages.count:
+        raise GispError(f"--stages {stages.count} is more than the {trajectory.layers} layers of this model")
+    bounds = tuple(stage * trajectory.layers // stages.count for stage in range(stages.count + 1))
+    placement = Placement(stages.count, bounds)
+    return read_part(skeleton(path, None), path, placement, stages, device), placement
+
+
+def _write(
+    base: Any,
+    model_map: ModelMap,
+    spec: PrunedSpec,
+    folder: Path,
+    out: Path,
+    stages: Stages,
+    placement: Placement,
+) -> ExportReport:
+    """Write and check the folder; the same report in every process."""
+    layouts = plan_layers(model_map, spec.keep)
+    config = pruned_config(base, model_map, spec, layouts)
+    state = pruned_state(base, model_map, spec.keep, layouts)
+    if stages.stage:
+        # Tied embeddings are at both ends, and written once.
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("model.embed_tokens.")}
+    size = write_shards(state, folder, stages)
+    del state
+    with together(stages):
+        if stages.processes.first:
+            write_config(folder, config)
+            copy_beside(folder, base, base_folder(spec.base_path))
+    register_models()
+    exported = read_part(skeleton(str(folder), None), str(folder), placement, stages, model_map.weight.device)
+    absolute, relative, tolerance = compare(base, exported, model_map, spec, stages, placement)
+    bytes_of_head = 2 * model_map.head_dim * model_map.weight.element_size()
+    sizes = _sizes(spec, layouts)
+    report = ExportReport(
+        path=out,
+        absolute_difference=absolute,
+        relative_difference=relative,
+        parameters_dense=model_map.parameters,
+        parameters_pruned=sum(p.numel() for p in exported.parameters()),
+        bytes=size,
+        kv_bytes_per_token=bytes_of_head * sum(item.kv_heads for item in sizes),
+        kv_bytes_per_token_dense=bytes_of_head * model_map.num_kv_heads * len(model_map.layers),
+        sizes=sizes,
+        tolerance=tolerance,
+    )
+    with together(stages):
+        if stages.processes.first:
+            write_card(folder, base, spec, report)
+    return report
+
+
+def _sizes(spec: PrunedSpec, layouts: list[AttentionLayout]) -> tuple[LayerSizes, ...]:
+    return tuple(
+        LayerSizes(
+            heads=len(heads),
+            query_heads=len(layout.query),
+            kv_heads=len(layout.kv),
+            channels=max(1, len(channels)),
+        )
+        for (heads, channels), layout in zip(spec.keep.layers, layouts, strict=True)
+    )
