@@ -57,8 +57,7 @@ def export(
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     if public and push_to_hub is None:
         raise GispError("--public is about --push-to-hub: give a repository or leave it out")
-    stages = compensation.pop("stages")
-    if stages is not None:
+    if (stages := compensation.pop("stages")) is not None:
         more = (nested, sparsities, round_mlp, align_heads, min_heads, data, window, dtype, push_to_hub)
         _export_stages(stages, run, *_one_size(sparsity, out, None), device, format, {**compensation, "more": more})
         return

@@ -43,7 +43,10 @@ def test_stages_write_the_run_of_one_process(
         (["--stages", "2"], "--stages 2 needs as many processes: add --gpus 2"),
         (["--stages", "2", "--gpus", "3"], "--gpus 3 is no multiple of --stages 2"),
         (["--stages", "2", "--gpus", "4", "--slices", "1"], "less than --gpus 4 in --stages 2: give at least 2"),
-        (["--stages", "2", "--gpus", "2", "--criterion", "gisp"], "goes with --criterion second-order, wanda-sp, flap, not gisp"),
+        (
+            ["--stages", "2", "--gpus", "2", "--criterion", "gisp"],
+            "--criterion second-order, wanda-sp, flap, not gisp",
+        ),
         (["--stages", "0", "--gpus", "2"], "--stages"),
     ],
 )
