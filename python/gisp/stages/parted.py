@@ -108,6 +108,8 @@ def check_stages(count: int, config: PruneConfig, *, own_loss: bool) -> None:
     for name, value in (("objective", "choice"), ("allocator", "owl")):
         if getattr(config, name) == value:
             raise GispError(f"{whole}: --{name} {value} passes data through all of it, leave one of them out")
+    if config.offload != "never":
+        raise GispError(f"{whole}, --offload {config.offload} leaves layers in host memory: give one of them")
     if config.regrow:
         raise GispError(f"{whole}: --regrow {config.regrow} passes data through all of it, leave one of them out")
 

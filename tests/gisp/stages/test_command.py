@@ -67,6 +67,7 @@ def test_what_cannot_be_parted_is_refused(
 
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"criterion": "flap"}, "goes with --criterion second-order, not flap"),
+    ({"offload": "always"}, "--offload always leaves layers in host memory"),
     ({"regrow": 1}, "--regrow 1 passes data through all of it"),
     ({"objective": "choice"}, "--objective choice passes data through all of it"),
     ({"allocator": "owl"}, "--allocator owl passes data through all of it"),
