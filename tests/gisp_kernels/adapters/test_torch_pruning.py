@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-tp = pytest.importorskip("torch_pruning", reason="needs Torch-Pruning: pip install 'gisp-kernels[torch-pruning]'")
+tp = pytest.importorskip("torch_pruning", reason="needs Torch-Pruning: pip install '.[torch-pruning]'")
 
 from gisp_kernels.adapters.torch_pruning import TaylorImportance  # noqa: E402
 
