@@ -57,9 +57,11 @@ def export(
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     if public and push_to_hub is None:
         raise GispError("--public is about --push-to-hub: give a repository or leave it out")
+    given: dict[str, Any] = {"dtype": dtype, "round_mlp": round_mlp, "align_heads": align_heads, "min_heads": min_heads}
+    given |= {"data": data, "window": window}
     if (stages := compensation.pop("stages")) is not None:
-        more = (nested, sparsities, round_mlp, align_heads, min_heads, data, window, dtype, push_to_hub)
-        _export_stages(stages, run, *_one_size(sparsity, out, None), device, format, {**compensation, "more": more})
+        others = {**given, "nested": nested, "sparsities": sparsities, "push_to_hub": push_to_hub, **compensation}
+        _export_stages(stages, run, *_one_size(sparsity, out, None), device, format, others)
         return
     gpus = compensation["gpus"]
     _check_shared(gpus, data, compensation["compensate"])
@@ -67,8 +69,9 @@ def export(
     common: dict[str, Any] = {"device": device, "together": partial(processes, gpus, device)}
     start = partial(start_processes, context, gpus, device)
     if nested is not None:
-        others = (sparsity, out, dtype, round_mlp, align_heads, min_heads, data, window)
-        _check_nested(format, others)
+        _refuse(
+            "--nested has a form of its own for every sparsity", format, {"sparsity": sparsity, "out": out, **given}
+        )
         _export_nested(run, nested, sparsities, compensation, start, hub, **common)
         return
     sparsity, out = _one_size(sparsity, out, sparsities)
@@ -98,7 +101,7 @@ def _check_shared(gpus: int | None, data: str | None, compensate: str | None) ->
 def _export_stages(
     stages: int, run: Path, sparsity: float, out: Path, device: str, format: str, others: dict[str, Any]
 ) -> None:
-    """Start the processes of an export in parts, or be one of them.
+    """Start the processes of an export in stages, or be one of them.
 
     Args:
         others: what such an export does not follow, but for as many GPUs.
@@ -106,9 +109,8 @@ def _export_stages(
     from gisp.replicas.environment import joined
     from gisp.replicas.launch import check_processes, launch
 
-    gpus, more = others.pop("gpus"), others.pop("more")
-    if format != "hf" or {*more, *others.values()} != {None}:
-        raise GispError(f"--stages {stages} writes the point of the run as hf: leave the other options out")
+    gpus = others.pop("gpus")
+    _refuse(f"--stages {stages} writes the point of the run as hf", format, others)
     if gpus not in (None, stages):
         raise GispError(f"--gpus is {gpus}, --stages {stages} starts as many processes: leave it out")
     if not launched():
@@ -125,10 +127,12 @@ def _export_stages(
         _print_export(done, out, "hf", SizeOptions())
 
 
-def _check_nested(format: str, others: tuple[Any, ...]) -> None:
-    """Refuse options that are about one size."""
-    if format != "hf" or any(other is not None for other in others):
-        raise GispError("--nested has a form of its own for every sparsity: leave the other options out")
+def _refuse(why: str, format: str, options: dict[str, Any]) -> None:
+    """Refuse other formats, and options that a kind of export does not follow."""
+    named = [f"--format {format}"] if format != "hf" else []
+    named += [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
+    if named:
+        raise GispError(f"{why}: leave {', '.join(named)} out")
 
 
 def _one_size(sparsity: float | None, out: Path | None, sparsities: str | None) -> tuple[float, Path]:

@@ -125,7 +125,7 @@ def _run(places: dict[str, Any], resume: bool, log: str | None, options: dict[st
     for line in _shortfalls(trajectory):
         output().warn(f"warning: {line}")
     if not output().quiet:
-        for line in closing_lines(trajectory, places["out"], places["data"]):
+        for line in closing_lines(trajectory, places["out"], places["data"], stages):
             output().say(line)
 
 
@@ -149,16 +149,9 @@ def _launch(
     gpus: int, stages: int, places: dict[str, Any], resume: bool, log: str | None, options: dict[str, Any]
 ) -> int:
     """Run the same command as several processes of this host; its exit code."""
-    from gisp.replicas.launch import check_processes, launch
+    from gisp.replicas.launch import launch
 
-    if launched():
-        raise GispError(f"--gpus {gpus} starts processes, torchrun has started them already: leave it out")
-    if gpus % stages:
-        raise GispError(f"--gpus {gpus} is no multiple of --stages {stages}: give one")
-    if int(options["slices"]) < gpus // stages:
-        of = f"--gpus {gpus}" + (f" in --stages {stages}" if stages > 1 else "")
-        raise GispError(f"--slices is {options['slices']}, less than {of}: give at least {gpus // stages}")
-    check_processes(gpus, str(options.get("device") or "auto"))
+    _check_processes(gpus, stages, options)
     given = [f"--data={places['data']}", f"--out={places['out']}", *(["--resume"] if resume else [])]
     given += [f"--log={log}"] if log else []
     given += [f"--stages={stages}"] if stages > 1 else []
@@ -173,6 +166,29 @@ def _launch(
     except KeyboardInterrupt:
         # The first process tells.
         raise InterruptError("") from None
+
+
+def _check_processes(gpus: int, stages: int, options: dict[str, Any]) -> None:
+    """Refuse here what each of the processes would refuse, which takes long to start them."""
+    from gisp.replicas.launch import check_processes
+    from gisp.run.resources.placement import check_offload
+    from gisp.stages.parted import check_stages
+
+    config = make_config(**options)
+    if launched():
+        raise GispError(f"--gpus {gpus} starts processes, torchrun has started them already: leave it out")
+    if gpus % stages:
+        more = (gpus // stages + 1) * stages
+        fit = f"--gpus {more}" if gpus < stages else f"--gpus {more - stages} or {more}"
+        raise GispError(f"--gpus {gpus} is no multiple of --stages {stages}: give {fit}")
+    if int(options["slices"]) < gpus // stages:
+        of = f"--gpus {gpus}" + (f" in --stages {stages}" if stages > 1 else "")
+        raise GispError(f"--slices is {options['slices']}, less than {of}: give at least {gpus // stages}")
+    if stages > 1:
+        check_stages(stages, config, own_loss=False)
+    if config.offload != "never":
+        check_offload(config, None, gpus)
+    check_processes(gpus, str(options.get("device") or "auto"))
 
 
 def _check_given(places: dict[str, Any], resume: bool, log: str | None) -> None:

@@ -12,9 +12,16 @@ from gisp.errors import GispError
 _TOKENS = {"cpu": 8192, "cuda": 65536}
 
 
-def closing_lines(trajectory: Any, out: str, data: str) -> Iterator[str]:
-    """Where it ended, quality or why it was not measured, and the next two commands; the model is dense afterwards."""
+def closing_lines(trajectory: Any, out: str, data: str, stages: int) -> Iterator[str]:
+    """Where it ended, quality or why it was not measured, and the next two commands; the model is dense afterwards.
+
+    Args:
+        stages: the model lies in. What did not fit one GPU in the run does not fit it in the next commands.
+    """
+    from gisp.offload.stream import LayerStream
+
     last = trajectory.steps[-1]
+    apart = stages > 1 or LayerStream.of(trajectory.model) is not None
     yield (
         f"{out}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
         f"whole model {last.model_sparsity:.4f}"
@@ -22,8 +29,9 @@ def closing_lines(trajectory: Any, out: str, data: str) -> Iterator[str]:
     yield quality_line(trajectory, data)
     sparsity = f"{last.sparsity:.4f}"
     run = shlex.quote(out)
-    yield f"next: gisp eval {run} --sparsity {sparsity} --data TEXT"
-    yield f"      gisp export {run} --sparsity {sparsity} --out {shlex.quote(out.rstrip('/') + '-' + sparsity)}"
+    yield f"next: gisp eval {run} --sparsity {sparsity} --data TEXT" + (" --offload" if apart else "")
+    place = f" --stages {stages}" if stages > 1 else " --device cpu" if apart else ""
+    yield f"      gisp export {run} --sparsity {sparsity} --out {shlex.quote(out.rstrip('/') + '-' + sparsity)}{place}"
 
 
 def quality_line(trajectory: Any, data: str) -> str:
@@ -36,7 +44,7 @@ def quality_line(trajectory: Any, data: str) -> str:
         return f"quality not measured: {reason}, use gisp eval on other data"
     model = trajectory.model
     if any(parameter.is_meta for parameter in model.parameters()):
-        return "quality not measured: the model lies in several processes, use gisp eval"
+        return "quality not measured: the model lies in stages, use gisp eval"
     sequences = some(trajectory.unseen, _TOKENS[next(model.parameters()).device.type])
     before = ""
     try:

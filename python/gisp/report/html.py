@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gisp.config.memory import gigabytes
 from gisp.config.options import criterion_text
 from gisp.report.data import RunData, basename
 from gisp.report.evaluations import HEADER, TEXTS, evaluation_rows
@@ -110,7 +111,7 @@ def summary_rows(run: RunData) -> list[Row]:
         rows.insert(3, ("Calibration data", _data(run)))
     peaks = [entry["peak_bytes"] for entry in run.metrics.values() if entry.get("peak_bytes")]
     if peaks:
-        rows.append(("Peak GPU memory", f"{max(peaks) / 2**30:,.2f} GiB"))
+        rows.append(("Peak GPU memory", f"{gigabytes(max(peaks))}"))
     rows.append(("Versions", ", ".join(f"{name} {version}" for name, version in run.versions.items())))
     return rows
 

@@ -163,11 +163,14 @@ def test_everything_stays_where_it_fits(model_folder: Path, token_file: Path, tm
     assert trajectory.config["offload"] == "auto"
 
 
-def test_the_flag_stands_alone(model_folder: Path, token_file: Path, tmp_path: Path) -> None:
+def test_the_flag_stands_alone(model_folder: Path, token_file: Path, tmp_path: Path, capsys: Any) -> None:
     given = ["--sparsity=0.3", "--steps=2", "--align=4", "--device=cpu", "--dtype=float32"]
     for number, flags in enumerate((["--offload"], ["--offload", "auto"], ["--offload=never"])):
         out = tmp_path / str(number)
         command = ["prune", "--data", str(token_file), "--out", str(out), *given, *flags, "--", str(model_folder)]
         assert main(command) == 0
         expected = ("always", "auto", "never")[number]
+        evaluating, exporting = capsys.readouterr().err.splitlines()[-2:]
+        # What was in host memory is too large for the GPU in the next commands too.
+        assert evaluating.endswith(" --offload") == exporting.endswith(" --device cpu") == (expected == "always")
         assert json.loads((out / "trajectory.json").read_text())["config"]["offload"] == expected

@@ -104,7 +104,7 @@ def test_summary_equals_the_input(made: Made) -> None:
     assert rows["KV cache per token of an export"].startswith(f"{kv_before:,} B → {kv_after:,} B ")
     assert rows["Calibration tokens, all steps"] == f"{60 * 8192:,}"
     assert rows["Total time of the steps"] == f"{seconds:,.1f} s (1 min 33 s)"
-    assert rows["Peak GPU memory"] == "1.50 GiB"
+    assert rows["Peak GPU memory"] == "1.6 GB"
     assert rows["Versions"] == "python 3.12.3, torch 2.11.0, gisp-kernels 0.1.0"
     assert rows["engine"] == "stream"
 

@@ -19,7 +19,7 @@ from torch import distributed
 
 import gisp
 from gisp.cli import main
-from gisp.replicas import watch
+from gisp.replicas import launch, watch
 from gisp.replicas.errors import ReplicaError
 from gisp.run.trajectory import StepRecord
 
@@ -27,12 +27,18 @@ GIVEN = ("--device=cpu", "--dtype=float32", "--steps=3", "--align=4", "--batch-t
 
 
 def test_stages_write_the_run_of_one_process(
-    tmp_path: Path, model_folder: Path, token_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    model_folder: Path,
+    token_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     for name, more in (("one", ["--gpus", "1"]), ("two", ["--gpus", "2", "--stages", "2"])):
-        given = ["prune", str(model_folder), "--data", str(token_file), "--out", str(tmp_path / name), *GIVEN]
-        assert main([*given, *more]) == 0
+        given = ["prune", str(model_folder), "--data", str(token_file), "--out", str(tmp_path / name), *GIVEN, *more]
+        assert main([option for option in given if option != "--quiet"]) == 0
+    evaluating, exporting = capfd.readouterr().err.splitlines()[-2:]
+    assert evaluating.endswith("--data TEXT --offload") and exporting.endswith("--stages 2")
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.safetensors")} for n in ("one", "two"))
     assert one == two and len(one) == 2
 
@@ -41,7 +47,11 @@ def test_stages_write_the_run_of_one_process(
     ("given", "words"),
     [
         (["--stages", "2"], "--stages 2 needs as many processes: add --gpus 2"),
-        (["--stages", "2", "--gpus", "3"], "--gpus 3 is no multiple of --stages 2"),
+        (["--stages", "2", "--gpus", "3"], "--gpus 3 is no multiple of --stages 2: give --gpus 2 or 4"),
+        (["--stages", "4", "--gpus", "2"], "--gpus 2 is no multiple of --stages 4: give --gpus 4"),
+        (["--stages", "2", "--gpus", "2", "--regrow", "1"], "--regrow 1 passes data through all of it"),
+        (["--stages", "2", "--gpus", "2", "--offload"], "--offload always leaves layers in host memory"),
+        (["--gpus", "2", "--offload"], "--offload always is for one GPU, 2 processes share this run"),
         (["--stages", "2", "--gpus", "4", "--slices", "1"], "less than --gpus 4 in --stages 2: give at least 2"),
         (
             ["--stages", "2", "--gpus", "2", "--criterion", "gisp"],
@@ -55,9 +65,14 @@ def test_what_cannot_be_parted_is_refused(
     model_folder: Path,
     token_file: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     given: list[str],
     words: str,
 ) -> None:
+    def never(*_: Any, **__: Any) -> int:
+        raise AssertionError("started")
+
+    monkeypatch.setattr(launch, "launch", never)
     out = tmp_path / "r"
     code = main(["prune", str(model_folder), "--data", str(token_file), "--out", str(out), "--device=cpu", *given])
     lines = capsys.readouterr().err.splitlines()

@@ -86,7 +86,9 @@ def _base(trajectory: Trajectory, stages: Stages, device: torch.device) -> tuple
     if not path:
         raise GispError("this run was made from a model in memory: --stages reads a folder, export it without")
     if trajectory.layers < stages.count:
-        raise GispError(f"--stages {stages.count} is more than the {trajectory.layers} layers of this model")
+        raise GispError(
+            f"--stages {stages.count} is more than the {trajectory.layers} layers of this model: give at most that many"
+        )
     bounds = tuple(stage * trajectory.layers // stages.count for stage in range(stages.count + 1))
     placement = Placement(stages.count, bounds)
     return read_part(skeleton(path, None), path, placement, stages, device), placement

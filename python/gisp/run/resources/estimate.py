@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gisp.config.criteria import CRITERIA
+from gisp.config.memory import gigabytes
 from gisp.config.options import PruneConfig
 from gisp.data import Sequences
 from gisp.model.structures import ModelMap
@@ -150,11 +151,11 @@ def lines(seconds: float, size: int, device: torch.device, free: int | None, bus
     """
     threads = torch.get_num_threads()
     on = f"{device.type}, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else str(device)
-    said = [f"estimate: {_duration(seconds)} and {size / 2**30:.1f} GiB on {on}"]
+    said = [f"estimate: {_duration(seconds)} and {gigabytes(size)} on {on}"]
     if device.type == "cpu" and seconds > _LONG_SECONDS:
         said.append("  that is long: time follows --steps times --batch-tokens, give less of one, or run on a GPU")
     if free is not None and size > free:
-        said.append(f"  {free / 2**30:.1f} GiB are free: give a smaller --batch-size or --batch-tokens")
+        said.append(f"  {gigabytes(free)} are free: give a smaller --batch-size or --batch-tokens")
     if device.type == "cpu" and threads > 1 and busy >= 1 and busy + threads > (os.cpu_count() or 1):
         said.append(
             f"  other programs keep about {busy:.0f} of {os.cpu_count()} cores busy: {threads} threads wait for one "

@@ -160,8 +160,8 @@ def test_commands_tell_and_measure_the_sizes(run: Path, tmp_path: Path, capsys: 
         (["LSQ", "--sparsities", "0.01"], "--sparsities holds 0.01, which is nearest to the dense model"),
         (["LSQ", "--sparsities", "1.2"], "--sparsities holds 1.2: give a value in [0, 1)"),
         (["--compensate", "lsq", "--sparsities", "0.2"], "--compensate lsq needs --calibration DATA"),
-        (["LSQ", "--sparsities", "0.2", "--format", "masked"], "leave the other options out"),
-        (["LSQ", "--sparsities", "0.2", "--data", "DATA"], "leave the other options out"),
+        (["LSQ", "--sparsities", "0.2", "--format", "masked"], "leave --format masked out"),
+        (["LSQ", "--sparsities", "0.2", "--data", "DATA"], "leave --data"),
         (["--compensate", "lsq", "--calibration", "none.txt", "--sparsities", "0.2"], "none.txt does not exist"),
     ],
 )

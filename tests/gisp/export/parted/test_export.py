@@ -50,6 +50,25 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--format", "gguf"], "leave --format gguf out"),
+        (["--align-heads", "2", "--compensate", "lsq"], "leave --align-heads 2, --compensate lsq out"),
+        (["--data", "text.txt"], "leave --data text.txt out"),
+        (["--gpus", "3"], "--gpus is 3, --stages 2 starts as many processes"),
+    ],
+)
+def test_what_an_export_in_stages_does_not_follow_is_named(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], words: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(runs / "plain"), "--sparsity", "0.5", "--out", str(out), "--stages", "2", *given]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not out.exists()
+
+
 def test_a_folder_of_several_processes_is_that_of_one(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

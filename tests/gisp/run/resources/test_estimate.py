@@ -82,15 +82,15 @@ def test_fewer_tokens_and_forward_passes_take_less() -> None:
 
 
 def test_a_long_run_a_full_device_and_a_busy_machine_are_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, gib = torch.device("cpu"), 2**30
+    cpu, gb = torch.device("cpu"), 10**9
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    (short,) = lines(90, gib, cpu, 8 * gib, 0.2)
-    assert short == "estimate: 1 min 30 s and 1.0 GiB on cpu, 2 threads"
-    assert "give less of one, or run on a GPU" in lines(7200, gib, cpu, 8 * gib, 0)[1]
-    assert "1.0 GiB are free: give a smaller --batch-size" in lines(90, 2 * gib, cpu, gib, 0)[1]
-    assert "OMP_NUM_THREADS=1 may be faster" in lines(90, gib, cpu, None, 1.6)[1]
-    assert lines(7200, gib, torch.device("cuda"), None, 8.0) == ["estimate: 2 h 0 min and 1.0 GiB on cuda"]
+    (short,) = lines(90, gb, cpu, 8 * gb, 0.2)
+    assert short == "estimate: 1 min 30 s and 1.0 GB on cpu, 2 threads"
+    assert "give less of one, or run on a GPU" in lines(7200, gb, cpu, 8 * gb, 0)[1]
+    assert "1.0 GB are free: give a smaller --batch-size" in lines(90, 2 * gb, cpu, gb, 0)[1]
+    assert "OMP_NUM_THREADS=1 may be faster" in lines(90, gb, cpu, None, 1.6)[1]
+    assert lines(7200, gb, torch.device("cuda"), None, 8.0) == ["estimate: 2 h 0 min and 1.0 GB on cuda"]
 
 
 def test_a_run_is_announced_to_those_who_see_lines_only() -> None:
