@@ -57,8 +57,8 @@ def export(
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
     if public and push_to_hub is None:
         raise GispError("--public is about --push-to-hub: give a repository or leave it out")
-    given: dict[str, Any] = {"dtype": dtype, "round_mlp": round_mlp, "align_heads": align_heads, "min_heads": min_heads}
-    given |= {"data": data, "window": window}
+    sizes = SizeOptions(round_mlp, align_heads, min_heads)
+    given: dict[str, Any] = {"dtype": dtype, **vars(sizes), "data": data, "window": window}
     if (stages := compensation.pop("stages")) is not None:
         others = {**given, "nested": nested, "sparsities": sparsities, "push_to_hub": push_to_hub, **compensation}
         _export_stages(stages, run, *_one_size(sparsity, out, None), device, format, others)
@@ -69,13 +69,10 @@ def export(
     common: dict[str, Any] = {"device": device, "together": partial(processes, gpus, device)}
     start = partial(start_processes, context, gpus, device)
     if nested is not None:
-        _refuse(
-            "--nested has a form of its own for every sparsity", format, {"sparsity": sparsity, "out": out, **given}
-        )
+        _refuse("--nested has its own form of a size", format, {"sparsity": sparsity, "out": out, **given})
         _export_nested(run, nested, sparsities, compensation, start, hub, **common)
         return
     sparsity, out = _one_size(sparsity, out, sparsities)
-    sizes = SizeOptions(round_mlp, align_heads, min_heads)
     check_options(format, sizes, dtype)
     request = compensation_request(compensation)
     _check_given(run, sparsity, out, (data, compensation["calibration"]))
