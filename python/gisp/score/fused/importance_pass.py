@@ -12,59 +12,19 @@ memory (:mod:`gisp.offload`) a step so fetches each of them twice, and every lay
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from gisp.model.structures import LayerMap, ModelMap
-from gisp.offload.boundaries import Taken
+from gisp.model.structures import ModelMap
 from gisp.offload.stream import resident_or_streamed
-from gisp.score.fused.attention_block import AttentionBlock
 from gisp.score.fused.batch import MicroBatch, PassBatch, make_batch
-from gisp.score.fused.block import BlockState, Wanted
+from gisp.score.fused.block import Wanted
+from gisp.score.fused.layers import Flow, Layers, embedded, lowest_scored
 from gisp.score.fused.lm_head import LMHead
 from gisp.score.fused.memory import layers_to_recompute
-from gisp.score.fused.mlp_block import MLPBlock
 from gisp.score.fused.products import Products
-from gisp_kernels import gate_sums
-
-
-class _Layer:
-    """One decoder layer: attention, then MLP, each adding to the residual stream."""
-
-    def __init__(self, item: LayerMap, products: Products) -> None:
-        self.item = item
-        self.attention = AttentionBlock(item, products)
-        self.mlp = MLPBlock(item, products)
-        self.groups = {item.heads.name, item.channels.name}
-
-    def forward(
-        self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch
-    ) -> tuple[_LayerState, torch.Tensor | None]:
-        attention, output = self.attention.forward(x, delta, batch)
-        mlp, output = self.mlp.forward(attention.x, output, batch)
-        return _LayerState(attention, mlp), output
-
-
-@dataclass
-class _LayerState:
-    attention: BlockState
-    mlp: BlockState
-
-
-@dataclass
-class _Flow:
-    """One micro-batch on its way: the residual stream is ``x + delta``.
-
-    Attributes:
-        kept: of every layer from the lowest scored one its state or what gives back its input, by layer.
-    """
-
-    batch: PassBatch
-    x: torch.Tensor
-    delta: torch.Tensor | None = None
-    kept: list[_LayerState | Taken] = field(default_factory=list)
+from gisp.score.fused.sums import parts_by_group, sample_sums
 
 
 class ImportancePass:
@@ -80,9 +40,9 @@ class ImportancePass:
     def __init__(self, model_map: ModelMap, products: Products | None = None) -> None:
         products = products or Products()
         self._model = model_map.model
-        self._layers = [_Layer(item, products) for item in model_map.layers]
-        self._head = LMHead(model_map.model, Products())
         self._visits = resident_or_streamed(model_map.model)
+        self._layers = Layers(model_map.layers, products, self._visits)
+        self._head = LMHead(model_map.model, Products())
 
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
@@ -109,7 +69,9 @@ class ImportancePass:
         """
         batches = [make_batch(self._model.model, micro) for micro in micros]
         size = sum(count for _, count in scored)
-        found = [_parts(scored, torch.zeros(size, dtype=torch.float32, device=batch.ids.device)) for batch in batches]
+        found = [
+            parts_by_group(scored, torch.zeros(size, dtype=torch.float32, device=batch.ids.device)) for batch in batches
+        ]
         wanted = [{name: Wanted(elements=part) for name, part in parts.items()} for parts in found]
         return list(zip(found, self._backward(batches, wanted), strict=True))
 
@@ -133,87 +95,37 @@ class ImportancePass:
         batches = [replace(make_batch(self._model.model, micro), gates=gates_at or {}) for micro in micros]
         size = sum(count for _, count in scored)
         gates = [torch.zeros(b.rows, size, dtype=torch.float32, device=b.ids.device) for b in batches]
-        wanted = [{name: Wanted(gates=part) for name, part in _parts(scored, own).items()} for own in gates]
+        wanted = [{name: Wanted(gates=part) for name, part in parts_by_group(scored, own).items()} for own in gates]
         losses = self._backward(batches, wanted)
         return [
-            (_parts(scored, _sums(own, batch, micro)), loss)
+            (parts_by_group(scored, sample_sums(own, batch, micro)), loss)
             for own, batch, micro, loss in zip(gates, batches, micros, losses, strict=True)
         ]
 
     def _backward(self, batches: list[PassBatch], wanted: list[dict[str, Wanted]]) -> list[torch.Tensor]:
         """Fill what is wanted of every group of every batch; their losses, 0-dim float64."""
-        # Positions of the layers, not their names: below the lowest scored one no gradient is needed.
-        names = {name for of_batch in wanted for name in of_batch}
-        lowest = min((i for i, layer in enumerate(self._layers) if layer.groups & names), default=len(self._layers))
-        down = [*reversed(range(lowest, len(self._layers)))]
-        with self._visits.visiting([*range(len(self._layers)), *down]):
+        lowest = lowest_scored(self._layers.items, {name for of_batch in wanted for name in of_batch})
+        with self._layers.visiting(lowest):
             flows = self._forward(batches, lowest)
             losses, grads = [], []
             for flow in flows:
-                loss, grad = self._head.loss_and_grad(flow.x, flow.delta, flow.batch)
-                del flow.x, flow.delta
+                loss, grad = self._head.loss_and_grad(*flow.leave(), flow.batch)
                 losses.append(loss)
                 grads.append(grad)
-            for i in down:
-                with self._visits.visit(i):
-                    for flow, grad, of_batch in zip(flows, grads, wanted, strict=True):
-                        self._layer_backward(self._layers[i], flow, grad, of_batch, i > lowest)
+            self._layers.backward(flows, grads, wanted, lowest)
         return losses
 
-    def _layer_backward(
-        self, layer: _Layer, flow: _Flow, grad: torch.Tensor, wanted: dict[str, Wanted], below: bool
-    ) -> None:
-        """Backward of one layer, as of its blocks; ``below``: whether a lower layer is scored."""
-        kept, batch = flow.kept.pop(), flow.batch
-        state = kept if isinstance(kept, _LayerState) else layer.forward(kept(), None, batch)[0]
-        heads, channels = wanted.get(layer.item.heads.name), wanted.get(layer.item.channels.name)
-        layer.mlp.backward(state.mlp, grad, batch, channels, below or heads is not None)
-        attention_state = state.attention
-        # The MLP's tensors go before attention takes memory of its own.
-        del kept, state
-        layer.attention.backward(attention_state, grad, batch, heads, below)
-
-    def _forward_alone(self, micros: Sequence[MicroBatch]) -> list[_Flow]:
+    def _forward_alone(self, micros: Sequence[MicroBatch]) -> list[Flow]:
         """A forward pass that no backward follows."""
-        layers = range(len(self._layers))
-        with self._visits.visiting(layers):
-            return self._forward([make_batch(self._model.model, micro) for micro in micros], len(layers))
+        with self._layers.visiting(len(self._layers)):
+            return self._forward([make_batch(self._model.model, micro) for micro in micros], len(self._layers))
 
-    def _forward(self, batches: list[PassBatch], lowest: int) -> list[_Flow]:
-        """Residual streams and last outputs, and of layers from ``lowest`` their states or, to save memory, what gives
-        back their inputs."""
-        flows = [_Flow(batch, self._embed(batch)) for batch in batches]
+    def _forward(self, batches: list[PassBatch], lowest: int) -> list[Flow]:
+        """Residual streams and last outputs; layers from ``lowest`` keep what their backward needs."""
+        flows = [embedded(self._model, batch) for batch in batches]
         recomputed = len(self._layers)
         if not self._visits.recomputes:
-            recomputed = lowest + layers_to_recompute([layer.item for layer in self._layers[lowest:]], batches[0])
-        for i, layer in enumerate(self._layers):
-            with self._visits.visit(i):
-                for flow in flows:
-                    if lowest <= i < recomputed and flow.delta is not None:
-                        # A forward adds delta into its own memory; what is repeated later must start from the sum.
-                        flow.x, flow.delta = flow.delta.add_(flow.x), None
-                    start = flow.x
-                    state, flow.delta = layer.forward(flow.x, flow.delta, flow.batch)
-                    flow.x = state.mlp.x
-                    if i >= lowest:
-                        flow.kept.append(self._visits.keep(i, start) if i < recomputed else state)
+            tokens = batches[0].rows * batches[0].length
+            recomputed = layers_to_recompute([(1, self._layers.items[lowest:])], tokens, batches[0].ids.device)
+        self._layers.forward(flows, lowest, recomputed)
         return flows
-
-    def _embed(self, batch: PassBatch) -> torch.Tensor:
-        embedding: Any = self._model.model.embed_tokens
-        return embedding.weight.detach().index_select(0, batch.ids)
-
-
-def _sums(gates: torch.Tensor, batch: PassBatch, micro: MicroBatch) -> torch.Tensor:
-    """Sums over the samples of a micro-batch, float64 [3, structures], of gate gradients [rows, structures]."""
-    if micro.samples is None:
-        return gate_sums(gates, batch.curvature)
-    return gate_sums(gates, micro.samples.curvature.to(gates.device), micro.samples.index)
-
-
-def _parts(scored: Sequence[tuple[str, int]], buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Views by group of a buffer [..., structures]."""
-    if not scored:
-        return {}
-    sizes = [count for _, count in scored]
-    return dict(zip((name for name, _ in scored), buffer.split(sizes, dim=-1), strict=True))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from gisp.model.structures import LayerMap
-from gisp.score.fused.batch import PassBatch
 
 # Share of the free memory that kept tensors may take; the rest is for fragments and what other code allocates.
 USABLE = 0.92
@@ -34,36 +33,11 @@ def working_bytes(item: LayerMap, tokens: int) -> int:
     return (max(in_mlp, in_attention) + 3 * tokens * hidden) * weight.element_size()
 
 
-def layers_to_recompute(items: Sequence[LayerMap], batch: PassBatch) -> int:
-    """How many of the first ``items`` run their forward again in the backward pass instead of keeping its tensors.
+def layers_to_recompute(held: Sequence[tuple[int, Sequence[LayerMap]]], tokens: int, device: torch.device) -> int:
+    """How many of the first layers of every chunk run their forward again in the backward pass instead of keeping its
+    tensors.
 
     It never changes a score: the same kernels on the same operands give the same bits.
-    """
-    device = batch.ids.device
-    if device.type != "cuda" or not items:
-        return 0
-    tokens = batch.rows * batch.length
-    budget = _usable_bytes(device) - max(working_bytes(item, tokens) for item in items)
-    return recomputed_within(budget, [kept_bytes(item, tokens) for item in items], [_start_bytes(items[0], tokens)])
-
-
-def recomputed_within(budget: float, kept: Sequence[int], start: Sequence[int]) -> int:
-    """The fewest first layers to recompute so that what is kept fits in ``budget`` bytes.
-
-    Args:
-        kept: bytes every layer keeps.
-        start: bytes a recomputed layer keeps (one value for all).
-    """
-    total, count = float(sum(kept)), 0
-    # The layer being recomputed holds its tensors again; by then those above it are gone.
-    while total > budget and count < len(kept):
-        total -= kept[count] - start[0]
-        count += 1
-    return count
-
-
-def recomputed_in_chunks(held: Sequence[tuple[int, Sequence[LayerMap]]], tokens: int, device: torch.device) -> int:
-    """The same for a stage: how many of the first layers of every chunk.
 
     Args:
         held: of every chunk how many batches it holds at a time, and its layers that keep anything.
@@ -73,20 +47,21 @@ def recomputed_in_chunks(held: Sequence[tuple[int, Sequence[LayerMap]]], tokens:
     if device.type != "cuda" or not items:
         return 0
     budget = _usable_bytes(device) - max(working_bytes(item, tokens) for item in items)
-    return fewest_recomputed(
+    return recomputed_within(
         budget,
         [(batches, [kept_bytes(item, tokens) for item in layers]) for batches, layers in held],
         _start_bytes(items[0], tokens),
     )
 
 
-def fewest_recomputed(budget: float, held: Sequence[tuple[int, Sequence[int]]], start: int) -> int:
+def recomputed_within(budget: float, held: Sequence[tuple[int, Sequence[int]]], start: int) -> int:
     """The fewest first layers of every chunk to recompute so that what is kept fits in ``budget`` bytes.
 
     Args:
         held: of every chunk how many batches it holds, and bytes that every layer keeps of one.
         start: bytes a recomputed layer keeps.
     """
+    # The layer being recomputed holds its tensors again; by then those above it are gone.
     most = max(len(kept) for _, kept in held)
     for count in range(most):
         total = sum(batches * (start * min(count, len(kept)) + sum(kept[count:])) for batches, kept in held)

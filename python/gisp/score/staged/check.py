@@ -10,7 +10,7 @@ import torch
 
 from gisp.model.modes import evaluation_mode
 from gisp.score.fused.batch import MicroBatch, make_batch
-from gisp.score.fused.layers import Layers, embedded
+from gisp.score.fused.layers import Flow, Layers, embedded
 from gisp.score.fused.support import distance_of
 from gisp.stages.group import Stages
 from gisp.stages.parted import only
@@ -41,8 +41,9 @@ def first_difference(
         if chunk:
             x = weight.new_empty(ids.shape[1], model.config.hidden_size)
             stages.wait(stages.receive(x, placement.stage_of(chunk - 1)))
-        start = embedded(model, batch) if x is None else x.clone()
-        hidden, delta, _ = layers.forward(start, None, batch, len(layers))
+        flow = embedded(model, batch) if x is None else Flow(batch, x.clone())
+        layers.forward([flow], len(layers))
+        hidden, delta = flow.leave()
         hidden = hidden if delta is None else hidden + delta
         with (
             evaluation_mode(model),

@@ -16,11 +16,11 @@ from gisp.errors import GispError
 from gisp.score.context import Context
 from gisp.score.fused.batch import MicroBatch, PassBatch, make_batch
 from gisp.score.fused.block import Wanted
-from gisp.score.fused.importance_pass import _parts
-from gisp.score.fused.layers import Layers, States, embedded
+from gisp.score.fused.layers import Flow, Layers, embedded, lowest_scored
 from gisp.score.fused.lm_head import LMHead
-from gisp.score.fused.memory import recomputed_in_chunks
+from gisp.score.fused.memory import layers_to_recompute
 from gisp.score.fused.products import Products
+from gisp.score.fused.sums import parts_by_group, sample_sums
 from gisp.score.fused.support import why_not
 from gisp.score.staged.check import first_difference
 from gisp.score.step_rows import StepRows
@@ -28,7 +28,6 @@ from gisp.stages.costs import layer_costs
 from gisp.stages.group import Mail, Stages
 from gisp.stages.placement import Placement, schedule_of
 from gisp.stages.schedule import FORWARD, Action, Schedule
-from gisp_kernels import gate_sums
 from gisp_kernels.groups import StructureGroup
 
 
@@ -40,7 +39,8 @@ class _Passing:
     batch: PassBatch
     gates: torch.Tensor
     wanted: dict[str, Wanted]
-    states: dict[int, States]
+    # By chunk, from its forward to its backward.
+    flows: dict[int, Flow]
     # The gradient that the end of the model leaves, until its backward begins.
     grad: torch.Tensor | None = None
     loss: torch.Tensor | None = None
@@ -98,12 +98,8 @@ class StagedPass:
         slices: dict[int, dict[str, torch.Tensor]] = {}
         losses = torch.zeros(len(parts), dtype=torch.float64, device=self._context.device)
         for (number, micro), done in zip(micros, passed, strict=True):
-            if micro.samples is None:
-                sums = gate_sums(done.gates, done.batch.curvature)
-            else:
-                device = done.gates.device
-                sums = gate_sums(done.gates, micro.samples.curvature.to(device), micro.samples.index.to(device))
-            found = {name: values for name, values in _parts(scored, sums).items() if name in own}
+            sums = parts_by_group(scored, sample_sums(done.gates, done.batch, micro))
+            found = {name: values for name, values in sums.items() if name in own}
             total = slices.get(number)
             slices[number] = {name: total[name] + values for name, values in found.items()} if total else found
             if done.loss is not None:
@@ -147,22 +143,16 @@ class StagedPass:
             batch = make_batch(self._model.model, micro)
             size = batch.rows, sum(count for _, count in scored)
             gates = torch.zeros(size, dtype=torch.float32, device=weight.device)
-            wanted = {name: Wanted(gates=part) for name, part in _parts(scored, gates).items()}
+            wanted = {name: Wanted(gates=part) for name, part in parts_by_group(scored, gates).items()}
             passing.append(_Passing(micro, batch, gates, wanted, {}))
         tokens = tuple(item.batch.rows * item.batch.length for item in passing)
-        lowest = self._lowest({name for name, _ in scored})
+        lowest = lowest_scored(self._context.map.layers, {name for name, _ in scored})
         schedule = self.schedule = self._schedule(lowest, tokens)
         if not tokens:
             return passing
         assert self._placed is not None
         _StageRun(self, passing, lowest, schedule, self._placed).all_actions()
         return passing
-
-    def _lowest(self, names: set[str]) -> int:
-        """Number of the lowest layer with a scored group."""
-        layers = self._context.map.layers
-        scored = (item.index for item in layers if {item.heads.name, item.channels.name} & names)
-        return min(scored, default=len(layers))
 
     def _schedule(self, lowest: int, tokens: tuple[int, ...]) -> Schedule:
         assert self._placed is not None
@@ -248,7 +238,7 @@ class _StageRun:
         most = max(item.batch.rows * item.batch.length for item in passing)
         held = schedule.most_held(self._stages.stage)
         kept = [(held.get(c, 0), layers.items[self._lowest[c] :]) for c, layers in self._chunks.items()]
-        self._recomputed = recomputed_in_chunks(kept, most, weight.device)
+        self._recomputed = layers_to_recompute(kept, most, weight.device)
 
     def all_actions(self) -> None:
         """Do what the schedule has for this stage."""
@@ -262,14 +252,14 @@ class _StageRun:
     def _forward(self, action: Action) -> None:
         chunk, item = action.chunk, self._passing[action.batch]
         layers, lowest = self._chunks[chunk], self._lowest[chunk]
-        x = self._mail.take(action) if chunk else embedded(self._model, item.batch)
-        recomputed = min(self._recomputed, len(layers) - lowest)
-        x, delta, states = layers.forward(x, None, item.batch, lowest, recomputed)
-        if states:
-            item.states[chunk] = states
+        flow = Flow(item.batch, self._mail.take(action)) if chunk else embedded(self._model, item.batch)
+        layers.forward([flow], lowest, self._recomputed)
+        if flow.kept:
+            item.flows[chunk] = flow
         if chunk == self._last:
-            item.loss, item.grad = self._head.loss_and_grad(x, delta, item.batch)
+            item.loss, item.grad = self._head.loss_and_grad(*flow.leave(), item.batch)
             return
+        x, delta = flow.leave()
         out = x if delta is None else delta.add_(x)
         self._mail.send(out, self._placement.stage_of(chunk + 1))
 
@@ -281,7 +271,8 @@ class _StageRun:
             grad = self._mail.take(action)
         assert grad is not None
         through = self._placement.bounds[chunk] > self._scored_from
-        self._chunks[chunk].backward(item.states.pop(chunk), grad, item.batch, item.wanted, through)
+        flow, lowest = item.flows.pop(chunk), self._lowest[chunk]
+        self._chunks[chunk].backward([flow], [grad], [item.wanted], lowest, through)
         if through:
             self._mail.send(grad, self._placement.stage_of(chunk - 1))
 

@@ -82,7 +82,7 @@ def test_recomputing_layers_changes_no_bit(monkeypatch, layers, removal):
     weights = [1 / len(ids)] * len(ids)
     run = ImportancePass(model_map)
     kept, loss = run.score([MicroBatch(ids, ids, weights)], live(model_map))[0]
-    monkeypatch.setattr(importance_pass, "layers_to_recompute", lambda items, batch: layers)
+    monkeypatch.setattr(importance_pass, "layers_to_recompute", lambda held, tokens, device: layers)
     recomputed, same_loss = run.score([MicroBatch(ids, ids, weights)], live(model_map))[0]
     assert torch.equal(loss, same_loss)
     for name, values in kept.items():
@@ -112,12 +112,11 @@ def test_weights_and_gradients_of_the_model_stay_as_they_were():
 
 
 def test_fewest_layers_are_recomputed():
-    kept = [10, 20, 30]
-    assert recomputed_within(60, kept, [2]) == 0
-    assert recomputed_within(59, kept, [2]) == 1
-    assert recomputed_within(52, kept, [2]) == 1
-    assert recomputed_within(51, kept, [2]) == 2
-    assert recomputed_within(0, kept, [2]) == 3
+    one = [(1, [10, 20, 30])]
+    assert [recomputed_within(budget, one, 2) for budget in (60, 59, 52, 51, 0)] == [0, 1, 1, 2, 3]
+    # Two chunks of one stage, the first held by two batches.
+    two = [(2, [10, 20]), (1, [30])]
+    assert [recomputed_within(budget, two, 2) for budget in (90, 89, 46, 45, 0)] == [0, 1, 1, 2, 2]
 
 
 def stream_scorer(model_map, data: Sequences) -> GradientScorer:
