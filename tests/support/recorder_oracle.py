@@ -103,3 +103,10 @@ def true_scores(model: Block, *batches: torch.Tensor, exact: bool = False) -> di
         return score({linear: sum(g[linear] for g in per_batch) for linear in per_batch[0]}, groups)  # type: ignore[misc]
     all_scores = [score(grads, groups) for grads in per_batch]
     return {name: sum(s[name] for s in all_scores) for name in all_scores[0]}  # type: ignore[misc]
+
+
+def assert_scores(scores: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], rtol: float = 1e-5) -> None:
+    assert scores.keys() == truth.keys()
+    for name, expected in truth.items():
+        assert scores[name].dtype == torch.float32
+        torch.testing.assert_close(scores[name].double(), expected, rtol=rtol, atol=0.0)

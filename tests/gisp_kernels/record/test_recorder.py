@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from recorder_oracle import Attention, Block, GatedMLP, grad_of, score, true_scores, weight_grads
+from recorder_oracle import Attention, Block, GatedMLP, assert_scores, grad_of, score, true_scores, weight_grads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -14,23 +14,6 @@ from gisp_kernels import Projection, StructureGroup, iter_groups, mlp_group, rec
 from gisp_kernels.record.targets import Mode
 
 MODES: tuple[Mode, ...] = ("stream", "exact")
-
-
-@pytest.fixture
-def model() -> Block:
-    return Block()
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(2, 7, 16)
-
-
-def assert_scores(scores: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], rtol: float = 1e-5) -> None:
-    assert scores.keys() == truth.keys()
-    for name, expected in truth.items():
-        assert scores[name].dtype == torch.float32
-        torch.testing.assert_close(scores[name].double(), expected, rtol=rtol, atol=0.0)
 
 
 def is_clean(model: nn.Module) -> bool:

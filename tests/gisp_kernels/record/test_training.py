@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorder_oracle import Block, grad_of, true_scores
+from recorder_oracle import Block, assert_scores, grad_of, true_scores
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,16 +18,6 @@ from gisp_kernels.record.targets import Mode
 
 MODES: tuple[Mode, ...] = ("stream", "exact")
 KEPT: tuple[Mode, ...] = (*MODES, "signed")
-
-
-@pytest.fixture
-def model() -> Block:
-    return Block()
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(2, 7, 16)
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -39,12 +29,6 @@ def assert_same_gradients(one: nn.Module, other: nn.Module) -> None:
         found = dict(one.named_parameters())[name].grad
         assert (found is None) == (expected is None), name
         assert found is None or expected is None or torch.equal(found, expected), name
-
-
-def assert_scores(scores: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], rtol: float = 1e-5) -> None:
-    assert scores.keys() == truth.keys()
-    for name, expected in truth.items():
-        torch.testing.assert_close(scores[name].double(), expected, rtol=rtol, atol=0.0)
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["forward inside", "forward before"])

@@ -10,29 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from recorder_oracle import Block, grad_of, true_scores
+from recorder_oracle import Block, assert_scores, grad_of, true_scores
 from torch import nn
 
 from gisp_kernels import record_activations, record_importance, record_lines
 from gisp_kernels.record.targets import Mode
 
 MODES: tuple[Mode, ...] = ("stream", "exact")
-
-
-@pytest.fixture
-def model() -> Block:
-    return Block()
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(2, 7, 16)
-
-
-def assert_scores(scores: dict[str, torch.Tensor], truth: dict[str, torch.Tensor], rtol: float = 1e-5) -> None:
-    assert scores.keys() == truth.keys()
-    for name, expected in truth.items():
-        torch.testing.assert_close(scores[name].double(), expected, rtol=rtol, atol=0.0)
 
 
 class Tied(nn.Module):
