@@ -62,7 +62,7 @@ def measure_stages(names: list[str], args: argparse.Namespace) -> dict[str, Any]
             given = ["--model", name, "--device", args.device, "--sparsity", str(args.sparsity), "--out", str(out)]
             given += [f"--stages={args.stages}"] + [f"--steps={args.steps}"] * bool(args.steps)
             given += [f"--batch-tokens={args.batch_tokens}"] * bool(args.batch_tokens) + ["--fp8"] * args.fp8
-            code = launch(count, "benchmarks.prune", given)
+            code = launch(count, "benchmarks.prune", given, again="start it again")
             if code:
                 raise GispError(f"the run of {name} in {args.stages} stages ended with exit code {code}")
             found = json.loads(out.read_text())

@@ -11,7 +11,7 @@ import typer
 
 from gisp.cli.flags import flag, numbers, with_flags
 from gisp.cli.options.compensation import COMPENSATION, compensation_request
-from gisp.cli.options.gpus import GPUS, processes, start_processes
+from gisp.cli.options.gpus import GPUS, processes, run_as_processes, start_processes
 from gisp.cli.output import shows_progress
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
@@ -61,7 +61,7 @@ def export(
     given: dict[str, Any] = {"dtype": dtype, **vars(sizes), "data": data, "window": window}
     if (stages := compensation.pop("stages")) is not None:
         others = {**given, "nested": nested, "sparsities": sparsities, "push_to_hub": push_to_hub, **compensation}
-        _export_stages(stages, run, *_one_size(sparsity, out, None), device, format, others)
+        _export_stages(context, stages, run, *_one_size(sparsity, out, None), device, format, others)
         return
     gpus = compensation["gpus"]
     _check_shared(gpus, data, compensation["compensate"])
@@ -96,7 +96,14 @@ def _check_shared(gpus: int | None, data: str | None, compensate: str | None) ->
 
 
 def _export_stages(
-    stages: int, run: Path, sparsity: float, out: Path, device: str, format: str, others: dict[str, Any]
+    context: typer.Context,
+    stages: int,
+    run: Path,
+    sparsity: float,
+    out: Path,
+    device: str,
+    format: str,
+    others: dict[str, Any],
 ) -> None:
     """Start the processes of an export in stages, or be one of them.
 
@@ -104,7 +111,6 @@ def _export_stages(
         others: what such an export does not follow, but for as many GPUs.
     """
     from gisp.replicas.environment import joined
-    from gisp.replicas.launch import check_processes, launch
 
     gpus = others.pop("gpus")
     _refuse(f"--stages {stages} writes the point of the run as hf", format, others)
@@ -112,9 +118,7 @@ def _export_stages(
         raise GispError(f"--gpus is {gpus}, --stages {stages} starts as many processes: leave it out")
     if not launched():
         _check_given(run, sparsity, out, ())
-        check_processes(stages, device)
-        given = ["export", str(run), f"--sparsity={sparsity}", f"--out={out}", f"--device={device}"]
-        raise typer.Exit(launch(stages, "gisp", [*given, f"--stages={stages}"]))
+        run_as_processes(context, stages, device, again="give the command again")
     from gisp.export.parted import export_parted
 
     with joined(device) as group:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gisp.cli.flags import flag, with_flags
+from gisp.cli.options.gpus import run_as_processes
 from gisp.cli.output import output, shows_progress
 from gisp.cli.prune_summary import closing_lines
 from gisp.cli.stop import InterruptError
@@ -43,6 +44,7 @@ def _flag(option: Option) -> Any:
 @shows_progress
 @with_flags([_flag(option) for option in OPTIONS.values()])
 def prune(
+    context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Folder, hub name or GGUF file of the dense model.")] = None,
     data: Annotated[
         str | None,
@@ -96,7 +98,8 @@ def prune(
     if not rank():
         _check_given(places, resume, log)
     if gpus is not None and gpus > 1:
-        raise typer.Exit(_launch(gpus, stages, places, resume, log, options))
+        _check_processes(gpus, stages, options)
+        run_as_processes(context, gpus, str(options.get("device") or "auto"), again="add --resume to go on")
     _run(places, resume, log, options, stages)
 
 
@@ -143,29 +146,6 @@ def _in_slices(options: dict[str, Any], run: Path | None) -> dict[str, Any]:
     if run is not None and _has_begun(run):
         raise GispError(f"{run} was begun without --slices, which several GPUs need: go on without --gpus or torchrun")
     return {**options, "slices": SLICES}
-
-
-def _launch(
-    gpus: int, stages: int, places: dict[str, Any], resume: bool, log: str | None, options: dict[str, Any]
-) -> int:
-    """Run the same command as several processes of this host; its exit code."""
-    from gisp.replicas.launch import launch
-
-    _check_processes(gpus, stages, options)
-    given = [f"--data={places['data']}", f"--out={places['out']}", *(["--resume"] if resume else [])]
-    given += [f"--log={log}"] if log else []
-    given += [f"--stages={stages}"] if stages > 1 else []
-    given += [f"--{name}" for name in ("quiet", "verbose") if getattr(output(), name)]
-    for name, value in options.items():
-        if isinstance(value, bool):
-            given.append(OPTIONS[name].flag if value else OPTIONS[name].flag.replace("--", "--no-", 1))
-        elif value is not None:
-            given.append(f"{OPTIONS[name].flag}={value}")
-    try:
-        return launch(gpus, "gisp", ["prune", *given, "--", places["model"]])
-    except KeyboardInterrupt:
-        # The first process tells.
-        raise InterruptError("") from None
 
 
 def _check_processes(gpus: int, stages: int, options: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def check_processes(count: int, device: str) -> None:
         raise GispError(f"--gpus is {count}, {there} CUDA devices are here: give at most that many, or --device cpu")
 
 
-def launch(count: int, module: str, arguments: Sequence[str], again: str = "add --resume to go on") -> int:
+def launch(count: int, module: str, arguments: Sequence[str], again: str) -> int:
     """Run ``python -m module arguments`` as ``count`` processes and wait for their end.
 
     A process that fails ends the others. It has told why; one that a signal ended is told here.

@@ -55,10 +55,12 @@ def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_the_first_failure_is_the_result(ending: str) -> None:
-    assert launch(2, ending, ["0"]) == 0
-    assert launch(2, ending, ["2"]) == 2
-    with pytest.raises(GispError, match=r"rank 1 \(process \d+\) was ended by SIGKILL \(.*memory.*\), so the others"):
-        launch(2, ending, ["SIGKILL"])
+    assert launch(2, ending, ["0"], "begin anew") == 0
+    assert launch(2, ending, ["2"], "begin anew") == 2
+    with pytest.raises(
+        GispError, match=r"rank 1 \(process \d+\) was ended by SIGKILL \(.*memory.*\), so the others.*: begin anew"
+    ):
+        launch(2, ending, ["SIGKILL"], "begin anew")
 
 
 def test_a_stopped_process_ends_with_the_others(
@@ -66,7 +68,7 @@ def test_a_stopped_process_ends_with_the_others(
 ) -> None:
     (tmp_path / "stopping.py").write_text(_STOPS)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *(path for path in sys.path if path)]))
-    assert launch(2, "stopping", [str(tmp_path / "when")]) == watch.EXIT_CODE
+    assert launch(2, "stopping", [str(tmp_path / "when")], "begin anew") == watch.EXIT_CODE
     # Half a minute is what the launcher gives a process that does not listen.
     assert time.time() - float((tmp_path / "when").read_text()) < 30
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]

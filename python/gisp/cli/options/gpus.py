@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
@@ -23,22 +23,33 @@ GPUS = flag("gpus", "GPUs of this host that share the work; the result does not 
 def start_processes(context: typer.Context, gpus: int | None, device: str) -> None:
     """Run the command as so many processes of this host, and end with their exit code; one process goes on.
 
-    Args:
-        context: of the command, which holds its arguments.
-
     Raises:
         GispError: there are fewer GPUs, or torchrun has started processes.
         typer.Exit: they have done it.
     """
     if gpus is None or (gpus == 1 and not launched()):
         return
-    from gisp.replicas.launch import check_processes, launch
-
     if launched():
         raise GispError(f"--gpus {gpus} starts processes, torchrun has started them already: leave it out")
-    check_processes(gpus, device)
+    run_as_processes(context, gpus, device, again="give the command again")
+
+
+def run_as_processes(context: typer.Context, count: int, device: str, again: str) -> NoReturn:
+    """Run the command anew as processes of this host, without ``--gpus``, and end with their exit code.
+
+    Args:
+        context: of the command, which holds its arguments.
+        again: what to do after a signal has ended a process.
+
+    Raises:
+        GispError: there are fewer GPUs, or a signal ended a process.
+        typer.Exit: they have done it.
+    """
+    from gisp.replicas.launch import check_processes, launch
+
+    check_processes(count, device)
     try:
-        code = launch(gpus, "gisp", _without_gpus(context.obj), again="give the command again")
+        code = launch(count, "gisp", _without_gpus(context.obj), again)
     except KeyboardInterrupt:
         # The first process tells.
         raise InterruptError("") from None
