@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+
+from gisp_kernels import _ext
+from gisp_kernels.backend import has_triton, interpreting
+
+NO_CORE = _ext.why_not("cpu")
+NEEDS_INTERPRETER = pytest.mark.skipif(
+    not (has_triton() and interpreting()), reason="needs Triton in its interpreter; test_swap_gpu.py has the GPU's"
+)
+BACKENDS = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(NO_CORE is not None, reason=str(NO_CORE))),
+    pytest.param("triton", marks=NEEDS_INTERPRETER),
+]
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -8,23 +8,13 @@ from functools import partial
 
 import pytest
 import torch
+from partition_cases import BACKENDS
 from recorder_oracle import grad_of
 from torch import nn
 
-from gisp_kernels import _ext
-from gisp_kernels.backend import has_triton, interpreting
 from gisp_kernels.compaction.compactor import Compactor
 from gisp_kernels.groups import Projection, StructureGroup, attention_group, mlp_group
 
-NO_CORE = _ext.why_not("cpu")
-NEEDS_INTERPRETER = pytest.mark.skipif(
-    not (has_triton() and interpreting()), reason="needs Triton in its interpreter; test_swap_gpu.py has the GPU's"
-)
-BACKENDS = [
-    "reference",
-    pytest.param("native", marks=pytest.mark.skipif(NO_CORE is not None, reason=str(NO_CORE))),
-    pytest.param("triton", marks=NEEDS_INTERPRETER),
-]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -7,22 +7,12 @@ from typing import Any
 import pytest
 import torch
 from interpreter import shuffled_grid
-from partition_cases import bits, random_bits, random_pairs, swapped
+from partition_cases import BACKENDS, NEEDS_INTERPRETER, NO_CORE, bits, random_bits, random_pairs, swapped
 
 from gisp_kernels import _ext
-from gisp_kernels.backend import has_triton, interpreting
 from gisp_kernels.ops import swap
 from gisp_kernels.ops.swap import swap_blocks_
 
-NO_CORE = _ext.why_not("cpu")
-NEEDS_INTERPRETER = pytest.mark.skipif(
-    not (has_triton() and interpreting()), reason="needs Triton in its interpreter; test_swap_gpu.py has the GPU's"
-)
-BACKENDS = [
-    "reference",
-    pytest.param("native", marks=pytest.mark.skipif(NO_CORE is not None, reason=str(NO_CORE))),
-    pytest.param("triton", marks=NEEDS_INTERPRETER),
-]
 DTYPES = [torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
