@@ -20,6 +20,7 @@ from gisp.export.beside import copy_beside
 from gisp.export.card import PRUNED, CardKind, write_card
 from gisp.export.folder import new_folder, write_config, write_weights
 from gisp.export.load import load
+from gisp.export.sizes.layout import AttentionLayout
 from gisp.export.spec import TOLERANCE, ExportReport, LayerSizes, PrunedSpec
 from gisp.model.attention import INDEXED_ATTENTION
 from gisp.model.keep import Keep, block_columns
@@ -81,7 +82,7 @@ def checked_report(base: Any, model_map: ModelMap, keep: Keep, folder: Path, out
         reference = Reference(base, model_map, keep)
     dtype = weight_dtype(base)
     reloaded = load(folder, device=str(base.get_input_embeddings().weight.device), dtype=dtype)
-    absolute, relative, tolerance = reference.compare(reloaded)
+    difference = reference.compare(reloaded)
     sizes = tuple(
         LayerSizes(
             heads=len(heads),
@@ -91,18 +92,49 @@ def checked_report(base: Any, model_map: ModelMap, keep: Keep, folder: Path, out
         )
         for layer, heads in zip(reloaded.model.layers, keep.heads, strict=True)
     )
-    kv_head_bytes = 2 * model_map.head_dim * dtype.itemsize
+    return report_of(model_map, out, size, sum(p.numel() for p in reloaded.parameters()), sizes, difference, dtype)
+
+
+def report_of(
+    model_map: ModelMap,
+    out: Path,
+    size: int,
+    parameters: int,
+    sizes: tuple[LayerSizes, ...],
+    difference: tuple[float, float, float],
+    cache: torch.dtype,
+) -> ExportReport:
+    """A report that counts key/value caches.
+
+    Args:
+        model_map: of the dense model.
+        out: where the export will be in the end.
+        size: bytes of its weight files.
+        parameters: that it holds.
+        difference: as of :meth:`Reference.compare`.
+        cache: dtype of keys and values.
+    """
+    absolute, relative, tolerance = difference
+    head_bytes = 2 * model_map.head_dim * cache.itemsize
     return ExportReport(
         path=out,
         absolute_difference=absolute,
         relative_difference=relative,
         parameters_dense=model_map.parameters,
-        parameters_pruned=sum(p.numel() for p in reloaded.parameters()),
+        parameters_pruned=parameters,
         bytes=size,
-        kv_bytes_per_token=kv_head_bytes * sum(item.kv_heads for item in sizes),
-        kv_bytes_per_token_dense=kv_head_bytes * model_map.num_kv_heads * len(model_map.layers),
+        kv_bytes_per_token=head_bytes * sum(item.kv_heads for item in sizes),
+        kv_bytes_per_token_dense=head_bytes * model_map.num_kv_heads * len(model_map.layers),
         sizes=sizes,
         tolerance=tolerance,
+    )
+
+
+def planned_sizes(keep: Keep, layouts: Sequence[AttentionLayout]) -> tuple[LayerSizes, ...]:
+    """Sizes of the layers that an export writes."""
+    return tuple(
+        LayerSizes(len(heads), len(layout.query), len(layout.kv), max(1, len(channels)))
+        for (heads, channels), layout in zip(keep.layers, layouts, strict=True)
     )
 
 

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from gisp.errors import GispError
 from gisp.export.beside import base_folder, copy_beside
 from gisp.export.card import write_card
-from gisp.export.check import check_tokens
+from gisp.export.check import check_tokens, planned_sizes, report_of
 from gisp.export.folder import check_place, new_folder, write_config
 from gisp.export.formats.hf import check_family, pruned_config, pruned_state
 from gisp.export.load import register_models
@@ -25,8 +25,7 @@ from gisp.export.parted.compare import compare
 from gisp.export.parted.shards import write_shards
 from gisp.export.relayout import plan_layers
 from gisp.export.run import RunExport, point_of
-from gisp.export.sizes.layout import AttentionLayout
-from gisp.export.spec import ExportReport, LayerSizes, PrunedSpec, map_checked
+from gisp.export.spec import ExportReport, PrunedSpec, map_checked
 from gisp.model.load import resolve_device
 from gisp.model.structures import ModelMap
 from gisp.replicas.group import Replicas
@@ -118,34 +117,11 @@ def _write(
             copy_beside(folder, base, base_folder(spec.base_path))
     register_models()
     exported = read_part(skeleton(str(folder), None), str(folder), placement, stages, model_map.weight.device)
-    absolute, relative, tolerance = compare(base, exported, model_map, spec, stages, placement)
-    bytes_of_head = 2 * model_map.head_dim * model_map.weight.element_size()
-    sizes = _sizes(spec, layouts)
-    report = ExportReport(
-        path=out,
-        absolute_difference=absolute,
-        relative_difference=relative,
-        parameters_dense=model_map.parameters,
-        parameters_pruned=sum(p.numel() for p in exported.parameters()),
-        bytes=size,
-        kv_bytes_per_token=bytes_of_head * sum(item.kv_heads for item in sizes),
-        kv_bytes_per_token_dense=bytes_of_head * model_map.num_kv_heads * len(model_map.layers),
-        sizes=sizes,
-        tolerance=tolerance,
-    )
+    difference = compare(base, exported, model_map, spec, stages, placement)
+    parameters = sum(p.numel() for p in exported.parameters())
+    sizes = planned_sizes(spec.keep, layouts)
+    report = report_of(model_map, out, size, parameters, sizes, difference, model_map.weight.dtype)
     with together(stages):
         if stages.processes.first:
             write_card(folder, base, spec, report)
     return report
-
-
-def _sizes(spec: PrunedSpec, layouts: list[AttentionLayout]) -> tuple[LayerSizes, ...]:
-    return tuple(
-        LayerSizes(
-            heads=len(heads),
-            query_heads=len(layout.query),
-            kv_heads=len(layout.kv),
-            channels=max(1, len(channels)),
-        )
-        for (heads, channels), layout in zip(spec.keep.layers, layouts, strict=True)
-    )

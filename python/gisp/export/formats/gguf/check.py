@@ -21,15 +21,23 @@ import numpy as np
 import torch
 
 from gisp.errors import GispError
-from gisp.export.check import TOLERANCE, Reference, compare_logits, exact_logits, weight_dtype
+from gisp.export.check import (
+    TOLERANCE,
+    Reference,
+    compare_logits,
+    exact_logits,
+    planned_sizes,
+    report_of,
+    weight_dtype,
+)
 from gisp.export.formats.gguf.file import count_parameters, read_model
 from gisp.export.formats.gguf.tokenizer import CHECK_TEXTS, Vocabulary
 from gisp.export.sizes.layout import AttentionLayout
-from gisp.export.spec import ExportReport, LayerSizes, PrunedSpec
+from gisp.export.spec import ExportReport, PrunedSpec
 from gisp.model.structures import ModelMap
 
 AGREEMENT = 0.999
-_CACHE_BYTES = 2  # float16, llama.cpp's default
+_CACHE = torch.float16  # llama.cpp's default
 _RUNNER = "gisp.export.formats.gguf.llama_cpp"
 _TIES = ", elsewhere another that is as likely but for rounding"
 # Stored and base dtypes where storing rounds every weight.
@@ -69,22 +77,9 @@ def checked_gguf_report(
         absolute, relative, tolerance = reference.compare(stored)
     facts = [("matrices stored as", _storage(dtype, weight_dtype(base)))]
     facts += _llama_cpp_facts(file, model_map, dtype, reference.tokens, reference.logits, vocabulary)
-    kv_head_bytes = 2 * model_map.head_dim * _CACHE_BYTES
-    report = ExportReport(
-        path=out,
-        absolute_difference=absolute,
-        relative_difference=relative,
-        parameters_dense=model_map.parameters,
-        parameters_pruned=count_parameters(file),
-        bytes=file.stat().st_size,
-        kv_bytes_per_token=kv_head_bytes * sum(len(layout.kv) for layout in layouts),
-        kv_bytes_per_token_dense=kv_head_bytes * model_map.num_kv_heads * len(model_map.layers),
-        sizes=tuple(
-            LayerSizes(len(heads), len(layout.query), len(layout.kv), max(len(channels), 1))
-            for (heads, channels), layout in zip(spec.keep.layers, layouts, strict=True)
-        ),
-        tolerance=tolerance,
-    )
+    sizes, parameters = planned_sizes(spec.keep, layouts), count_parameters(file)
+    difference = absolute, relative, tolerance
+    report = report_of(model_map, out, file.stat().st_size, parameters, sizes, difference, _CACHE)
     return report, facts
 
 
