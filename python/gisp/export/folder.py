@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from gisp.config.memory import gigabytes
 from gisp.errors import GispError
 from gisp.files import lock_beside, one_writer, remove_stale, temporary_path
 
@@ -111,10 +112,6 @@ def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
 def check_room(folder: Path, size: int) -> None:
     """Refuse to begin writing ``size`` bytes where they do not fit.
 
@@ -123,7 +120,7 @@ def check_room(folder: Path, size: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if size > free:
-        raise GispError(f"the export needs {_size(size)}, {_size(free)} are free: free some space")
+        raise GispError(f"the export needs {gigabytes(size)}, {gigabytes(free)} are free: free some space")
 
 
 def is_tied(model: Any) -> bool:
