@@ -34,6 +34,7 @@ class Sizes:
         exact_tokens, exact_steps: of the exact schedules, a step of which sees all of the tokens; steps ``None`` = the
             preset's own.
         exact_seeds: seeds of those, the costliest by far.
+        gate_steps: training steps of learned gates; ``None`` = their own.
         gqa: whether the decoder shares key/value heads.
         tasks: names of the prepared tasks.
     """
@@ -43,6 +44,7 @@ class Sizes:
     exact_tokens: int = 163840
     exact_steps: int | None = None
     exact_seeds: int = 3
+    gate_steps: int | None = None
     gqa: bool = False
     tasks: tuple[str, ...] = ()
 
@@ -141,6 +143,8 @@ def _published_cells(seed: int, sizes: Sizes, *, first: bool) -> list[Cell]:
         if name == "magnitude" and not first:
             continue  # sees neither data nor seed
         trained = CRITERIA[options["criterion"]].options.get("steps") == 1
+        if CRITERIA[options["criterion"]].trains and sizes.gate_steps is not None:
+            options = {**options, "gate_steps": sizes.gate_steps}
         mode: Mode = "each size" if trained else "one shot"
         tokens = None if trained else sizes.steps * sizes.batch_tokens
         cells.append(

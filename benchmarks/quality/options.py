@@ -33,6 +33,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--exact-tokens", type=count, default=Sizes.exact_tokens, help="of exact schedules (163840)")
     add("--exact-steps", type=count, help="of exact schedules (the preset's own)")
     add("--exact-seeds", type=count, default=Sizes.exact_seeds, help="of them, the costliest by far (3)")
+    add("--gate-steps", type=count, help="of learned gates (their own)")
     add("--sparsities", default="0.2,0.3,0.4,0.5")
     add(
         "--compensate",
@@ -115,7 +116,14 @@ def chosen(args: argparse.Namespace, gqa: bool, tasks: tuple[str, ...]) -> list[
         GispError: none are, or a compensation that is none.
     """
     sizes = Sizes(
-        args.steps, args.batch_tokens, args.exact_tokens, args.exact_steps, args.exact_seeds, gqa=gqa, tasks=tasks
+        steps=args.steps,
+        batch_tokens=args.batch_tokens,
+        exact_tokens=args.exact_tokens,
+        exact_steps=args.exact_steps,
+        exact_seeds=args.exact_seeds,
+        gate_steps=args.gate_steps,
+        gqa=gqa,
+        tasks=tasks,
     )
     made = (STUDIES[study](range(args.seeds), sizes) for study in dict.fromkeys(args.study or ["criteria"]))
     found = [cell for each in made for cell in sorted(each, key=lambda cell: cell.seed)]

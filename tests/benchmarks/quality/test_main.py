@@ -20,7 +20,7 @@ def arguments(files: Path, tmp_path: Path) -> list[str]:
     return [
         *made,
         *("--device", "cpu", "--window", "104", "--steps", str(STEPS), "--batch-tokens", "208"),
-        *("--exact-tokens", "208", "--exact-steps", "5", "--sparsities", "0.25,0.3"),
+        *("--exact-tokens", "208", "--exact-steps", "5", "--sparsities", "0.25,0.3", "--gate-steps", "40"),
     ]
 
 
