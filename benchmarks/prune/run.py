@@ -46,6 +46,7 @@ from benchmarks.prune.stages import measure_stages, run_stage, show_stages
 from gisp.compensation import CompensationOptions
 from gisp.compensation.options import METHODS
 from gisp.compensation.request import make_request
+from gisp.errors import GispError
 from gisp.replicas.environment import launched
 
 NAME = "gisp bench prune"
@@ -248,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    _check_together(args)
     names, device = models_and_device(args, NAME)
     if args.stages:
         args.gpus = args.gpus or [args.stages]
@@ -265,6 +267,20 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         return measure_apart(names, args)
     run = measure_model(names[0], device, setting, Budget(args.budget), paper=args.paper, compensation=compensation)
     return {"benchmark": "prune", "identity": identity(device), "runs": [run]}
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Refuse options of another kind of run.
+
+    Raises:
+        GispError: names them.
+    """
+    if args.offload and (args.stages or args.gpus):
+        other = "--stages" if args.stages else "--gpus"
+        raise GispError(f"--offload is for one GPU, {other} for several: leave one of them out")
+    for option in ("gpu_memory", "layers"):
+        if getattr(args, option) is not None and not args.offload:
+            raise GispError(f"--{option.replace('_', '-')} changes nothing without --offload: leave it out or add that")
 
 
 def _compensation(args: argparse.Namespace) -> CompensationOptions | None:

@@ -52,7 +52,11 @@ def measure_stages(names: list[str], args: argparse.Namespace) -> dict[str, Any]
     """
     count = args.gpus[0]
     if count % args.stages or len(args.gpus) > 1:
-        raise GispError(f"--gpus beside --stages {args.stages} is one multiple of it")
+        given = ",".join(map(str, args.gpus))
+        raise GispError(
+            f"--gpus is {given}: runs in stages take one number, a multiple of --stages {args.stages}, as "
+            f"{2 * args.stages}"
+        )
     paths = (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     result: dict[str, Any] = {"benchmark": "prune", "identity": None, "runs": [], "stages": []}

@@ -106,3 +106,19 @@ def test_every_model_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatc
     # What is passed on is understood.
     bench_prune.parser().parse_args(commands[0][3:])
     assert "exit code 9" in bench_prune.show(result["runs"][1:])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--offload", "--stages", "2"), "--offload is for one GPU, --stages for several"),
+        (("--offload", "--gpus", "2"), "--offload is for one GPU, --gpus for several"),
+        (("--gpu-memory", "8GB"), "--gpu-memory changes nothing without --offload"),
+        (("--layers", "2"), "--layers changes nothing without --offload"),
+    ],
+)
+def test_options_of_another_kind_of_run_are_refused(
+    given: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "prune", "--model", "tiny", "--device", "cpu", *given]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())

@@ -41,4 +41,4 @@ def test_values_of_a_part_are_those_of_the_whole() -> None:
 @pytest.mark.parametrize("gpus", ["3", "2,4"])
 def test_whole_rows_are_asked_for(gpus: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "prune", "--model", "tiny", "--device", "cpu", "--stages", "2", "--gpus", gpus]) == 2
-    assert "one multiple of it" in capsys.readouterr().err
+    assert "a multiple of --stages 2, as 4" in capsys.readouterr().err
