@@ -37,7 +37,7 @@ def test_what_was_run_is_kept_when_a_later_run_fails(
 ) -> None:
     out = tmp_path / "r.json"
     known = replicas.launch
-    monkeypatch.setattr(replicas, "launch", lambda count, *given, **again: 2 if count == 2 else known(count, *given))
+    monkeypatch.setattr(replicas, "launch", lambda n, *given, **again: 2 if n == 2 else known(n, *given, **again))
     asked = ["bench", "prune", "--model", "tiny", "--device", "cpu", "--steps", "2"]
     assert main([*asked, "--gpus", "1,2", "--out", str(out)]) == 2
     assert "on 2 GPUs ended with exit code 2" in capsys.readouterr().err
