@@ -52,9 +52,9 @@ def measure_stages(names: list[str], args: argparse.Namespace) -> dict[str, Any]
     """
     count = args.gpus[0]
     if count % args.stages or len(args.gpus) > 1:
-        given = ",".join(map(str, args.gpus))
+        counts = ",".join(map(str, args.gpus))
         raise GispError(
-            f"--gpus is {given}: runs in stages take one number, a multiple of --stages {args.stages}, as "
+            f"--gpus is {counts}: runs in stages take one number, a multiple of --stages {args.stages}, as "
             f"{2 * args.stages}"
         )
     paths = (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH"))
