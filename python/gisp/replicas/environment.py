@@ -31,6 +31,18 @@ def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def share_cores() -> None:
+    """Give every process of this host its part of the cores, unless ``OMP_NUM_THREADS`` says how many threads it has.
+
+    Each would take all of them, and threads that wait for one another would keep the others from starting kernels.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
 @contextmanager
 def joined(device: str) -> Iterator[ProcessGroup | None]:
     """The group of the processes that a launcher started, ``None`` without one; every process gets a GPU of its own.
@@ -59,6 +71,7 @@ def joined(device: str) -> Iterator[ProcessGroup | None]:
                 f"process {local} of this host has no GPU: start as many as there are, {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(local)
+        share_cores()
     distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
     yield distributed.group.WORLD
     # Not after a failure: it would wait for those that are gone.
