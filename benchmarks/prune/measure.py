@@ -152,8 +152,6 @@ def timed_run(
         "first_step_seconds": first,
         "median_step_seconds": statistics.median(record.seconds for record in trajectory.steps),
         "phases": phase_totals(metrics),
-        # Also what a GPU was busy meanwhile; a write longer than a pass shows as compaction.
-        "write_seconds": sum(entry["write_seconds"] for entry in metrics),
         "peak_bytes": max(peaks) if peaks else None,
         "reserved_bytes": torch.cuda.memory_reserved() if peaks else None,
         "trajectory_sha256": trajectory_digest(trajectory),

@@ -154,8 +154,7 @@ class PruningLoop:
                     if folder:
                         # Its own writing time a step cannot write down; it carries the previous step's.
                         clock.seconds["write"] = writer.held_up
-                        # A disk that is slower than the GPU holds up the host unseen by the phases.
-                        metrics |= {"seconds": clock.seconds, "write_seconds": writer.seconds}
+                        metrics["seconds"] = clock.seconds
                         writer.take(partial(folder.commit, trajectory, metrics, state, earlier))
                     progress.advance(details=step_details(record, self.config.objective))
                     if on_step:

@@ -41,30 +41,25 @@ class StepWriter:
             wait. A run killed in between repeats that step when resumed, with the same result.
 
     Attributes:
-        seconds: of the last write.
-        held_up: seconds of them that the run was kept waiting; 0 if the write was overlapped, as far as that is known.
+        held_up: seconds the last write kept the run waiting, 0 if it was overlapped.
     """
 
     def __init__(self, overlap: bool) -> None:
         self._overlap = overlap
         self._waiting: Callable[[], None] | None = None
-        self.seconds = self.held_up = 0.0
+        self.held_up = 0.0
 
     def take(self, write: Callable[[], None]) -> None:
         """Run ``write`` now or keep it back."""
         if self._overlap:
             self._waiting = write
             return
-        self._run(write)
-        self.held_up = self.seconds
+        start = time.perf_counter()
+        write()
+        self.held_up = time.perf_counter() - start
 
     def flush(self) -> None:
         """Run what was kept back, if anything; it is not run twice if it fails."""
         write, self._waiting = self._waiting, None
         if write is not None:
-            self._run(write)
-
-    def _run(self, write: Callable[[], None]) -> None:
-        start = time.perf_counter()
-        write()
-        self.seconds = time.perf_counter() - start
+            write()

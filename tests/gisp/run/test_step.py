@@ -31,7 +31,6 @@ def test_a_write_kept_back_runs_once_at_the_flush():
     writer.flush()
     writer.flush()
     assert done == [1]
-    assert writer.seconds > 0 and writer.held_up == 0
 
 
 def test_a_failed_write_is_not_tried_again():
