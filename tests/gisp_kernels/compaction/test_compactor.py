@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable
-from functools import partial
-
 import pytest
 import torch
+from narrow_block import Block, assert_kept, assert_same, dense_of, state
 from partition_cases import BACKENDS
 from recorder_oracle import grad_of
 from torch import nn
@@ -16,57 +13,6 @@ from gisp_kernels.compaction.compactor import Compactor
 from gisp_kernels.groups import Projection, StructureGroup, attention_group, mlp_group
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class Block(nn.Module):
-    """Attention of 6 heads (3 shared key/value heads optional) of size 4 and 37 channels."""
-
-    def __init__(self, bias: bool = True, shared_kv: bool = False, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.head_dim = 4
-        kv = 12 if shared_kv else 24
-
-        def linear(fan_in: int, fan_out: int) -> nn.Linear:
-            return nn.Linear(fan_in, fan_out, bias=bias, dtype=dtype)
-
-        self.q_proj, self.k_proj, self.v_proj = linear(17, 24), linear(17, kv), linear(17, kv)
-        self.o_proj = linear(24, 17)
-        self.gate_proj, self.up_proj, self.down_proj = linear(17, 37), linear(17, 37), linear(37, 17)
-
-    def groups(self) -> list[StructureGroup]:
-        return [attention_group("heads", self), mlp_group("channels", self)]
-
-
-def state(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
-
-
-def assert_same(module: nn.Module, expected: dict[str, torch.Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        assert torch.equal(parameter, expected[name]), name
-
-
-def assert_kept(compactor: Compactor, group: StructureGroup, dense: Callable[[nn.Linear], tuple]) -> None:
-    """Every projection shows the structures of ``order``, gathered from its dense weight."""
-    kept = compactor.order(group.name)[: compactor.kept(group.name)]
-    for projection in group.projections:
-        linear, block = projection.linear, projection.block
-        lines = (kept[:, None] * block + torch.arange(block)).flatten()
-        weight, bias = dense(linear)
-        dim = 0 if projection.axis == "row" else 1
-        assert torch.equal(linear.weight, weight.index_select(dim, lines))
-        if bias is not None:
-            assert torch.equal(linear.bias, bias[lines] if projection.axis == "row" else bias)
-        assert (linear.out_features, linear.in_features) == tuple(linear.weight.shape)
-
-
-def dense_of(module: nn.Module) -> Callable[[nn.Linear], tuple]:
-    saved = {
-        id(linear): (linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach().clone())
-        for linear in module.modules()
-        if isinstance(linear, nn.Linear)
-    }
-    return lambda linear: saved[id(linear)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -186,60 +132,6 @@ def test_strided_weights_are_compacted_inside_their_storage(backend: str) -> Non
     assert poison[outside].isnan().all()
     compactor.rollback()
     assert torch.equal(poison.view(torch.int32), before.view(torch.int32))
-
-
-def test_pack_frees_the_tail_and_ends_the_way_back() -> None:
-    block = Block(dtype=torch.bfloat16)
-    groups = block.groups()
-    dense = dense_of(block)
-    compactor = Compactor(groups)
-    total = compactor.bytes_storage()
-    assert total == compactor.bytes_packed()
-    compactor.remove({"heads": [0], "channels": list(range(10))})
-    # 2 bytes: a head owns 4 rows of q, k, v with biases and 4 columns of o, a channel 2 rows with biases and a column.
-    assert total - compactor.bytes_packed() == 2 * (4 * (3 * 18 + 17) + 10 * (2 * 18 + 17))
-    assert compactor.bytes_storage() == total
-    weight = block.down_proj.weight
-    compactor.pack()
-    assert block.down_proj.weight is weight
-    assert weight.is_contiguous()
-    assert weight.untyped_storage().nbytes() == weight.numel() * 2
-    assert compactor.bytes_storage() == compactor.bytes_packed()
-    assert compactor.depth == 0
-    with pytest.raises(RuntimeError, match=r"1 steps cannot be rolled back: only 0 were taken since pack\(\)"):
-        compactor.rollback()
-    for group in groups:
-        assert_kept(compactor, group, dense)
-    compactor.remove({"channels": [20]})
-    for group in groups:
-        assert_kept(compactor, group, dense)
-    compactor.rollback()
-    assert compactor.kept("channels") == 27
-    pointer = weight.data_ptr()
-    compactor.pack()
-    assert weight.data_ptr() == pointer, "tight storage is not copied again"
-
-
-@pytest.mark.parametrize("moved", [1, 200, 2**26])
-def test_pack_in_place_leaves_every_weight_where_it_is(moved: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gisp_kernels.compaction.store._MOVED", moved)
-    block = Block(dtype=torch.bfloat16)
-    groups = block.groups()
-    dense = dense_of(block)
-    places = {name: p.data_ptr() for name, p in block.named_parameters()}
-    compactor = Compactor(groups)
-    for removed in ({"heads": [0, 3], "channels": list(range(10))}, {"channels": [11, 30]}, {"heads": [1, 2, 4, 5]}):
-        compactor.remove(removed)
-        version = block.down_proj.weight._version
-        compactor.pack(in_place=True)
-        assert compactor.bytes_storage() == compactor.bytes_packed()
-        for name, parameter in block.named_parameters():
-            assert parameter.is_contiguous() and (parameter.data_ptr() == places[name] or not parameter.numel())
-        assert ("channels" in removed) == (block.down_proj.weight._version > version), "autograd must notice"
-        for group in groups:
-            assert_kept(compactor, group, dense)
-    with pytest.raises(RuntimeError, match=r"since pack\(\)"):
-        compactor.rollback()
 
 
 def test_numbers_are_where_the_caller_wants_them() -> None:
@@ -365,79 +257,3 @@ def test_a_removed_channel_no_longer_contributes(backend: str) -> None:
         masked = forward()
         Compactor(block.groups(), backend=backend).remove({"channels": gone})
         torch.testing.assert_close(forward(), masked, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    ("kept", "offset", "pitch"), [(16, 0, 32), (16, 3, 32), (13, 0, 32), (16, 0, 33), (4, 4, 24), (1, 0, 16)]
-)
-def test_pack_keeps_bits_whatever_words_a_prefix_is_made_of(
-    kept: int, offset: int, pitch: int, dtype: torch.dtype
-) -> None:
-    memory = torch.randn(offset + 5 * pitch).to(dtype)
-    linear = torch.nn.Linear(1, 1, bias=False)
-    linear.weight = torch.nn.Parameter(memory.as_strided((5, 24 if pitch > 16 else 16), (pitch, 1), offset), False)
-    linear.in_features, linear.out_features = linear.weight.shape[1], 5
-    linear.weight.data[0, 0] = float("nan")
-    compactor = Compactor([StructureGroup("g", (Projection(linear, "column", 1),))])
-    compactor.remove({"g": list(range(kept, linear.in_features))})
-    before = linear.weight.detach().clone()
-    compactor.pack()
-    assert linear.weight.dtype == dtype and linear.weight.is_contiguous()
-    assert linear.weight.untyped_storage().nbytes() == before.numel() * before.element_size()
-    assert torch.equal(linear.weight.detach().view(torch.uint8), before.view(torch.uint8))
-
-
-def elsewhere(block: Block, groups: Iterable[str]) -> Block:
-    """The block with the weights of some groups on meta."""
-    for group in block.groups():
-        if group.name in groups:
-            for projection in group.projections:
-                projection.linear.to("meta")
-    return block
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_groups_that_lie_elsewhere_follow_every_step(backend: str) -> None:
-    steps: list[dict[str, list[int]]] = [{"heads": [1], "channels": [0, 9]}, {"heads": [0, 5]}, {"channels": [36, 3]}]
-    torch.manual_seed(0)
-    whole = Block()
-    parts = [elsewhere(copy.deepcopy(whole), [name]) for name in ("channels", "heads")]
-    made = [Compactor(block.groups(), backend=backend) for block in (whole, *parts)]
-    removals: list[Callable[[Compactor], None]] = [partial(Compactor.remove, removals=step) for step in steps]
-    for action in (*removals, Compactor.rollback):
-        for compactor in made:
-            action(compactor)
-        for part, compactor in zip(parts, made[1:], strict=True):
-            assert torch.equal(compactor.numbers, made[0].numbers)
-            for name, parameter in part.named_parameters():
-                expected = whole.get_parameter(name)
-                assert parameter.shape == expected.shape, name
-                assert parameter.is_meta or torch.equal(parameter, expected), name
-
-
-def test_a_group_moves_with_what_was_removed() -> None:
-    torch.manual_seed(0)
-    whole = Block()
-    expected = copy.deepcopy(whole)
-    here, there = elsewhere(copy.deepcopy(whole), ["heads"]), elsewhere(copy.deepcopy(whole), ["channels"])
-    compactors = [Compactor(here.groups()), Compactor(there.groups())]
-    for compactor in compactors:
-        compactor.remove({"heads": [2], "channels": [4, 30]})
-    moved = [tensor.clone() for tensor in compactors[0].storage("channels")]
-    compactors[0].remove({"channels": [7]})
-    compactors[0].rollback()
-    compactors[1].house("channels", moved)
-    with pytest.raises(ValueError, match="storage of group 'channels' must be contiguous, of its shapes"):
-        compactors[1].house("channels", moved[:-1])
-    compactors[1].remove({"channels": [0]})
-    assert there.gate_proj.weight.shape[0] == there.gate_proj.out_features == 34
-    compactors[1].rollback(2)
-    for name, parameter in there.named_parameters():
-        # The bias of an output projection is no structure's.
-        assert name == "down_proj.bias" or torch.equal(parameter, expected.get_parameter(name)), name
-    away = [torch.empty_like(tensor, device="meta") for tensor in moved]
-    compactors[1].house("channels", away)
-    compactors[1].remove({"channels": [0], "heads": [3]})
-    assert there.down_proj.weight.is_meta and there.down_proj.weight.shape[1] == there.down_proj.in_features == 36
-    assert there.q_proj.weight.shape[0] == 20
