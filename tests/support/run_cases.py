@@ -21,6 +21,16 @@ OPTIONS: dict[str, Any] = {
     "dtype": "float32",
 }
 
+# Of a run that sees all tokens at every step and may take anything from every layer.
+EXACT_OPTIONS: dict[str, Any] = {
+    "preset": "paper",
+    "steps": 6,
+    "sparsity": 0.6,
+    "device": "cpu",
+    "dtype": "float32",
+    "protect_last": 0,
+}
+
 
 def run_into(out: Path, model_folder: Path, token_file: Path, **options: Any) -> Trajectory:
     return gisp.prune(model_folder, token_file, out=out, **{**OPTIONS, **options})

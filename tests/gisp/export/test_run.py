@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_cases import EXACT_OPTIONS
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
@@ -20,15 +21,6 @@ from gisp.export.sizes.options import SizeOptions
 from gisp.export.spec import PrunedSpec, last_to_go
 from gisp.target import evaluate_target
 
-OPTIONS: dict[str, Any] = {
-    "preset": "paper",
-    "steps": 6,
-    "sparsity": 0.6,
-    "device": "cpu",
-    "dtype": "float32",
-    "protect_last": 0,
-}
-
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -36,7 +28,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("run-export")
     tiny_model("llama-mha", num_attention_heads=8, num_key_value_heads=8, head_dim=8).save_pretrained(root / "model")
     save_file({"input_ids": tiny_tokens(16, 16)}, root / "tokens.safetensors")
-    gisp.prune(root / "model", root / "tokens.safetensors", out=root / "run", **OPTIONS)
+    gisp.prune(root / "model", root / "tokens.safetensors", out=root / "run", **EXACT_OPTIONS)
     return root / "run", root / "tokens.safetensors"
 
 
@@ -179,7 +171,7 @@ def test_a_taken_place_is_refused_before_anything_is_measured(
 def test_shared_key_value_heads_in_all_modes(gqa: str, tmp_path: Path) -> None:
     tiny_model("llama-gqa", num_attention_heads=8, head_dim=8).save_pretrained(tmp_path / "model")
     save_file({"input_ids": tiny_tokens(16, 16)}, tmp_path / "tokens.safetensors")
-    gisp.prune(tmp_path / "model", tmp_path / "tokens.safetensors", out=tmp_path / "run", gqa=gqa, **OPTIONS)
+    gisp.prune(tmp_path / "model", tmp_path / "tokens.safetensors", out=tmp_path / "run", gqa=gqa, **EXACT_OPTIONS)
     done = export_run(
         tmp_path / "run",
         None,

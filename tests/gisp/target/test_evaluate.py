@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from eval_cases import GQA, byte_tokenizer, write_rows
+from run_cases import EXACT_OPTIONS
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokens
 
@@ -32,14 +33,6 @@ HIDDEN = 32
 # Four layers of two key/value heads of eight numbers, float32.
 KV_BYTES = 4 * 2 * 2 * 8 * 4
 CPU = ("--device", "cpu", "--dtype", "float32")
-OPTIONS: dict[str, Any] = {
-    "preset": "paper",
-    "steps": 6,
-    "sparsity": 0.6,
-    "device": "cpu",
-    "dtype": "float32",
-    "protect_last": 0,
-}
 
 
 @pytest.fixture(scope="module", params=GQA_MODES)
@@ -50,7 +43,7 @@ def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     byte_tokenizer().save_pretrained(root / "model")
     save_file({"input_ids": tiny_tokens(8, 16)}, root / "tokens.safetensors")
     write_rows(root / "rows.jsonl", ROWS)
-    gisp.prune(root / "model", root / "tokens.safetensors", out=root / "run", gqa=request.param, **OPTIONS)
+    gisp.prune(root / "model", root / "tokens.safetensors", out=root / "run", gqa=request.param, **EXACT_OPTIONS)
     trajectory = gisp.Trajectory.load(root / "run")
     base = trajectory.load_base(device="cpu")
     export_nested(base, trajectory, root / "nested", tokenizer_from=root / "model")

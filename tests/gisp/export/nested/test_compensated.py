@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_cases import EXACT_OPTIONS
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokens
 
@@ -19,14 +20,6 @@ from gisp.errors import GispError
 from gisp.export.nested.files import NestedFiles
 from gisp.export.run import export_nested_run, export_run
 
-OPTIONS: dict[str, Any] = {
-    "preset": "paper",
-    "steps": 6,
-    "sparsity": 0.6,
-    "device": "cpu",
-    "dtype": "float32",
-    "protect_last": 0,
-}
 POINTS = (0.2, 0.4)
 METHODS: dict[str, dict[str, Any]] = {
     "lsq": {},
@@ -41,7 +34,7 @@ def make_run(root: Path, family: str = "llama-gqa", dtype: torch.dtype = torch.f
     model = tiny_model(family, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     model.to(dtype).save_pretrained(root / "model")
     save_file({"input_ids": tiny_tokens(32, 16)}, root / "tokens.safetensors")
-    gisp.prune(root / "model", root / "tokens.safetensors", out=root / "run", **OPTIONS)
+    gisp.prune(root / "model", root / "tokens.safetensors", out=root / "run", **EXACT_OPTIONS)
     return root / "run"
 
 
