@@ -87,7 +87,7 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     folder = None if Path(path).exists() else snapshot(path)
     if folder is not None:
         # Of a hub name the files are known now.
-        check_stored(folder, path, _stored_config(str(folder)))
+        check_stored(folder, path, stored_config(str(folder)))
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         keys = sorted(map(str, info.get(problem) or ()))
         if problem == "unexpected_keys":
@@ -111,20 +111,31 @@ def skeleton(path: str, dtype: torch.dtype | str) -> Any:
         GispError: no model there, or one whose configuration cannot be read.
     """
     _check_stored(path)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     limits = hub_options(path)
     try:
         source, options = pretrained(path)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options, **limits)
-        if dtype == "auto":
-            dtype = getattr(config, "dtype", None) or torch.float32
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return on_meta(source, dtype, **options, **limits)
     except Exception as error:  # transformers raises many types for folders it cannot read
         if limits and isinstance(error, OSError):
             raise GispError(unreachable(f"model {path}")) from None
         raise GispError(f"model {path} cannot be loaded: {_one_line(error)}") from None
+
+
+def on_meta(source: Any, dtype: torch.dtype | str, attention: str | None = None, **options: Any) -> Any:
+    """A causal language model whose parameters have shapes and no memory, as transformers reads its configuration.
+
+    Args:
+        attention: implementation, ``None`` for that of transformers.
+        options: of ``AutoConfig.from_pretrained``, whose errors pass.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.float32
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **chosen)
 
 
 def _check_stored(path: str) -> str:
@@ -133,7 +144,7 @@ def _check_stored(path: str) -> str:
     quiet()
     from transformers import CONFIG_MAPPING
 
-    stored = _stored_config(path)
+    stored = stored_config(path)
     kind = str(stored.get("model_type"))
     if kind.startswith("gisp_") and kind not in CONFIG_MAPPING:
         raise GispError(f"model {path} is already pruned ({kind}): give its dense base model")
@@ -149,7 +160,7 @@ def snapshot(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _stored_config(path: str) -> dict[str, Any]:
+def stored_config(path: str) -> dict[str, Any]:
     """A model folder's config.json; empty where it is unreadable, which is left to the loader."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         found = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))

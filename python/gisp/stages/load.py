@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gisp.errors import GispError
-from gisp.model.load import _stored_config, quiet, snapshot
+from gisp.model.load import on_meta, quiet, snapshot, stored_config
 from gisp.model.paths import check_model_path
 from gisp.model.stored import check_stored, left_out
 
@@ -30,17 +30,10 @@ def skeleton(path: str, dtype: torch.dtype | None) -> Any:
     """
     check_model_path(path)
     quiet()
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = folder_of(path)
-    check_stored(folder, path, _stored_config(str(folder)))
+    check_stored(folder, path, stored_config(str(folder)))
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        dtype = dtype or getattr(config, "dtype", None) or torch.float32
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
+        model = on_meta(folder, dtype or "auto", attention="sdpa")
     except Exception as error:  # transformers raises many types for folders it cannot read
         raise GispError(f"model {path} cannot be loaded: {' '.join(str(error).split())[:240]}") from None
     return with_tables(model).eval()
