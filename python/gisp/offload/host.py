@@ -82,13 +82,19 @@ def _runtime() -> Any:
     return torch.cuda.cudart()
 
 
-def available_bytes() -> int | None:
-    """Host memory that a process may still take; ``None`` where the system does not tell."""
-    found = []
+def system_bytes() -> int | None:
+    """Memory of the host that is free or can be freed; ``None`` where the system does not tell."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def available_bytes() -> int | None:
+    """Host memory that a process may still take; ``None`` where the system does not tell."""
+    system = system_bytes()
+    found = [] if system is None else [system]
     with contextlib.suppress(OSError, ValueError):
         # A container may take less than its host has. Cached files give way to it.
         limit = int((_CGROUP / "memory.max").read_text())

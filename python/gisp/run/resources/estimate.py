@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -15,6 +13,7 @@ from gisp.config.memory import gigabytes
 from gisp.config.options import PruneConfig
 from gisp.data import Sequences
 from gisp.model.structures import ModelMap
+from gisp.offload.host import system_bytes
 from gisp.progress import hears_notes, note
 from gisp.score.context import Context
 
@@ -184,8 +183,5 @@ def free_bytes(model_map: ModelMap) -> int | None:
     weight = model_map.weight
     if weight.device.type == "cuda":
         return int(torch.cuda.mem_get_info(weight.device)[0]) + torch.cuda.memory_reserved(weight.device)
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024 + _held_parameters(model_map) * weight.element_size()
-    return None
+    free = system_bytes()
+    return None if free is None else free + _held_parameters(model_map) * weight.element_size()
