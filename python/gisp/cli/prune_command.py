@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gisp.cli.flags import flag, with_flags
-from gisp.cli.options.gpus import run_as_processes
+from gisp.cli.options.gpus import check_not_started, run_as_processes
 from gisp.cli.output import output, shows_progress
 from gisp.cli.prune_summary import closing_lines
 from gisp.cli.stop import InterruptError
@@ -155,8 +155,7 @@ def _check_processes(gpus: int, stages: int, options: dict[str, Any]) -> None:
     from gisp.stages.parted import check_stages
 
     config = make_config(**options)
-    if launched():
-        raise GispError(f"--gpus {gpus} starts processes, torchrun has started them already: leave it out")
+    check_not_started(gpus)
     if gpus % stages:
         more = (gpus // stages + 1) * stages
         fit = f"--gpus {more}" if gpus < stages else f"--gpus {more - stages} or {more}"

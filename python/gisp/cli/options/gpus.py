@@ -29,9 +29,18 @@ def start_processes(context: typer.Context, gpus: int | None, device: str) -> No
     """
     if gpus is None or (gpus == 1 and not launched()):
         return
+    check_not_started(gpus)
+    run_as_processes(context, gpus, device, again="give the command again")
+
+
+def check_not_started(gpus: int) -> None:
+    """Refuse to start processes from one that torchrun has started.
+
+    Raises:
+        GispError: it has.
+    """
     if launched():
         raise GispError(f"--gpus {gpus} starts processes, torchrun has started them already: leave it out")
-    run_as_processes(context, gpus, device, again="give the command again")
 
 
 def run_as_processes(context: typer.Context, count: int, device: str, again: str) -> NoReturn:
