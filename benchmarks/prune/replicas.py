@@ -50,6 +50,8 @@ def check_shared(args: argparse.Namespace) -> None:
     for option in ("budget", "criterion", "compensate", "plot", "goals"):
         if getattr(args, option):
             raise GispError(f"--{option} does not go with --gpus, which times whole runs of preset fast: leave it out")
+    if args.slices and args.slices < max(args.gpus):
+        raise GispError(f"--slices {args.slices} is less than {max(args.gpus)} GPUs: each needs one, give more")
     check_processes(max(args.gpus), args.device)
 
 
@@ -72,7 +74,7 @@ def measure_replicas(
     result: dict[str, Any] = {"benchmark": "prune", "identity": None, "runs": [], "replicas": []}
     for name in names:
         digest = None
-        for count, slices in ((1, None), *((count, SLICES) for count in args.gpus)):
+        for count, slices in ((1, None), *((count, args.slices or SLICES) for count in args.gpus)):
             print(f"{name}: {count} GPUs, {'one slice' if slices is None else f'{slices} slices'}", flush=True)
             found = _one_run(name, count, slices, args)
             result["identity"] = result["identity"] or found["identity"]
@@ -93,7 +95,7 @@ def _one_run(name: str, count: int, slices: int | None, args: argparse.Namespace
         given += [f"--steps={args.steps}"] if args.steps else []
         given += [f"--batch-tokens={args.batch_tokens}"] if args.batch_tokens else []
         given += ["--fp8"] if args.fp8 else []
-        given += [f"--gpus={count}"] if slices else []
+        given += [f"--gpus={count}", f"--slices={slices}"] if slices else []
         code = launch(count, "benchmarks.prune", given, again="start it again")
         if code:
             raise GispError(f"the run of {name} on {count} GPUs ended with exit code {code}")
@@ -113,7 +115,8 @@ def run_replica(args: argparse.Namespace) -> int:
         setting = Setting.make(device, args.sparsity, args.steps, args.batch_tokens, args.fp8)
         model = build_model(MODELS[name], device, torch.bfloat16 if on_gpu else torch.float32)
         tokens = random_tokens(MODELS[name], _SEQUENCES if on_gpu else 64, LENGTH)
-        found = timed_run(MODELS[name], model, tokens, setting, None, Budget(None), group if args.gpus else None)
+        shared: dict[str, Any] = {"group": group, "slices": args.slices} if args.gpus else {}
+        found = timed_run(MODELS[name], model, tokens, setting, None, Budget(None), **shared)
         replicas = Replicas(group)
         agree(replicas, {"trajectory": found["trajectory_sha256"]})
         machine = identity(device)

@@ -46,6 +46,7 @@ from benchmarks.prune.stages import measure_stages, run_stage, show_stages
 from gisp.compensation import CompensationOptions
 from gisp.compensation.options import METHODS
 from gisp.compensation.request import make_request
+from gisp.config.options import SLICES
 from gisp.errors import GispError
 from gisp.replicas.environment import launched
 
@@ -203,6 +204,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--compensation-steps", type=count, help="of kfac (4), gates (150) or distil (300)")
     options.add_argument("--calibration-tokens", type=count, help="of a fit and of a step of kfac (131072)")
     options.add_argument("--gpus", type=counts_of, metavar="1,2,4", help="only time runs shared by so many GPUs")
+    options.add_argument("--slices", type=count, help=f"with --gpus: parts of a step summed by themselves ({SLICES})")
     options.add_argument(
         "--offload", action="store_true", help="only time runs with layers in host memory beside plain"
     )
@@ -281,6 +283,8 @@ def _check_together(args: argparse.Namespace) -> None:
     for option in ("gpu_memory", "layers"):
         if getattr(args, option) is not None and not args.offload:
             raise GispError(f"--{option.replace('_', '-')} changes nothing without --offload: leave it out or add that")
+    if args.slices and (args.stages or not args.gpus):
+        raise GispError("--slices is for runs shared by --gpus alone: leave it out")
 
 
 def _compensation(args: argparse.Namespace) -> CompensationOptions | None:

@@ -14,10 +14,10 @@ from gisp.cli import main
 def test_shared_runs_are_timed_and_are_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "r.json"
     asked = ["bench", "prune", "--model", "tiny", "--device", "cpu", "--steps", "3"]
-    assert main([*asked, "--gpus", "1,2", "--out", str(out)]) == 0
+    assert main([*asked, "--gpus", "1,2", "--slices", "4", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     runs = json.loads(out.read_text())["replicas"]
-    assert [(run["gpus"], run["slices"]) for run in runs] == [(1, None), (1, 8), (2, 8)]
+    assert [(run["gpus"], run["slices"]) for run in runs] == [(1, None), (1, 4), (2, 4)]
     assert all(run["steps"] == 3 and run["step_seconds_dense"] > 0 for run in runs)
     assert [run.get("same") for run in runs] == [None, True, True]
     assert runs[0]["trajectory_sha256"] != runs[1]["trajectory_sha256"] == runs[2]["trajectory_sha256"]

@@ -113,6 +113,8 @@ def test_every_model_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatc
     [
         (("--offload", "--stages", "2"), "--offload is for one GPU, --stages for several"),
         (("--offload", "--gpus", "2"), "--offload is for one GPU, --gpus for several"),
+        (("--slices", "4"), "--slices is for runs shared by --gpus alone"),
+        (("--gpus", "2", "--slices", "1"), "--slices 1 is less than 2 GPUs"),
         (("--gpu-memory", "8GB"), "--gpu-memory changes nothing without --offload"),
         (("--layers", "2"), "--layers changes nothing without --offload"),
     ],
