@@ -102,8 +102,8 @@ class RunData:
 def read_run(path: Path) -> RunData:
     """Read a run folder.
 
-    ``metrics.jsonl`` and ``evaluations.json`` may be absent. The tensors and the metrics of a cut run can be one
-    step ahead of ``trajectory.json``, which commits a step; what is ahead is left out.
+    ``metrics.jsonl`` and ``evaluations.json`` may be absent. The tensors and the metrics of a cut run can be ahead of
+    ``trajectory.json``, which commits steps; what is ahead is left out.
 
     Raises:
         GispError: the folder holds no run, or one of its files is corrupt or belongs to another run.

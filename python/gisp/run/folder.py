@@ -1,7 +1,8 @@
 """The folder of a run: what a step leaves on disk, and how a cut run is taken up again.
 
-A step is committed by ``trajectory.json``, written last. Everything else is either written before it and ignored when
-one step ahead (removal steps, moving averages) or cut back to it on resume (``metrics.jsonl``).
+A step is committed by ``trajectory.json``, written last, and with it all steps before it that were not. Everything else
+is either written before it and ignored when ahead (removal steps, moving averages) or cut back to it on resume
+(``metrics.jsonl``).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._clean = False
+        self._lines: list[str] = []
 
     @contextmanager
     def writing(self, resume: bool, *, looking: bool = False) -> Iterator[bool]:
@@ -79,21 +82,36 @@ class RunFolder:
             )
         return False
 
+    def note(self, metrics: dict[str, Any]) -> None:
+        """Keep the metrics of a step for ``metrics.jsonl``, until it or a later one is committed."""
+        self._lines.append(json.dumps(metrics) + "\n")
+
     def commit(
-        self,
-        trajectory: Trajectory,
-        metrics: dict[str, Any],
-        state: dict[str, torch.Tensor],
-        earlier: bytes | None = None,
-    ) -> None:
-        """Write one finished step.
+        self, trajectory: Trajectory, state: dict[str, torch.Tensor], earlier: bytes | None = None
+    ) -> Callable[[], None]:
+        """What writes the steps up to now; later steps change nothing of it.
 
         Args:
-            trajectory: with this step's record last.
-            metrics: one JSON object for ``metrics.jsonl``.
+            trajectory: with the record of the step to commit last.
             state: tensors a resumed run needs (moving averages).
-            earlier: the file of removal steps before this step, where it changed steps before its own.
+            earlier: the file of removal steps before this step, where it changed steps before its own; the step before
+                is committed then.
         """
+        lines, self._lines = self._lines, []
+        state = {name: tensor.clone() for name, tensor in state.items()}
+        now = replace(
+            trajectory,
+            removed_at={name: at.clone() for name, at in trajectory.removed_at.items()},
+            steps=[*trajectory.steps],
+        )
+
+        def write() -> None:
+            self._write(now, "".join(lines), state, earlier)
+            trajectory.state_sha256 = now.state_sha256
+
+        return write
+
+    def _write(self, trajectory: Trajectory, lines: str, state: dict[str, torch.Tensor], earlier: bytes | None) -> None:
         from safetensors.torch import save
 
         step = len(trajectory.steps)
@@ -107,13 +125,12 @@ class RunFolder:
                 (self.path / METRICS).unlink(missing_ok=True)
                 write_atomic(self.path / CONFIG_FILE, self._config(trajectory))
             with (self.path / METRICS).open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(lines)
             if earlier is not None:
                 write_atomic(earlier_tensors(self.path, step - 1), earlier)
             trajectory.state_sha256 = hashlib.sha256(stored).hexdigest()
             trajectory.save(self.path)
-            self._state(step - 1).unlink(missing_ok=True)
-            earlier_tensors(self.path, step - 1).unlink(missing_ok=True)
+            self._remove_others(step)
         except OSError as error:
             raise GispError(disk_message(self.path, error)) from None
 
@@ -151,10 +168,14 @@ class RunFolder:
         lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []
         kept = [line for line in lines if _step_of(line) in range(1, step + 1)]
         write_atomic(metrics, "".join(f"{line}\n" for line in kept).encode())
+        self._remove_others(step)
+        return state
+
+    def _remove_others(self, step: int) -> None:
+        """Drop what is kept of steps other than the one that is committed."""
         for stale in (self.path / STATE).iterdir():
             if _STATE_FILE.fullmatch(stale.name) and stale not in (self._state(step), earlier_tensors(self.path, step)):
                 stale.unlink()
-        return state
 
     def _remove_unfinished(self) -> None:
         """Drop what a killed run was writing; what others write or left in the folder stays."""

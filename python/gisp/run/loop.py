@@ -148,19 +148,20 @@ class PruningLoop:
                         earlier = trajectory.tensors()
                         record, metrics, state = self._regrow(step, clock, writer)
                     else:
-                        record, metrics, state = self._step(step, self.config.steps, clock, writer)
+                        record, metrics, state = self._step(step, self.config.steps, clock)
                     trajectory.steps.append(record)
                     trajectory.complete = step == steps or self._reached(record)
                     if folder:
-                        # Its own writing time a step cannot write down; it carries the previous step's.
+                        # How long its own writing held it up a step cannot write down; it carries the previous step's.
                         clock.seconds["write"] = writer.held_up
                         metrics["seconds"] = clock.seconds
-                        writer.take(partial(folder.commit, trajectory, metrics, state, earlier))
+                        folder.note(metrics)
+                        writer.take(partial(folder.commit, trajectory, state, earlier))
                     progress.advance(details=step_details(record, self.config.objective))
                     if on_step:
                         on_step(record, steps)
             finally:
-                writer.flush()
+                writer.close()
         trajectory.unseen = self._unseen(len(trajectory.steps))
         return trajectory
 
@@ -173,7 +174,7 @@ class PruningLoop:
         return context.data.chosen(drawn) if drawn else None
 
     def _step(
-        self, step: int, steps: int, clock: PhaseClock, writer: StepWriter
+        self, step: int, steps: int, clock: PhaseClock
     ) -> tuple[StepRecord, dict[str, Any], dict[str, torch.Tensor]]:
         """One step: its record, its metrics and what a resumed run needs.
 
@@ -186,7 +187,6 @@ class PruningLoop:
         target, selection = self._select(ranking, step, steps)
         histogram = score_histogram(ranking, self.selector.first_channel)
         clock.mark("select")
-        writer.flush()
         results = (
             scored.loss,
             scored.finite,

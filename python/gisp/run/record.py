@@ -1,7 +1,7 @@
 """The two files of a trajectory as they lie on disk, read and checked; numpy alone is needed.
 
-``trajectory.safetensors`` is written before ``trajectory.json``, which commits a step: a run cut between the two has
-tensors one step ahead, and what is ahead is left out. A step that changes earlier steps leaves the file of before in
+``trajectory.safetensors`` is written before ``trajectory.json``, which commits steps: a run cut between the two has
+tensors that are ahead, and what is ahead is left out. A step that changes earlier steps leaves the file of before in
 ``state`` until it is committed.
 """
 
@@ -118,20 +118,22 @@ def read_removed_at(folder: Path, record: dict[str, Any]) -> dict[str, np.ndarra
         # Among them dtypes that numpy has not.
         raise corrupt(path, error) from None
     base, steps = record["base_model"], record["steps"]
+    # What was being written as the record was read, or when the run was cut.
+    last = len(steps) if record["complete"] else _planned(record["config"])
     found: dict[str, np.ndarray] = {}
     for kind, count_of in STRUCTURES.items():
         width = base[count_of]
-        gone = np.zeros(len(steps) + 2, dtype=np.int64)
+        gone = np.zeros(last + 1, dtype=np.int64)
         for layer in range(base["layers"]):
             name = f"layers.{layer}.{kind}"
             at = tensors.get(f"{name}.removed_at")
             if at is None or at.dtype != np.int32 or at.shape != (width,):
                 raise GispError(f"{path} is corrupt: it has no int32 [{width}] tensor {name}.removed_at")
-            if at.min() < 0 or at.max() > len(steps) + 1:
-                raise GispError(f"{path} is corrupt: {name}.removed_at holds steps outside 0 to {len(steps)}")
+            if at.min() < 0 or at.max() > last:
+                raise GispError(f"{path} is corrupt: {name}.removed_at holds steps outside 0 to {last}")
             gone += np.bincount(at, minlength=len(gone))
             found[name] = np.where(at > len(steps), 0, at).astype(np.int32)
-        totals = np.cumsum(gone[1:-1])
+        totals = np.cumsum(gone[1 : len(steps) + 1])
         for step, total in zip(steps, totals, strict=True):
             if total != step[f"{kind}_removed"]:
                 raise GispError(
@@ -274,10 +276,15 @@ def _check_step(number: int, step: dict[str, Any], base: dict[str, Any]) -> None
         )
 
 
+def _planned(config: dict[str, Any]) -> int:
+    """Steps of a whole run."""
+    return int(config["steps"] + (config.get("regrow") or 0))
+
+
 def _check_end(complete: Any, steps: list[dict[str, Any]], config: dict[str, Any]) -> None:
     """Whether a run is finished follows from its steps and what it was to do."""
     require(isinstance(complete, bool), "complete is not true or false")
-    done, planned, goal = len(steps), config["steps"] + (config.get("regrow") or 0), config.get("sparsity")
+    done, planned, goal = len(steps), _planned(config), config.get("sparsity")
     require(done <= planned, f"it holds {done} steps of a run of {planned}")
     reached = config.get("schedule") == "structures" and goal is not None and steps[-1]["sparsity"] >= goal
     ended = done == planned or reached

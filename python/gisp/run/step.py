@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import time
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 
 import torch
 
@@ -34,32 +36,70 @@ class Transfer:
 
 
 class StepWriter:
-    """Runs one write per step.
+    """Writes finished steps, at most one at a time.
+
+    With ``overlap`` a thread writes while the next steps are computed. Steps that are finished meanwhile are not
+    written one by one: the first one that is finished after the write takes those before it along. What is on disk is
+    then as many steps behind the run as end within a write, and a run killed in between repeats them when resumed, with
+    the same result.
 
     Args:
-        overlap: keep a write back until :meth:`flush`, which the loop calls when the device has work and the host would
-            wait. A run killed in between repeats that step when resumed, with the same result.
+        overlap: write while the run goes on; else a step is on disk when :meth:`take` returns.
 
     Attributes:
-        held_up: seconds the last write kept the run waiting, 0 if it was overlapped.
+        held_up: seconds the last :meth:`take` kept the run waiting.
     """
 
     def __init__(self, overlap: bool) -> None:
-        self._overlap = overlap
-        self._waiting: Callable[[], None] | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="write") if overlap else None
+        self._written: concurrent.futures.Future[None] | None = None
+        self._left: Callable[[], Callable[[], None]] | None = None
         self.held_up = 0.0
 
-    def take(self, write: Callable[[], None]) -> None:
-        """Run ``write`` now or keep it back."""
-        if self._overlap:
-            self._waiting = write
-            return
+    def take(self, step: Callable[[], Callable[[], None]]) -> None:
+        """Write a step, or leave it to the next one.
+
+        Args:
+            step: called when its write begins, if it does: copies what later steps change, and gives the write.
+
+        Raises:
+            GispError: of this write or the one before.
+        """
         start = time.perf_counter()
-        write()
+        self._left = step
+        if self._written is None or self._written.done():
+            self._begin()
         self.held_up = time.perf_counter() - start
 
     def flush(self) -> None:
-        """Run what was kept back, if anything; it is not run twice if it fails."""
-        write, self._waiting = self._waiting, None
-        if write is not None:
+        """Return when everything is on disk; a write that failed is not tried again.
+
+        Raises:
+            GispError: of a write.
+        """
+        while self._written is not None or self._left is not None:
+            if self._written is not None:
+                concurrent.futures.wait([self._written])
+            self._begin()
+
+    def close(self) -> None:
+        """:meth:`flush`, and end the thread."""
+        try:
+            self.flush()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+
+    def _begin(self) -> None:
+        """Begin to write what is left, once what was written before is known to be there."""
+        (written, self._written), (step, self._left) = (self._written, None), (self._left, None)
+        if written is not None:
+            written.result()
+        if step is None:
+            return
+        write = step()
+        if self._thread is None:
             write()
+        else:
+            # Among the context is that this process is the folder's one writer.
+            self._written = self._thread.submit(copy_context().run, write)

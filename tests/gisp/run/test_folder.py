@@ -234,14 +234,17 @@ def test_what_others_leave_in_a_run_folder_does_not_stop_it(tmp_path, model_fold
 def test_a_reader_of_a_run_that_goes_on_reads_one_moment(tmp_path, model_folder, token_file, monkeypatch):
     from gisp.run import record
 
-    shorter, longer = tmp_path / "shorter", tmp_path / "longer"
+    longer, last = tmp_path / "longer", OPTIONS["steps"]
     run_into(longer, model_folder, token_file)
-    with pytest.raises(KeyboardInterrupt):
-        run_into(shorter, model_folder, token_file, on_step=cut_after(1))
-    # The record of step 1 is read, then the tensors of the last step, and so the record again.
-    reads = iter([shorter, longer, longer])
-    read_record = record.read_record
-    monkeypatch.setattr(record, "read_record", lambda folder: read_record(next(reads)))
-    found, removed_at = record.read_trajectory(longer)
-    assert len(found["steps"]) == OPTIONS["steps"]
-    assert max(at.max() for at in removed_at.values()) == OPTIONS["steps"]
+    for name, options, step in (("shorter", {}, 1), ("changed", {"norm": "none"}, last)):
+        with pytest.raises(KeyboardInterrupt):
+            run_into(tmp_path / name, model_folder, token_file, on_step=cut_after(1), **options)
+        # The record of step 1 is read, then the tensors of the last step. What they have ahead is left out. Where they
+        # changed what was before, the record is read again.
+        reads = iter([tmp_path / name, longer, longer])
+        with monkeypatch.context() as patch:
+            read_record = record.read_record
+            patch.setattr(record, "read_record", lambda folder, reads=reads, read=read_record: read(next(reads)))
+            found, removed_at = record.read_trajectory(longer)
+        assert len(found["steps"]) == step
+        assert max(at.max() for at in removed_at.values()) == step

@@ -15,7 +15,6 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.run.loop import PruningLoop
 from gisp.run.metrics.measure import PhaseClock, score_histogram
-from gisp.run.step import StepWriter
 from gisp.score.base import StepScores
 from gisp.select.schedule import structure_ratio
 from gisp.select.selector import Selector
@@ -111,11 +110,11 @@ def test_a_step_waits_for_the_gpu_once(family: str, options: dict[str, Any], eng
     device = torch.device("cuda", torch.cuda.current_device())
     # Kernels are compiled and pinned memory is taken in the first steps.
     for step in (1, 2):
-        loop.trajectory.steps.append(loop._step(step, 8, PhaseClock(device), StepWriter(overlap=True))[0])
+        loop.trajectory.steps.append(loop._step(step, 8, PhaseClock(device))[0])
     waits = count_waits(loop)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        records = [loop._step(step, 8, PhaseClock(device), StepWriter(overlap=True))[0] for step in (3, 4, 5)]
+        records = [loop._step(step, 8, PhaseClock(device))[0] for step in (3, 4, 5)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 3
@@ -127,7 +126,7 @@ def test_seconds_of_the_phases_add_up() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     for step in range(1, 5):
         clock = PhaseClock(device)
-        record = loop._step(step, 8, clock, StepWriter(overlap=True))[0]
+        record = loop._step(step, 8, clock)[0]
         assert sum(clock.seconds.values()) == pytest.approx(record.seconds, rel=1e-6)
         assert all(clock.seconds[phase] > 0 for phase in ("forward_backward", "select", "compact"))
 

@@ -1,78 +1,205 @@
-"""A step is written exactly once, at once or when the next one has been started; what a step fetches."""
+"""Steps are written one at a time, beside the run or within it; what a step fetches."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from run_cases import cut_after
 from tiny import tiny_model, tiny_tokens
 
 import gisp
+from gisp.files import write_atomic
+from gisp.run import loop, trajectory
 from gisp.run.step import StepWriter, Transfer
-from gisp.run.trajectory import Trajectory
+from gisp.run.trajectory import StepRecord, Trajectory
+
+STEPS = 6
 
 
-def test_a_write_runs_at_once_unless_it_may_wait():
-    done: list[int] = []
+class SlowDisk:
+    """Writes of numbers that last until they are let go."""
+
+    def __init__(self) -> None:
+        self.began: list[int] = []
+        self.ended: list[int] = []
+        self.free = threading.Event()
+
+    def step(self, number: int) -> Callable[[], Callable[[], None]]:
+        def copy() -> Callable[[], None]:
+            self.began.append(number)
+            return write
+
+        def write() -> None:
+            assert self.free.wait(60)
+            self.ended.append(number)
+
+        return copy
+
+
+def test_a_step_is_on_disk_at_once_unless_writes_overlap():
+    disk = SlowDisk()
+    disk.free.set()
     writer = StepWriter(overlap=False)
-    writer.take(lambda: done.append(1))
-    assert done == [1] and writer.held_up > 0
-    writer.flush()
-    assert done == [1]
+    writer.take(disk.step(1))
+    assert disk.ended == [1] and writer.held_up > 0
+    writer.close()
+    assert disk.ended == [1]
 
 
-def test_a_write_kept_back_runs_once_at_the_flush():
-    done: list[int] = []
+def test_steps_that_end_within_a_write_are_written_with_the_last_of_them():
+    disk = SlowDisk()
     writer = StepWriter(overlap=True)
-    writer.take(lambda: done.append(1))
-    assert done == [] and writer.held_up == 0
+    for number in (1, 2, 3):
+        writer.take(disk.step(number))
+    assert disk.began == [1] and disk.ended == []
+    disk.free.set()
     writer.flush()
-    writer.flush()
-    assert done == [1]
+    assert disk.ended == [1, 3]
+    writer.take(disk.step(4))
+    writer.close()
+    writer.close()
+    assert disk.began == disk.ended == [1, 3, 4]
 
 
-def test_a_failed_write_is_not_tried_again():
-    def fail() -> None:
-        raise OSError("disk")
+def fail() -> None:
+    raise OSError("disk")
 
+
+@pytest.mark.parametrize("end", ["take", "flush", "close"])
+def test_a_failed_write_is_raised_once_and_not_tried_again(end):
+    disk = SlowDisk()
+    disk.free.set()
     writer = StepWriter(overlap=True)
-    writer.take(fail)
+    writer.take(lambda: fail)
+    concurrent.futures.wait([writer._written])
     with pytest.raises(OSError, match="disk"):
-        writer.flush()
-    writer.flush()
+        writer.take(disk.step(2)) if end == "take" else getattr(writer, end)()
+    writer.close()
+    assert disk.ended == []
 
 
-def run(out, monkeypatch, overlap: bool, stop_after: int | None = None):
-    monkeypatch.setattr("gisp.run.loop.StepWriter", lambda **_: StepWriter(overlap))
+@pytest.fixture
+def behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes beside the run, as on a GPU."""
+    monkeypatch.setattr(loop, "StepWriter", lambda **_: StepWriter(overlap=True))
 
-    def on_step(record, steps):
-        if record.step == stop_after:
-            raise KeyboardInterrupt
 
+def run(out, on_step: Callable[[StepRecord, int], None] | None = None, **more: Any) -> Trajectory:
     options: dict[str, Any] = {
         "sparsity": 0.4,
-        "steps": 6,
+        "steps": STEPS,
         "align": 4,
         "batch_tokens": 64,
         "dtype": "float32",
         "device": "cpu",
+        **more,
     }
     return gisp.prune(tiny_model(), tiny_tokens(), out=out, on_step=on_step, resume=out.exists(), **options)
 
 
-def test_overlapped_writes_leave_the_same_run_and_lose_no_finished_step(tmp_path, monkeypatch):
+def same(one, other) -> bool:
+    files = ("trajectory.safetensors", f"state/step-{STEPS:05d}.safetensors")
+    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, other)]
+    steps = [[{**json.loads(line), "seconds": 0, "tokens_per_second": 0} for line in each] for each in lines]
+    return steps[0] == steps[1] and all((one / name).read_bytes() == (other / name).read_bytes() for name in files)
+
+
+def test_overlapped_writes_leave_the_same_run_and_lose_no_finished_step(tmp_path, monkeypatch, request):
     plain, late = tmp_path / "plain", tmp_path / "late"
-    run(plain, monkeypatch, overlap=False)
+    run(plain)
+    request.getfixturevalue("behind")
     with pytest.raises(KeyboardInterrupt):
-        run(late, monkeypatch, overlap=True, stop_after=3)
+        run(late, cut_after(3))
     assert len(Trajectory.load(late).steps) == 3
-    run(late, monkeypatch, overlap=True)
-    name = "trajectory.safetensors"
-    assert (late / name).read_bytes() == (plain / name).read_bytes()
-    steps = [json.loads(line)["step"] for line in (late / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 7))
+    found = run(late)
+    assert same(plain, late)
+    assert Trajectory.load(late).state_sha256 == found.state_sha256
+
+
+class Held:
+    """A disk on which the file of a name is not written before the run has ended ``until`` steps."""
+
+    def __init__(self, name: str, until: int) -> None:
+        self.name, self.until, self.go = name, until, threading.Event()
+
+    def write(self, path, data: bytes) -> None:
+        if path.name == self.name:
+            assert self.go.wait(60)
+        write_atomic(path, data)
+
+    def on_step(self, record: StepRecord, steps: int) -> None:
+        if record.step == self.until:
+            self.go.set()
+
+
+@pytest.mark.usefixtures("behind")
+@pytest.mark.parametrize("name", ["trajectory.safetensors", "trajectory.json"])
+def test_a_disk_slower_than_the_steps_gets_fewer_writes_and_the_same_run(tmp_path, monkeypatch, name):
+    run(tmp_path / "plain")
+    disk, records = Held(name, 4), []
+    with monkeypatch.context() as patch:
+        patch.setattr(trajectory, "write_atomic", disk.write)
+        patch.setattr(Trajectory, "save", counted(Trajectory.save, records))
+        run(tmp_path / "slow", disk.on_step)
+    assert records[0] == 1 and records[1] > 4 and records[-1] == STEPS
+    assert same(tmp_path / "plain", tmp_path / "slow")
+
+
+def counted(save: Callable[..., None], records: list[int]) -> Callable[..., None]:
+    def counting(self: Trajectory, folder) -> None:
+        records.append(len(self.steps))
+        save(self, folder)
+
+    return counting
+
+
+@pytest.mark.usefixtures("behind")
+@pytest.mark.parametrize("last", ["state", "trajectory.safetensors", "trajectory.json"])
+def test_a_run_killed_within_a_write_of_many_steps_goes_on_from_the_one_before(tmp_path, monkeypatch, last):
+    run(tmp_path / "plain")
+    disk, out = Held("trajectory.json", 4), tmp_path / "cut"
+
+    class Killed(BaseException):
+        pass
+
+    def write(path, data: bytes) -> None:
+        # Of the second write, which holds several steps, nothing comes after the file `last`.
+        if path.name == "trajectory.json" and out.joinpath("trajectory.json").exists():
+            raise Killed
+        if path.name == "trajectory.safetensors" and last == "state" and out.joinpath(path.name).exists():
+            raise Killed
+        disk.write(path, data)
+
+    with monkeypatch.context() as patch:
+        if last != "trajectory.json":
+            patch.setattr(trajectory, "write_atomic", write)
+        else:
+            patch.setattr("gisp.run.folder.RunFolder._remove_others", killed_after(Killed))
+            patch.setattr(trajectory, "write_atomic", disk.write)
+        with pytest.raises(Killed):
+            run(out, disk.on_step)
+    left = Trajectory.load(out)
+    assert all(at.max() <= len(left.steps) for at in left.removed_at.values())
+    run(out)
+    assert same(tmp_path / "plain", out)
+
+
+def killed_after(error: type[BaseException]) -> Callable[..., None]:
+    """Ends a run once steps are committed and what is left of those before is to go."""
+    seen: list[int] = []
+
+    def remove(self, step: int) -> None:
+        seen.append(step)
+        if len(seen) == 2:
+            raise error
+
+    return remove
 
 
 def test_a_cpu_fetch_returns_what_it_was_given():
