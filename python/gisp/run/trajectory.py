@@ -6,7 +6,7 @@ A trajectory and its base model give every sparsity passed on the way.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ class Trajectory:
             "config": self.config,
             "data": self.data,
             "structures": {kind: self.layers * self.base_model[count] for kind, count in STRUCTURES.items()},
-            "steps": [asdict(record) for record in self.steps],
+            "steps": [dict(vars(record)) for record in self.steps],
             "removed_at_sha256": removed_at_digest(
                 {name: at.to(torch.int32).cpu().numpy() for name, at in self.removed_at.items()}
             ),
@@ -244,7 +244,17 @@ class Trajectory:
         path = Path(folder)
         with one_writer(path, path / LOCK):
             write_atomic(path / TENSORS, self.tensors())
-            write_atomic(path / RECORD, json.dumps(self.record(), indent=1).encode())
+            write_atomic(path / RECORD, self._record_text().encode())
+
+    def _record_text(self) -> str:
+        """:meth:`record` with a line for every entry and every step.
+
+        A run writes it after every step; Python's own indentation takes ten times as long, ever more with the steps.
+        """
+        entries = {name: json.dumps(value) for name, value in self.record().items() if name != "steps"}
+        steps = ",\n  ".join(json.dumps(vars(record)) for record in self.steps)
+        entries["steps"] = f"[\n  {steps}\n ]"
+        return "{\n " + ",\n ".join(f"{json.dumps(name)}: {text}" for name, text in entries.items()) + "\n}"
 
     @classmethod
     def load(cls, folder: str | Path) -> Trajectory:
