@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import ProcessGroup
@@ -19,6 +19,7 @@ from benchmarks.common.command import Budget
 from benchmarks.common.measure import Ceilings
 from benchmarks.common.registry import Model
 from benchmarks.prune.flops import Widths, pass_flops
+from benchmarks.prune.host import HostTimes, host_timed
 from gisp import prune
 from gisp.config.criteria import CRITERIA
 from gisp.config.options import PRESETS, make_config
@@ -31,6 +32,8 @@ FULL_STEPS, FULL_TOKENS, FULL_SPARSITY = 200, 8192, 0.5
 LENGTH = 256
 # Steps whose median stands for the dense and for the final model; the very first also compiles kernels.
 WINDOW = 5
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,10 @@ def timed_run(
         start = time.perf_counter()
         stopped = False
         try:
-            trajectory = prune(
-                model, tokens, out=run if not rank() else None, on_step=on_step, process_group=group, **options
-            )
+            with host_timed() as host:
+                trajectory = prune(
+                    model, tokens, out=run if not rank() else None, on_step=on_step, process_group=group, **options
+                )
         except _BudgetSpentError:
             stopped = True
         if model.device.type == "cuda":
@@ -156,6 +160,7 @@ def timed_run(
         "reserved_bytes": torch.cuda.memory_reserved() if peaks else None,
         "trajectory_sha256": trajectory_digest(trajectory),
         **summary(steps),
+        **host_summary(steps, host),
         "step_rows": steps,
     }
 
@@ -208,7 +213,7 @@ def step_rows(
     return rows
 
 
-def window_rows(rows: Sequence[dict[str, Any]]) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]:
+def window_rows(rows: Sequence[T]) -> tuple[Sequence[T], Sequence[T]]:
     """The first and the last steps; the very first, which compiles kernels, is left out if there are others."""
     return rows[1 : 1 + WINDOW] or rows, rows[1:][-WINDOW:] or rows
 
@@ -220,6 +225,21 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for key in ("tokens_per_second", "tflops", "percent_of_matmul"):
             values = [row[key] for row in window if row[key] is not None]
             found[f"{key}_{where}"] = statistics.median(values) if values else None
+    return found
+
+
+def host_summary(rows: Sequence[dict[str, Any]], host: HostTimes) -> dict[str, Any]:
+    """Median seconds of the parts of a step, on the GPU and on the host, over the first steps and the last."""
+    found: dict[str, Any] = {"writes": host.written()}
+    steps = {
+        "step": [row["step_seconds"] for row in rows],
+        **{phase: [row["seconds"][phase] for row in rows] for phase in ("forward_backward", "select")},
+        **host.parts,
+    }
+    for name, seconds in steps.items():
+        for where, window in zip(("dense", "end"), window_rows(seconds), strict=True):
+            if window:
+                found.setdefault(f"step_{where}", {})[name] = statistics.median(window)
     return found
 
 

@@ -22,6 +22,8 @@ from gisp.offload.place import place
 from gisp.run.resources.placement import plan_of
 
 _SEQUENCES = 2000
+# Where the layers of the two runs of a result lie.
+PLACES = ("resident", "offloaded")
 
 
 def measure_offload(name: str, device: torch.device, setting: Setting, args: argparse.Namespace) -> dict[str, Any]:

@@ -38,8 +38,9 @@ from benchmarks.common.registry import MODELS
 from benchmarks.common.synthetic import build_model, random_tokens
 from benchmarks.prune.compensation import timed_compensation
 from benchmarks.prune.goals import GIGABYTE, prune_goals, prune_ratios
+from benchmarks.prune.host import show_host
 from benchmarks.prune.measure import Setting, timed_run
-from benchmarks.prune.offload import measure_offload, show_offload
+from benchmarks.prune.offload import PLACES, measure_offload, show_offload
 from benchmarks.prune.paper import time_paper_step
 from benchmarks.prune.replicas import all_same, check_shared, counts_of, measure_replicas, run_replica, show_replicas
 from benchmarks.prune.stages import measure_stages, run_stage, show_stages
@@ -230,6 +231,10 @@ def main(argv: list[str] | None = None) -> int:
     runs = result.get("runs", [])
     if not args.quiet:
         print(f"{show(runs)}\n{show_phases(runs)}\n" if runs else "", end="")
+        places = [(run["model"], run[place], place) for run in result.get("offload", []) for place in PLACES]
+        beside = [{**found, "model": f"{name}, {place}"} for name, found, place in places if found]
+        timed = show_host([*runs, *beside, *result.get("stages", [])])
+        print(timed + "\n" if timed else "", end="")
         compensated = show_compensation(runs)
         print(compensated + "\n" if compensated else "", end="")
         offloaded = show_offload(result.get("offload", []))

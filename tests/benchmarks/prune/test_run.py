@@ -35,6 +35,12 @@ def test_tiny_run_writes_its_result(tiny_result: tuple[Path, dict[str, Any]]) ->
     assert sparsities[0] == 0 and sparsities == sorted(set(sparsities))
     assert set(run["phases"]) == {"forward_backward", "select", "compact", "write"}
     assert sum(row["step_seconds"] for row in run["step_rows"]) < run["seconds"]
+    parts = {"step", "forward_backward", "select", "launch_pass", "launch_select", "wait", "compact", "hand_over"}
+    for where in ("step_dense", "step_end"):
+        assert run[where].keys() == parts and all(value > 0 for value in run[where].values())
+        # What a CPU launches it computes.
+        assert run[where]["launch_pass"] <= run[where]["forward_backward"] < run[where]["step"]
+    assert run["writes"]["count"] == 4 and run["writes"]["seconds"] > 0 and run["writes"]["bytes"] > 1000
     assert run["setup_seconds"] + run["first_step_seconds"] < run["seconds"]
     assert run["paper"]["tokens_per_second"] > 0 and run["paper"]["hours"] > 0
 
@@ -56,7 +62,7 @@ def test_earlier_results_are_shown_and_drawn(
     copied.write_text(tiny_result[0].read_text())
     assert main(["bench", "prune", "--from", str(copied), "--goals", "--plot"]) == 0
     shown = capsys.readouterr().out
-    assert "forward_backward" in shown and "not measured" in shown
+    assert "forward_backward" in shown and "not measured" in shown and "4 of 4 steps" in shown
     assert (tmp_path / "tiny-run.png").read_bytes().startswith(b"\x89PNG")
 
 
