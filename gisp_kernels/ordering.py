@@ -6,14 +6,26 @@ was removed. A removal swaps removed structures with kept ones from behind the n
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 # Planning stays on the host whatever torch's default device is.
 _HOST = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """No other threads for tensors of a few thousand numbers: to wake 64 that share cores takes milliseconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class Ordering:
             raise ValueError(f"no group is named {name!r}; there are {len(self.names)}: {_some(self.names)}")
         return self.number[name]
 
+    @_one_thread()
     def plan(self, removals: Mapping[str, torch.Tensor | Sequence[int]]) -> Change:
         """The swaps that bring structures behind the kept ones; nothing is changed yet.
 
@@ -103,6 +116,7 @@ class Ordering:
         counts = torch.searchsorted(leaving, starts).diff().tolist()
         return Change(groups, before, after, torch.stack((leaving, moving_in), dim=1), counts)
 
+    @_one_thread()
     def swap(self, change: Change) -> None:
         """Carry out the swaps of a change, or undo them."""
         first, second = change.pairs.unbind(1)
@@ -110,6 +124,7 @@ class Ordering:
         self.order[first], self.order[second] = other, one
         self._position[one], self._position[other] = second, first
 
+    @_one_thread()
     def within_groups(self, change: Change) -> tuple[torch.Tensor, ...]:
         """For each of a change's groups its pairs as positions within the group, int64 CPU [n, 2]."""
         (starts,) = _spread([[self.start[g] for g in change.groups]], change.counts)
