@@ -77,6 +77,7 @@ def test_a_failed_write_is_raised_once_and_not_tried_again(end):
     disk.free.set()
     writer = StepWriter(overlap=True)
     writer.take(lambda: fail)
+    assert writer._written is not None
     concurrent.futures.wait([writer._written])
     with pytest.raises(OSError, match="disk"):
         writer.take(disk.step(2)) if end == "take" else getattr(writer, end)()
@@ -142,7 +143,8 @@ class Held:
 @pytest.mark.parametrize("name", ["trajectory.safetensors", "trajectory.json"])
 def test_a_disk_slower_than_the_steps_gets_fewer_writes_and_the_same_run(tmp_path, monkeypatch, name):
     run(tmp_path / "plain")
-    disk, records = Held(name, 4), []
+    disk = Held(name, 4)
+    records: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(trajectory, "write_atomic", disk.write)
         patch.setattr(Trajectory, "save", counted(Trajectory.save, records))
