@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from run_cases import cut_after
+from slow_disk import Held, counted
 from tiny import tiny_model, tiny_tokens
 
 import gisp
-from gisp.files import write_atomic
 from gisp.run import loop, trajectory
 from gisp.run.step import StepWriter, Transfer
 from gisp.run.trajectory import StepRecord, Trajectory
@@ -123,22 +123,6 @@ def test_overlapped_writes_leave_the_same_run_and_lose_no_finished_step(tmp_path
     assert Trajectory.load(late).state_sha256 == found.state_sha256
 
 
-class Held:
-    """A disk on which the file of a name is not written before the run has ended ``until`` steps."""
-
-    def __init__(self, name: str, until: int) -> None:
-        self.name, self.until, self.go = name, until, threading.Event()
-
-    def write(self, path, data: bytes) -> None:
-        if path.name == self.name:
-            assert self.go.wait(60)
-        write_atomic(path, data)
-
-    def on_step(self, record: StepRecord, steps: int) -> None:
-        if record.step == self.until:
-            self.go.set()
-
-
 @pytest.mark.usefixtures("behind")
 @pytest.mark.parametrize("name", ["trajectory.safetensors", "trajectory.json"])
 def test_a_disk_slower_than_the_steps_gets_fewer_writes_and_the_same_run(tmp_path, monkeypatch, name):
@@ -151,14 +135,6 @@ def test_a_disk_slower_than_the_steps_gets_fewer_writes_and_the_same_run(tmp_pat
         run(tmp_path / "slow", disk.on_step)
     assert records[0] == 1 and records[1] > 4 and records[-1] == STEPS
     assert same(tmp_path / "plain", tmp_path / "slow")
-
-
-def counted(save: Callable[..., None], records: list[int]) -> Callable[..., None]:
-    def counting(self: Trajectory, folder) -> None:
-        records.append(len(self.steps))
-        save(self, folder)
-
-    return counting
 
 
 @pytest.mark.usefixtures("behind")
