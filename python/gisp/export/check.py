@@ -7,7 +7,7 @@ peak memory grows by one module's float32 weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from gisp.export.beside import copy_beside
 from gisp.export.card import PRUNED, CardKind, write_card
 from gisp.export.folder import new_folder, write_config, write_weights
 from gisp.export.load import load
+from gisp.export.relayout import LaidOut
 from gisp.export.sizes.layout import AttentionLayout
 from gisp.export.spec import TOLERANCE, ExportReport, LayerSizes, PrunedSpec
 from gisp.model.attention import INDEXED_ATTENTION
@@ -39,7 +40,7 @@ def write_checked(
     model_map: ModelMap,
     spec: PrunedSpec,
     out: Path,
-    state: Callable[[], dict[str, torch.Tensor]],
+    state: LaidOut,
     config: Any,
     tokenizer_from: Path | None,
     kind: CardKind = PRUNED,
@@ -52,7 +53,7 @@ def write_checked(
         base: the dense model the spec was made from; left as it was.
         spec: what to keep.
         out: folder to write; must be absent or empty.
-        state: makes the weights by name; nothing else should hold them, they are given back before the check.
+        state: the weights by name.
         config: of transformers, for the exported model.
         tokenizer_from: folder of the base model, from which everything beside weights and code is copied.
 
@@ -60,7 +61,7 @@ def write_checked(
         GispError: ``out`` is taken, full disk, or logits that do not agree; nothing is left at ``out``.
     """
     with new_folder(out) as folder:
-        size = write_weights(folder, state())
+        size = write_weights(folder, state, state.shapes)
         write_config(folder, config)
         copy_beside(folder, base, tokenizer_from)
         report = checked_report(base, model_map, spec.keep, folder, out, size)

@@ -33,6 +33,9 @@ def check_place(out: Path) -> Path:
     return out
 
 
+SHARD_BYTES = 5 * 10**9
+
+
 @contextmanager
 def export_place(out: Path) -> Iterator[Path]:
     """Be the only writer of a folder to be written, from before the work it is to hold; its absolute path.
@@ -69,17 +72,41 @@ def new_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_weights(folder: Path, state: dict[str, torch.Tensor]) -> int:
+def write_weights(folder: Path, state: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Tensor]) -> int:
     """Write safetensors files, sharded at 5 GB; returns their size in bytes.
+
+    Args:
+        state: weights by name; those of a shard are asked for together and let go before those of the next.
+        shapes: of all of them, as tensors on ``meta``.
 
     Raises:
         GispError: the disk has too little room.
     """
-    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import save_file
 
-    check_room(folder, sum(t.numel() * t.element_size() for t in state.values()))
-    save_torch_state_dict(state, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    size = sum(t.numel() * t.element_size() for t in shapes.values())
+    check_room(folder, size)
+    shards = shards_of(shapes)
+    for file, names in shards.items():
+        save_file({name: state[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        places = {name: file for file, names in shards.items() for name in names}
+        write_index(folder, size, places)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def shards_of(shapes: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Files of at most ``SHARD_BYTES``, or of one larger weight, and the names of what each holds."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    found = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=SHARD_BYTES)
+    return {file: [*names] for file, names in found.filename_to_tensors.items()}
+
+
+def write_index(folder: Path, size: int, places: Mapping[str, str]) -> None:
+    """Write which file holds a weight."""
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_config(folder: Path, config: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from gisp.export.sizes.layout import ZEROED, AttentionLayout, plan_attention
 from gisp.model.keep import Keep
 from gisp.model.structures import ModelMap, structure_parameters
 
+Cut = tuple[Sequence[int], int, int]
+
 
 def plan_layers(model_map: ModelMap, keep: Keep, *, align: int = 1, minimum: int = 1) -> list[AttentionLayout]:
     """:func:`plan_attention` of every layer."""
@@ -19,19 +21,60 @@ def plan_layers(model_map: ModelMap, keep: Keep, *, align: int = 1, minimum: int
     return [plan_attention(heads, *sizes, align=align, minimum=minimum) for heads in keep.heads]
 
 
-def stored_state(
-    base: Any, model_map: ModelMap, stored: Sequence[Mapping[str, Sequence[int]]]
-) -> dict[str, torch.Tensor]:
+class LaidOut(Mapping[str, torch.Tensor]):
+    """Weights by name, in the dtype of the base and on its device; what is cut is made when it is asked for.
+
+    None is held, so that an export needs no memory for the whole of what it writes.
+
+    Args:
+        dense: weights of the base by name.
+        cuts: by name of a weight the original index in every slot, the rows or columns of one, and the dimension.
+
+    Attributes:
+        shapes: of all weights, as tensors on ``meta``.
+    """
+
+    def __init__(self, dense: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut]) -> None:
+        self._dense, self._cuts = dense, cuts
+        self.shapes = {name: self._shape(name) for name in dense}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        cut = self._cuts.get(name)
+        return self._dense[name] if cut is None else take_blocks(self._dense[name], *cut)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dense)
+
+    def __len__(self) -> int:
+        return len(self._dense)
+
+    def without(self, module: str) -> LaidOut:
+        """All but the weights of a module."""
+        left = {name: tensor for name, tensor in self._dense.items() if not name.startswith(f"{module}.")}
+        return LaidOut(left, self._cuts)
+
+    def _shape(self, name: str) -> torch.Tensor:
+        tensor = self._dense[name]
+        shape = list(tensor.shape)
+        if name in self._cuts:
+            index, block, dim = self._cuts[name]
+            shape[dim] = len(index) * block
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+
+def stored_state(base: Any, model_map: ModelMap, stored: Sequence[Mapping[str, Sequence[int]]]) -> LaidOut:
     """Weights of a model by name that stores the given structures of every layer, in the dtype of the base.
 
     Args:
         stored: by layer and kind the original index in every slot, or ``ZEROED``.
     """
-    state = dense_state(base)
-    for layer, name, item in structure_parameters(len(stored)):
-        if name in state:
-            state[name] = take_blocks(state[name], stored[layer][item.kind], item.block(model_map.head_dim), item.dim)
-    return state
+    dense = dense_state(base)
+    cuts = {
+        name: (stored[layer][item.kind], item.block(model_map.head_dim), item.dim)
+        for layer, name, item in structure_parameters(len(stored))
+        if name in dense
+    }
+    return LaidOut(dense, cuts)
 
 
 def take_blocks(tensor: torch.Tensor, index: Sequence[int], block: int = 1, dim: int = 0) -> torch.Tensor:

@@ -22,6 +22,7 @@ import gisp
 from gisp.errors import GispError
 from gisp.export.formats.hf import export_hf
 from gisp.export.formats.masked import export_masked
+from gisp.export.relayout import LaidOut
 from gisp.export.spec import ExportReport
 
 WEIGHTS = "model.safetensors"
@@ -46,11 +47,10 @@ def test_wrong_logits_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     correct = hf.pruned_state
 
-    def swapped(*args: Any) -> dict[str, torch.Tensor]:
-        state = correct(*args)
+    def swapped(*args: Any) -> LaidOut:
+        state = {**correct(*args)}
         name = "model.layers.0.self_attn.q_proj.weight"
-        state[name] = state[name].roll(1, dims=0)
-        return state
+        return LaidOut({**state, name: state[name].roll(1, dims=0)}, {})
 
     monkeypatch.setattr(hf, "pruned_state", swapped)
     with pytest.raises(GispError, match="logits of the exported model differ by"):
@@ -88,7 +88,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("huggingface_hub.save_torch_state_dict", full)
+        patch.setattr("safetensors.torch.save_file", full)
         with pytest.raises(GispError, match="the disk is full"):
             export_hf(dense("llama-mha"), spec_of(), tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)

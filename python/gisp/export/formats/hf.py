@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gisp.errors import GispError
 from gisp.export.check import weight_dtype, write_checked
 from gisp.export.folder import is_tied
 from gisp.export.modeling_gisp import FAMILIES, auto_map, classes_of
-from gisp.export.relayout import plan_layers, stored_state
+from gisp.export.relayout import LaidOut, plan_layers, stored_state
 from gisp.export.sizes.layout import ZEROED, AttentionLayout
 from gisp.export.sizes.options import option_text
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
@@ -53,7 +50,7 @@ def export_hf(
     spec = replace(spec, options={**spec.options, **asked})
     layouts = plan_layers(model_map, spec.keep, align=align_heads, minimum=min_heads)
     config = pruned_config(base, model_map, spec, layouts)
-    weights = partial(pruned_state, base, model_map, spec.keep, layouts)
+    weights = pruned_state(base, model_map, spec.keep, layouts)
     return write_checked(base, model_map, spec, out, weights, config, tokenizer_from)
 
 
@@ -67,7 +64,7 @@ def check_family(model_map: ModelMap) -> None:
         raise GispError(f"model type {model_map.model_type!r} cannot be exported: {', '.join(FAMILIES)} can")
 
 
-def pruned_state(base: Any, model_map: ModelMap, keep: Keep, layouts: list[AttentionLayout]) -> dict[str, torch.Tensor]:
+def pruned_state(base: Any, model_map: ModelMap, keep: Keep, layouts: list[AttentionLayout]) -> LaidOut:
     """Weights of the exported model by name, in the dtype of the base and on its device."""
     stored = [
         {"heads": layout.query, "kv_heads": layout.kv, "channels": channels or (ZEROED,)}

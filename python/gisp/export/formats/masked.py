@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from gisp.export.card import MASKED
 from gisp.export.check import write_checked
 from gisp.export.folder import is_tied
-from gisp.export.relayout import stored_state
+from gisp.export.relayout import LaidOut, stored_state
 from gisp.export.sizes.layout import ZEROED
 from gisp.export.spec import ExportReport, PrunedSpec, gisp_record, map_checked
 from gisp.model.keep import Keep, kv_heads
@@ -31,11 +28,11 @@ def export_masked(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Pat
     config.dtype = base.get_input_embeddings().weight.dtype
     config.tie_word_embeddings = is_tied(base)
     config.gisp = {**gisp_record(base, spec), "masked": True}
-    weights = partial(masked_state, base, model_map, spec.keep)
+    weights = masked_state(base, model_map, spec.keep)
     return write_checked(base, model_map, spec, out, weights, config, tokenizer_from, MASKED)
 
 
-def masked_state(base: Any, model_map: ModelMap, keep: Keep) -> dict[str, torch.Tensor]:
+def masked_state(base: Any, model_map: ModelMap, keep: Keep) -> LaidOut:
     """Weights of the dense model by name, zero in the removed structures; key/value heads go with their last head."""
     shown = [
         {

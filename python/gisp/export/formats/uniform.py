@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +127,7 @@ def export_uniform(base: Any, spec: PrunedSpec, out: Path, *, tokenizer_from: Pa
     if len(sizes) != 1:
         raise GispError(f"the layers have {len(sizes)} different sizes: round them to one with uniform_spec first")
     config = stock_config(base, model_map, spec, sizes.pop())
-    weights = partial(pruned_state, base, model_map, spec.keep, layouts)
+    weights = pruned_state(base, model_map, spec.keep, layouts)
     return write_checked(base, model_map, spec, out, weights, config, tokenizer_from, UNIFORM)
 
 

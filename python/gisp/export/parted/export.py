@@ -108,9 +108,8 @@ def _write(
     state = pruned_state(base, model_map, spec.keep, layouts)
     if stages.stage:
         # Tied embeddings are at both ends, and written once.
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("model.embed_tokens.")}
+        state = state.without("model.embed_tokens")
     size = write_shards(state, folder, stages)
-    del state
     with together(stages):
         if stages.processes.first:
             write_config(folder, config)

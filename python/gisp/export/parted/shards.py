@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from gisp.export.folder import check_room
+from gisp.export.folder import check_room, shards_of, write_index
+from gisp.export.relayout import LaidOut
 from gisp.stages.group import Stages
 from gisp.stages.parted import together
 
 
-def write_shards(state: Mapping[str, torch.Tensor], folder: Path, stages: Stages) -> int:
+def write_shards(state: LaidOut, folder: Path, stages: Stages) -> int:
     """Write this process's weights, and in the first one the index of all; bytes of all files."""
-    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     exchange = stages.processes.exchange
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.shapes.values())
     total = sum(int(answer) for answer in exchange(str(size).encode()))
     with together(stages):
         if stages.processes.first:
             check_room(folder, total)
-    shards = [*split_torch_state_dict_into_shards(dict(state), max_shard_size="5GB").filename_to_tensors.values()]
+    shards = [*shards_of(state.shapes).values()]
     counts = [int(answer) for answer in exchange(str(len(shards)).encode())]
     before = sum(counts[: stages.processes.rank])
     places: dict[str, str] = {}
@@ -35,8 +32,6 @@ def write_shards(state: Mapping[str, torch.Tensor], folder: Path, stages: Stages
             places |= dict.fromkeys(names, file)
     answers = exchange(json.dumps(places).encode())
     if stages.processes.first:
-        found = {name: file for answer in answers for name, file in json.loads(answer).items()}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(found.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(folder, total, {name: file for answer in answers for name, file in json.loads(answer).items()})
     exchange(b"")
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

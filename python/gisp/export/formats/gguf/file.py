@@ -18,6 +18,7 @@ from gisp.export.folder import check_room
 from gisp.export.formats.gguf.tokenizer import Vocabulary, add_vocabulary
 from gisp.export.modeling_gisp import classes_of
 from gisp.export.provenance import base_name
+from gisp.export.relayout import LaidOut
 from gisp.export.spec import PrunedSpec, gisp_record
 from gisp.model.structures import ModelMap
 
@@ -51,11 +52,11 @@ def write_gguf(
     base: Any,
     model_map: ModelMap,
     spec: PrunedSpec,
-    state: Mapping[str, torch.Tensor],
+    state: LaidOut,
     dtype: torch.dtype,
     vocabulary: Vocabulary | None,
 ) -> None:
-    """Write the file, one tensor at a time.
+    """Write the file, one tensor at a time; no other is in memory then.
 
     Args:
         state: weights of the exported model by name, as in the ``hf`` export.
@@ -66,28 +67,30 @@ def write_gguf(
     """
     gguf = require_gguf()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(model_map.layers))
-    tensors = {_gguf_name(names, name): (name, tensor) for name, tensor in state.items()}
+    shapes = dict(state.shapes)
     factors = rope_factors(base, model_map.head_dim)
     if factors is not None:
-        tensors[_ROPE_FREQS] = (_ROPE_FREQS, factors)
-    check_room(path.parent, sum(tensor.numel() * _stored(tensor, dtype).itemsize for _, tensor in tensors.values()))
+        shapes[_ROPE_FREQS] = factors
+    check_room(path.parent, sum(shape.numel() * _stored(shape, dtype).itemsize for shape in shapes.values()))
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     try:
-        heads, kv_heads, channels = _widths(model_map, state)
+        heads, kv_heads, channels = _widths(model_map, shapes)
         _add_metadata(gguf, writer, base, model_map, spec, dtype)
         writer.add_head_count(heads)
         writer.add_head_count_kv(kv_heads)
         writer.add_feed_forward_length(channels)
         add_vocabulary(gguf, writer, vocabulary)
-        for gguf_name, (_, tensor) in tensors.items():
-            stored = _stored(tensor, dtype)
+        for name, shape in shapes.items():
+            stored = _stored(shape, dtype)
             raw = gguf.GGMLQuantizationType[_TYPES[stored][0]]
-            count = tensor.numel() * stored.itemsize
-            writer.add_tensor_info(gguf_name, tuple(tensor.shape), np.dtype(np.float32), count, raw_dtype=raw)
+            count = shape.numel() * stored.itemsize
+            stored_name = name if name == _ROPE_FREQS else _gguf_name(names, name)
+            writer.add_tensor_info(stored_name, tuple(shape.shape), np.dtype(np.float32), count, raw_dtype=raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, tensor in tensors.values():
+        for name in shapes:
+            tensor = state[name] if factors is None or name != _ROPE_FREQS else factors
             rotated = _rotated_heads(name, heads, kv_heads)
             rows = interleave(tensor, rotated) if rotated else tensor
             writer.write_tensor_data(_array(name, rows, _stored(rows, dtype)))
@@ -96,12 +99,15 @@ def write_gguf(
 
 
 def read_state(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A file's reader and its tensors by their GGUF name, in the stored dtype, rows in the order of the file."""
+    """A file's reader and its tensors by their GGUF name, in the stored dtype, rows in the order of the file.
+
+    The file is mapped: what is written to a tensor stays in memory.
+    """
     gguf = require_gguf()
-    reader = gguf.GGUFReader(path)
+    reader = gguf.GGUFReader(path, "c")
     state = {}
     for item in reader.tensors:
-        data = torch.from_numpy(np.array(item.data))
+        data = torch.from_numpy(item.data)
         if item.tensor_type == gguf.GGMLQuantizationType.BF16:
             data = data.view(torch.bfloat16)
         state[item.name] = data
@@ -200,10 +206,10 @@ def _rotated_heads(name: str, heads: list[int], kv_heads: list[int]) -> int | No
     return counts[int(parts[2])] if counts else None
 
 
-def _widths(model_map: ModelMap, state: Mapping[str, torch.Tensor]) -> tuple[list[int], list[int], list[int]]:
+def _widths(model_map: ModelMap, shapes: Mapping[str, torch.Tensor]) -> tuple[list[int], list[int], list[int]]:
     """Query heads, key/value heads and MLP channels of every layer."""
     q, kv, channels = (
-        [len(state[f"model.layers.{layer}.{name}.weight"]) for layer in range(len(model_map.layers))]
+        [len(shapes[f"model.layers.{layer}.{name}.weight"]) for layer in range(len(model_map.layers))]
         for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj")
     )
     return [n // model_map.head_dim for n in q], [n // model_map.head_dim for n in kv], channels

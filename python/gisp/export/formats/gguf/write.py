@@ -60,7 +60,6 @@ def export_gguf(
     with new_folder(out) as folder:
         state = pruned_state(base, model_map, spec.keep, layouts)
         write_gguf(folder / FILE, base, model_map, spec, state, kind, vocabulary)
-        del state
         report, facts = checked_gguf_report(base, model_map, spec, layouts, folder / FILE, out, kind, vocabulary)
         write_card(folder, base, spec, report, _card(vocabulary, facts))
     return report

@@ -1,0 +1,94 @@
+"""Memory that a process of its own takes while it exports, apart from files it maps; JSON on standard output.
+
+Called with a folder to work in. Every allocation of weights is one of the system's own, so that what is let go counts
+no longer; see :data:`ENVIRONMENT`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+FORMATS = ("hf", "masked", "uniform")
+SHARD = 12 * 2**20
+
+
+def held_now() -> int:
+    """Bytes of this process in memory that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """Inside, the most this process holds is looked for; bytes above what it held before."""
+    before, found, over = held_now(), [0], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.001):
+            found[0] = max(found[0], held_now() - before)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+
+
+def run_of(folder: Path, layers: int, hidden: int, channels: int) -> tuple[Path, int]:
+    """A run over a model whose weights lie in host memory, and the bytes of the model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import gisp
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": channels, "num_hidden_layers": layers}
+    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=8, vocab_size=64)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "model", max_shard_size=SHARD)
+    tokens = torch.randint(0, 64, (8, 16))
+    options: dict[str, Any] = {"sparsity": 0.2, "steps": 1, "batch_tokens": 32, "device": "cpu", "offload": "always"}
+    gisp.prune(folder / "model", tokens, out=folder / "run", dtype="float32", **options)
+    return folder / "run", sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def main(folder: Path) -> None:
+    from gisp.export import folder as files
+    from gisp.export.run import export_run
+    from gisp.run.trajectory import Trajectory
+
+    files.SHARD_BYTES = SHARD
+    # Imports and what they hold are not counted.
+    small, _ = run_of(folder / "small", 3, 64, 64)
+    for name in (*FORMATS, *["gguf"] * bool(find_spec("gguf"))):
+        export_run(small, 0.2, folder / "small" / name, device="cpu", format=name)
+    run, size = run_of(folder / "large", 12, 512, 1536)
+    before = held_now()
+    base = Trajectory.load(run).load_base(device="cpu", dtype="auto")
+    found: dict[str, Any] = {"model": size, "held": held_now() - before, "peaks": {}, "files": {}}
+    del base
+    for name in FORMATS:
+        out = folder / "large" / name
+        with peak() as most:
+            export_run(run, 0.2, out, device="cpu", format=name)
+        found["peaks"][name] = most[0]
+        found["files"][name] = [path.stat().st_size for path in sorted(out.glob("*.safetensors"))]
+    if find_spec("gguf") is not None:
+        with peak() as most:
+            export_run(run, 0.2, folder / "large" / "gguf", device="cpu", format="gguf")
+        found["peaks"]["gguf"] = most[0]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
