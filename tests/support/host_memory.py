@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
-FORMATS = ("hf", "masked", "uniform")
+FORMATS = ("hf", "masked", "uniform", "stages")
 SHARD = 12 * 2**20
 
 
@@ -62,31 +62,38 @@ def run_of(folder: Path, layers: int, hidden: int, channels: int) -> tuple[Path,
     return folder / "run", sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+def export(run: Path, out: Path, name: str) -> None:
+    """Export by a format, or as one of several stages."""
+    from gisp.export.parted import export_parted
+    from gisp.export.run import export_run
+
+    if name == "stages":
+        export_parted(run, 0.2, out, process_group=None, device="cpu")
+    else:
+        export_run(run, 0.2, out, device="cpu", format=name)
+
+
 def main(folder: Path) -> None:
     from gisp.export import folder as files
-    from gisp.export.run import export_run
     from gisp.run.trajectory import Trajectory
 
     files.SHARD_BYTES = SHARD
     # Imports and what they hold are not counted.
     small, _ = run_of(folder / "small", 3, 64, 64)
-    for name in (*FORMATS, *["gguf"] * bool(find_spec("gguf"))):
-        export_run(small, 0.2, folder / "small" / name, device="cpu", format=name)
+    names = (*FORMATS, *["gguf"] * bool(find_spec("gguf")))
+    for name in names:
+        export(small, folder / "small" / name, name)
     run, size = run_of(folder / "large", 12, 512, 1536)
     before = held_now()
     base = Trajectory.load(run).load_base(device="cpu", dtype="auto")
     found: dict[str, Any] = {"model": size, "held": held_now() - before, "peaks": {}, "files": {}}
     del base
-    for name in FORMATS:
+    for name in names:
         out = folder / "large" / name
         with peak() as most:
-            export_run(run, 0.2, out, device="cpu", format=name)
+            export(run, out, name)
         found["peaks"][name] = most[0]
         found["files"][name] = [path.stat().st_size for path in sorted(out.glob("*.safetensors"))]
-    if find_spec("gguf") is not None:
-        with peak() as most:
-            export_run(run, 0.2, folder / "large" / "gguf", device="cpu", format="gguf")
-        found["peaks"]["gguf"] = most[0]
     print(json.dumps(found))
 
 
