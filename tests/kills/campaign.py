@@ -29,9 +29,14 @@ class Result:
     failures: list[str] = field(default_factory=list)
 
 
-def _child(arguments: list[str], log: str) -> None:
+def _child(arguments: list[str], log: str, beside: bool) -> None:
     from gisp.cli import main
+    from gisp.run import loop
+    from gisp.run.step import StepWriter
 
+    if beside:
+        # As on a GPU.
+        loop.StepWriter = lambda **_: StepWriter(overlap=True)  # type: ignore[assignment, misc]
     replace = os.replace
 
     def slowly(*paths: Any, **options: Any) -> None:
@@ -138,7 +143,8 @@ class Campaign:
         return [*where, *options]
 
     def _start(self, arguments: list[str]) -> BaseProcess:
-        process = self._context.Process(target=_child, args=(arguments, str(self.folder / "log")))
+        beside = self.rng.random() < 0.5
+        process = self._context.Process(target=_child, args=(arguments, str(self.folder / "log"), beside))
         process.start()
         return process
 
