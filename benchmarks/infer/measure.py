@@ -25,7 +25,8 @@ class Setting:
         context: tokens already in the cache when decoding.
         batches: batch sizes of decoding.
         repetitions: of everything; the median counts.
-        graph: replay a captured CUDA graph when decoding, as serving engines do; otherwise the host's launches count.
+        graph: replay captured CUDA graphs when decoding, and of a prompt beside the eager pass, as serving engines do;
+            otherwise the host's launches count.
         fused: norms and MLP activations run as one kernel each (``gisp.fuse``), in dense and pruned models alike.
     """
 
@@ -41,8 +42,9 @@ class Setting:
 def measure_inference(model: Any, setting: Setting) -> dict[str, Any]:
     """Milliseconds and bytes of one model, JSON-ready.
 
-    ``prefill_ms`` is the pass over the prompt with the logits of its last token, ``first_token_ms`` that and the choice
-    of the token on the host; ``decode_ms`` a token for every sequence of a batch. ``times`` also has their quartiles.
+    ``prefill_ms`` is the pass over the prompt with the logits of its last token, ``captured_prefill_ms`` a replay of it
+    (``None`` without a graph), ``first_token_ms`` the eager pass and the choice of the token on the host; ``decode_ms``
+    a token for every sequence of a batch. ``times`` also has their quartiles.
     """
     if setting.fused:
         fuse(model)
@@ -62,12 +64,15 @@ def measure_inference(model: Any, setting: Setting) -> dict[str, Any]:
         "prefill": _times(prefill, device, setting.repetitions),
         "first token": _times(lambda: int(prefill()[0, -1].argmax()), device, setting.repetitions),
     }
+    if device.type == "cuda" and setting.graph:
+        times["captured prefill"] = _times(captured(prefill, device), device, setting.repetitions)
     for batch in setting.batches:
         step = decode_step(model, batch, setting)
         times[f"decode of batch {batch}"] = _times(step, device, 4 * setting.repetitions)
     return {
         **result,
         "prefill_ms": times["prefill"]["median_ms"],
+        "captured_prefill_ms": times["captured prefill"]["median_ms"] if "captured prefill" in times else None,
         "first_token_ms": times["first token"]["median_ms"],
         "decode_ms": {str(batch): times[f"decode of batch {batch}"]["median_ms"] for batch in setting.batches},
         "times": times,
@@ -93,8 +98,14 @@ def decode_step(model: Any, batch: int, setting: Setting) -> Step:
         logits: torch.Tensor = out.logits
         return logits
 
-    if device.type != "cuda" or not setting.graph:
-        return run
+    return captured(run, device) if device.type == "cuda" and setting.graph else run
+
+
+def captured(run: Step, device: torch.device) -> Step:
+    """What ``run`` launches as a CUDA graph, without the host's part. A call replays it and gives the captured result.
+
+    The graph holds the memory of one run for as long as it lives.
+    """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -103,8 +114,13 @@ def decode_step(model: Any, batch: int, setting: Setting) -> Step:
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def _rewind(layer: Any, length: int) -> None:

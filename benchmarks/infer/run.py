@@ -2,8 +2,9 @@
 
 The models are those an export loads (per-layer widths, the modeling file of exports) with random weights of real shape,
 made on the device, or with --run the sizes of a run. Decoding replays a CUDA graph over a static cache, as serving
-engines do; --no-graph shows what plain generate pays in launches. Norms and activations run fused (gisp.fuse), also as
-serving engines do; --plain leaves them as transformers runs them. All sizes of a model are measured in one process.
+engines do; --no-graph shows what plain generate pays in launches. The pass over the prompt is timed eager and as a
+graph. Norms and activations run fused (gisp.fuse), also as serving engines do; --plain leaves them as transformers runs
+them. All sizes of a model are measured in one process.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def show(models: list[dict[str, Any]]) -> str:
                     item["model"],
                     f"{100 * row['sparsity']:.1f}",
                     _speed(dense["prefill_ms"], row["prefill_ms"]),
+                    _captured(dense, row),
                     _speed(dense["first_token_ms"], row["first_token_ms"]),
                     " ".join(decode),
                     f"{row['weight_bytes'] / 1e9:.2f} ({row['weight_bytes'] / dense['weight_bytes']:.2f})",
@@ -89,12 +91,19 @@ def show(models: list[dict[str, Any]]) -> str:
         "model",
         "sparsity %",
         "prefill ms",
+        "captured",
         "first token ms",
         f"decode ms, batch {sizes}",
         "weights GB",
         "KV KiB/token",
     )
     return table(header, lines)
+
+
+def _captured(dense: dict[str, Any], row: dict[str, Any]) -> str:
+    """The captured prefill; a result without a graph has none, nor one written before there was any."""
+    one, other = (item.get("captured_prefill_ms") for item in (dense, row))
+    return _speed(one, other) if one and other else "-"
 
 
 def _speed(dense: float, here: float) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from export_models import dense
 from nested_cases import trajectory_of
 
-from benchmarks.infer.run import run_sizes
+from benchmarks.infer.run import run_sizes, show
 from benchmarks.infer.shapes import decoder_parameters
 from benchmarks.studies.gqa_modes import stored
 from gisp.cli import main
@@ -28,10 +29,24 @@ def test_a_tiny_run_writes_its_result(tmp_path: Path, capsys: pytest.CaptureFixt
     for key in ("weight_bytes", "kv_bytes_per_token", "parameters"):
         assert rows[0][key] > rows[1][key] >= rows[2][key]
     assert all(set(row["decode_ms"]) == {"1", "2"} and row["prefill_ms"] > 0 for row in rows)
+    assert all(row["captured_prefill_ms"] is None for row in rows)
     printed = capsys.readouterr().out
     assert main(["bench", "infer", "--from", str(out), "--goals"]) == 0
     again = capsys.readouterr().out
     assert again.splitlines()[0] in printed and "not measured" in again
+
+
+def test_a_captured_prefill_is_shown_beside_the_eager_one() -> None:
+    def row(sparsity: float, milliseconds: float, **more: float) -> dict[str, Any]:
+        times = {"prefill_ms": milliseconds, "first_token_ms": milliseconds, "decode_ms": {"1": milliseconds}}
+        return {"sparsity": sparsity, "weight_bytes": 1, "kv_bytes_per_token": 1024, **times, **more}
+
+    shown = show(
+        [{"model": "m", "rows": [row(0, 40, captured_prefill_ms=30.0), row(0.5, 39, captured_prefill_ms=15.0)]}]
+    )
+    assert "39.00 (1.03x)" in shown and "15.00 (2.00x)" in shown
+    # Results from before there was one.
+    assert " - " in show([{"model": "m", "rows": [row(0, 40), row(0.5, 20)]}])
 
 
 @pytest.mark.parametrize(
