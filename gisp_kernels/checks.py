@@ -41,7 +41,7 @@ def check_same_device(**tensors: torch.Tensor) -> None:
 
 
 def structure_count(weight: torch.Tensor, axis: str, block: int) -> int:
-    """Number of structures of ``block`` rows or columns in ``weight`` [O, I].
+    """Number of structures of ``block`` rows or columns in ``weight`` [O, I], or in all experts of [E, O, I].
 
     Raises:
         ValueError: unknown axis, ``block`` below 1, or an extent that ``block`` does not divide.
@@ -50,7 +50,7 @@ def structure_count(weight: torch.Tensor, axis: str, block: int) -> int:
         raise ValueError(f"axis must be 'row' or 'column', got {axis!r}")
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
-    extent = weight.shape[0 if axis == "row" else 1]
+    extent = weight.shape[-2 if axis == "row" else -1] * weight.shape[:-2].numel()
     if extent % block:
         raise ValueError(f"block {block} does not divide the {extent} {axis}s of the weight")
     return extent // block

@@ -26,6 +26,7 @@ from gisp_kernels.triton import (
     cross_entropy,
     float8,
     gate_grads,
+    grouped_reduce,
     kv_heads,
     rms_norm,
     rotary,
@@ -91,6 +92,8 @@ def launches(capability: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]
     for block in (1, BLOCK):
         out = matrix(1, WIDTH // block, of=torch.float32)
         yield partial(gate_grads.launch, out, x3, x3, block)
+        jobs = [(weight, weight, own, axis, block) for axis in ("row", "column") for own in (out[0], out[0].clone())]
+        yield partial(grouped_reduce.launch, jobs, 1, False)
     heads, index = x.view(TOKENS, -1, BLOCK), torch.zeros(WIDTH // BLOCK, dtype=torch.int64)
     yield partial(kv_heads.expand, heads[:, :4], index, heads)
     yield partial(kv_heads.sum_heads, heads, index, heads[:, :4].clone())
