@@ -15,6 +15,7 @@ import torch
 from gisp_kernels import backend as backends
 from gisp_kernels import checks
 from gisp_kernels.ops import wgrad
+from gisp_kernels.ops.grouped import ScoredMatrix, add_sums, grouped_abs_weighted_reduce
 from gisp_kernels.ops.products import weight_grad
 
 
@@ -219,10 +220,7 @@ def _abs_weighted_reduce(
 
         kernel.launch(out, weight, grad, axis, block, power)
     else:
-        products = weight.float() * grad.float()
-        products = products.abs_() if power == 1 else products.square_()
-        lines = products.sum(dim=1 if axis == "row" else 0)
-        out.add_(lines.view(out.shape[0], block).sum(dim=1))
+        add_sums(ScoredMatrix(weight, grad, out, axis, block), power)
 
 
 def _wgrad_importance(
@@ -241,8 +239,18 @@ def _wgrad_importance(
         return
     gradient = weight_grad(grad_output, input)
     reduction = "reference" if choice == "reference" else "triton"
-    for out, weight, start, block in zip(outs, weights, starts, blocks, strict=True):
-        _abs_weighted_reduce(out, weight, gradient[start : start + weight.shape[0]], axis, block, reduction, power)
+    parts = [gradient[start : start + weight.shape[0]] for start, weight in zip(starts, weights, strict=True)]
+    if len(weights) == 1:
+        _abs_weighted_reduce(outs[0], weights[0], parts[0], axis, blocks[0], reduction, power)
+        return
+    grouped_abs_weighted_reduce(
+        [
+            ScoredMatrix(weight, part, out, axis, block)
+            for weight, part, out, block in zip(weights, parts, outs, blocks, strict=True)
+        ],
+        power=power,
+        backend=reduction,
+    )
 
 
 # Tracing needs registered forms. They get validated arguments and a ``choice`` as of

@@ -17,6 +17,7 @@ from torch import nn
 
 from gisp_kernels import checks
 from gisp_kernels.groups import Axis, Projection, StructureGroup, unwrapped
+from gisp_kernels.ops.grouped import grouped_abs_weighted_reduce
 from gisp_kernels.record.attach.copying import Uncopyable
 from gisp_kernels.record.attach.parallel import added_over
 from gisp_kernels.record.attach.tap import Tap
@@ -137,16 +138,18 @@ class ImportanceRecorder(Uncopyable):
         Raises:
             RuntimeError: a covered layer changed its width while being recorded, or a scaled loss overflowed.
         """
-        parts = {key: self._parts_of(tap) for key, tap in self._taps.items()}
-        scores = {}
-        for group in self._groups:
+        scores = self._scores_together()
+        apart = [group for group in self._groups if group.name not in scores]
+        keys = {_key(projection) for group in apart for projection in self._scored[group.name]}
+        parts = {key: self._parts_of(tap) for key, tap in self._taps.items() if key in keys}
+        for group in apart:
             first, *others = (parts[_key(p)][p] for p in self._scored[group.name])
             total = first.clone()
             for part in others:
                 total += part.to(total.device)
             scores[group.name] = total.abs().float() if self.mode == "signed" else total
         self._scale.check(scores)
-        return scores
+        return {group.name: scores[group.name] for group in self._groups}
 
     def scores_of(self, module: nn.Module, axis: Axis = "row", parameter: str = "weight") -> torch.Tensor:
         """Scores of one weight along one axis, float32.
@@ -231,6 +234,25 @@ class ImportanceRecorder(Uncopyable):
             tap = self._taps[_key(self._scored[name][0])]
             assert isinstance(tap, GateTap)
             tap.close_gates(gates)
+
+    def _scores_together(self) -> dict[str, torch.Tensor]:
+        """Scores of groups whose weights and summed gradients all lie on one device of this process, read at once."""
+        scores, matrices = {}, []
+        for group in self._groups if self.mode == "exact" and self._reduce_group is None else ():
+            projections = self._scored[group.name]
+            taps = [self._taps[_key(projection)] for projection in projections]
+            out = torch.empty(group.count, dtype=torch.float32, device=taps[0].weight.device)
+            found = [
+                tap.matrix(projection, out) if isinstance(tap, ScoredTap) and tap.weight.device == out.device else None
+                for tap, projection in zip(taps, projections, strict=True)
+            ]
+            whole = [matrix for matrix in found if matrix is not None]
+            if len(whole) == len(found):
+                scores[group.name] = out
+                matrices += whole
+        grouped_abs_weighted_reduce(matrices, power=self._power, add=False, backend=self._backend)
+        scale = self._scale.value**self._power
+        return scores if scale == 1 else {name: out / scale for name, out in scores.items()}
 
     def _parts_of(self, tap: Tap[Any]) -> dict[Projection, torch.Tensor]:
         return tap.scores(active=self._active, group=self._reduce_group, scale=self._scale.value)

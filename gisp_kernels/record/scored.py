@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from gisp_kernels.groups import Projection
+from gisp_kernels.ops.grouped import ScoredMatrix
 from gisp_kernels.ops.importance import as_tokens, wgrad_importance
 from gisp_kernels.ops.products import add_product, product_total, weight_grad
-from gisp_kernels.record.attach.parallel import whole
+from gisp_kernels.record.attach.parallel import is_sharded, whole
 from gisp_kernels.record.attach.tap import Tap
 from gisp_kernels.record.attach.use import Needs, Use, current_backward
 from gisp_kernels.record.sums import add_scores
@@ -57,6 +58,17 @@ class ScoredTap(Tap[tuple[torch.Tensor, torch.Tensor]]):
         scores = torch.zeros(int(projection.count), dtype=torch.float32, device=totals[0].device)
         add_scores(scores, whole(self.weight.detach()), totals[0], projection, self._power, self._backend)
         return scores
+
+    def matrix(self, projection: Projection, out: torch.Tensor) -> ScoredMatrix | None:
+        """What scores a projection together with others of its group, ``out`` [count] being theirs.
+
+        ``None`` where it is scored by itself: without a summed weight gradient, by elements or an index, or where the
+        weight has to be gathered from other processes.
+        """
+        if not self._exact or not _in_blocks(projection) or is_sharded(self.weight):
+            return None
+        self.check_width()
+        return ScoredMatrix(self.weight.detach(), self._grad, out, projection.axis, projection.block)
 
     def _take_use(self, use: Use) -> None:
         assert use.input is not None and use.grad_output is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gisp_kernels.groups import Projection
+from gisp_kernels.ops.grouped import ScoredMatrix, grouped_abs_weighted_reduce
 from gisp_kernels.ops.importance import abs_weighted_reduce
 
 
@@ -28,13 +29,15 @@ def add_scores(
     if axis == "element":
         products = weight.float() * grad.float()
         out += (products.abs_() if power == 1 else products.square_()).flatten()
-    elif weight.dim() == 2 and projection.index is None:
+    elif projection.index is None and weight.dim() == 2:
         abs_weighted_reduce(weight, grad, axis=axis, block=projection.block, power=power, out=out, backend=backend)
+    elif projection.index is None:
+        matrix = ScoredMatrix(weight, grad, out, axis, projection.block)
+        grouped_abs_weighted_reduce([matrix], power=power, backend=backend)
     else:
-        matrices = [(weight, grad)] if weight.dim() == 2 else list(zip(weight, grad, strict=True))
-        lines = torch.zeros(projection.width, dtype=torch.float32, device=out.device)
-        for own, (w, g) in zip(lines.view(len(matrices), -1), matrices, strict=True):
-            abs_weighted_reduce(w, g, axis=axis, power=power, out=own, backend=backend)
+        lines = torch.empty(projection.width, dtype=torch.float32, device=out.device)
+        matrix = ScoredMatrix(weight, grad, lines, axis)
+        grouped_abs_weighted_reduce([matrix], power=power, add=False, backend=backend)
         add_lines(out, lines, projection)
 
 

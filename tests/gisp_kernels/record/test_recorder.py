@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +40,32 @@ def test_forward_inside(model: Block, batch: torch.Tensor, mode: Mode, frozen: b
     if not frozen:
         torch.testing.assert_close(model.mlp.down_proj.bias.grad, expected)
     assert is_clean(model)
+
+
+def test_an_exact_layer_is_read_by_one_launch(
+    model: Block, batch: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gisp_kernels.triton import grouped_reduce
+
+    launches: list[int] = []
+    sums = grouped_reduce.partial_sums
+
+    def counted(weights: Sequence[torch.Tensor], *rest: Any) -> Any:
+        launches.append(len(weights))
+        return sums(weights, *rest)
+
+    monkeypatch.setattr(grouped_reduce, "partial_sums", counted)
+    for power in (1, 2):
+        with record_importance(model, mode="exact", power=power) as plain:
+            model.loss(batch).backward()
+        with record_importance(model, mode="exact", power=power, backend="triton") as recorder:
+            model.loss(batch).backward()
+        found, expected = recorder.scores(), plain.scores()
+        assert list(found) == list(expected)
+        for name, scores in expected.items():
+            torch.testing.assert_close(found[name], scores)
+    projections = sum(len(group.projections) for group in iter_groups(model))
+    assert launches == [projections, projections]
 
 
 @pytest.mark.parametrize("mode", MODES)
