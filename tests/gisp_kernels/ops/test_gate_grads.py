@@ -19,6 +19,10 @@ SHAPES = (
     (4, 1, 300, 150),
     (2, 65, 130, 1),
     (1, 1, 1, 1),
+    # Few programs and long sequences, which come in parts.
+    (1, 800, 70, 1),
+    (2, 530, 96, 24),
+    (1, 515, 200, 100),
 )
 BACKENDS = ("reference", "triton")
 
@@ -60,6 +64,29 @@ def test_strides_poison_and_a_slice_of_a_larger_result(backend: str, block: int)
     torch.testing.assert_close(turned, expected)
 
 
+@pytest.mark.parametrize("block", [1, 4])
+def test_parts_of_sequences_go_to_a_slice_of_a_larger_result(block: int) -> None:
+    x, grad = torch.randn(2, 600, 24), torch.randn(2, 600, 24)
+    out = torch.full((2, 60), float("nan"))
+    gate_grads(x, grad, block=block, out=out[:, 5 : 5 + 24 // block], backend="triton")
+    truth = gate_truth(x, grad, block)
+    assert_error_budget(out[:, 5 : 5 + 24 // block].flatten(), truth.scores.float(), truth)
+    assert out.isnan().sum() == out.numel() - 2 * 24 // block
+
+
+def test_parts_follow_from_shapes_alone() -> None:
+    from gisp_kernels.triton import gate_grads as kernel
+
+    def parts(sequences: int, length: int, count: int, block: int) -> int:
+        return kernel.choose(sequences, length, count, block)[1]
+
+    # Sequences of 256 tokens are never split, nor where there are programs enough.
+    assert parts(1, 256, 1, 128) == parts(8, 511, 40, 128) == parts(32, 8192, 40, 128) == 1
+    assert parts(1, 2048, 32, 128) == 8
+    assert parts(1, 2048, 7440, 1) == 1
+    assert parts(1, 8192, 64, 1) == 32
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
 def test_nothing_to_sum(backend: str, shape: tuple[int, int, int]) -> None:
@@ -70,8 +97,8 @@ def test_nothing_to_sum(backend: str, shape: tuple[int, int, int]) -> None:
 
 
 def test_order_of_programs_changes_no_bit() -> None:
-    for block in (1, 10):
-        x, grad = torch.randn(3, 50, 150), torch.randn(3, 50, 150)
+    for block, length in ((1, 50), (10, 50), (1, 600), (10, 600)):
+        x, grad = torch.randn(3, length, 150), torch.randn(3, length, 150)
         expected = gate_grads(x, grad, block=block, backend="triton")
         with shuffled_grid(1):
             assert torch.equal(gate_grads(x, grad, block=block, backend="triton"), expected)

@@ -21,6 +21,12 @@ SHAPES = (
     (5, 33, 192, 24),
     (1, 8192, 256, 64),
     (2, 100, 4096, 512),
+    # SmolLM2, and single long sequences, which come in parts.
+    (8, 256, 576, 64),
+    (8, 256, 1536, 1),
+    (1, 2048, 4096, 128),
+    (1, 2049, 7440, 1),
+    (1, 5000, 40, 1),
     (1, 1, 1, 1),
 )
 IDS = ["x".join(map(str, shape)) for shape in SHAPES]
