@@ -9,7 +9,8 @@ from typing import Any
 from benchmarks.common.compare import Ratios, of_times
 from benchmarks.common.goals import Goal
 from benchmarks.common.registry import DENSE, HALF, MIDWAY, REAL
-from benchmarks.common.task import AUTO, Row
+from benchmarks.common.task import AUTO, COMPILED, Row
+from benchmarks.kernels.gates import TOKENS as GATE_TOKENS
 from benchmarks.kernels.importance import CUBLAS, CUBLAS_EAGER, CUBLAS_OURS
 
 MEBIBYTE = 2**20
@@ -46,11 +47,16 @@ def kernel_goals(rows: list[Row]) -> list[Goal]:
         if tokens >= 8192:
             goals.append(_ratio(f"scores, {tokens} tokens, speed of {CUBLAS}", 0.93, here, CUBLAS))
     reductions = [row for row in rows if row["op"] == "abs_weighted_reduce" and _regular(row)]
+    layers = [row for row in rows if row["op"] == "layer_reduce"]
+    gates = {n: [row for row in rows if row["op"] == "gate_grads" and row["tokens"] == n] for n in GATE_TOKENS}
     steps = [row for row in rows if row["op"] == "partition_step" and row["model"] == "llama-2-13b"]
     packs = [row for row in rows if row["op"] == "pack"]
     return [
         *goals,
         _worst("abs_weighted_reduce, of copy", 85, "%", reductions, "percent_of_copy"),
+        *(_ratio(f"gate gradients, {n} tokens, over torch.compile", 1.1, gates[n], COMPILED) for n in gates),
+        _worst("gate gradients, 8192 tokens, of copy", 85, "%", gates[8192], "percent_of_copy"),
+        _worst("reduction of a layer at once, of copy", 88, "%", layers, "percent_of_copy"),
         _worst("partition of the 13B, wall", 2, "ms", steps, "median_ms", at_least=False),
         _worst("partition of the 13B, extra memory", 1, "MiB", steps, _extra_mebibytes, at_least=False),
         _worst("pack(), of copy", 70, "%", packs, "percent_of_copy"),
@@ -67,6 +73,8 @@ def _shape(row: Row) -> str:
     parts = [str(row["model"]), str(row.get("projection", ""))]
     if "rows" in row:
         parts.append(f"{row['rows']}x{row['width']}")
+    elif "kept" in row:
+        parts.append(f"{row['kept']:.0%} kept")
     return " ".join(part for part in parts if part)
 
 

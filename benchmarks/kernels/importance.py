@@ -25,6 +25,7 @@ from benchmarks.common.registry import (
 )
 from benchmarks.common.task import AUTO, COMPILED, EAGER, Implementation, Prepared, Task, random_matrix
 from gisp_kernels import abs_weighted_reduce, wgrad_importance
+from gisp_kernels.ops.grouped import ScoredMatrix, grouped_abs_weighted_reduce
 from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance
 from gisp_kernels.ops.products import weight_grad
 from gisp_kernels.ops.wgrad import native_why_not
@@ -42,9 +43,9 @@ def tasks(quick: bool) -> list[Task]:
     if quick:
         found = [_wgrad(case, tokens) for tokens in QUICK_TOKENS for case in quick_cases()[1:3]]
         found += [_stacked("llama-2-13b", "qkv", DENSE, 512), _stacked("llama-2-13b", "gate+up", DENSE, STEP_TOKENS)]
-        return found + [_reduction(case) for case in quick_cases()]
+        return found + [_reduction(case) for case in quick_cases()] + [_layer("llama-2-13b", HALF)]
     midway = [case for name in REAL for case in cases(name, MIDWAY)]
-    found = [_reduction(case) for case in every]
+    found = [_reduction(case) for case in every] + [_layer(name, kept) for kept in (DENSE, HALF) for name in REAL]
     found += [_wgrad(case, tokens) for tokens in TOKENS for case in every]
     found += [
         _stacked(name, stack, kept, tokens)
@@ -131,6 +132,58 @@ def _prepare_reduction(case: Case) -> Prepared:
         # W and G, each read once.
         bytes=2 * weight.numel() * weight.element_size(),
     )
+
+
+def _layer(model_name: str, kept: float) -> Task:
+    labels = {"model": model_name, "projection": "layer", "kept": kept}
+    return Task("layer_reduce", labels, partial(_prepare_layer, model_name, kept))
+
+
+def _prepare_layer(model_name: str, kept: float) -> Prepared:
+    """All matrices of a layer whose weight gradients are there: scores of its heads and of its channels."""
+    shapes = {case.projection: case for case in cases(model_name, kept)}
+    attention = ["q", "o"] if MODELS[model_name].shares_kv else ["qkv", "qkv", "qkv", "o"]
+    groups = [[shapes[name] for name in names] for names in (attention, ["gate/up", "gate/up", "down"])]
+    parts = [(case, number) for number, group in enumerate(groups) for case in group]
+    inputs = tuple(random_matrix(*_shape(case)) for _ in range(2) for case, _ in parts)
+
+    def matrices(tensors: Inputs, outs: list[torch.Tensor]) -> list[ScoredMatrix]:
+        weights, grads = tensors[: len(parts)], tensors[len(parts) :]
+        return [
+            ScoredMatrix(w, g, outs[number], case.axis, case.block)
+            for (case, number), w, g in zip(parts, weights, grads, strict=True)
+        ]
+
+    def summed(reduce: Callable[[ScoredMatrix], torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+        found = [reduce(matrix) for matrix in matrices(tensors, [tensors[0]] * len(groups))]
+        own = [[part for part, (_, owner) in zip(found, parts, strict=True) if owner == n] for n in range(len(groups))]
+        return torch.cat([sum(rest, start=first) for first, *rest in own])
+
+    def ours(*tensors: torch.Tensor) -> torch.Tensor:
+        outs = [torch.empty(_count(group[0]), device=tensors[0].device) for group in groups]
+        grouped_abs_weighted_reduce(matrices(tensors, outs), add=False)
+        return torch.cat(outs)
+
+    truths = [reduce_truth(m.weight, m.grad, m.axis, m.block) for m in matrices(inputs, [inputs[0]] * len(groups))]
+    by_group = [[t for t, (_, owner) in zip(truths, parts, strict=True) if owner == n] for n in range(len(groups))]
+    scores = torch.cat([torch.stack([truth.scores for truth in own]).sum(0) for own in by_group])
+    truth = Truth(scores, scores, max(sum(truth.terms for truth in own) for own in by_group))
+    return Prepared(
+        inputs=inputs,
+        implementations={
+            AUTO: ours,
+            "one by one": partial(summed, lambda m: abs_weighted_reduce(m.weight, m.grad, axis=m.axis, block=m.block)),
+            COMPILED: partial(summed, lambda m: reduce_compiled(m.weight, m.grad, m.axis, m.block)),
+            EAGER: partial(summed, lambda m: reduce_eager(m.weight, m.grad, m.axis, m.block)),
+        },
+        check=within_budget(inputs, scores.float(), truth),
+        baseline=EAGER,
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in inputs),
+    )
+
+
+def _count(case: Case) -> int:
+    return (case.rows if case.axis == "row" else case.width) // case.block
 
 
 def _stacked(model_name: str, stack: str, kept: float, tokens: int) -> Task:

@@ -35,8 +35,8 @@ def write_plots(result: dict[str, Any], beside: Path) -> list[Path]:
     usual = [row for row in rows if not {row.get("rows"), row.get("width")} & {ODD_WIDTH, EVEN_WIDTH}]
     scores = [row for row in usual if row["op"] == "wgrad_importance" and row["kept"] in (DENSE, HALF)]
     memory = [row for row in usual if "percent_of_copy" in row and row["op"] not in ("pack", "partition_step")]
-    reductions = [row for row in memory if row["op"] == "abs_weighted_reduce"]
-    elementwise = [row for row in memory if row["op"] != "abs_weighted_reduce"]
+    reductions = [row for row in memory if row["op"] in ("abs_weighted_reduce", "layer_reduce")]
+    elementwise = [row for row in memory if row not in reductions]
     drawn: dict[str, Callable[[], Figure]] = {}
     if scores:
         drawn["scores"] = lambda: draw_scores(scores)
@@ -131,4 +131,8 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 def _shape(row: Row) -> str:
     what = row.get("projection") or row["op"].rstrip("_")
-    return f"{short(row)} {what} {row['rows']}x{row['width']}"
+    if "rows" in row:
+        return f"{short(row)} {what} {row['rows']}x{row['width']}"
+    # Activations of so many tokens, or all matrices of a layer.
+    extents = [f"{row['tokens']}x{row['width']}"] if "tokens" in row else [f"{row['kept']:.0%} kept"]
+    return " ".join([short(row), what, *extents])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks.common.goals import goal_table
-from benchmarks.common.task import AUTO
+from benchmarks.common.task import AUTO, COMPILED
 from benchmarks.kernels.goals import kernel_goals
 
 
@@ -38,3 +38,20 @@ def test_kernel_goals_take_the_worst_shape() -> None:
     assert goals["partition of the 13B, extra memory"].worst == 0.5
     table = goal_table(goals.values())
     assert "MISSED by 9 %" in table and "not measured" in table and "MISSED by 50 %" in table
+
+
+def test_goals_of_gate_gradients_and_layers() -> None:
+    gate = {"op": "gate_grads", "model": "llama-3-8b", "projection": "o", "width": 64}
+    rows = [
+        {**gate, "tokens": tokens, "kept": kept, "implementation": name, "median_ms": ms, "percent_of_copy": 90.0 / ms}
+        for tokens, kept, times in ((2048, 1.0, (1, 1.3)), (2048, 0.52, (1, 1.05)), (8192, 1.0, (1, 1.2)))
+        for name, ms in zip((AUTO, COMPILED), times, strict=True)
+    ]
+    layer = {"op": "layer_reduce", "model": "llama-3-8b", "projection": "layer", "implementation": AUTO}
+    rows += [{**layer, "kept": kept, "median_ms": 1.0, "percent_of_copy": 80 + 10 * kept} for kept in (1.0, 0.5)]
+    goals = {goal.what: goal for goal in kernel_goals(rows)}
+    few = goals["gate gradients, 2048 tokens, over torch.compile"]
+    assert few.worst == 1.05 and few.met is False and "52% kept" in few.where
+    assert goals["gate gradients, 8192 tokens, over torch.compile"].met is True
+    assert goals["gate gradients, 8192 tokens, of copy"].worst == 90.0
+    assert goals["reduction of a layer at once, of copy"].worst == 85.0

@@ -23,9 +23,19 @@ def test_pictures_of_kernels(tmp_path: Path) -> None:
             "cublas + eager",
         )
     rows += [{**shape, "op": "swiglu", "implementation": "auto", "median_ms": 1.0, "percent_of_copy": 90.0}]
+    # Rows without a weight of one shape.
+    measured = {
+        "model": "llama-2-13b",
+        "kept": 0.52,
+        "implementation": "auto",
+        "median_ms": 1.0,
+        "percent_of_copy": 90.0,
+    }
+    rows += [{**measured, "op": "gate_grads", "projection": "o", "tokens": n, "width": 64} for n in (2048, 8192)]
+    rows += [{**measured, "op": "layer_reduce", "projection": "layer"}]
     rows += [{**shape, "op": "rotary", "implementation": "auto", "red": "wrong"}]
     peak = Ceilings(800, 4000)
     result = {"identity": {}, "ceilings": vars(peak), "rows": rows}
     paths = write_plots(result, tmp_path / "k.json")
-    assert [path.name for path in paths] == ["k-scores.png", "k-elementwise.png"]
+    assert [path.name for path in paths] == ["k-scores.png", "k-reduction.png", "k-elementwise.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
