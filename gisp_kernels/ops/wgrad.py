@@ -8,6 +8,11 @@ within that, fused ones are as fast where their tiles fill the last wave and 5 t
 they gain at most 2 % and lose up to 10 %. The persistent Triton kernel, for where the compiled one was not built, needs
 1.2 times its time at 512 tokens and 1.06 times at 2048.
 
+Tiles of the last wave are not split over tokens (stream-K). On 132 multiprocessors the waves of a layer's products are
+94 to 98 % full at 13B and 8B shapes, 88 % at half an 8B. Absolute values wait for whole sums, so every part of a split
+tile is written and read as 128 KB of float32, by one more launch. Counted like that, splitting saves nothing at 512
+tokens; at 2048 it saves at most 2 % of a layer, 6 % at half an 8B.
+
 Every fused kernel leaves one float32 sum per row and tile in a workspace, which a second kernel adds up in a fixed
 order. Operands are ``grad_output`` [T, columns], ``input`` [T, I] and the ``weights`` [O, I] of layers that read it,
 which own the columns of ``grad_output`` from their ``starts`` on.
