@@ -50,7 +50,8 @@ def measure_offload(name: str, device: torch.device, setting: Setting, args: arg
         return {"model": name, "layers": shape.layers, "resident": resident, "offloaded": None}
     print("\n".join(plan.lines()), flush=True)
     fill = partial(fill_weight, device)
-    stream = place(outline, plan.streamed, device, inputs_on_host=plan.inputs_on_host, fill=fill)
+    inputs, ends = plan.inputs_on_host, plan.ends_on_host
+    stream = place(outline, plan.streamed, device, inputs_on_host=inputs, ends_on_host=ends, fill=fill)
     placed = {"model": name, "layers": shape.layers, "gpu_memory": args.gpu_memory, "resident": resident}
     try:
         found = _figures(timed_run(shape, outline, tokens, setting, None, budget(), **places))
@@ -61,7 +62,8 @@ def measure_offload(name: str, device: torch.device, setting: Setting, args: arg
     return {
         **placed,
         "streamed_layers": len(plan.streamed),
-        "inputs_on_host": plan.inputs_on_host,
+        "inputs_on_host": inputs,
+        "ends_on_host": ends,
         "planned_bytes": plan.device,
         "planned_host_bytes": plan.host,
         "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

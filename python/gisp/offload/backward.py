@@ -51,20 +51,12 @@ class LayerwiseBackward:
         """
         count = len(self._layers)
         down = [*reversed(range(lowest, count))]
-        with self._stream.visiting([*range(count), *down]):
+        with self._stream.visiting([*range(count), count, *down]):
             called = [self._arguments(batch) for batch in ids]
             states = [first for first, _ in called]
             kept = self._forward(states, [arguments for _, arguments in called], lowest)
-            losses = []
-            for number, output in enumerate(states):
-                # What were the states of a batch is its gradient from here on.
-                states[number] = output.detach().requires_grad_(bool(down))
-                with self._replaced([self._pass_on] * (count - 1) + [_giving(states[number])]):
-                    loss = loss_of(number)
-                if down:
-                    loss.backward()
-                    states[number] = _grad(states[number])
-                losses.append(loss.detach())
+            with self._stream.visit(count):
+                losses = [self._end(states, number, loss_of, bool(down)) for number in range(len(states))]
             for i in down:
                 with self._stream.visit(i), recorded(i) as passes:
                     for number, (_, arguments) in enumerate(called):
@@ -76,6 +68,18 @@ class LayerwiseBackward:
                         if i > lowest:
                             states[number] = _grad(start)
         return losses
+
+    def _end(
+        self, states: list[torch.Tensor], number: int, loss_of: Callable[[int], torch.Tensor], back: bool
+    ) -> torch.Tensor:
+        """Loss of a batch from the states after the last layer; its gradient takes their place."""
+        output = states[number] = states[number].detach().requires_grad_(back)
+        with self._replaced([self._pass_on] * (len(self._layers) - 1) + [_giving(output)]):
+            loss = loss_of(number)
+        if back:
+            loss.backward()
+            states[number] = _grad(output)
+        return loss.detach()
 
     @torch.no_grad()
     def _forward(

@@ -50,6 +50,15 @@ class HostMemory:
             self._register(memory)
         return memory[:size].view(dtype).view(shape)
 
+    def seen(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One of these tensors as the device sees it: the same memory, read over the bus wherever it is read."""
+        if self._device.type != "cuda":
+            return tensor
+        if tensor.data_ptr() not in self._registered:
+            return tensor.to(self._device)
+        whole = torch.as_tensor(_Registered(tensor), device=self._device)
+        return whole.view(tensor.dtype).view(tensor.shape)
+
     def free(self, tensor: torch.Tensor) -> None:
         """Give up a tensor that nothing reads any more."""
         memory = self._registered.pop(tensor.data_ptr(), None)
@@ -64,6 +73,19 @@ class HostMemory:
         self._refused = True
         note(f"host memory cannot be registered with CUDA (error {code}): transfers hold up the computation")
         _take_error(self._device)
+
+
+class _Registered:
+    """Registered memory in the words of the CUDA array interface, which knows no bfloat16: bytes."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._held = tensor
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.numel() * tensor.element_size(),),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 2,
+        }
 
 
 def _unregister(registered: dict[int, torch.Tensor]) -> None:

@@ -22,6 +22,7 @@ def place(
     device: torch.device,
     *,
     inputs_on_host: bool = False,
+    ends_on_host: bool = False,
     fill: Fill | None = None,
 ) -> LayerStream:
     """Move the decoder layers of a model to host memory and everything else to the device, in place.
@@ -29,12 +30,16 @@ def place(
     Args:
         model: a causal language model with its layers at ``model.layers``.
         streamed: numbers of the layers that go to host memory.
-        inputs_on_host: as for :class:`gisp.offload.plan.Plan`.
+        inputs_on_host, ends_on_host: as for :class:`gisp.offload.plan.Plan`.
         fill: writes the weights of a model whose parameters have no memory yet.
     """
     device = numbered(device)
     memory = HostMemory(device)
-    away = {id(p) for i in streamed for p in model.model.layers[i].parameters()}
+    embedding, head = untied_ends(model) if ends_on_host else (None, None)
+    visitors = [*(model.model.layers[i] for i in streamed), *([] if head is None else [head])]
+    away = {id(p) for visitor in visitors for p in visitor.parameters()}
+    # Of the embedding single rows are read: the device reads them where they are.
+    seen = set() if embedding is None else {id(p) for p in embedding.parameters()}
     # By identity of the parameter as it was, which is held so that none takes its number.
     done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for path, module in model.named_modules():
@@ -42,14 +47,24 @@ def place(
             if parameter is None:
                 continue
             if id(parameter) not in done:
-                home = memory if id(parameter) in away else None
+                home = memory if id(parameter) in away | seen else None
                 data = _placed(parameter, f"{path}.{name}", device, home, fill)
+                data = memory.seen(data) if id(parameter) in seen else data
                 done[id(parameter)] = parameter, _with_data(parameter, data)
             module._parameters[name] = done[id(parameter)][1]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    return LayerStream(model, model.model.layers, streamed, device, boundaries_on_host=inputs_on_host, memory=memory)
+    layers = model.model.layers
+    return LayerStream(model, layers, streamed, device, head=head, boundaries_on_host=inputs_on_host, memory=memory)
+
+
+def untied_ends(model: Any) -> tuple[nn.Module, nn.Module] | tuple[None, None]:
+    """Token embedding and output projection of a model, nothing where they share their weight."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is embedding.weight:
+        return None, None
+    return embedding, head
 
 
 def stream_layers(model: Any, device: torch.device) -> LayerStream:

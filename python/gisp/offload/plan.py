@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gisp.config.memory import gigabytes
 from gisp.errors import GispError
@@ -22,6 +22,8 @@ class Demand:
         inputs: of one layer, for all tokens of a step.
         working: at the busiest moment of one layer or of the loss, for the tokens of one pass, beside its weights.
         loading: in host memory while the model is read; 0 for a model in memory.
+        embedding, head: of the rest what may lie in host memory, too: token embedding and output projection; 0 where
+            they are one.
     """
 
     layers: tuple[int, ...]
@@ -30,6 +32,8 @@ class Demand:
     inputs: int
     working: int
     loading: int = 0
+    embedding: int = 0
+    head: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Plan:
     Attributes:
         streamed: numbers of the layers that lie in host memory.
         inputs_on_host: whether inputs of layers wait for the backward pass in host memory.
+        ends_on_host: whether token embedding and output projection lie in host memory.
         host, device: bytes at the fullest moment.
         limit: bytes of the device that may be used, ``None`` where nothing limits them.
     """
@@ -47,16 +52,36 @@ class Plan:
     streamed: tuple[int, ...]
     inputs_on_host: bool
     limit: int | None
+    ends_on_host: bool = False
 
     @property
     def device(self) -> int:
-        return _device_bytes(self.demand, self.streamed, self.inputs_on_host)
+        demand, away = self.demand, set(self.streamed)
+        resident = sum(size for i, size in enumerate(demand.layers) if i not in away)
+        slots = 2 * max([*(demand.layers[i] for i in away), self.ends_on_host * demand.head], default=0)
+        slots += demand.largest if away else 0
+        # Of inputs in host memory those of a layer and of the next one are here, beside what is on its way out.
+        inputs = demand.inputs * (3 if self.inputs_on_host else len(demand.layers))
+        return demand.rest - self._ends + resident + slots + inputs + demand.working
 
     @property
     def host(self) -> int:
         demand = self.demand
         inputs = demand.inputs * len(demand.layers) if self.inputs_on_host else 0
-        return max(demand.loading, sum(demand.layers[i] for i in self.streamed) + inputs)
+        return max(demand.loading, sum(demand.layers[i] for i in self.streamed) + self._ends + inputs)
+
+    @property
+    def crossing(self) -> int:
+        """Bytes between host and device in a step: layers come twice, inputs go and come, the projection comes once,
+        and of the embedding what the tokens read."""
+        demand = self.demand
+        inputs = 2 * demand.inputs * len(demand.layers) if self.inputs_on_host else 0
+        ends = demand.head + demand.inputs if self.ends_on_host else 0
+        return 2 * sum(demand.layers[i] for i in self.streamed) + inputs + ends
+
+    @property
+    def _ends(self) -> int:
+        return self.demand.embedding + self.demand.head if self.ends_on_host else 0
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -64,17 +89,18 @@ class Plan:
         weights = sum(layers[i] for i in self.streamed)
         kept = f", {len(layers) - streamed} on the device ({gigabytes(sum(layers) - weights)})"
         inputs = gigabytes(self.demand.inputs * len(layers))
+        ends = f", embedding and output projection in host memory ({gigabytes(self._ends)})" if self._ends else ""
         most = "" if self.limit is None else f" of {gigabytes(self.limit)}"
         return [
             f"offload: {streamed} of {len(layers)} layers in host memory ({gigabytes(weights)})"
             + (kept if streamed < len(layers) else ""),
-            f"  inputs of layers {'in host memory' if self.inputs_on_host else 'on the device'} ({inputs}), "
-            f"device peak {gigabytes(self.device)}{most}, host {gigabytes(self.host)}",
+            f"  inputs of layers {'in host memory' if self.inputs_on_host else 'on the device'} ({inputs})" + ends,
+            f"  device peak {gigabytes(self.device)}{most}, host {gigabytes(self.host)}",
         ]
 
 
 def make_plan(demand: Demand, *, everything: bool, limit: int | None, host: int | None) -> Plan | None:
-    """How a run of this demand fits; ``None`` if it does without host memory.
+    """How a run of this demand fits, with the least that crosses the bus; ``None`` if it does without host memory.
 
     Args:
         everything: stream all layers, also those that would fit on the device.
@@ -85,43 +111,33 @@ def make_plan(demand: Demand, *, everything: bool, limit: int | None, host: int 
         GispError: it does not fit, or the host has too little memory.
     """
     usable = None if limit is None else int(limit * _USABLE)
-    for on_host in (False, True):
-        plan = _with_inputs(demand, on_host, everything, usable)
-        if plan is None:
-            continue
-        if not plan.streamed:
-            return None
-        plan = Plan(demand, plan.streamed, on_host, limit)
-        if host is not None and plan.host > host:
-            raise GispError(
-                f"--offload needs {gigabytes(plan.host)} of host memory, {gigabytes(host)} are free: "
-                "free some, or give --offload auto, which leaves on the GPU what fits there"
-            )
-        return plan
-    least = _device_bytes(demand, tuple(range(len(demand.layers))), True) / _USABLE
-    raise GispError(
-        f"--offload needs {gigabytes(least)} on the GPU for embeddings, two layers and their work, "
-        f"{gigabytes(limit or 0)} may be used: give a smaller --batch-tokens or --batch-size, or more --gpu-memory"
-    )
+    ends = (False, True) if demand.embedding + demand.head else (False,)
+    places = [Plan(demand, (), on_host, limit, away) for on_host in (False, True) for away in ends]
+    plans = [plan for place in places if (plan := _largest(place, everything, usable)) is not None]
+    plan = min(plans, key=lambda plan: plan.crossing, default=None)
+    if plan is None:
+        least = min(Plan(demand, (*range(len(demand.layers)),), True, limit, away).device for away in ends) / _USABLE
+        raise GispError(
+            f"--offload needs {gigabytes(least)} on the GPU for two layers and their work, "
+            f"{gigabytes(limit or 0)} may be used: give a smaller --batch-tokens or --batch-size, or more --gpu-memory"
+        )
+    if not plan.crossing:
+        return None
+    if host is not None and plan.host > host:
+        raise GispError(
+            f"--offload needs {gigabytes(plan.host)} of host memory, {gigabytes(host)} are free: "
+            "free some, or give --offload auto, which leaves on the GPU what fits there"
+        )
+    return plan
 
 
-def _with_inputs(demand: Demand, on_host: bool, everything: bool, usable: int | None) -> Plan | None:
-    """As many layers on the device as fit, with their inputs in one place or the other."""
-    count = len(demand.layers)
+def _largest(plan: Plan, everything: bool, usable: int | None) -> Plan | None:
+    """The plan with as many layers on the device as fit, ``None`` where not even none does."""
+    count = len(plan.demand.layers)
     for resident in (0,) if everything else range(count, -1, -1):
-        if resident == count and on_host:
-            continue
         # Evenly spread, so that there is always a layer that computes while the next one comes.
         streamed = tuple(i for i in range(count) if (i + 1) * resident // count == i * resident // count)
-        if usable is None or _device_bytes(demand, streamed, on_host) <= usable:
-            return Plan(demand, streamed, on_host, usable)
+        found = replace(plan, streamed=streamed)
+        if usable is None or found.device <= usable:
+            return found
     return None
-
-
-def _device_bytes(demand: Demand, streamed: tuple[int, ...], inputs_on_host: bool) -> int:
-    away = set(streamed)
-    resident = sum(size for i, size in enumerate(demand.layers) if i not in away)
-    slots = 2 * max((demand.layers[i] for i in streamed), default=0) + (demand.largest if streamed else 0)
-    # Of inputs in host memory those of a layer and of the next one are here, beside what is on its way out.
-    inputs = demand.inputs * (3 if inputs_on_host else len(demand.layers))
-    return demand.rest + resident + slots + inputs + demand.working

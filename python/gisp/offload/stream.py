@@ -43,14 +43,16 @@ class _Slot:
 
 
 class LayerStream:
-    """The layers of one model that lie in host memory.
+    """The layers of one model that lie in host memory, and its output projection if that does too.
 
     A forward pass of the whole model without gradients works anywhere: each layer comes when it is called. Code that
-    goes through layers in an order of its own says so with :meth:`visiting`.
+    goes through layers in an order of its own says so with :meth:`visiting`. The output projection has the number after
+    that of the last layer.
 
     Args:
         layers: all decoder layers of the model, in order.
         streamed: numbers of those in host memory; others are on the device and stay there.
+        head: the output projection, where it is in host memory.
         boundaries_on_host: as for :class:`gisp.offload.boundaries.Boundaries`.
         memory: what the layers lie in; it is held.
 
@@ -68,12 +70,16 @@ class LayerStream:
         streamed: Iterable[int],
         device: torch.device,
         *,
+        head: nn.Module | None = None,
         boundaries_on_host: bool = False,
         memory: HostMemory | None = None,
     ) -> None:
-        self._layers = list(layers)
+        visitors = dict(enumerate(layers))
         self._memory = memory
-        self._weights = {i: LayerWeights(self._layers[i]) for i in streamed}
+        self._weights = {i: LayerWeights(visitors[i]) for i in streamed}
+        if head is not None:
+            end = len(visitors)
+            visitors[end], self._weights[end] = head, LayerWeights(head, shrinks=False)
         self._device = device
         self._boundaries = Boundaries(device, boundaries_on_host)
         size = max((weights.bytes for weights in self._weights.values()), default=0)
@@ -89,8 +95,8 @@ class LayerStream:
         self._inside: int | None = None
         handles = []
         for i in self._weights:
-            handles.append(self._layers[i].register_forward_pre_hook(partial(self._called, i)))
-            handles.append(self._layers[i].register_forward_hook(partial(self._returned, i), always_call=True))
+            handles.append(visitors[i].register_forward_pre_hook(partial(self._called, i)))
+            handles.append(visitors[i].register_forward_hook(partial(self._returned, i), always_call=True))
         self.hooks = frozenset(handle.id for handle in handles)
         setattr(model, _ATTRIBUTE, self)
 

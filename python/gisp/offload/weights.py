@@ -14,26 +14,27 @@ _ALIGNMENT = 512
 
 
 class LayerWeights:
-    """Parameters of a layer that are in host memory but for the time of a visit.
+    """Parameters of a layer, or of the output projection, that are in host memory but for the time of a visit.
 
     On the device a weight has the strides that it would have if it had always been there, a prefix of the dense weight,
     so that products read the same layout and give the same bits.
 
     Args:
         layer: its parameters lie in host memory, as they are before anything is removed.
+        shrinks: whether anything is removed from it.
 
     Attributes:
         bytes: memory of a visit.
         gaps: bytes of the largest weight whose rows arrive without the gaps they have on the device.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, shrinks: bool = True) -> None:
         self._parameters = list(layer.parameters())
         self._shapes = [tuple(parameter.shape) for parameter in self._parameters]
         sizes = [prod(shape) * p.element_size() for shape, p in zip(self._shapes, self._parameters, strict=True)]
         *self._offsets, self.bytes = accumulate((_aligned(size) for size in sizes), initial=0)
         matrices = [size for shape, size in zip(self._shapes, sizes, strict=True) if len(shape) == 2]
-        self.gaps = max(matrices, default=0)
+        self.gaps = max(matrices, default=0) if shrinks else 0
         self._homes: list[torch.Tensor] = []
         self._views: list[torch.Tensor] = []
 

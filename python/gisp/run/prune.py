@@ -177,7 +177,8 @@ def _start(
         plan = plan_of(outline, sequences, config)
         dense, path = _dense_model(model, config, None if plan is None else torch.device("cpu"))
         if plan is not None:
-            place(dense, plan.streamed, resolve_device(config.device), inputs_on_host=plan.inputs_on_host)
+            inputs, ends = plan.inputs_on_host, plan.ends_on_host
+            place(dense, plan.streamed, resolve_device(config.device), inputs_on_host=inputs, ends_on_host=ends)
         model_map = map_model(dense, config.gqa)
     samples = len(sequences.examples) if config.samples is None else config.samples
     spare = sequences.chosen(range(samples, len(sequences.examples))) if samples < len(sequences.examples) else None

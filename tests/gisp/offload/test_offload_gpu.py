@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_tokens
 
 import gisp
 from gisp.model.structures import map_model
+from gisp.offload.host import HostMemory
 from gisp.offload.place import place
 from gisp.offload.plan import Plan
 from gisp.offload.stream import LayerStream
@@ -54,7 +55,7 @@ def test_a_run_is_the_resident_run(name: str, dtype: torch.dtype, where: str, mo
     if where == "some":
 
         def some_layers(*of: Any) -> Plan:
-            return Plan(placement.demand(map_model(of[0]), *of[1:]), (1, 2, 5), True, None)
+            return Plan(placement.demand(map_model(of[0]), *of[1:]), (1, 2, 5), True, None, ends_on_host=True)
 
         monkeypatch.setattr(prune_module, "plan_of", some_layers)
     model = model_of(dtype)
@@ -67,13 +68,16 @@ def test_a_run_is_the_resident_run(name: str, dtype: torch.dtype, where: str, mo
     devices = [{p.device.type for p in layer.parameters()} for layer in model.model.layers]
     streamed = range(8) if where == "all" else (1, 2, 5)
     assert devices == [{"cpu"} if i in streamed else {"cuda"} for i in range(8)]
+    # The device reads the embedding's rows where they are.
     assert next(model.parameters()).device.type == "cuda"
+    assert model.lm_head.weight.device.type == ("cuda" if where == "all" else "cpu")
 
 
-def test_the_model_computes_as_the_resident_one() -> None:
+@pytest.mark.parametrize("ends_on_host", [False, True])
+def test_the_model_computes_as_the_resident_one(ends_on_host: bool) -> None:
     tokens = tiny_tokens(4, 32).cuda()
     resident, model = model_of(torch.bfloat16).cuda(), model_of(torch.bfloat16)
-    place(model, tuple(range(8)), torch.device("cuda", 0))
+    place(model, tuple(range(8)), torch.device("cuda", 0), ends_on_host=ends_on_host)
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(model(tokens).logits, resident(tokens).logits)
@@ -91,6 +95,24 @@ def test_host_memory_is_registered_and_given_back() -> None:
     # Memory that comes again must not still be registered.
     place(again, (0, 1), torch.device("cuda", 0))
     assert again.model.layers[0].mlp.up_proj.weight.is_pinned()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_device_reads_host_memory(dtype: torch.dtype) -> None:
+    memory = HostMemory(torch.device("cuda", 0))
+    table = memory.empty((2**17, 4096), dtype)
+    table.view(torch.uint8).random_(0, 120)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    seen = memory.seen(table)
+    assert seen.device == torch.device("cuda", 0) and seen.data_ptr() == table.data_ptr()
+    assert seen.shape == table.shape and seen.dtype == dtype and torch.cuda.memory_allocated() == before
+    rows = torch.tensor([5, 0, 2**17 - 1, 5])
+    assert torch.equal(seen.index_select(0, rows.cuda()).cpu(), table[rows])
+    assert torch.equal(torch.nn.functional.embedding(rows.cuda(), seen).cpu(), table[rows])
+    assert torch.equal(seen[7:9].cpu(), table[7:9]) and torch.equal(seen[7:9].clone().cpu(), table[7:9])
+    table[3] = 1
+    assert bool((seen[3] == 1).all())
 
 
 def test_a_run_stays_within_its_memory() -> None:

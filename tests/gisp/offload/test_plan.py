@@ -26,6 +26,9 @@ def test_what_fits_stays() -> None:
     assert planned(13 / 0.92 + 0.01) is None
     assert planned(None) is None
     plan = planned(13 / 0.92 - 0.01)
+    # Inputs cross twice, as much as one layer; with a layer in host memory two slots would be taken.
+    assert plan is not None and plan.inputs_on_host and not plan.streamed
+    plan = planned(12 / 0.92)
     assert plan is not None and 0 < len(plan.streamed) < 10
 
 
@@ -55,16 +58,36 @@ def test_inputs_move_to_the_host_only_where_they_must() -> None:
     assert "inputs of layers in host memory (10.0 GB)" in plan.lines()[1]
 
 
+def test_embedding_and_projection_move_where_less_crosses_the_bus() -> None:
+    # Of the rest of 3 GB the projection takes the place of a layer that visits.
+    ends = replace(DEMAND, rest=3 * GB, embedding=GB, head=GB)
+    plan = planned(9, ends)
+    assert plan is not None and plan.ends_on_host
+    kept = planned(9, replace(ends, embedding=0, head=0))
+    assert kept is not None and not kept.ends_on_host and kept.crossing > plan.crossing
+    assert len(plan.streamed) == len(kept.streamed) - 2 and plan.host == (len(plan.streamed) + 2) * GB
+    assert plan.lines()[1].endswith(", embedding and output projection in host memory (2.0 GB)")
+    # What fits is not moved, also where all layers are.
+    assert not planned(9, ends, everything=True).ends_on_host  # type: ignore[union-attr]
+    assert planned(6, ends, everything=True).ends_on_host  # type: ignore[union-attr]
+    with pytest.raises(GispError, match=r"--offload needs 4.9 GB on the GPU for two layers"):
+        planned(4, ends)
+    # A projection larger than layers makes both slots larger.
+    wide = Plan(replace(DEMAND, rest=4 * GB, head=3 * GB), (0,), False, None, ends_on_host=True)
+    assert wide.device - replace(wide, ends_on_host=False).device == 2 * 2 * GB - 3 * GB
+
+
 def test_lines_say_what_lies_where() -> None:
     plan = planned(9)
     assert plan is not None
-    first, second = plan.lines()
+    first, second, third = plan.lines()
     streamed = len(plan.streamed)
     assert first == (
         f"offload: {streamed} of 10 layers in host memory ({streamed}.0 GB), {10 - streamed} on the device "
         f"({10 - streamed}.0 GB)"
     )
-    assert f"device peak {gigabytes(plan.device)} of 9.0 GB, host {streamed}.0 GB" in second
+    assert second == "  inputs of layers on the device (1.0 GB)"
+    assert third == f"  device peak {gigabytes(plan.device)} of 9.0 GB, host {streamed}.0 GB"
 
 
 def test_what_cannot_be_is_one_line() -> None:

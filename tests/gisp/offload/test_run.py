@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tiny import tiny_model, tiny_tokens
 
 import gisp
 from gisp.cli import main
+from gisp.config.options import make_config
+from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.structures import map_model
 from gisp.offload.plan import Plan
@@ -36,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def some_layers(*of: Any) -> Plan:
-    return Plan(placement.demand(map_model(of[0]), *of[1:]), (1, 2), True, None)
+    return Plan(placement.demand(map_model(of[0]), *of[1:]), (1, 2), True, None, ends_on_host=True)
 
 
 def files_of(run: Path) -> dict[str, Any]:
@@ -67,6 +70,7 @@ def test_a_run_writes_the_same_files(
         stream = LayerStream.of(trajectory.model)
         assert stream is not None and stream.traffic.bytes > 0
         assert trajectory.model is not None
+        assert stream.holds(trajectory.model.get_parameter("lm_head.weight")) == bool(number)
         for parameter in trajectory.model.parameters():
             assert parameter.device.type == "cpu" and parameter.isfinite().all()
 
@@ -150,6 +154,15 @@ def test_what_does_not_go_is_refused_before_anything_is_loaded(
     assert "--gpu-memory 3GB belongs to --offload" in refused("--gpu-memory", "3GB")
     assert "give an amount as 24GB" in refused("--offload", "--gpu-memory", "much")
     assert "unknown offload 'sometimes'" in refused("--offload=sometimes")
+
+
+def test_the_plan_knows_a_model_before_it_is_loaded(model_folder: Path) -> None:
+    config = make_config(device="cpu", dtype="bfloat16", sparsity=0.5)
+    data = Sequences.plain([(row, row) for row in tiny_tokens(16, 16)])
+    outline, loaded = placement.skeleton_of(str(model_folder), config), tiny_model().bfloat16()
+    found, expected = (placement.demand(map_model(of), data, config) for of in (outline, loaded))
+    # Beside what its files take in another dtype.
+    assert replace(found, loading=0) == expected
 
 
 def test_a_loss_of_ones_own_is_refused() -> None:

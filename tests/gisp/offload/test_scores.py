@@ -28,6 +28,8 @@ PLACES: dict[str, dict[str, Any]] = {
     "inputs too": {"streamed": (0, 1, 2, 3), "inputs_on_host": True},
     "some": {"streamed": (1, 2), "inputs_on_host": True},
     "one": {"streamed": (3,)},
+    "ends too": {"streamed": (0, 1, 2, 3), "ends_on_host": True},
+    "ends alone": {"streamed": (), "ends_on_host": True},
 }
 SECOND: dict[str, Any] = {"criterion": "second-order"}
 PASSES: dict[str, dict[str, Any]] = {
@@ -71,7 +73,7 @@ def assert_same(found: StepScores, expected: StepScores) -> None:
 def test_every_pass_gives_the_same_bits(passes: str, removed: str, by: str) -> None:
     refused = None if by == "fused" else "a test says so"
     expected, resident = scored(tiny_model(), ragged(), PASSES[passes], removed, refused)
-    for how in ("all", "some"):
+    for how in ("all", "some", "ends too"):
         model = tiny_model()
         stream = place(model, device=CPU, **PLACES[how])
         found, scorer = scored(model, ragged(), PASSES[passes], removed, refused)
@@ -96,5 +98,5 @@ def test_answers_give_the_same_bits(make: Callable[[], Sequences], objective: st
     options = {**SECOND, "objective": objective, "batch_size": 2}
     expected, _ = scored(tiny_model(), make(), options, "dense", refused)
     model = tiny_model()
-    place(model, device=CPU, **PLACES["inputs too"])
+    place(model, device=CPU, **PLACES["inputs too"], ends_on_host=True)
     assert_same(scored(model, make(), options, "dense", refused)[0], expected)

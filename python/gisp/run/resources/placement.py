@@ -14,6 +14,7 @@ from gisp.errors import GispError
 from gisp.model.load import resolve_device, resolve_dtype, skeleton
 from gisp.model.structures import ModelMap, map_model
 from gisp.offload.host import available_bytes, numbered
+from gisp.offload.place import untied_ends
 from gisp.offload.plan import Demand, Plan, make_plan
 from gisp.progress import note
 from gisp.run.resources.estimate import pass_tokens, step_tokens
@@ -90,6 +91,7 @@ def demand(model_map: ModelMap, data: Sequences, config: PruneConfig) -> Demand:
     if CRITERIA[config.criterion].gradient == "absolute":
         working += 4 * max(layers) // size
     fused = why_not(model_map, longest) is None
+    embedding, head = (sum(p.numel() * size for p in end.parameters()) if end else 0 for end in untied_ends(model))
     logits = together * model_map.vocab_size
     working += 2 * size * min(CHUNK_ELEMENTS, logits) if fused else 8 * logits
     return Demand(
@@ -100,6 +102,8 @@ def demand(model_map: ModelMap, data: Sequences, config: PruneConfig) -> Demand:
         working=working,
         # Files are mapped, and copied layer by layer; weights of another dtype are converted all at once.
         loading=model_map.parameters * size if _converted(model) else 0,
+        embedding=embedding,
+        head=head,
     )
 
 

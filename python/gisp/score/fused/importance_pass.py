@@ -47,13 +47,17 @@ class ImportancePass:
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
         """Residual stream after the last layer, before the final norm; int64 [B, S] to [B * S, D]."""
-        (flow,) = self._forward_alone([MicroBatch(ids, ids, [1.0] * len(ids))])
+        with self._layers.visiting(len(self._layers)):
+            (flow,) = self._forward_alone([MicroBatch(ids, ids, [1.0] * len(ids))])
         return flow.x if flow.delta is None else flow.x + flow.delta
 
     @torch.no_grad()
     def token_nll(self, micros: Sequence[MicroBatch]) -> list[torch.Tensor]:
         """Of every micro-batch the NLL of its scored tokens in their order, then of the followers, float32."""
-        return [self._head.token_nll(flow.x, flow.delta, flow.batch) for flow in self._forward_alone(micros)]
+        with self._layers.visiting(len(self._layers)):
+            flows = self._forward_alone(micros)
+            with self._layers.ending():
+                return [self._head.token_nll(flow.x, flow.delta, flow.batch) for flow in flows]
 
     @torch.no_grad()
     def score(
@@ -108,17 +112,17 @@ class ImportancePass:
         with self._layers.visiting(lowest):
             flows = self._forward(batches, lowest)
             losses, grads = [], []
-            for flow in flows:
-                loss, grad = self._head.loss_and_grad(*flow.leave(), flow.batch)
-                losses.append(loss)
-                grads.append(grad)
+            with self._layers.ending():
+                for flow in flows:
+                    loss, grad = self._head.loss_and_grad(*flow.leave(), flow.batch)
+                    losses.append(loss)
+                    grads.append(grad)
             self._layers.backward(flows, grads, wanted, lowest)
         return losses
 
     def _forward_alone(self, micros: Sequence[MicroBatch]) -> list[Flow]:
         """A forward pass that no backward follows."""
-        with self._layers.visiting(len(self._layers)):
-            return self._forward([make_batch(self._model.model, micro) for micro in micros], len(self._layers))
+        return self._forward([make_batch(self._model.model, micro) for micro in micros], len(self._layers))
 
     def _forward(self, batches: list[PassBatch], lowest: int) -> list[Flow]:
         """Residual streams and last outputs; layers from ``lowest`` keep what their backward needs."""

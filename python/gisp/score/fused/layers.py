@@ -69,8 +69,12 @@ class Layers:
         return len(self._layers)
 
     def visiting(self, lowest: int) -> AbstractContextManager[None]:
-        """To be entered around a forward and the backward down to layer ``lowest``."""
-        return self._visits.visiting([*range(len(self)), *reversed(range(lowest, len(self)))])
+        """To be entered around a forward, the output projection and the backward down to layer ``lowest``."""
+        return self._visits.visiting([*range(len(self) + 1), *reversed(range(lowest, len(self)))])
+
+    def ending(self) -> AbstractContextManager[None]:
+        """To be entered around the output projection."""
+        return self._visits.visit(len(self))
 
     def forward(self, flows: Sequence[Flow], lowest: int, recomputed: int = 0) -> None:
         """Take every flow through all layers; those from ``lowest`` keep what their backward needs.
