@@ -118,6 +118,7 @@ def _export_stages(
         raise GispError(f"--gpus is {gpus}, --stages {stages} starts as many processes: leave it out")
     if not launched():
         _check_given(run, sparsity, out, ())
+        _check_layers(run, stages)
         run_as_processes(context, stages, device, again="give the command again")
     from gisp.export.parted import export_parted
 
@@ -126,6 +127,14 @@ def _export_stages(
         done = export_parted(run, sparsity, out, process_group=group, device=device)
     if not rank():
         _print_export(done, out, "hf", SizeOptions())
+
+
+def _check_layers(run: Path, stages: int) -> None:
+    """Refuse more stages than the model of a run has layers."""
+    from gisp.run.record import read_record
+    from gisp.stages.rules import Sharing, check_sharing
+
+    check_sharing(Sharing(stages, stages, int(read_record(run)["base_model"]["layers"])))
 
 
 def _refuse(why: str, format: str, options: dict[str, Any]) -> None:

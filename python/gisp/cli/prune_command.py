@@ -87,8 +87,6 @@ def prune(
     if gpus is not None or launched():
         options = _in_slices(options, out if resume else None)
     make_config(**options)
-    if stages > 1 and gpus is None and not launched():
-        raise GispError(f"--stages {stages} needs as many processes: add --gpus {stages}, or start it by torchrun")
     if resume and places["out"] and not places["model"] and not places["data"]:
         raise GispError(f"{places['out']} holds no run to resume: give the folder that gisp prune --out wrote")
     missing = [shown for shown, value in zip(("MODEL", "--data", "--out"), places.values(), strict=True) if not value]
@@ -98,7 +96,10 @@ def prune(
     if not rank():
         _check_given(places, resume, log)
     if gpus is not None and gpus > 1:
-        _check_processes(gpus, stages, options)
+        check_not_started(gpus)
+    if not launched():
+        _check_sharing(gpus or 1, stages, places["model"], options)
+    if gpus is not None and gpus > 1:
         run_as_processes(context, gpus, str(options.get("device") or "auto"), again="add --resume to go on")
     _run(places, resume, log, options, stages)
 
@@ -148,26 +149,14 @@ def _in_slices(options: dict[str, Any], run: Path | None) -> dict[str, Any]:
     return {**options, "slices": SLICES}
 
 
-def _check_processes(gpus: int, stages: int, options: dict[str, Any]) -> None:
+def _check_sharing(processes: int, stages: int, model: str, options: dict[str, Any]) -> None:
     """Refuse here what each of the processes would refuse, which takes long to start them."""
-    from gisp.replicas.launch import check_processes
-    from gisp.run.resources.placement import check_offload
-    from gisp.stages.parted import check_stages
+    if processes == stages == 1:
+        return
+    from gisp.model.load import shape_of
+    from gisp.stages.rules import Sharing, check_sharing
 
-    config = make_config(**options)
-    check_not_started(gpus)
-    if gpus % stages:
-        more = (gpus // stages + 1) * stages
-        fit = f"--gpus {more}" if gpus < stages else f"--gpus {more - stages} or {more}"
-        raise GispError(f"--gpus {gpus} is no multiple of --stages {stages}: give {fit}")
-    if int(options["slices"]) < gpus // stages:
-        of = f"--gpus {gpus}" + (f" in --stages {stages}" if stages > 1 else "")
-        raise GispError(f"--slices is {options['slices']}, less than {of}: give at least {gpus // stages}")
-    if stages > 1:
-        check_stages(stages, config, own_loss=False)
-    if config.offload != "never":
-        check_offload(config, None, gpus)
-    check_processes(gpus, str(options.get("device") or "auto"))
+    check_sharing(Sharing.of(make_config(**options), processes, stages, **shape_of(model)))
 
 
 def _check_given(places: dict[str, Any], resume: bool, log: str | None) -> None:

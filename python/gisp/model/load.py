@@ -168,6 +168,17 @@ def stored_config(path: str) -> dict[str, Any]:
     return {}
 
 
+def shape_of(path: str) -> dict[str, Any]:
+    """``layers`` and ``model_type`` of a model folder or of a hub name that was read before, where its config says."""
+    folder = Path(path) if Path(path).is_dir() else snapshot(path)
+    config = {} if folder is None else stored_config(str(folder))
+    layers, kind = config.get("num_hidden_layers"), config.get("model_type")
+    return {
+        "layers": layers if isinstance(layers, int) else None,
+        "model_type": kind if isinstance(kind, str) else None,
+    }
+
+
 def quiet() -> None:
     """Loading says nothing but errors: progress bars and advice would bury the one line that matters."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

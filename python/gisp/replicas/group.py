@@ -131,23 +131,6 @@ class Replicas:
         """Numbers of so many items, slices too, that fall to this process in :meth:`each` and :meth:`add_up`."""
         return range(self.rank, count, self.size)
 
-    def check_slices(self, slices: int, sharing: int | None = None) -> None:
-        """Require a slice for every process, or for every replica that is parted over some.
-
-        Args:
-            sharing: how many share the slices, all processes by default.
-
-        Raises:
-            GispError: there are more.
-        """
-        sharing = sharing or self.size
-        if slices < sharing:
-            what = "processes" if sharing == self.size else "replicas"
-            raise GispError(
-                f"--slices {slices} leaves {sharing - slices} of {sharing} {what} without work: "
-                f"give --slices {sharing} or more, or fewer processes"
-            )
-
     def exchange(self, data: bytes) -> list[bytes]:
         """What every process gives, by rank."""
         if self.size == 1:

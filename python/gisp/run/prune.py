@@ -29,13 +29,14 @@ from gisp.progress.track import Report
 from gisp.replicas.group import Replicas
 from gisp.run.folder import RunFolder
 from gisp.run.loop import OnStep, PruningLoop
-from gisp.run.resources.placement import check_offload, plan_of, skeleton_of
+from gisp.run.resources.placement import plan_of, skeleton_of
 from gisp.run.together import check_alike, take_up
 from gisp.run.trajectory import Trajectory
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
 from gisp.score.questions import check_objective
 from gisp.stages.group import Stages
-from gisp.stages.parted import check_stages, parted_model
+from gisp.stages.parted import parted_model
+from gisp.stages.rules import Sharing, check_sharing
 
 
 def prune(
@@ -120,10 +121,8 @@ def _stages(count: Any, replicas: Replicas, config: PruneConfig, loss: SequenceL
     """The stages of a run, ``None`` where every process holds the whole model."""
     if type(count) is not int or count < 1:
         raise GispError(f"stages is {quoted(count)}: give a whole number of at least 1")
-    if count == 1:
-        return None
-    check_stages(count, config, own_loss=loss is not None)
-    return Stages(replicas, count)
+    check_sharing(Sharing.of(config, replicas.size, count, own_loss=objective_name(loss) if loss else ""))
+    return Stages(replicas, count) if count > 1 else None
 
 
 def _config(options: dict[str, Any]) -> tuple[PruneConfig, SequenceLoss | None]:
@@ -170,7 +169,6 @@ def _start(
         model_map = map_model(dense, config.gqa)
         sequences = _sequences(data, config, dense, model_map, path, loss)
     else:
-        check_offload(config, loss, replicas.size)
         outline, path = (model, "") if isinstance(model, nn.Module) else (skeleton_of(str(model), config), str(model))
         # The plan is made before anything is loaded, and needs the lengths of sequences.
         sequences = _sequences(data, config, outline, map_model(outline), path, loss)

@@ -24,7 +24,6 @@ def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
     if replicas.size == 1:
         return
     stages = loop.setup.context.stages
-    replicas.check_slices(int(loop.config.slices or 1), replicas.size // (stages.count if stages else 1))
     run = loop.trajectory
     options = {f"option {name}": value for name, value in run.config.items() if name not in PLACE_OPTIONS}
     agree(

@@ -13,6 +13,7 @@ from gisp.errors import GispError
 from gisp.replicas.agreement import agree
 from gisp.replicas.group import Replicas
 from gisp.stages.placement import Placement
+from gisp.stages.rules import Sharing, check_sharing
 
 
 class Stages:
@@ -33,11 +34,7 @@ class Stages:
     """
 
     def __init__(self, replicas: Replicas, count: int) -> None:
-        if count < 1 or replicas.size % count:
-            raise GispError(
-                f"--stages {count} does not part {replicas.size} processes evenly: "
-                f"give --gpus a multiple of it, or start so many processes"
-            )
+        check_sharing(Sharing(replicas.size, count))
         if count > 1 and replicas.size != distributed.get_world_size():
             raise GispError(
                 f"process_group has {replicas.size} of {distributed.get_world_size()} processes: "

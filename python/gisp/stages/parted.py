@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gisp.config.criteria import CRITERIA
 from gisp.config.options import PruneConfig
 from gisp.errors import GispError
 from gisp.model.checks import check_writable
 from gisp.model.load import resolve_device, resolve_dtype
-from gisp.model.probe import PROVEN
 from gisp.model.structures import (
     ModelMap,
     fingerprint_of,
@@ -29,6 +27,7 @@ from gisp.stages.costs import layer_costs
 from gisp.stages.group import Stages
 from gisp.stages.load import put, read_weights, skeleton
 from gisp.stages.placement import Placement, place
+from gisp.stages.rules import Sharing, check_sharing
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Passes of a step that borders are chosen for where the data are not read yet.
@@ -94,26 +93,6 @@ def only(decoder: Any, layers: Iterable[nn.Module], *, ends: bool) -> Iterator[A
         decoder.layers, decoder.norm = held
 
 
-def check_stages(count: int, config: PruneConfig, *, own_loss: bool) -> None:
-    """Refuse what needs passes over a whole model.
-
-    Raises:
-        GispError: names the option.
-    """
-    whole = f"--stages {count} parts the model over processes"
-    if CRITERIA[config.criterion].gradient != "second-order":
-        raise GispError(f"{whole}, which goes with --criterion second-order, not {config.criterion}: leave one out")
-    if own_loss:
-        raise GispError(f"{whole}: an objective of your own needs all of it, leave --stages out")
-    for name, value in (("objective", "choice"), ("allocator", "owl")):
-        if getattr(config, name) == value:
-            raise GispError(f"{whole}: --{name} {value} passes data through all of it, leave one of them out")
-    if config.offload != "never":
-        raise GispError(f"{whole}, --offload {config.offload} leaves layers in host memory: give one of them")
-    if config.regrow:
-        raise GispError(f"{whole}: --regrow {config.regrow} passes data through all of it, leave one of them out")
-
-
 def placed(model: Any, config: PruneConfig, stages: int) -> Placement:
     """Where the layers of a dense model go.
 
@@ -122,10 +101,7 @@ def placed(model: Any, config: PruneConfig, stages: int) -> Placement:
     """
     model_map = map_model(model, config.gqa)
     layers = len(model_map.layers)
-    if layers < stages:
-        raise GispError(f"--stages {stages} is more than the {layers} layers of this model: give at most that many")
-    if model_map.model_type not in PROVEN:
-        raise GispError(f"model type {model_map.model_type!r} was never tried: prune it without --stages")
+    check_sharing(Sharing(stages, stages, layers, model_map.model_type))
     protected = protected_layers(layers, config.protect_first, config.protect_last)
     lowest = min(set(range(layers)) - protected, default=layers)
     slices = int(config.slices or 1)

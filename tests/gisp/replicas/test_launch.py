@@ -91,7 +91,10 @@ def test_several_processes_write_the_run_of_one(
     ("given", "words"),
     [
         (["--gpus", "2", "--criterion", "gisp"], "--criterion second-order, wanda-sp, flap, not gisp"),
-        (["--gpus", "2", "--slices", "1"], "--slices is 1, less than --gpus 2: give at least 2"),
+        (
+            ["--gpus", "2", "--slices", "1"],
+            "--slices 1 is less than the 2 replicas of 2 processes",
+        ),
         (["--gpus", "2", "--device", "cuda:0"], "leave --device cuda:0 out"),
         (["--gpus", "0"], "--gpus"),
         (["--gpus", "99", "--device", "auto"], f"{torch.cuda.device_count()} CUDA devices are here"),

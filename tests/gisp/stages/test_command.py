@@ -47,12 +47,14 @@ def test_stages_write_the_run_of_one_process(
     ("given", "words"),
     [
         (["--stages", "2"], "--stages 2 needs as many processes: add --gpus 2"),
-        (["--stages", "2", "--gpus", "3"], "--gpus 3 is no multiple of --stages 2: give --gpus 2 or 4"),
-        (["--stages", "4", "--gpus", "2"], "--gpus 2 is no multiple of --stages 4: give --gpus 4"),
+        (["--stages", "2", "--gpus", "1"], "--stages 2 needs as many processes: add --gpus 2"),
+        (["--stages", "2", "--gpus", "3"], "--stages 2 does not part 3 processes evenly: give --gpus 2 or 4"),
+        (["--stages", "4", "--gpus", "2"], "--stages 4 does not part 2 processes evenly: give --gpus 4"),
+        (["--stages", "9", "--gpus", "9"], "--stages 9 is more than the 4 layers of this model"),
         (["--stages", "2", "--gpus", "2", "--regrow", "1"], "--regrow 1 passes data through all of it"),
         (["--stages", "2", "--gpus", "2", "--offload"], "--offload always leaves layers in host memory"),
         (["--gpus", "2", "--offload"], "--offload always is for one GPU, 2 processes share this run"),
-        (["--stages", "2", "--gpus", "4", "--slices", "1"], "less than --gpus 4 in --stages 2: give at least 2"),
+        (["--stages", "2", "--gpus", "4", "--slices", "1"], "--slices 1 is less than the 2 replicas of 4 processes"),
         (
             ["--stages", "2", "--gpus", "2", "--criterion", "gisp"],
             "--criterion second-order, wanda-sp, flap, not gisp",
@@ -203,5 +205,5 @@ def test_a_model_in_memory_is_parted(tmp_path: Path) -> None:
 
 
 def test_one_process_is_no_stage_of_several(tmp_path: Path) -> None:
-    with pytest.raises(gisp.GispError, match="--stages 2 does not part 1 processes evenly"):
+    with pytest.raises(gisp.GispError, match="--stages 2 needs as many processes: add --gpus 2"):
         gisp.prune(tiny_model(), tiny_tokens(16), stages=2, **OPTIONS)

@@ -35,6 +35,7 @@ from gisp.stages.group import Stages
 from gisp.stages.load import skeleton
 from gisp.stages.parted import read_part, shared_fingerprint, together
 from gisp.stages.placement import Placement
+from gisp.stages.rules import Sharing, check_sharing
 
 
 def export_parted(
@@ -84,10 +85,7 @@ def _base(trajectory: Trajectory, stages: Stages, device: torch.device) -> tuple
     path = str(trajectory.base_model["path"])
     if not path:
         raise GispError("this run was made from a model in memory: --stages reads a folder, export it without")
-    if trajectory.layers < stages.count:
-        raise GispError(
-            f"--stages {stages.count} is more than the {trajectory.layers} layers of this model: give at most that many"
-        )
+    check_sharing(Sharing(stages.count, stages.count, trajectory.layers))
     bounds = tuple(stage * trajectory.layers // stages.count for stage in range(stages.count + 1))
     placement = Placement(stages.count, bounds)
     return read_part(skeleton(path, None), path, placement, stages, device), placement

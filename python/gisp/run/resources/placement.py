@@ -10,7 +10,6 @@ from gisp.config.criteria import CRITERIA
 from gisp.config.memory import bytes_of, gigabytes
 from gisp.config.options import PruneConfig
 from gisp.data import Sequences
-from gisp.errors import GispError
 from gisp.model.load import resolve_device, resolve_dtype, skeleton
 from gisp.model.structures import ModelMap, map_model
 from gisp.offload.host import available_bytes, numbered
@@ -20,24 +19,6 @@ from gisp.progress import note
 from gisp.run.resources.estimate import pass_tokens, step_tokens
 from gisp.score.fused import why_not
 from gisp.score.fused.lm_head import CHUNK_ELEMENTS
-from gisp.score.objectives import SequenceLoss, objective_name
-
-
-def check_offload(config: PruneConfig, loss: SequenceLoss | None, processes: int) -> None:
-    """Refuse what a run with layers in host memory cannot do beyond its options.
-
-    Raises:
-        GispError: names it.
-    """
-    if loss is not None:
-        raise GispError(
-            f"--offload {config.offload} computes the loss in its own way: objective {objective_name(loss)} needs the "
-            "whole model on the GPU"
-        )
-    if processes > 1:
-        raise GispError(
-            f"--offload {config.offload} is for one GPU, {processes} processes share this run: leave it out"
-        )
 
 
 def skeleton_of(path: str, config: PruneConfig) -> Any:

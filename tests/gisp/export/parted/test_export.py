@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from gisp.cli import main
 from gisp.export.check import exact_logits
 from gisp.export.parted import export_parted
 from gisp.export.run import export_run
+from gisp.replicas import launch
 
 KINDS = {"plain": "llama-gqa", "tied": "qwen2", "biased": "llama-bias"}
 
@@ -57,11 +59,21 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
         (["--align-heads", "2", "--compensate", "lsq"], "leave --align-heads 2, --compensate lsq out"),
         (["--data", "text.txt"], "leave --data text.txt out"),
         (["--gpus", "3"], "--gpus is 3, --stages 2 starts as many processes"),
+        (["--stages", "9"], "--stages 9 is more than the"),
     ],
 )
 def test_what_an_export_in_stages_does_not_follow_is_named(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], words: str
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    words: str,
 ) -> None:
+    def never(*_: Any, **__: Any) -> int:
+        raise AssertionError("started")
+
+    monkeypatch.setattr(launch, "launch", never)
     out = tmp_path / "out"
     assert main(["export", str(runs / "plain"), "--sparsity", "0.5", "--out", str(out), "--stages", "2", *given]) == 2
     error = capsys.readouterr().err
