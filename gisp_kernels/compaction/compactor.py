@@ -202,7 +202,7 @@ class Compactor:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def pack(self, *, in_place: bool = False) -> None:
+    def pack(self, *, in_place: bool = False, groups: Iterable[str] | None = None) -> None:
         """Copy the kept parts to storage of their own and free the rest; steps so far can no longer be rolled back.
 
         One tensor is held twice at a time.
@@ -210,16 +210,25 @@ class Compactor:
         Args:
             in_place: leave the kept parts in the storage they have, at its front and without gaps, and free nothing:
                 for memory that is registered with a device, where what is read should be no more than what is kept.
+            groups: names of those whose gaps are closed with ``in_place``, all by default. The others only give up
+                what was removed: their strides stay, by which a device chooses its products.
 
         Raises:
             ValueError: a layer's weight was replaced from outside; nothing has changed then.
         """
+        names = [group.name for group in self._groups] if groups is None else groups
+        closed = {id(store) for name in names for store in self._held[self._ordering.group(name)]}
         self._check_shown(range(len(self._axes)))
         self._follow_state()
         # The prepared swaps hold on to the storage that is given up.
         self._prepared = []
         for store in (*self._stores, *self._state.stores):
-            store.tighten() if in_place else store.pack()
+            if not in_place:
+                store.pack()
+            elif id(store) in closed:
+                store.tighten()
+            else:
+                store.narrow()
         for axis in dict.fromkeys(itertools.chain.from_iterable(self._axes)):
             axis.pack()
         self._steps.clear()

@@ -171,6 +171,10 @@ class Store:
             self.tensor.data = data.as_strided(data.shape, strides)
         self._take(self.tensor.detach())
 
+    def narrow(self) -> None:
+        """Give up what is not shown, and leave what is where it lies."""
+        self._take(self.tensor.detach())
+
     def _shown_part(self) -> torch.Tensor:
         part = self.full
         for dim, axis in self.axes.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
@@ -106,15 +106,15 @@ class ShrinkableModel:
         del self.history[len(self.history) - steps :]
         self._refresh({name for removal in undone for name in removal})
 
-    def pack(self, *, in_place: bool = False) -> None:
+    def pack(self, *, in_place: bool = False, groups: Iterable[str] | None = None) -> None:
         """Give the memory of removed weights back; earlier steps can no longer be rolled back.
 
         Weights written in place since the last step (:meth:`until_moved`) stay.
 
         Args:
-            in_place: as for :meth:`gisp_kernels.Compactor.pack`.
+            in_place, groups: as for :meth:`gisp_kernels.Compactor.pack`.
         """
-        self._compactor.pack(in_place=in_place)
+        self._compactor.pack(in_place=in_place, groups=groups)
         self._restore = None
 
     @property

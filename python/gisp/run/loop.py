@@ -72,7 +72,11 @@ class PruningLoop:
         device = model_map.weight.device
         self.average = ScoreAverage(model_map.groups, self.setup.open, config.ema, device)
         self._device, self._transfer = device, Transfer(device)
-        self._streams = LayerStream.of(model_map.model) is not None
+        stream = LayerStream.of(model_map.model)
+        self._streams = stream is not None
+        # Of layers on the device the strides stay: by them products are chosen.
+        away = [item for item in model_map.layers if stream and stream.holds(item.attention.o_proj.weight)]
+        self._away = [group.name for item in away for group in (item.heads, item.channels)]
         counts = {item.heads.name: model_map.num_heads for item in model_map.layers}
         counts |= {item.channels.name: model_map.intermediate_size for item in model_map.layers}
         self._removed_at = {name: np.zeros(count, dtype=np.int32) for name, count in counts.items()}
@@ -205,7 +209,7 @@ class PruningLoop:
             self._removed_at[name][index.numpy()] = step
         self.shrinkable.remove(removal.removed)
         if self._streams and self.shrinkable.slack > _SLACK:
-            self.shrinkable.pack(in_place=True)
+            self.shrinkable.pack(in_place=True, groups=self._away)
         self._rebalance(step)
         clock.mark("compact")
         sizes = self._sizes(self.selector.removed)

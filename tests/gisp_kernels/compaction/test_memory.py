@@ -69,6 +69,25 @@ def test_pack_in_place_leaves_every_weight_where_it_is(moved: int, monkeypatch: 
         compactor.rollback()
 
 
+def test_pack_in_place_leaves_the_strides_of_other_groups() -> None:
+    block = Block(dtype=torch.bfloat16)
+    groups = block.groups()
+    dense = dense_of(block)
+    before = {name: (p.data_ptr(), p.stride()) for name, p in block.named_parameters()}
+    compactor = Compactor(groups)
+    for removed in ({"heads": [0, 3], "channels": [1, 5]}, {"heads": [2], "channels": [7, 30]}):
+        compactor.remove(removed)
+        compactor.pack(in_place=True, groups=["heads"])
+        assert compactor.bytes_storage() == compactor.bytes_packed()
+        for name, parameter in block.named_parameters():
+            in_mlp = any(part in name for part in ("gate", "up", "down"))
+            stays = (parameter.data_ptr(), parameter.stride()) == before[name]
+            assert stays if in_mlp else parameter.is_contiguous()
+        for group in groups:
+            assert_kept(compactor, group, dense)
+    assert not block.down_proj.weight.is_contiguous() and block.o_proj.weight.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("kept", "offset", "pitch"), [(16, 0, 32), (16, 3, 32), (13, 0, 32), (16, 0, 33), (4, 4, 24), (1, 0, 16)]
