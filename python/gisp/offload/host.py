@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import weakref
 from math import prod
 from pathlib import Path
@@ -42,11 +43,8 @@ class HostMemory:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in pages of its own, not initialised."""
         size = prod(shape) * dtype.itemsize
-        pages = -(-size // _PAGE) * _PAGE
-        memory = torch.empty(pages + _PAGE, dtype=torch.uint8)
-        start = -memory.data_ptr() % _PAGE
-        memory = memory[start : start + pages]
-        if pages and not self._refused:
+        memory = torch.frombuffer(mmap.mmap(-1, max(1, -(-size // _PAGE)) * _PAGE), dtype=torch.uint8)
+        if size and not self._refused:
             self._register(memory)
         return memory[:size].view(dtype).view(shape)
 

@@ -116,7 +116,9 @@ def test_the_device_reads_host_memory(dtype: torch.dtype) -> None:
 
 
 def test_a_run_stays_within_its_memory() -> None:
-    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "head_dim": 64}
+    shape: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "head_dim": 64}
+    # Of larger weights so many layers blow up rounding: the fused pass, which the plan counts with, would step back.
+    shape["initializer_range"] = 0.02
     tokens = tiny_tokens(64, 64)
     options: dict[str, Any] = {"sparsity": 0.3, "steps": 2, "batch_tokens": 1024}
     whole = model_of(torch.bfloat16, layers=24, **shape)
