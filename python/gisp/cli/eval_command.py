@@ -13,13 +13,13 @@ from rich.table import Table
 
 from gisp.cli.flags import flag, numbers, with_flags
 from gisp.cli.options.compensation import COMPENSATION, compensation_request
-from gisp.cli.options.gpus import GPUS, processes, start_processes
+from gisp.cli.options.gpus import GPUS, STAGES, processes, start_processes
 from gisp.cli.output import output, shows_progress
 from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.files import check_writable, write_atomic
-from gisp.replicas.environment import rank
+from gisp.replicas.environment import launched, rank
 
 _PIPE_WIDTH = 400
 _ROWS = "Choices, prompts and completions"
@@ -38,7 +38,7 @@ _HOW = (
 
 
 @shows_progress
-@with_flags((*_HOW, GPUS, *COMPENSATION))
+@with_flags((*_HOW, GPUS, STAGES, *COMPENSATION))
 def evaluate(
     context: typer.Context,
     target: Annotated[
@@ -85,11 +85,13 @@ def evaluate(
         "compensation": compensation_request(flags),
     }
     _check_given(target, data, sparsity, points, flags["calibration"])
-    start_processes(context, flags["gpus"], device)
+    common["stages"] = flags["stages"] or 1
+    gpus = _gpus(target, flags["gpus"], common)
+    start_processes(context, gpus, device)
 
     from gisp.target import evaluate_along, evaluate_target
 
-    with processes(flags["gpus"], device) as replicas:
+    with processes(gpus, device) as replicas:
         common["replicas"] = replicas
         if points is None:
             result = evaluate_target(target, data, sparsity=sparsity, **common)
@@ -97,6 +99,24 @@ def evaluate(
             result = evaluate_along(target, data, sparsities=points, on_point=_progress, **common)
     if not rank():
         _show(result, plot, out, as_json)
+
+
+def _gpus(target: str, gpus: int | None, asked: dict[str, Any]) -> int | None:
+    """Processes to start, which are those of the stages where there are any."""
+    stages = asked["stages"]
+    if stages == 1 or launched():
+        return gpus
+    if gpus not in (None, stages):
+        raise GispError(f"--gpus is {gpus}, --stages {stages} starts as many processes: leave it out")
+    from gisp.run.record import read_record
+    from gisp.stages.rules import Sharing, check_sharing
+    from gisp.target.check import check_parted, is_run
+
+    check_parted(stages, asked["lm_eval"], asked["compensation"], asked["offload"], asked["options"].generate)
+    if not is_run(target):
+        raise GispError(f"--stages {stages} takes a run, {target} is none: leave it out, --offload may do")
+    check_sharing(Sharing(stages, stages, int(read_record(Path(target))["base_model"]["layers"])))
+    return stages
 
 
 def _check_data(data: str | None, lm_eval: str | None, include: Path | None, flags: dict[str, Any]) -> None:

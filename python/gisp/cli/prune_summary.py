@@ -21,7 +21,8 @@ def closing_lines(trajectory: Any, out: str, data: str, stages: int) -> Iterator
     from gisp.offload.stream import LayerStream
 
     last = trajectory.steps[-1]
-    apart = stages > 1 or LayerStream.of(trajectory.model) is not None
+    parts = f" --stages {stages}" if stages > 1 else ""
+    apart = LayerStream.of(trajectory.model) is not None
     yield (
         f"{out}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
         f"whole model {last.model_sparsity:.4f}"
@@ -29,8 +30,8 @@ def closing_lines(trajectory: Any, out: str, data: str, stages: int) -> Iterator
     yield quality_line(trajectory, data)
     sparsity = f"{last.sparsity:.4f}"
     run = shlex.quote(out)
-    yield f"next: gisp eval {run} --sparsity {sparsity} --data TEXT" + (" --offload" if apart else "")
-    place = f" --stages {stages}" if stages > 1 else " --device cpu" if apart else ""
+    yield f"next: gisp eval {run} --sparsity {sparsity} --data TEXT" + (parts or " --offload" * apart)
+    place = parts or " --device cpu" * apart
     yield f"      gisp export {run} --sparsity {sparsity} --out {shlex.quote(out.rstrip('/') + '-' + sparsity)}{place}"
 
 

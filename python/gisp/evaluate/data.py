@@ -15,6 +15,7 @@ from gisp.evaluate.batches import vocabulary
 from gisp.evaluate.choices import ChoiceAccuracy, read_question
 from gisp.evaluate.completions import CompletionPerplexity, ExactMatch, read_completion
 from gisp.evaluate.pairs import RequestEncoder
+from gisp.evaluate.parted import PartedLoss
 from gisp.evaluate.perplexity import perplexity
 from gisp.model.checks import warn_beyond_positions
 
@@ -26,7 +27,9 @@ Measure = Callable[[Any], dict[str, Any]]
 """Figures of a model, ``perplexity``, ``tokens`` and ``window`` among them."""
 
 
-def prepare(data: str, options: EvalOptions, model: Any, tokenizer_from: str | None) -> Measure:
+def prepare(
+    data: str, options: EvalOptions, model: Any, tokenizer_from: str | None, parts: PartedLoss | None = None
+) -> Measure:
     """What to measure on ``data``, read and tokenised once for any number of prunings of one model.
 
     Rows of choices give accuracy, of prompts and completions the completions' perplexity (and exact match), anything
@@ -35,9 +38,10 @@ def prepare(data: str, options: EvalOptions, model: Any, tokenizer_from: str | N
     Args:
         model: gives the vocabulary and the longest input.
         tokenizer_from: model folder or name whose tokenizer reads text.
+        parts: as of :func:`gisp.evaluate.perplexity.perplexity`.
 
     Raises:
-        GispError: data that cannot be read, malformed rows, options for other data.
+        GispError: data that cannot be read, malformed rows, options for other data or for a model in one process.
     """
     vocab_size = vocabulary(model)
     first = None if data.endswith(".safetensors") else next(iter(read_rows(data, True)), None)
@@ -45,7 +49,9 @@ def prepare(data: str, options: EvalOptions, model: Any, tokenizer_from: str | N
     if options.generate and kind != "completion":
         raise GispError(f"--generate needs rows of prompt and completion, {data} has none: leave it out")
     if kind == "sequence":
-        return _perplexity(data, options, vocab_size, tokenizer_from, "text" in (first or {}))
+        return _perplexity(data, options, vocab_size, tokenizer_from, "text" in (first or {}), parts)
+    if parts is not None:
+        raise GispError(f"--stages is for text and tokens, {data} holds rows of {kind}s: give --offload instead")
     if options.stride is not None:
         raise GispError(f"--stride is for text and tokens, {data} holds rows of {kind}s: leave it out")
     tokenizer = load_tokenizer(tokenizer_from, data)
@@ -80,7 +86,12 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 def _perplexity(
-    data: str, options: EvalOptions, vocab_size: int, tokenizer_from: str | None, one_stream: bool
+    data: str,
+    options: EvalOptions,
+    vocab_size: int,
+    tokenizer_from: str | None,
+    one_stream: bool,
+    parts: PartedLoss | None,
 ) -> Measure:
     window = options.window or DEFAULT_WINDOW
     stride = check_stride(window, options.stride)
@@ -101,7 +112,7 @@ def _perplexity(
 
     def measure(model: Any) -> dict[str, Any]:
         warn_beyond_positions(model.config, min(window, max(len(ids) for ids, _ in sequences.rows)))
-        found = perplexity(model, sequences, window, stride, batch_size=options.batch_size)
+        found = perplexity(model, sequences, window, stride, batch_size=options.batch_size, parts=parts)
         return {**asdict(found), "stride": stride}
 
     return measure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from gisp.data import Sequences
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate.batches import each_batch, length_batches, vocabulary
+from gisp.evaluate.parted import PartedLoss
 from gisp.model.modes import evaluation_mode
 from gisp.replicas.sharing import agree_on
 from gisp.score.objectives import sequence_nll
@@ -29,7 +31,13 @@ class Perplexity:
 
 
 def perplexity(
-    model: nn.Module, data: Sequences, window: int = 128, stride: int | None = None, *, batch_size: int | None = None
+    model: nn.Module,
+    data: Sequences,
+    window: int = 128,
+    stride: int | None = None,
+    *,
+    batch_size: int | None = None,
+    parts: PartedLoss | None = None,
 ) -> Perplexity:
     """Perplexity over all predicted tokens of all rows; rows longer than ``window`` are read in windows.
 
@@ -38,6 +46,7 @@ def perplexity(
             first token is context only. Less than ``window``: every token of a row but its first is predicted once,
             from at least ``window - stride`` tokens where the row has them.
         batch_size: windows per forward pass, fewer where their logits are too many; ``None`` = by their tokens.
+        parts: passes of a model whose layers lie in several processes, each of which gets the result.
 
     Raises:
         GispError: ``window`` below 2, ``stride`` outside [1, ``window``], nothing to predict, a NaN loss, or a mixture,
@@ -46,8 +55,9 @@ def perplexity(
     if data.tasks:
         raise GispError(f"a mixture of {len(data.tasks)} tasks has no perplexity: give the data of one of them")
     stride = check_stride(window, stride)
-    agree_on("evaluation data", data.digest)
-    device = next(model.parameters()).device
+    agree_on("evaluation data", data.digest, parts.processes if parts else None)
+    nll_of = parts or partial(sequence_nll, model)
+    device = next(p.device for p in model.parameters() if not p.is_meta)
     pieces = [
         (row, *piece)
         for row, (ids, labels) in enumerate(data.rows)
@@ -62,10 +72,12 @@ def perplexity(
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
         targets = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
         counts = (targets[:, 1:] != IGNORED).sum(1)
-        return float((sequence_nll(model, padded, targets).double() * counts).sum()), int(counts.sum())
+        return float((nll_of(padded, targets).double() * counts).sum()), int(counts.sum())
 
     with evaluation_mode(model), torch.no_grad():
         found = each_batch("evaluating", length_batches(lengths, device, batch_size, vocabulary(model)), measured)
+    if parts is not None:
+        found = parts.of_last(found)
     total, tokens = 0.0, 0
     for nll, count in found:
         total += nll

@@ -48,17 +48,18 @@ def sharers() -> Replicas:
     return _sharing.get() or Replicas()
 
 
-def agree_on(what: str, content: Callable[[], str]) -> None:
+def agree_on(what: str, content: Callable[[], str], among: Replicas | None = None) -> None:
     """Require that all who share hold the same.
 
     Args:
         what: as a message calls it.
         content: a text or a digest, made where several processes share.
+        among: processes that do the same otherwise than by sharing items.
 
     Raises:
         GispError: one has something else.
     """
-    replicas = sharers()
+    replicas = among or sharers()
     if replicas.size > 1:
         agree(replicas, {what: content()})
 

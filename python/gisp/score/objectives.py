@@ -60,7 +60,7 @@ def own_losses(loss: SequenceLoss, model: Any, input_ids: torch.Tensor, labels: 
     return losses.float()
 
 
-def sequence_nll(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def sequence_nll(model: Callable[..., Any], input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean NLL in nats of each sequence's scored tokens, fp32 [B].
 
     Args:

@@ -88,3 +88,18 @@ def check_along(target: str, sparsities: Sequence[Any] = ()) -> None:
         raise GispError(f"--sparsities needs a run folder or a nested checkpoint, {target} is a model: leave it out")
     for sparsity in sparsities:
         check_target(target, sparsity, "--sparsities holds")
+
+
+def check_parted(stages: int, lm_eval: object, compensation: object, offload: bool, generate: bool) -> None:
+    """Refuse what needs the whole model in one process, where its layers are parted.
+
+    Args:
+        lm_eval, compensation: ``None`` where none is asked for.
+
+    Raises:
+        GispError: names the option.
+    """
+    asked = {"--lm-eval": lm_eval, "--compensate": compensation, "--offload": offload, "--generate": generate}
+    given = next((name for name, value in asked.items() if value), None)
+    if stages > 1 and given:
+        raise GispError(f"--stages {stages} parts the model over processes, {given} needs all of it: leave one out")

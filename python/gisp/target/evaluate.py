@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.errors import GispError
 from gisp.evaluate.data import Measure, prepare
 from gisp.evaluate.harness import Harness
+from gisp.evaluate.parted import PartedLoss
 from gisp.model.structures import fingerprint
 from gisp.progress import reporting
 from gisp.replicas.agreement import agree, machine
 from gisp.replicas.group import Replicas
 from gisp.replicas.sharing import sharing
 from gisp.run.record import library_versions
-from gisp.target.check import check_along, is_run
+from gisp.stages.group import Stages
+from gisp.target.check import check_along, check_parted, is_run
 from gisp.target.open import Target, open_target
 from gisp.target.record import EvaluationRecorder
 
@@ -37,6 +40,7 @@ def evaluate_target(
     compensation: CompensationRequest | None = None,
     replicas: Replicas | None = None,
     offload: bool = False,
+    stages: int = 1,
 ) -> dict[str, Any]:
     """Figures of one model with their conditions; those of a run are also recorded in its folder.
 
@@ -50,16 +54,18 @@ def evaluate_target(
         replicas: processes that share the work, each with the whole model; ``None``: this one alone. The figures are
             those of one; only a compensation and lm-eval tasks are summed and batched in slices then.
         offload: as for :func:`gisp.target.open.open_target`; without compensation.
+        stages: parts that the layers of a run lie in, as many as there are ``replicas``; perplexity alone.
 
     Returns:
         ``sparsity, model_sparsity, step, parameters, kv_bytes_per_token, data`` and what was measured.
     """
     chosen = _checked(target, data, options, window, lm_eval, compensation, offload)
-    with sharing(replicas) as sharers:
-        opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype, offload=offload)
+    check_parted(stages, lm_eval, compensation, offload, chosen.generate)
+    with _processes(replicas, stages) as (sharers, parted):
+        opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype, offload=offload, stages=parted)
         _agree(sharers, opened, chosen, lm_eval)
         recorder = _recorder(target, opened, data, chosen, lm_eval) if sharers.first else None
-        measure = _measure(opened, data, chosen, lm_eval)
+        measure = _measure(opened, data, chosen, lm_eval, parted)
         if compensation is not None:
             opened.compensate(compensation)
         point = {**measure(opened.model), **opened.describe(), "data": data}
@@ -83,6 +89,7 @@ def evaluate_along(
     on_point: Callable[[dict[str, Any]], None] | None = None,
     replicas: Replicas | None = None,
     offload: bool = False,
+    stages: int = 1,
 ) -> dict[str, Any]:
     """The same for the dense model and each sparsity of a run or nested checkpoint, moving one model.
 
@@ -92,7 +99,7 @@ def evaluate_along(
         sparsities: of each the nearest step is taken, every step once.
         compensation: done anew at each point of a run.
         on_point: called with each point when it is measured.
-        replicas, offload: as of :func:`evaluate_target`.
+        replicas, offload, stages: as of :func:`evaluate_target`.
 
     Returns:
         ``target, data`` and ``points``, dense first, then by sparsity.
@@ -101,15 +108,16 @@ def evaluate_along(
         GispError: a target of one size, or a sparsity beyond the run.
     """
     chosen = _checked(target, data, options, window, lm_eval, compensation, offload)
+    check_parted(stages, lm_eval, compensation, offload, chosen.generate)
     if not sparsities:
         raise GispError("--sparsities is empty: give numbers with commas between them")
     check_along(target)
-    with sharing(replicas) as sharers:
-        opened = open_target(target, sparsity=0.0, device=device, dtype=dtype, offload=offload)
+    with _processes(replicas, stages) as (sharers, parted):
+        opened = open_target(target, sparsity=0.0, device=device, dtype=dtype, offload=offload, stages=parted)
         wanted = {0: opened.points[0]} | {p.step or 0: p for p in map(opened.nearest, sparsities)}
         _agree(sharers, opened, chosen, lm_eval)
         recorder = _recorder(target, opened, data, chosen, lm_eval) if sharers.first else None
-        measure = _measure(opened, data, chosen, lm_eval)
+        measure = _measure(opened, data, chosen, lm_eval, parted)
         points = []
         for _, point in sorted(wanted.items()):
             opened.move(point)
@@ -147,29 +155,49 @@ def _checked(
     return options or EvalOptions(window=window)
 
 
+@contextmanager
+def _processes(replicas: Replicas | None, stages: int) -> Iterator[tuple[Replicas, Stages | None]]:
+    """Processes that share the evaluation of one model each, or pass one model's states on to one another."""
+    if stages == 1:
+        with sharing(replicas) as sharers:
+            yield sharers, None
+        return
+    processes = replicas or Replicas()
+    parted = Stages(processes, stages)
+    if parted.replicas > 1:
+        raise GispError(f"--stages {stages} takes as many processes, {processes.size} are here: start {stages}")
+    with processes.watched(), nullcontext() if processes.first else reporting(False), parted.connected():
+        yield processes, parted
+
+
 def _agree(sharers: Replicas, opened: Target, options: EvalOptions, lm_eval: LmEvalTasks | None) -> None:
     """Require that all processes measure the same in the same way."""
     if sharers.size == 1:
         return
     asked = {"": options, "lm_eval_": lm_eval}
     given = {f"option {of}{n}": str(v) for of, o in asked.items() if o is not None for n, v in asdict(o).items()}
-    weight = next(opened.model.parameters())
+    weight = next(p for p in opened.model.parameters() if not p.is_meta)
+    # Of a parted model the whole was compared with the run.
+    model = {} if opened.placement else {"model": fingerprint(opened.model)}
     agree(
         sharers,
         {
             **machine(weight.device, library_versions()),
             **given,
             "sparsity": opened.point.sparsity,
-            "model": fingerprint(opened.model),
+            **model,
             "weights of": str(weight.dtype),
         },
     )
 
 
-def _measure(opened: Target, data: str | None, options: EvalOptions, lm_eval: LmEvalTasks | None) -> Measure:
+def _measure(
+    opened: Target, data: str | None, options: EvalOptions, lm_eval: LmEvalTasks | None, stages: Stages | None
+) -> Measure:
+    parts = PartedLoss(opened.model, stages, opened.placement) if stages and opened.placement else None
     # The harness checks its names first: reading data may take long.
     harness = None if lm_eval is None else Harness(lm_eval, opened.source)
-    prepared = None if data is None else prepare(data, options, opened.model, opened.source)
+    prepared = None if data is None else prepare(data, options, opened.model, opened.source, parts)
     measures = [measure for measure in (prepared, harness) if measure is not None]
     return lambda model: {name: value for measure in measures for name, value in measure(model).items()}
 

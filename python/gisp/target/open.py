@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from gisp.compensation import CompensationRequest, compensate
 from gisp.errors import GispError
 from gisp.export.load import load
@@ -16,8 +18,11 @@ from gisp.model.attention import KV_INDEX, NoHeads
 from gisp.model.load import resolve_device, resolve_dtype
 from gisp.model.structures import channels_name, heads_name
 from gisp.offload.place import stream_layers
+from gisp.run.parted import base_part
 from gisp.run.trajectory import Trajectory, move_to
 from gisp.select.schedule import nearest_step
+from gisp.stages.group import Stages
+from gisp.stages.placement import Placement
 from gisp.target.check import check_target, is_run
 
 
@@ -45,6 +50,7 @@ class Target:
         points: dense first, then every step; empty for a model of one size.
         point: where the model is.
         goal: sparsity that names the last point, see :func:`gisp.select.schedule.goal_of`.
+        placement: which layers lie where, if several processes hold them.
     """
 
     def __init__(
@@ -56,8 +62,9 @@ class Target:
         move: Callable[[Point], None] | None,
         stored: Callable[[int], StoredSize] | None = None,
         goal: float | None = None,
+        placement: Placement | None = None,
     ) -> None:
-        self.goal = goal
+        self.goal, self.placement = goal, placement
         self.model, self.source, self.points, self.point = model, source, points, point
         self._move, self._stored = move, stored
         self._compensation: str | None = None
@@ -120,6 +127,7 @@ def open_target(
     device: str = "auto",
     dtype: str | None = None,
     offload: bool = False,
+    stages: Stages | None = None,
 ) -> Target:
     """The model a path names, at one sparsity.
 
@@ -127,13 +135,17 @@ def open_target(
         target: dense model or exported folder, hub name, nested checkpoint or run folder.
         sparsity: point of a run or nested checkpoint (``None`` = its end); only for these.
         offload: leave the decoder layers in host memory, from which they visit the device.
+        stages: of a run alone: processes that each hold a part of the layers; the others lie on ``meta``.
 
     Raises:
-        GispError: nothing usable there, or a nested checkpoint whose layers should lie in host memory.
+        GispError: nothing usable there, a nested checkpoint whose layers should lie in host memory, or anything but a
+            run in stages.
     """
     place = resolve_device(device)
     if is_run(target):
-        return _open_run(Trajectory.load(target), sparsity, device, dtype, offload)
+        return _open_run(Trajectory.load(target), sparsity, device, dtype, offload, stages)
+    if stages is not None:
+        raise GispError(f"--stages {stages.count} takes a run, {target} is none: leave it out, --offload may do")
     check_target(target, sparsity)
     if offload and is_nested(target):
         raise GispError(f"--offload takes a model or a run, {target} is a nested checkpoint: leave it out")
@@ -151,9 +163,20 @@ def open_target(
     return Target(model, target, points, here, lambda point: model.resize(point.sparsity), goal=files.goal)
 
 
-def _open_run(trajectory: Trajectory, sparsity: float | None, device: str, dtype: str | None, offload: bool) -> Target:
-    step = trajectory.step_for(sparsity)
-    if offload:
+def _open_run(
+    trajectory: Trajectory,
+    sparsity: float | None,
+    device: str,
+    dtype: str | None,
+    offload: bool,
+    stages: Stages | None,
+) -> Target:
+    step, placement = trajectory.step_for(sparsity), None
+    if stages is not None:
+        place = resolve_device(device)
+        kind = resolve_dtype(dtype or trajectory.config.get("dtype"), place)
+        model, placement = base_part(trajectory, stages, place, kind if isinstance(kind, torch.dtype) else None)
+    elif offload:
         place = resolve_device(device)
         # Of the device that computes, not of the one it is loaded on.
         kind = resolve_dtype(dtype or trajectory.config.get("dtype"), place)
@@ -174,6 +197,7 @@ def _open_run(trajectory: Trajectory, sparsity: float | None, device: str, dtype
         lambda point: move_to(shrinkable, trajectory, int(point.step or 0)),
         lambda step: stored_at(trajectory, [step])[0],
         trajectory.goal,
+        placement,
     )
 
 

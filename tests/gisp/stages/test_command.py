@@ -38,7 +38,7 @@ def test_stages_write_the_run_of_one_process(
         given = ["prune", str(model_folder), "--data", str(token_file), "--out", str(tmp_path / name), *GIVEN, *more]
         assert main([option for option in given if option != "--quiet"]) == 0
     evaluating, exporting = capfd.readouterr().err.splitlines()[-2:]
-    assert evaluating.endswith("--data TEXT --offload") and exporting.endswith("--stages 2")
+    assert evaluating.endswith("--data TEXT --stages 2") and exporting.endswith("--stages 2")
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.safetensors")} for n in ("one", "two"))
     assert one == two and len(one) == 2
 

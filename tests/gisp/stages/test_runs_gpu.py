@@ -46,3 +46,20 @@ def test_stages_write_the_run_of_one_gpu(
     if torch.cuda.device_count() >= 4:
         assert prune(tmp_path, "four", "--gpus", "4", "--stages", "4", *given) == one
         assert prune(tmp_path, "rows", "--gpus", "4", "--stages", "2", *given) == one
+
+
+def test_stages_measure_as_one_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    model = tiny_model("llama-gqa", layers=12, hidden_size=128, intermediate_size=320, head_dim=32)
+    model.save_pretrained(tmp_path / "model")
+    save_file({"input_ids": tiny_tokens(200, 40)}, tmp_path / "t.safetensors")
+    prune(tmp_path, "one")
+    given = ["eval", str(tmp_path / "one"), "--data", str(tmp_path / "t.safetensors"), "--batch-size", "16"]
+    found = []
+    for more in ([], ["--stages", "2"], *([["--stages", "4"]] if torch.cuda.device_count() >= 4 else [])):
+        capfd.readouterr()
+        assert main([*given, "--sparsities", "0.2,0.5", "--out", str(tmp_path / "figures.json"), *more]) == 0
+        found.append((tmp_path / "figures.json").read_text())
+    assert len({*found}) == 1

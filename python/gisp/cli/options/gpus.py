@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 
 GPUS = flag("gpus", "GPUs of this host that share the work; the result does not follow their number.", kind=int, min=1)
 
+STAGES = flag(
+    "stages",
+    "Parts of whole layers that a run lies in, each in a process and on a GPU of its own.",
+    kind=int,
+    min=1,
+)
+
 
 def start_processes(context: typer.Context, gpus: int | None, device: str) -> None:
     """Run the command as so many processes of this host, and end with their exit code; one process goes on.

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed import ProcessGroup
 
 from gisp.errors import GispError
@@ -29,13 +28,13 @@ from gisp.export.spec import ExportReport, PrunedSpec, map_checked
 from gisp.model.load import resolve_device
 from gisp.model.structures import ModelMap
 from gisp.replicas.group import Replicas
+from gisp.run.parted import base_part
 from gisp.run.trajectory import Trajectory
 from gisp.score.fused.support import why_not
 from gisp.stages.group import Stages
 from gisp.stages.load import skeleton
-from gisp.stages.parted import read_part, shared_fingerprint, together
+from gisp.stages.parted import read_part, together
 from gisp.stages.placement import Placement
-from gisp.stages.rules import Sharing, check_sharing
 
 
 def export_parted(
@@ -64,31 +63,18 @@ def export_parted(
             trajectory = Trajectory.load(run)
         spec = point_of(trajectory, Path(run), trajectory.step_for(sparsity))
         place = resolve_device(device)
-        base, placement = _base(trajectory, stages, place)
+        base, placement = base_part(trajectory, stages, place, None)
         model_map = map_checked(base, spec.keep)
         check_family(model_map)
         tokens = check_tokens(model_map.vocab_size, int(base.config.max_position_embeddings))
         reason = why_not(model_map, tokens.shape[1])
         if reason is not None:
             raise GispError(f"this model is not passed on from stage to stage: {reason}, export it without --stages")
-        if shared_fingerprint(model_map, stages) != trajectory.base_model["fingerprint"]:
-            raise GispError("the base model of this run holds other weights by now: give its base model")
         with new_folder(Path(out)) if processes.first else nullcontext(Path()) as own:
             folder = Path(processes.from_first(str(own).encode()).decode())
             report = _write(base, model_map, spec, folder, Path(out), stages, placement)
             processes.exchange(b"")
         return RunExport(spec, spec, report)
-
-
-def _base(trajectory: Trajectory, stages: Stages, device: torch.device) -> tuple[Any, Placement]:
-    """The part of a run's base model that lies in this process, in its own dtype."""
-    path = str(trajectory.base_model["path"])
-    if not path:
-        raise GispError("this run was made from a model in memory: --stages reads a folder, export it without")
-    check_sharing(Sharing(stages.count, stages.count, trajectory.layers))
-    bounds = tuple(stage * trajectory.layers // stages.count for stage in range(stages.count + 1))
-    placement = Placement(stages.count, bounds)
-    return read_part(skeleton(path, None), path, placement, stages, device), placement
 
 
 def _write(
