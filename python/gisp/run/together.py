@@ -13,6 +13,7 @@ from gisp.replicas.group import Replicas
 from gisp.run.folder import RunFolder
 from gisp.run.loop import PruningLoop
 from gisp.run.trajectory import Trajectory
+from gisp.stages.load import files_digest
 
 
 def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
@@ -25,6 +26,9 @@ def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
         return
     stages = loop.setup.context.stages
     run = loop.trajectory
+    # No process sees the whole of a parted model: its fingerprint is made of the parts.
+    path = str(run.base_model["path"]) if stages else ""
+    files = {"files of the model": files_digest(path)} if path else {}
     options = {f"option {name}": value for name, value in run.config.items() if name not in PLACE_OPTIONS}
     agree(
         replicas,
@@ -34,6 +38,7 @@ def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
             "stages": stages.count if stages else 1,
             "data": run.data["sha256"],
             "model": run.base_model["fingerprint"],
+            **files,
             "weights of": str(loop.setup.context.weight.dtype),
         },
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -17,6 +18,8 @@ from gisp.model.paths import check_model_path
 from gisp.model.stored import check_stored, left_out
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of every file with weights, to tell it from another one of the same shapes.
+_SAMPLES, _SAMPLED_BYTES = 64, 4096
 
 
 def skeleton(path: str, dtype: torch.dtype | None) -> Any:
@@ -117,6 +120,26 @@ def _files(folder: Path, path: str) -> dict[str, Path]:
         raise GispError(
             f"model {path} has no safetensors that --stages can read ({type(error).__name__}): convert it first"
         ) from None
+
+
+def files_digest(path: str) -> str:
+    """SHA-256 of samples of all files with weights of a model: parts that processes read must be of one model.
+
+    Raises:
+        GispError: as :func:`read_weights`.
+    """
+    digest = hashlib.sha256()
+    for file in sorted({*_files(folder_of(path), path).values()}):
+        try:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\0".encode())
+            with file.open("rb") as data:
+                for number in range(_SAMPLES):
+                    data.seek(number * size // _SAMPLES)
+                    digest.update(data.read(_SAMPLED_BYTES))
+        except OSError as error:
+            raise GispError(f"model {path} cannot be read: {file.name}: {error.strerror or error}") from None
+    return digest.hexdigest()
 
 
 def _give(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.device, path: str) -> None:
