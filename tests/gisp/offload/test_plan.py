@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gisp.config.memory import bytes_of, gigabytes
+from gisp.config.options import make_config
+from gisp.data import Sequences
 from gisp.errors import GispError
+from gisp.model.structures import map_model
 from gisp.offload.plan import Demand, Plan, make_plan
+from gisp.run.resources import placement
 
 GB = 10**9
 # Ten layers of 1 GB.
@@ -98,6 +107,41 @@ def test_what_cannot_be_is_one_line() -> None:
     with pytest.raises(GispError, match=r"needs 12.0 GB of host memory"):
         planned(None, replace(DEMAND, loading=12 * GB), everything=True, host=11)
     assert make_plan(DEMAND, everything=True, limit=None, host=None) is not None
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama-2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000},
+    "Llama-3-8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
+    "Llama-2-13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "vocab_size": 32000},
+    "Llama-3-70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256},
+}
+
+
+def model_demand(name: str) -> Demand:
+    """What preset fast asks of memory for a model of that name, a GPU's tokens a pass."""
+    shape = SHAPES[name]
+    heads = shape["hidden_size"] // 128
+    config = LlamaConfig(**shape, num_attention_heads=heads, num_key_value_heads=8 if "-3-" in name else heads)
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
+    rows = torch.zeros(2000, 256, dtype=torch.int64)
+    return placement.demand(map_model(model), Sequences.plain([(row, row) for row in rows]), make_config())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_documented_plans_are_those_that_are_made(name: str) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "offload.md").read_text(encoding="utf-8")
+    found = re.findall(rf"{name} \| one of (\d+) GB \| (\d+) of \d+ layers in host memory \| (\S+) \| (\S+) \|", page)
+    assert found
+    asked = model_demand(name)
+    for limit, layers, device, host in found:
+        plan = planned(float(limit), asked)
+        assert plan is not None and plan.ends_on_host
+        said = str(len(plan.streamed)), gigabytes(plan.device), gigabytes(plan.host)
+        assert said == (layers, f"{device} GB", f"{host} GB")
+        if (name, limit) == ("Llama-3-70B", "80"):
+            assert "\n".join(plan.lines()) in page
 
 
 @pytest.mark.parametrize(
