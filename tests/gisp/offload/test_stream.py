@@ -23,7 +23,7 @@ ALL = (0, 1, 2, 3)
 
 
 def homes(model: Any) -> list[int]:
-    return [p.data_ptr() for p in model.model.layers.parameters()]
+    return [p.data_ptr() for p in (*model.model.layers.parameters(), *model.lm_head.parameters())]
 
 
 def crossed(stream: LayerStream, order: list[int]) -> list[int]:
@@ -48,11 +48,26 @@ def test_each_layer_crosses_once_a_way_and_the_next_one_comes_early() -> None:
     assert crossed(stream, [0, 1, 2, 3, 3, 2, 1, 0])[-1] == 2 * layer
 
 
+def test_the_output_projection_comes_once_a_step() -> None:
+    model = tiny_model()
+    stream = place(model, ALL, CPU, ends_on_host=True)
+    layer, head = (sum(p.numel() * 4 for p in of.parameters()) for of in (model.model.layers[0], model.lm_head))
+    found = crossed(stream, [0, 1, 2, 3, 4, 3, 2, 1, 0])
+    # At the turn the last layer stays, the one before it makes room.
+    assert found[:5] == [2 * layer, 3 * layer, 4 * layer, 4 * layer + head, 4 * layer + head]
+    assert found[-1] == 7 * layer + head
+    alone = place(tiny_model(), (), CPU, ends_on_host=True)
+    assert crossed(alone, [0, 1, 2, 3, 4, 3, 2, 1, 0])[-1] == head
+    tied = tiny_model("qwen2")
+    assert not place(tied, (), CPU, ends_on_host=True).holds(tied.lm_head.weight)
+
+
+@pytest.mark.parametrize("ends_on_host", [False, True])
 @pytest.mark.parametrize("streamed", [(), (2,), ALL])
-def test_a_whole_forward_pass_works_anywhere(streamed: tuple[int, ...]) -> None:
+def test_a_whole_forward_pass_works_anywhere(streamed: tuple[int, ...], ends_on_host: bool) -> None:
     model = tiny_model()
     expected = logits(model)
-    place(model, streamed, CPU)
+    place(model, streamed, CPU, ends_on_host=ends_on_host)
     before = homes(model)
     for _ in range(2):
         assert torch.equal(logits(model), expected)
