@@ -40,6 +40,7 @@ from gisp.stages.group import Stages
 from gisp.stages.load import put, with_tables
 from gisp.stages.parted import held_names, placed
 from gisp.stages.placement import Placement, schedule_of
+from gisp.stages.rules import Sharing, check_sharing
 
 _SEQUENCES = 2000
 
@@ -51,12 +52,10 @@ def measure_stages(names: list[str], args: argparse.Namespace) -> dict[str, Any]
         GispError: the GPUs do not make whole rows, or a run failed.
     """
     count = args.gpus[0]
-    if count % args.stages or len(args.gpus) > 1:
-        counts = ",".join(map(str, args.gpus))
-        raise GispError(
-            f"--gpus is {counts}: runs in stages take one number, a multiple of --stages {args.stages}, as "
-            f"{2 * args.stages}"
-        )
+    if len(args.gpus) > 1:
+        raise GispError(f"--gpus is {','.join(map(str, args.gpus))}: runs in stages take one number")
+    for name in names:
+        check_sharing(Sharing(count, args.stages, MODELS[name].layers, slices=SLICES))
     paths = (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     result: dict[str, Any] = {"benchmark": "prune", "identity": None, "runs": [], "stages": []}

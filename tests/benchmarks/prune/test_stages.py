@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,20 @@ def test_values_of_a_part_are_those_of_the_whole() -> None:
     assert any(parameter.is_meta for parameter in parts[0].parameters())
 
 
-@pytest.mark.parametrize("gpus", ["3", "2,4"])
-def test_whole_rows_are_asked_for(gpus: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "prune", "--model", "tiny", "--device", "cpu", "--stages", "2", "--gpus", gpus]) == 2
-    assert "a multiple of --stages 2, as 4" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("stages", "gpus", "words"),
+    [
+        ("2", "3", "--stages 2 does not part 3 processes evenly: give --gpus 2 or 4"),
+        ("2", "2,4", "--gpus is 2,4: runs in stages take one number"),
+        ("8", "8", "--stages 8 is more than the 4 layers of this model"),
+    ],
+)
+def test_what_cannot_be_parted_starts_nothing(
+    stages: str, gpus: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: Any, **__: Any) -> int:
+        raise AssertionError("started")
+
+    monkeypatch.setattr("benchmarks.prune.stages.launch", never)
+    assert main(["bench", "prune", "--model", "tiny", "--device", "cpu", "--stages", stages, "--gpus", gpus]) == 2
+    assert words in capsys.readouterr().err
