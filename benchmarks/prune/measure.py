@@ -7,7 +7,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,6 +93,7 @@ def timed_run(
     peak: Ceilings | None,
     budget: Budget,
     group: ProcessGroup | None = None,
+    after_first: Callable[[], None] = lambda: None,
     **place: Any,
 ) -> dict[str, Any]:
     """Prune a model and tell what it took, JSON-ready.
@@ -102,12 +103,15 @@ def timed_run(
         budget: the run ends after the step in which it is spent, and what was done is reported.
         peak: of all cards together, where several share the run.
         group: processes that score together; all but the first report only what they removed.
+        after_first: called after the first step, which also compiles kernels and compares the pass with the model.
         place: further options of `gisp.prune`, which say where it is computed.
     """
     ends: list[float] = []
 
     def on_step(record: StepRecord, steps: int) -> None:
         ends.append(time.perf_counter())
+        if record.step == 1:
+            after_first()
         if not rank() and record.step % max(1, steps // 10) == 0:
             print(f"step {record.step}/{steps}  sparsity {record.sparsity:.4f}  {record.seconds:.3f} s", flush=True)
         if budget.over and record.step < steps:

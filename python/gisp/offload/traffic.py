@@ -29,6 +29,10 @@ class Traffic:
         """Share of the copies' time in which the device computed."""
         return 1 - min(1.0, self.exposed / self.seconds) if self.seconds else 1.0
 
+    def since(self, before: Traffic) -> Traffic:
+        """What crossed after an earlier look."""
+        return Traffic(self.bytes - before.bytes, self.seconds - before.seconds, self.exposed - before.exposed)
+
 
 class Clock:
     """Times copies and waits where they happen, on the streams of a GPU."""
