@@ -17,28 +17,39 @@ from torch.nn import functional
 
 from benchmarks.embed.subject import Subject
 from gisp_kernels import Projection, StructureGroup, record_importance
+from gisp_kernels.ops.importance import as_tokens
+from gisp_kernels.ops.products import weight_grad
 
 Scores = dict[str, torch.Tensor]
 Step = Callable[[], Scores]
 Way = Callable[[Subject], AbstractContextManager[Step]]
 
 PASS = "pass alone"
+PRODUCTS = "pass and weight products"
 GRAD, STREAM = ".grad and eager sums", "record_importance"
 GATE_PARAMETERS, GATE_GRADIENTS = "gate parameters", "gate gradients"
 
 
 class _WithoutWeightGrad(torch.autograd.Function):
-    """A linear layer that keeps its input as for a weight gradient and forms none; ``anchor`` starts the graph."""
+    """A linear layer that keeps its input as for a weight gradient and has none; ``anchor`` starts the graph.
+
+    With ``product`` the gradient is formed by one matrix product and dropped.
+    """
 
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, weight: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, input: torch.Tensor, weight: torch.Tensor, anchor: torch.Tensor, product: bool
+    ) -> torch.Tensor:
+        ctx.product = product
         ctx.save_for_backward(input, weight)
         return functional.linear(input, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        _, weight = ctx.saved_tensors
-        return grads[0].matmul(weight) if ctx.needs_input_grad[0] else None, None, None
+        input, weight = ctx.saved_tensors
+        if ctx.product:
+            weight_grad(as_tokens(grads[0]), as_tokens(input))
+        return grads[0].matmul(weight) if ctx.needs_input_grad[0] else None, None, None, None
 
 
 @contextmanager
@@ -59,8 +70,11 @@ def projections(groups: list[StructureGroup]) -> list[Projection]:
 
 
 @contextmanager
-def pass_alone(subject: Subject) -> Iterator[Step]:
-    """No scores: time and memory of a pass that keeps the inputs of scored layers and makes no weight gradient."""
+def pass_alone(subject: Subject, product: bool = False) -> Iterator[Step]:
+    """No scores: time and memory of a pass that keeps the inputs of scored layers and makes no weight gradient.
+
+    With ``product`` it forms every weight gradient and reads none, which no way of scores of them can do without.
+    """
     anchor = torch.zeros(0, device=subject.device, requires_grad=True)
 
     def step() -> Scores:
@@ -68,15 +82,17 @@ def pass_alone(subject: Subject) -> Iterator[Step]:
         return {}
 
     forwards = {
-        p.linear: partial(_without_weight_grad, weight=p.linear.weight, anchor=anchor)
+        p.linear: partial(_without_weight_grad, weight=p.linear.weight, anchor=anchor, product=product)
         for p in projections(subject.groups)
     }
     with _forwards(forwards):
         yield step
 
 
-def _without_weight_grad(input: torch.Tensor, weight: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-    output: torch.Tensor = _WithoutWeightGrad.apply(input, weight, anchor)
+def _without_weight_grad(
+    input: torch.Tensor, weight: torch.Tensor, anchor: torch.Tensor, product: bool
+) -> torch.Tensor:
+    output: torch.Tensor = _WithoutWeightGrad.apply(input, weight, anchor, product)
     return output
 
 
@@ -183,6 +199,7 @@ def gate_gradients(subject: Subject) -> Iterator[Step]:
 # Way -> what makes its scores, and the way that makes the same ones in plain torch.
 WAYS: dict[str, tuple[Way, str | None]] = {
     PASS: (pass_alone, None),
+    PRODUCTS: (partial(pass_alone, product=True), None),
     GRAD: (plain_grad, GRAD),
     STREAM: (stream, GRAD),
     GATE_PARAMETERS: (gate_parameters, GATE_PARAMETERS),
