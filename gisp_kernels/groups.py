@@ -215,10 +215,17 @@ MLPS = (
 )
 
 
+# What adapters of PEFT and torch.compile call the layer that they wrap.
+WRAPPED = ("base_layer", "_orig_mod")
+
+
 def unwrapped(module: Any) -> Any:
-    """The layer inside adapters of PEFT, which hold it as ``base_layer``; another module as it is."""
-    while isinstance(getattr(module, "base_layer", None), nn.Module):
-        module = module.base_layer
+    """The layer inside adapters of PEFT and compiled modules (:data:`WRAPPED`); another module as it is."""
+    while isinstance(module, nn.Module):
+        inner = next((module._modules[name] for name in WRAPPED if module._modules.get(name) is not None), None)
+        if inner is None:
+            break
+        module = inner
     return module
 
 

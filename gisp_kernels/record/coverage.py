@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from gisp_kernels.groups import Projection, StructureGroup, unwrapped
+from gisp_kernels.groups import WRAPPED, Projection, StructureGroup, unwrapped
 
 # Modules that share their weights among all heads of their attention: no head takes them along.
 SHARED = ("k_proj", "v_proj", "k", "v", "q_a_proj", "kv_a_proj_with_mqa")
@@ -28,7 +28,7 @@ class Coverage:
         unscored: names of weights that do not, and that no rule leaves out.
         excluded: name -> the rule that leaves a parameter out.
         scored_parameters, parameters: their numbers, scored and in the whole target.
-        unreached: names of groups that no backward pass has reached.
+        unreached: names of groups with a weight that no backward pass has reached.
     """
 
     scored: tuple[str, ...]
@@ -44,7 +44,7 @@ class Coverage:
         return self.scored_parameters / max(1, self.parameters)
 
     def with_unreached(self, names: Iterable[str]) -> Coverage:
-        """The same, with groups that no backward pass has reached."""
+        """The same, with groups of which no backward pass has reached a weight."""
         return replace(self, unreached=tuple(names))
 
 
@@ -65,7 +65,8 @@ def coverage_of(target: nn.Module, groups: Sequence[StructureGroup], ignore: Ite
                 numbers[id(parameter)] = max(number, numbers.get(id(parameter), 0))
     rules = _Rules(target, groups, tuple(ignore))
     scored, unscored, excluded, total = [], [], {}, 0
-    for name, parameter in target.named_parameters():
+    hidden = [(f"{name}.weight", weight) for name, weight in _hidden_weights(target)]
+    for name, parameter in (*target.named_parameters(), *hidden):
         total += parameter.numel()
         rule = rules.of(name, parameter)
         if id(parameter) in numbers:
@@ -105,6 +106,19 @@ def refuse_partial(coverage: Coverage, target: nn.Module) -> None:
         )
 
 
+def _hidden_weights(target: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Weights that layers hold as no parameter, quantised or packed: name of the layer, [O, I] without memory."""
+    found = []
+    for name, module in target.named_modules():
+        rows, columns = (getattr(module, size, None) for size in ("out_features", "in_features"))
+        own = any(p.dim() > 1 for p in module.parameters())
+        if isinstance(rows, int) and isinstance(columns, int) and not own:
+            computed = isinstance(module, nn.Linear) and isinstance(getattr(module, "weight", None), torch.Tensor)
+            if not (computed and module.weight.dim() > 1):
+                found.append((name, torch.empty(rows, columns, device="meta")))
+    return found
+
+
 def _scored_parameters(projection: Projection) -> list[tuple[torch.Tensor, int]]:
     """The parameters behind the weight of a projection, and how many of their elements belong to structures."""
     parameter = projection.linear._parameters.get(projection.parameter)
@@ -131,7 +145,7 @@ class _Rules:
 
     def of(self, name: str, parameter: torch.Tensor) -> str | None:
         """The rule that leaves a parameter out, or ``None``."""
-        parts = [part for part in name.split(".") if part != "base_layer"]
+        parts = [part for part in name.split(".") if part not in WRAPPED]
         module, parent = parts[-2] if len(parts) > 1 else "", ".".join(parts[:-2])
         if any(fnmatchcase(name, pattern) for pattern in self._ignore):
             return "ignored"
@@ -143,6 +157,9 @@ class _Rules:
             return "output"
         if module in ROUTERS and hasattr(self._modules.get(parent), "experts"):
             return "router"
-        if any(name.startswith(f"{own}.") and not name.startswith(f"{own}.base_layer.") for own in self._wrapped):
+        if any(
+            name.startswith(f"{own}.") and not any(name.startswith(f"{own}.{inner}.") for inner in WRAPPED)
+            for own in self._wrapped
+        ):
             return "adapter"
         return "shared by heads" if module in SHARED and parent in self._attentions else None

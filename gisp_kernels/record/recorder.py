@@ -8,6 +8,7 @@ are to stay, are scored at their gradient, by hooks. So are graphs built before 
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
@@ -120,12 +121,12 @@ class ImportanceRecorder(Uncopyable):
             tap.reset()
 
     def coverage(self) -> Coverage:
-        """What of the target is scored, what is not, and which groups no backward pass has reached."""
-        reached = {key for key, tap in self._taps.items() if tap.reached}
-        unreached = [
-            group.name for group in self._groups if not reached.intersection(map(_key, self._scored[group.name]))
-        ]
-        return self._coverage.with_unreached(unreached)
+        """What of the target is scored, what is not, and which groups backward passes have not reached."""
+        return self._coverage.with_unreached(self._unreached())
+
+    def _unreached(self) -> list[str]:
+        missed = {key for key, tap in self._taps.items() if not tap.reached}
+        return [group.name for group in self._groups if missed.intersection(map(_key, self._scored[group.name]))]
 
     def scores(self) -> dict[str, torch.Tensor]:
         """Scores of every group so far, float32 [count]; sums over its projections in their order.
@@ -133,11 +134,13 @@ class ImportanceRecorder(Uncopyable):
         ``stream``: the sum over backward passes of ``|W * G_pass|``. ``exact``: ``|W * sum of G_pass|`` (paper Eq. 8)
         with the weights as they are now. ``signed``: ``|sum of W * G|`` over all elements and passes.
         ``second-order``: the sum over passes of the predicted change of the loss, of either sign. With a
-        ``reduce_group`` sums run over its processes too, all of which must call.
+        ``reduce_group`` sums run over its processes too, all of which must call. A weight that no backward pass of the
+        process has reached scores 0, with a warning.
 
         Raises:
             RuntimeError: a covered layer changed its width while being recorded, or a scaled loss overflowed.
         """
+        self._warn_of_unreached()
         scores = self._scores_together()
         apart = [group for group in self._groups if group.name not in scores]
         keys = {_key(projection) for group in apart for projection in self._scored[group.name]}
@@ -150,6 +153,17 @@ class ImportanceRecorder(Uncopyable):
             scores[group.name] = total.abs().float() if self.mode == "signed" else total
         self._scale.check(scores)
         return {group.name: scores[group.name] for group in self._groups}
+
+    def _warn_of_unreached(self) -> None:
+        empty = {group.name for group in self._groups if not group.count}
+        names = [name for name in self._unreached() if name not in empty]
+        if names:
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            warnings.warn(
+                f"no backward pass has reached all weights of {listed}: those score 0. Their code did not run, or it "
+                "forms no gradient of the weight (recorder.coverage().unreached)",
+                stacklevel=3,
+            )
 
     def scores_of(self, module: nn.Module, axis: Axis = "row", parameter: str = "weight") -> torch.Tensor:
         """Scores of one weight along one axis, float32.
@@ -199,9 +213,11 @@ class ImportanceRecorder(Uncopyable):
             tap.check_width()
         self._outermost = None
         self._active = True
+        # All of them before the first is attached, which lets it require a gradient: weights may be shared.
+        frozen = {key: not tap.stored.requires_grad for key, tap in self._taps.items()}
         for key, tap in self._taps.items():
             _taken.add(tap.linear)
-            tap.attach(way=ways[key], keep_grad=self._keep_grad, passing=self._pass_forward)
+            tap.attach(way=ways[key], keep_grad=self._keep_grad, frozen=frozen[key], passing=self._pass_forward)
         return self
 
     def __exit__(self, *exception: object) -> None:

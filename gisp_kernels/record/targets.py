@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gisp_kernels import checks
 from gisp_kernels.families import iter_groups
@@ -111,15 +113,24 @@ def way_of(name: str, projection: Projection, *, mode: Mode, keep_grad: bool) ->
         ValueError: not in this mode.
     """
     module, parameter = projection.linear, projection.parameter
-    weight = getattr(module, parameter)
     label, kind = f"the weight of a layer of group {name!r}", type(module).__name__
+    if is_parametrized(module, parameter) and any(
+        part.training and any(True for _ in part.buffers()) for part in module.parametrizations[parameter]
+    ):
+        raise TypeError(
+            f"{label} changes buffers whenever it is read (spectral_norm): call eval() on its parametrizations"
+        )
+    weight = getattr(module, parameter)
     checks.check_float(label, weight)
     if weight.dim() not in (2, 3):
         raise ValueError(f"{label} must have 2 dimensions, or 3 for experts, got shape {tuple(weight.shape)}")
     if weight.is_meta:
         raise TypeError(f"{label} has no memory on this machine: it cannot be recorded while it is offloaded")
+    if not is_sharded(weight) and is_traceable_wrapper_subclass(weight):
+        raise TypeError(f"{label} is a {type(weight).__name__}, no plain tensor: record the model before quantising it")
+    computed = module._parameters.get(parameter) is None
     watched = keep_grad and weight.requires_grad
-    if watched and not weight.is_leaf:
+    if watched and computed:
         raise TypeError(
             f"{label} is computed from other parameters (weight_norm, parametrize): keep_grad=True needs a parameter"
         )
@@ -127,10 +138,10 @@ def way_of(name: str, projection: Projection, *, mode: Mode, keep_grad: bool) ->
         raise TypeError(f"{label} is sharded (fully_shard, parallelize_module): pass keep_grad=True, with it trainable")
     if _has_own_forward_of_linear(module) and parameter == "weight" and not (watched and mode != "second-order"):
         return "beside" if watched else "forward"
-    if not weight.requires_grad:
+    if computed or weight.is_inference():
         raise TypeError(
-            f"group {name!r}: a {kind} with its own forward cannot be recorded while its weight is frozen: let it "
-            "require a gradient, or remove adapters and hooks that replace the forward"
+            f"group {name!r}: a {kind} with its own forward is scored at the gradient of its weight, which must be a "
+            "parameter that can require one (no weight_norm or parametrize, not made in inference mode)"
         )
     if mode == "second-order":
         raise ValueError(
@@ -190,14 +201,24 @@ def refuse_tied(target: Any, groups: Iterable[StructureGroup], *, mode: Mode, ke
 
 
 def refuse_wrapped(target: Any, *, keep_grad: bool) -> None:
-    """Refuse a module that would wait for gradients which recording takes away.
+    """Refuse a module that would wait for gradients which recording takes away, or that shows no whole weights.
 
     Raises:
         RuntimeError: the target holds one.
     """
-    if keep_grad or not isinstance(target, nn.Module):
+    if not isinstance(target, nn.Module):
         return
     for module in target.modules():
+        if type(module).__name__ == "FullyShardedDataParallel" or any(
+            hasattr(p, "ds_id") for p in module._parameters.values()
+        ):
+            raise RuntimeError(
+                "FullyShardedDataParallel and ZeRO-3 hold weights flattened and parted: use fully_shard or ZeRO-2"
+            )
+        if keep_grad:
+            continue
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise RuntimeError("DataParallel runs copies of layers on other devices: pass keep_grad=True")
         if (
             isinstance(module, nn.parallel.DistributedDataParallel)
             and not module.find_unused_parameters

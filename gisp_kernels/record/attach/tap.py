@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from gisp_kernels.groups import Projection, is_transposed
 from gisp_kernels.record.attach.copying import Uncopyable
 from gisp_kernels.record.attach.parallel import added_over, is_sharded
+from gisp_kernels.record.attach.transforms import refuse_transforms
 from gisp_kernels.record.attach.use import Needs, RecordedLinear, Use, current_backward
 from gisp_kernels.record.attach.watch import Watch
 
@@ -60,6 +62,10 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         self._anchor: torch.Tensor | None = None
         self._watch: Watch | None = None
         self._beside = False
+        self._frozen = False
+        self._own: torch.Tensor | None = None
+        # A weight that is computed from others, as the last forward had it.
+        self._computed: torch.Tensor | None = None
         # The last passes that brought uses of the layer, and gradients of its weight.
         self._use_pass: int | None = None
         self._grad_pass: int | None = None
@@ -105,8 +111,8 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight as :attr:`Projection.weight`."""
-        return self.oriented(self.stored)
+        """The weight as :attr:`Projection.weight`; one that is computed from others as the last forward had it."""
+        return self.oriented(self.stored if self._computed is None else self._computed)
 
     def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of the shape of :attr:`stored`, outputs first."""
@@ -124,20 +130,24 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         self.reached = False
         self._zero()
 
-    def attach(self, *, way: str, keep_grad: bool, passing: Callable[[], None]) -> None:
+    def attach(self, *, way: str, keep_grad: bool, frozen: bool, passing: Callable[[], None]) -> None:
         """Begin to record.
 
         Args:
             way: of :func:`gisp_kernels.record.targets.way_of`.
             keep_grad: leave weight gradients to accumulate.
+            frozen: the weight requires no gradient.
             passing: called at every forward of the layer.
         """
         self.called = False
         self._use_pass = self._grad_pass = None
         self._beside = way == "beside"
+        self._frozen = frozen
+        self._own = self.linear._parameters.get(self.parameter)
+        self._computed = None
         if way != "weight":
             self.linear.forward = _Forward(self, passing)
-        self._watch = Watch(self, keep_grad=keep_grad, passing=passing)
+        self._watch = Watch(self, keep_grad=keep_grad, frozen=frozen, in_forward=way != "weight", passing=passing)
         self._watch.attach()
 
     def detach(self) -> None:
@@ -157,6 +167,20 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
             raise RuntimeError(
                 f"group {self.name!r}: a weight changed from {self._shape} to {shape} while being recorded; "
                 "read the scores before changing widths and call reset() after"
+            )
+
+    def check_own(self) -> None:
+        """Require the parameter that recording began with.
+
+        Raises:
+            RuntimeError: the module computes with another.
+        """
+        present = self.linear._parameters.get(self.parameter)
+        # fully_shard shows its gathered parameter in a forward.
+        if self._own is not None and present is not self._own and not is_sharded(self._own):
+            raise RuntimeError(
+                f"group {self.name!r}: its layer computes with another weight than recording began with "
+                "(torch.func.functional_call, or a parameter that was replaced): record a module that holds the weight"
             )
 
     def _present_shape(self) -> tuple[int, ...]:
@@ -184,6 +208,8 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The layer, recorded if a graph is being built."""
         linear = self.linear
+        refuse_transforms(self.name, input)
+        self.check_own()
         self.check_width()
         inside = current_backward() is not None
         if not inside:
@@ -191,7 +217,7 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
             self._pending.clear()
         # Recomputation inside a backward pass must repeat what the original forward did. A layer not called
         # since recording began ran unrecorded, and the hooks of its weight score it.
-        unrecorded = inside and not self.called and linear.weight.requires_grad
+        unrecorded = inside and not self.called and not self._frozen
         if unrecorded or not torch.is_grad_enabled():
             return F.linear(self._gated(input), linear.weight, linear.bias)
         if self._beside:
@@ -201,7 +227,10 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
             # last use of the layer in it.
             self._anchor = torch.zeros(0, device=linear.weight.device, requires_grad=True)
             self._anchor.register_hook(self._leave_pass)
-        return RecordedLinear.apply(input, linear.bias, self._anchor, linear.weight.detach(), self)
+        weight = linear.weight.detach()
+        if self._own is None:
+            self._computed = weight
+        return RecordedLinear.apply(input, self._anchor, linear.bias, weight, self)
 
     def _gated(self, input: torch.Tensor) -> torch.Tensor:
         gates = self.gates
@@ -232,14 +261,14 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
     def _collect_beside(self, use: Use) -> None:
         number = current_backward()
         if number not in self._pending:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish_pass(number))
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish_beside, number))
         with torch.no_grad(), torch.autocast(self.linear.weight.device.type, enabled=False):
             self.collect(use)
 
     def collect(self, use: Use) -> None:
         """Take one use of the layer in the running backward pass."""
         self.check_width()
-        self.reached = True
+        self.reached = self.reached or not self._beside
         self._use_pass = self._seen()
         self._check_one_source()
         self._take_use(use)
@@ -248,10 +277,10 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         """Take the gradient of the weight, both as the module stores them."""
         self.check_width()
         self._grad_pass = self._seen()
+        self.reached = True
         if self._beside:
             torch.autograd.Variable._execution_engine.queue_callback(self._check_observed)
             return
-        self.reached = True
         self._check_one_source()
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             self._take_weight_grad(self.oriented(weight.detach()), self.oriented(grad.detach()))
@@ -269,6 +298,13 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
             raise RuntimeError(
                 f"group {self.name!r}: second-order scores need the forward inside the recorder, this one ran before it"
             )
+
+    def _finish_beside(self, number: int | None) -> None:
+        if self._grad_pass == self._use_pass:
+            self._finish_pass(number)
+        else:
+            # A pass towards other tensors (torch.autograd.grad) forms no gradient of the weight, which scores nothing.
+            self._pending.pop(number, None)
 
     def _leave_pass(self, _: torch.Tensor) -> None:
         self._finish_pass(current_backward())

@@ -65,8 +65,8 @@ class RecordedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         input: torch.Tensor,
-        bias: torch.Tensor | None,
         anchor: torch.Tensor,
+        bias: torch.Tensor | None,
         weight: torch.Tensor,
         tap: Any,
     ) -> torch.Tensor:
@@ -88,16 +88,19 @@ class RecordedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if grad_output is None:
             return None, None, None, None, None
+        # A pass towards other tensors alone (torch.autograd.grad) gives weights no gradient, and scores nothing.
+        scored = torch._C._will_engine_execute_node(ctx.next_functions[1][0])
         input, weight, output, gates = ctx.saved_tensors
         grad_input = grad_bias = None
         with torch.autocast(weight.device.type, enabled=False):
-            if ctx.needs_input_grad[0] or ctx.tap.needs.grad_input:
+            if ctx.needs_input_grad[0] or (scored and ctx.tap.needs.grad_input):
                 grad_input = grad_output.matmul(weight.to(grad_output.dtype))
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[2]:
                 grad_bias = as_tokens(grad_output).sum(0)
-            ctx.tap.collect(Use(grad_output, input, output, grad_input))
+            if scored:
+                ctx.tap.collect(Use(grad_output, input, output, grad_input))
             # The tap has seen the gradient at the gates; on goes what passes through them.
             if grad_input is not None and gates is not None:
                 grad_input = grad_input * gates.to(grad_input.dtype)
         grad_input = None if grad_input is None else grad_input.to(ctx.input_dtype)
-        return grad_input, grad_bias, weight.new_zeros(0, dtype=torch.float32), None, None
+        return grad_input, weight.new_zeros(0, dtype=torch.float32), grad_bias, None, None

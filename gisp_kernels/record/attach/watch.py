@@ -1,4 +1,8 @@
-"""Hooks on a weight: its gradient is scored, and then accumulates as always or is put aside."""
+"""Hooks on a weight: its gradient is scored, and then accumulates as always or is put aside.
+
+A frozen weight requires a gradient while it is recorded. Layers that are recorded in their forward go without, so that
+none is formed unless other code uses the weight: attention that hands it to a function, a view, an adapter.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ import torch
 from torch import nn
 
 from gisp_kernels.record.attach.copying import Uncopyable
-from gisp_kernels.record.attach.parallel import refuse_data_parallel, whole
+from gisp_kernels.record.attach.parallel import is_sharded, refuse_data_parallel, whole
+from gisp_kernels.record.attach.transforms import refuse_transforms
 
 
 class Scored(Protocol):
@@ -22,7 +27,13 @@ class Scored(Protocol):
     @property
     def stored(self) -> torch.Tensor: ...
 
+    def check_own(self) -> None: ...
+
     def take_weight_grad(self, weight: torch.Tensor, grad: torch.Tensor) -> None: ...
+
+
+# By id, the ``.grad`` that weights had before a backward pass. Modules that share a weight share its entry.
+_aside: dict[int, torch.Tensor | None] = {}
 
 
 class Watch(Uncopyable):
@@ -30,22 +41,31 @@ class Watch(Uncopyable):
 
     Args:
         keep_grad: leave the gradient to accumulate into ``.grad``; else ``.grad`` stays as it was.
+        frozen: the weight requires no gradient outside the recorder, and keeps its ``.grad``.
+        in_forward: the module's forward is recorded by itself.
         passing: called at every forward of the module that holds the weight.
     """
 
-    def __init__(self, tap: Scored, *, keep_grad: bool, passing: Callable[[], None]) -> None:
+    def __init__(
+        self, tap: Scored, *, keep_grad: bool, frozen: bool, in_forward: bool, passing: Callable[[], None]
+    ) -> None:
         self._tap = tap
-        self._keep_grad = keep_grad
+        self._keep_grad = keep_grad and not frozen
+        self._frozen = frozen
+        self._in_forward = in_forward
         self._passing = passing
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._watched: list[torch.Tensor] = []
-        self._kept_grad: list[torch.Tensor | None] = []
 
     def attach(self) -> None:
-        """Set the hooks that the weight needs; a frozen one needs none."""
+        """Set the hooks that the weight needs."""
         weight = self._tap.stored
-        if weight.requires_grad:
-            self._watch(weight)
+        if self._frozen:
+            if not can_require_grad(self._tap.linear, weight):
+                return
+            weight.requires_grad_(True)
+        self._watch(weight)
+        if not (self._frozen and self._in_forward):
             self._handles.append(self._tap.linear.register_forward_pre_hook(_BeforeForward(self)))
 
     def detach(self) -> None:
@@ -53,9 +73,10 @@ class Watch(Uncopyable):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._kept_grad:
-            self._watched[0].grad = self._kept_grad.pop()
-            self._kept_grad.clear()
+        for weight in self._watched:
+            _restore(weight)
+            if self._frozen:
+                weight.requires_grad_(False)
         self._watched.clear()
 
     @property
@@ -66,8 +87,9 @@ class Watch(Uncopyable):
     def before_forward(self) -> None:
         """Meet a forward of the module."""
         self._passing()
+        self._tap.check_own()
         if torch.is_grad_enabled():
-            if not self._keep_grad:
+            if not (self._keep_grad or self._frozen):
                 refuse_data_parallel(self._tap.name)
             # fully_shard lets the layer compute with another parameter than the one it shows outside.
             self._watch(self._tap.stored)
@@ -78,16 +100,29 @@ class Watch(Uncopyable):
         self._watched.append(weight)
         self._handles.append(weight.register_hook(partial(self._take, weight)))
         if not self._keep_grad:
-            self._handles.append(weight.register_post_accumulate_grad_hook(self._restore))
+            self._handles.append(weight.register_post_accumulate_grad_hook(_restore))
 
-    def _take(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
+    def _take(self, weight: torch.Tensor, grad: torch.Tensor | None) -> None:
+        if grad is None:
+            return  # an autograd function of other code that forms none
+        refuse_transforms(self._tap.name, grad)
         self._tap.take_weight_grad(whole(weight), whole(grad))
         if not self._keep_grad:
-            self._kept_grad.append(weight.grad)
+            _aside.setdefault(id(weight), weight.grad)
             weight.grad = None
+            # torch.autograd.grad accumulates nothing.
+            torch.autograd.Variable._execution_engine.queue_callback(partial(_restore, weight))
 
-    def _restore(self, weight: torch.Tensor) -> None:
-        weight.grad = self._kept_grad.pop()
+
+def _restore(weight: torch.Tensor) -> None:
+    if id(weight) in _aside:
+        weight.grad = _aside.pop(id(weight))
+
+
+def can_require_grad(module: nn.Module, weight: torch.Tensor) -> bool:
+    """Whether a weight of a module is a parameter that can require a gradient."""
+    held = any(weight is parameter for parameter in module._parameters.values())
+    return held and not weight.is_inference() and not is_sharded(weight)
 
 
 class _BeforeForward(Uncopyable):

@@ -137,9 +137,13 @@ def test_hooked_modules(model: Block, batch: torch.Tensor) -> None:
             model.loss(batch).backward()
         assert_scores(recorder.scores(), truth)
         assert (model.mlp.up_proj.weight.grad is not None) == keep_grad
+    model.zero_grad()
     model.requires_grad_(False)
-    with pytest.raises(TypeError, match="let it require a gradient, or remove adapters and hooks"):
-        record_importance(model)
+    for keep_grad in (False, True):
+        with record_importance(model, keep_grad=keep_grad) as recorder:
+            model.loss(batch).backward()
+        assert_scores(recorder.scores(), truth)
+        assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
 def test_offloaded_weights_are_refused(model: Block) -> None:
