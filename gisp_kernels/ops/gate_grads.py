@@ -136,8 +136,8 @@ def gate_sums(grads: torch.Tensor, curvature: torch.Tensor, units: torch.Tensor 
         wide = grads[:, chunk].double()
         if members is not None:
             wide = members @ wide
-        sums[0, chunk] = wide.sum(0)
+        torch.sum(wide, 0, out=sums[0, chunk])
         squares = wide.square_()
-        sums[2, chunk] = squares.sum(0)
-        sums[1, chunk] = squares.mul_(factors).sum(0)
+        torch.sum(squares, 0, out=sums[2, chunk])
+        torch.sum(squares.mul_(factors), 0, out=sums[1, chunk])
     return sums

@@ -12,7 +12,7 @@ from gisp_kernels.ops.importance import as_tokens, wgrad_importance
 from gisp_kernels.ops.products import add_product, product_total, weight_grad
 from gisp_kernels.record.attach.parallel import is_sharded, whole
 from gisp_kernels.record.attach.tap import Tap
-from gisp_kernels.record.attach.use import Needs, Use, current_backward
+from gisp_kernels.record.attach.use import Needs, Use, current_backward, without_autocast
 from gisp_kernels.record.sums import add_scores
 
 
@@ -82,7 +82,7 @@ class ScoredTap(Tap[tuple[torch.Tensor, torch.Tensor]]):
         # Tokens of all uses side by side give the summed gradient.
         grad_output, input = pending[0] if len(pending) == 1 else map(torch.cat, zip(*pending, strict=True))
         weight = self.weight.detach()
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             if len(self._projections) == 1 and _in_blocks(self._projections[0]):
                 (projection,), (out,) = self._projections, self._scores
                 axis, block, power = projection.axis, projection.block, self._power

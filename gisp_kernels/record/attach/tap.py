@@ -15,7 +15,7 @@ from gisp_kernels.groups import Projection, is_transposed
 from gisp_kernels.record.attach.copying import Uncopyable
 from gisp_kernels.record.attach.parallel import added_over, is_sharded
 from gisp_kernels.record.attach.transforms import refuse_transforms
-from gisp_kernels.record.attach.use import Needs, RecordedLinear, Use, current_backward
+from gisp_kernels.record.attach.use import Needs, RecordedLinear, Use, current_backward, without_autocast
 from gisp_kernels.record.attach.watch import Watch
 
 Pending = TypeVar("Pending")
@@ -223,8 +223,7 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         if self._beside:
             return self._observed(input)
         if self._anchor is None:
-            # An empty tensor costs no kernel to accumulate, yet its hook runs once per backward pass, after the
-            # last use of the layer in it.
+            # It gets no gradient, yet its hook runs once per backward pass, after the last use of the layer in it.
             self._anchor = torch.zeros(0, device=linear.weight.device, requires_grad=True)
             self._anchor.register_hook(self._leave_pass)
         weight = linear.weight.detach()
@@ -262,7 +261,7 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         number = current_backward()
         if number not in self._pending:
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._finish_beside, number))
-        with torch.no_grad(), torch.autocast(self.linear.weight.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(self.linear.weight.device):
             self.collect(use)
 
     def collect(self, use: Use) -> None:
@@ -282,7 +281,7 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
             torch.autograd.Variable._execution_engine.queue_callback(self._check_observed)
             return
         self._check_one_source()
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(grad.device):
             self._take_weight_grad(self.oriented(weight.detach()), self.oriented(grad.detach()))
 
     def _check_one_source(self) -> None:
@@ -306,7 +305,7 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
             # A pass towards other tensors (torch.autograd.grad) forms no gradient of the weight, which scores nothing.
             self._pending.pop(number, None)
 
-    def _leave_pass(self, _: torch.Tensor) -> None:
+    def _leave_pass(self, _: torch.Tensor | None) -> None:
         self._finish_pass(current_backward())
 
     def _finish_pass(self, number: int | None) -> None:
@@ -325,7 +324,7 @@ class _Forward(Uncopyable):
         self._run = torch.compiler.disable(self._record)
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        return self._run(input)
+        return self._run(input) if torch.compiler.is_compiling() else self._record(input)
 
     def _record(self, input: torch.Tensor) -> torch.Tensor:
         self._passing()

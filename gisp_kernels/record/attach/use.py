@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,12 @@ def current_backward() -> int | None:
     """Number of the backward pass this thread is running, or ``None``."""
     task = torch._C._current_graph_task_id()
     return None if task == -1 else task
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context without autocast on a device; leaving one that is on takes time, where none is on nothing is done."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class Needs(NamedTuple):
@@ -92,7 +99,7 @@ class RecordedLinear(torch.autograd.Function):
         scored = torch._C._will_engine_execute_node(ctx.next_functions[1][0])
         input, weight, output, gates = ctx.saved_tensors
         grad_input = grad_bias = None
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             if ctx.needs_input_grad[0] or (scored and ctx.tap.needs.grad_input):
                 grad_input = grad_output.matmul(weight.to(grad_output.dtype))
             if ctx.needs_input_grad[2]:
@@ -103,4 +110,4 @@ class RecordedLinear(torch.autograd.Function):
             if grad_input is not None and gates is not None:
                 grad_input = grad_input * gates.to(grad_input.dtype)
         grad_input = None if grad_input is None else grad_input.to(ctx.input_dtype)
-        return grad_input, weight.new_zeros(0, dtype=torch.float32), grad_bias, None, None
+        return grad_input, None, grad_bias, None, None
