@@ -37,8 +37,8 @@ class Goal:
 
     @property
     def margin(self) -> float | None:
-        """By how much it is met (positive) or missed (negative), as a fraction of the target."""
-        if self.worst is None:
+        """By how much it is met (positive) or missed (negative), as a fraction of a target that is not 0."""
+        if self.worst is None or not self.target:
             return None
         return (self.worst - self.target) / self.target * (1 if self.at_least else -1)
 
@@ -49,8 +49,10 @@ def goal_table(goals: Iterable[Goal]) -> str:
     for goal in goals:
         sign = ">=" if goal.at_least else "<="
         state = "not measured"
-        if goal.met is not None and goal.margin is not None:
-            state = f"{'met' if goal.met else 'MISSED'} by {100 * abs(goal.margin):.0f} %"
+        if goal.met is not None:
+            state = "met" if goal.met else "MISSED"
+            if goal.margin is not None:
+                state += f" by {100 * abs(goal.margin):.0f} %"
         lines.append(
             [
                 goal.what,
