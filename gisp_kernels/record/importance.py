@@ -11,7 +11,16 @@ from torch import nn
 from gisp_kernels.groups import Axis, StructureGroup
 from gisp_kernels.record.coverage import coverage_of, coverage_of_groups, refuse_partial
 from gisp_kernels.record.recorder import ImportanceRecorder
-from gisp_kernels.record.targets import Mode, Target, groups_of, is_layer, line_groups, refuse_tied, refuse_wrapped
+from gisp_kernels.record.targets import (
+    Mode,
+    Target,
+    groups_of,
+    is_layer,
+    line_groups,
+    refuse_parted,
+    refuse_tied,
+    refuse_wrapped,
+)
 
 
 def record_importance(
@@ -64,11 +73,13 @@ def record_importance(
             has a weight that requires a gradient.
         ValueError: no group found, weights left out (``strict``), repeated names, a weight with two uses that are
             scored apart, an unknown mode or power, or ``closed`` that does not fit.
-        RuntimeError: ``DistributedDataParallel`` or compiled code that recording would break; (on entering) a covered
-            layer is already being recorded; (while active) its width changed.
+        RuntimeError: ``DistributedDataParallel`` or ``DataParallel`` that recording would break, or weights flattened
+            in parts; (on entering) a covered layer is already being recorded; (while active) its width changed, or it
+            computes with another weight than its own.
     """
     options = {"mode": mode, "power": power, "keep_grad": keep_grad, "loss_scale": loss_scale}
     options |= {"reduce_group": reduce_group, "backend": backend, "closed": closed}
+    refuse_parted(target)
     return _recorder(target, groups_of(target), strict, ignore, options)
 
 
@@ -111,6 +122,7 @@ def record_lines(
     """
     if mode == "second-order":
         raise ValueError("mode 'second-order' is for groups with an output projection, not for lines")
+    refuse_parted(linears)
     embeddings: set[int] = set()
     if isinstance(linears, nn.Module):
         embeddings = {id(m.weight) for m in linears.modules() if isinstance(m, nn.Embedding)}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -200,8 +201,8 @@ def refuse_tied(target: Any, groups: Iterable[StructureGroup], *, mode: Mode, ke
                 )
 
 
-def refuse_wrapped(target: Any, *, keep_grad: bool) -> None:
-    """Refuse a module that would wait for gradients which recording takes away, or that shows no whole weights.
+def refuse_parted(target: Any) -> None:
+    """Refuse a module whose layers hold flattened parts of their weights.
 
     Raises:
         RuntimeError: the target holds one.
@@ -209,14 +210,24 @@ def refuse_wrapped(target: Any, *, keep_grad: bool) -> None:
     if not isinstance(target, nn.Module):
         return
     for module in target.modules():
-        if type(module).__name__ == "FullyShardedDataParallel" or any(
-            hasattr(p, "ds_id") for p in module._parameters.values()
-        ):
+        flat = type(module).__name__ == "FullyShardedDataParallel" or not getattr(module, "_fsdp_use_orig_params", True)
+        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        part = weight is not None and not is_lazy(weight) and weight.dim() != 2
+        if flat or part or any(hasattr(p, "ds_id") for p in module._parameters.values()):
             raise RuntimeError(
                 "FullyShardedDataParallel and ZeRO-3 hold weights flattened and parted: use fully_shard or ZeRO-2"
             )
-        if keep_grad:
-            continue
+
+
+def refuse_wrapped(target: Any, *, keep_grad: bool) -> None:
+    """Refuse a module that would wait for gradients which recording takes away.
+
+    Raises:
+        RuntimeError: the target holds one.
+    """
+    if keep_grad or not isinstance(target, nn.Module):
+        return
+    for module in target.modules():
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise RuntimeError("DataParallel runs copies of layers on other devices: pass keep_grad=True")
         if (

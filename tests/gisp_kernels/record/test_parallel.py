@@ -12,7 +12,7 @@ from ranks import run_ranks
 from recorder_oracle import Block, true_scores
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -144,6 +144,15 @@ def fully_sharded(mode: Mode) -> None:
     assert all(torch.equal(found[True][name], grad) for name, grad in found[False].items())
 
 
+def flattened_refuses() -> None:
+    for original in (False, True):
+        wrapped = FullyShardedDataParallel(Block(), device_id=torch.device("cpu"), use_orig_params=original)
+        for target in (wrapped, wrapped.module):
+            for record in (record_importance, record_lines):
+                with pytest.raises(RuntimeError, match="flattened and parted: use fully_shard or ZeRO-2"):
+                    record(target, keep_grad=True)
+
+
 def tensor_parallel(mode: Mode) -> None:
     model, (batches, _) = Block(width=22), setting()[1]
     for parameter in model.parameters():
@@ -189,6 +198,8 @@ def test_training_in_parallel(tmp_path: Path, work: Callable[[Mode], None], mode
     run_ranks(RANKS, tmp_path / "ranks", work, mode)
 
 
-@pytest.mark.parametrize("work", [data_parallel_refuses, sums_over_ranks], ids=lambda work: work.__name__)
+@pytest.mark.parametrize(
+    "work", [data_parallel_refuses, sums_over_ranks, flattened_refuses], ids=lambda work: work.__name__
+)
 def test_ranks(tmp_path: Path, work: Callable[[], None]) -> None:
     run_ranks(RANKS, tmp_path / "ranks", work)

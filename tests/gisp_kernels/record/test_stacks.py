@@ -323,10 +323,20 @@ def test_copies_on_several_devices_are_refused(model: Block, monkeypatch: pytest
     record_importance(parallel, keep_grad=True)
 
 
-def test_parted_weights_are_refused(model: Block) -> None:
-    model.mlp.up_proj.weight.ds_id = 3  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match=r"flattened and parted: use fully_shard or ZeRO-2"):
-        record_importance(model, keep_grad=True)
+def zero_three(model: Any) -> None:
+    model.mlp.up_proj.weight.ds_id = 3
+
+
+def one_row(model: Any) -> None:
+    model.mlp.up_proj.weight = nn.Parameter(torch.zeros(5))
+
+
+@pytest.mark.parametrize("part", [zero_three, one_row], ids=lambda work: work.__name__)
+def test_parted_weights_are_refused(model: Block, part: Callable[[Any], None]) -> None:
+    part(model)
+    for record in (record_importance, record_lines):
+        with pytest.raises(RuntimeError, match="flattened and parted: use fully_shard or ZeRO-2"):
+            record(model, keep_grad=True)
 
 
 def test_adapters_of_peft_that_are_merged(batch: torch.Tensor) -> None:
