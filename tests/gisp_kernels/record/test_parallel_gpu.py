@@ -13,7 +13,7 @@ from recorder_oracle import Block, true_scores
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from gisp_kernels import record_importance
 
@@ -70,3 +70,15 @@ def test_two_gpus(tmp_path: Path, kind: str) -> None:
     if torch.cuda.device_count() < RANKS:
         pytest.skip("needs two GPUs")
     run_ranks(RANKS, tmp_path / "ranks", parallel, kind, str(tmp_path / "store"))
+
+
+def test_copies_on_two_gpus() -> None:
+    if torch.cuda.device_count() < RANKS:
+        pytest.skip("needs two GPUs")
+    model = Block(hidden=256, heads=4, head_dim=64, width=640).cuda()
+    batch = torch.randn(4, 64, 256, device="cuda")
+    truth = true_scores(model, batch)
+    with record_importance(model, keep_grad=True) as recorder:
+        DataParallel(model, [0, 1])(batch).pow(2).mean().backward()
+    for name, expected in truth.items():
+        torch.testing.assert_close(recorder.scores()[name].cpu().double(), expected.cpu(), rtol=1e-4, atol=0.0)
