@@ -15,6 +15,7 @@ rotary embeddings of shared key/value heads. Here such an index leaves its layer
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -67,10 +68,13 @@ def dependency_groups(
         root: Line = (module, "row")
         if not isinstance(module, roots) or module not in graph.module2node or module in ignored or root in done:
             continue
-        lines = _walk(graph, module, name, owners)
+        lines, problem = _walk(graph, module, name, owners)
         done |= lines.keys()
-        if not any(axis == "row" and layer in ignored for layer, axis in lines):
-            groups.append(_group(name, root, lines, heads))
+        if any(axis == "row" and layer in ignored for layer, axis in lines):
+            continue
+        if problem:
+            raise ValueError(f"{problem}. Name layers of this group in ignored_layers")
+        groups.append(_group(name, root, lines, heads))
     return groups
 
 
@@ -83,23 +87,35 @@ def scored_parts(groups: Iterable[StructureGroup]) -> list[StructureGroup]:
     return [StructureGroup(group.name, kept, group.kind) for group, kept in parts if kept]
 
 
-def _walk(graph: Any, root: nn.Module, name: str, owners: Mapping[int, nn.Module]) -> dict[Line, set[Item]]:
-    """Lines of every layer that go with the outputs of the root."""
+def _walk(
+    graph: Any, root: nn.Module, name: str, owners: Mapping[int, nn.Module]
+) -> tuple[dict[Line, set[Item]], str | None]:
+    """Lines of every layer that go with the outputs of the root, and why they are not all, where that is so."""
     prune = graph.get_pruner_of_module(root).prune_out_channels
     node = graph.module2node[root]
     count = graph.get_out_channels(root)
     index = tp._helpers._HybridIndex
-    stack = [(Dependency(prune, prune, source=node, target=node), [index(i, i) for i in range(count)])]
+    # Breadth first, so that what goes round in a circle meets the layers beside it.
+    queue = deque([(Dependency(prune, prune, source=node, target=node), [index(i, i) for i in range(count)])])
     seen: set[Any] = set()
+    numbers: dict[Any, int] = {}  # long index lists occur again and again
     lines: dict[Line, set[Item]] = {}
-    while stack:
-        dependency, found = stack.pop()
-        key = id(dependency.target), dependency.handler, tuple(found)
+    problem: str | None = None
+    while queue:
+        dependency, found = queue.popleft()
+        key = id(dependency.target), dependency.handler, numbers.setdefault(tuple(found), len(numbers))
         if key in seen:
             continue
         seen.add(key)
-        line = _line(graph, dependency, name, owners)
+        line = _line(graph, dependency, owners)
         if line is not None:
+            target = dependency.target.module
+            if isinstance(target, nn.Parameter) and target.dim() != 1:
+                problem = (
+                    f"the outputs of {name!r} go with a parameter of shape {tuple(target.shape)} of a "
+                    f"{type(line[0]).__name__}, whose outputs and inputs the dependency graph does not know"
+                )
+                continue
             width = Projection(*line).width
             if any(item.root_idx is None or not 0 <= item.idx < width for item in found):
                 raise ValueError(
@@ -114,22 +130,15 @@ def _walk(graph: Any, root: nn.Module, name: str, owners: Mapping[int, nn.Module
                 for mapping in following.index_mapping:
                     mapped = mapped if mapping is None else mapping(mapped)
                 if mapped:
-                    stack.append((following, mapped))
-    return lines
+                    queue.append((following, mapped))
+    return lines, problem
 
 
-def _line(graph: Any, dependency: Any, name: str, owners: Mapping[int, nn.Module]) -> Line | None:
+def _line(graph: Any, dependency: Any, owners: Mapping[int, nn.Module]) -> Line | None:
     """The layer and axis that a dependency cuts, or ``None`` for an operation without weights."""
     module = dependency.target.module
     if isinstance(module, nn.Parameter):
-        owner = owners[id(module)]
-        if module.dim() != 1:
-            raise ValueError(
-                f"the outputs of {name!r} go with a parameter of shape {tuple(module.shape)} of a "
-                f"{type(owner).__name__}, whose outputs and inputs the dependency graph does not know: name the layer "
-                "in ignored_layers"
-            )
-        return owner, "row"
+        return owners[id(module)], "row"
     if not any(True for _ in module.parameters(recurse=False)):
         return None
     rows = graph.is_out_channel_pruning_fn(dependency.handler)

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 tp = pytest.importorskip("torch_pruning", reason="needs Torch-Pruning: pip install '.[torch-pruning]'")
 
@@ -179,3 +188,26 @@ def test_parameters_that_the_graph_does_not_know_are_refused() -> None:
             root_module_types=[nn.Embedding],
             output_transform=lambda output: output.logits,
         )
+
+
+def test_groups_of_a_vision_transformer() -> None:
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=6, patch_size=3
+    )
+    model: Any = ViTForImageClassification(config).eval()
+    outputs = [module for name, module in model.named_modules() if name.endswith(("o_proj", "attention.output.dense"))]
+    assert len(outputs) == 2
+    options: dict[str, Any] = {"num_heads": dict.fromkeys(outputs, 4), "output_transform": lambda output: output.logits}
+    with pytest.raises(ValueError, match=r"a parameter of shape \(1, .*, 32\) of a ViT"):
+        dependency_groups(model, IMAGES, **options)
+    patches = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    groups = dependency_groups(model, IMAGES, ignored_layers=[patches, model.classifier], **options)
+    assert sorted(group.count for group in groups) == [4, 4, 40, 40]
+    channels = [group for group in groups if group.count == 40]
+    with torch.no_grad():
+        for group in channels:
+            column = next(p.linear for p in group.projections if p.axis == "column")
+            column.weight[:, [2, 5]] = 0
+        masked = model(IMAGES).logits
+        Compactor(groups).remove({group.name: [2, 5] for group in channels})
+        torch.testing.assert_close(model(IMAGES).logits, masked)
