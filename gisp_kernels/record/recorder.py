@@ -140,7 +140,7 @@ class ImportanceRecorder(Uncopyable):
         Raises:
             RuntimeError: a covered layer changed its width while being recorded, or a scaled loss overflowed.
         """
-        self._warn_of_unreached()
+        self._warn_of(self._unreached())
         scores = self._scores_together()
         apart = [group for group in self._groups if group.name not in scores]
         keys = {_key(projection) for group in apart for projection in self._scored[group.name]}
@@ -154,9 +154,9 @@ class ImportanceRecorder(Uncopyable):
         self._scale.check(scores)
         return {group.name: scores[group.name] for group in self._groups}
 
-    def _warn_of_unreached(self) -> None:
+    def _warn_of(self, unreached: list[str]) -> None:
         empty = {group.name for group in self._groups if not group.count}
-        names = [name for name in self._unreached() if name not in empty]
+        names = [name for name in unreached if name not in empty]
         if names:
             listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             warnings.warn(
@@ -182,6 +182,7 @@ class ImportanceRecorder(Uncopyable):
         if tap is None or len(found) != 1:
             how = f"in {len(found)} ways" if found else "not scored"
             raise KeyError(f"{parameter} of this {type(module).__name__} is {how} by {axis}s")
+        self._warn_of([] if tap.reached else [tap.name])
         (scores,) = found.values()
         scores = scores.abs().float() if self.mode == "signed" else scores.clone()
         self._scale.check({tap.name: scores})
@@ -199,6 +200,7 @@ class ImportanceRecorder(Uncopyable):
         found = {name: tap.sums.clone() for name, tap in taps.items() if isinstance(tap, GateTap)}
         if len(found) < len(taps):
             raise RuntimeError(f"mode {self.mode!r} records no gates: use mode 'second-order'")
+        self._warn_of(self._unreached())
         if self._reduce_group is not None:
             return {name: added_over([sums], self._reduce_group)[0] for name, sums in found.items()}
         return found

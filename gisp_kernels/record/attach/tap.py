@@ -288,8 +288,8 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
         if not self.additive and self._use_pass is not None and self._use_pass == self._grad_pass:
             raise RuntimeError(
                 f"group {self.name!r}: one backward pass uses a weight in its layer and elsewhere (tied weights, or a "
-                "graph from before the recorder), and the parts do not add up: pass keep_grad=True, which reads the "
-                "whole gradient, or use mode 'exact'"
+                "graph from before the recorder), and the parts do not add up: use mode 'exact' or, with the weight "
+                "trainable, keep_grad=True, which read the whole gradient"
             )
 
     def _check_observed(self) -> None:

@@ -196,8 +196,9 @@ def test_a_weight_whose_gradient_nobody_forms_is_told(model: Block, batch: torch
         with record_importance(model) as recorder:
             model.loss(batch).backward()
         assert recorder.coverage().unreached == ("mlp",)
-        with pytest.warns(UserWarning, match="no backward pass has reached all weights of mlp: those score 0"):
-            recorder.scores()
+        for read in (recorder.scores, lambda recorder=recorder: recorder.scores_of(mlp.up_proj)):
+            with pytest.warns(UserWarning, match="no backward pass has reached all weights of mlp: those score 0"):
+                read()
 
 
 def test_parametrizations_that_change_are_right_or_refused(batch: torch.Tensor) -> None:
@@ -358,3 +359,26 @@ def test_adapters_of_peft_that_are_merged(batch: torch.Tensor) -> None:
         with record_importance(model) as recorder:
             model.loss(batch).backward()
         assert_scores(recorder.scores(), true_scores(plain, batch))
+
+
+def test_adapters_that_read_the_weight_themselves(batch: torch.Tensor) -> None:
+    """DoRA with dropout multiplies with the weight beside its layer."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["up_proj"], use_dora=True, lora_dropout=0.5, init_lora_weights=False)
+    model = peft.inject_adapter_in_model(config, Block()).train()
+    weight = model.mlp.up_proj.base_layer.weight
+
+    def backward() -> None:
+        torch.manual_seed(3)
+        model.loss(batch).backward()
+
+    weight.requires_grad_(True)
+    backward()
+    truth = (weight * grad_of(weight)).abs().sum(1).detach()
+    model.zero_grad()
+    weight.requires_grad_(False)
+    with record_lines([model.mlp.up_proj], ["row"]), pytest.raises(RuntimeError, match="in its layer and elsewhere"):
+        backward()
+    with record_lines([model.mlp.up_proj], ["row"], mode="exact") as recorder:
+        backward()
+    torch.testing.assert_close(recorder.scores()["0.row"], truth, rtol=1e-4, atol=1e-8)
