@@ -106,8 +106,9 @@ class Tap(ABC, Uncopyable, Generic[Pending]):
     @property
     def stored(self) -> torch.Tensor:
         """The weight as the module stores it."""
-        weight: torch.Tensor = getattr(self.linear, self.parameter)
-        return weight
+        # Read for every use of the layer; a module's own lookup takes several times as long.
+        own: torch.Tensor | None = self.linear._parameters.get(self.parameter)
+        return getattr(self.linear, self.parameter) if own is None else own
 
     @property
     def weight(self) -> torch.Tensor:
