@@ -13,7 +13,7 @@ from gisp.config.criteria import CRITERIA
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.model.modes import deterministic, evaluation_mode, frozen
-from gisp.offload.backward import LayerwiseBackward
+from gisp.offload.passes import LayerwisePasses
 from gisp.offload.stream import LayerStream
 from gisp.score.base import StepScores
 from gisp.score.context import Context
@@ -270,7 +270,7 @@ class GradientScorer:
 
         ids = [micro.ids.to(self._device) for micro in micros]
         with frozen(self._model):
-            run = LayerwiseBackward(self._model, stream).run
+            run = LayerwisePasses(self._model, stream).run
             losses = run(ids, lambda number: self._loss(micros[number]), lowest, recorded)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for loss in losses:
