@@ -15,15 +15,16 @@ with every ``lambda`` the damping times the mean diagonal. All blocks move at on
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
 
 from gisp.compensation.acceptance import HeldOut, Stage, Step, difference, search
 from gisp.compensation.fits import ridge
-from gisp.compensation.streams import Batch
-from gisp.compensation.student import NO_MOVE, Move, Observer, Projection, Student, traced_forward
+from gisp.compensation.projections import NO_MOVE, Move, Observer, Projection, Traced
+from gisp.compensation.student import Student
 from gisp.data import Row
 from gisp.errors import GispError
 from gisp.progress import track
@@ -68,7 +69,7 @@ def kfac_stage(
         moves, dampings = _directions(student, chosen, damping)
 
         def tried(size: float, moves: list[Move] = moves) -> torch.Tensor:
-            return student.divergences(held_out, student.values(moves, size))
+            return student.divergences(held_out, student.moved(moves, size))
 
         size, after = search(tried, size or _FIRST_SIZE / len(dampings), before)
         if difference(before, after, held_out.tokens).falls:
@@ -98,8 +99,9 @@ class _Moments:
 
     def __init__(self, projection: Projection) -> None:
         self.rows, self.columns = projection.weight.shape
+        self._device, home = projection.device, projection.weight.device
         self.inputs, self.outputs, self.cross = (
-            product_total(m, n, projection.weight.device)
+            product_total(m, n, self._device).to(home)
             for m, n in ((self.columns, self.columns), (self.rows, self.rows), (self.rows, self.columns))
         )
 
@@ -119,16 +121,23 @@ class _Moments:
         add_product(self.outputs, gradients, gradients)
         add_product(self.cross, gradients, inputs)
 
-    def observer(self, batch: Batch) -> Observer:
-        """What takes in a batch's tokens in a backward pass."""
-        return lambda inputs, gradients: self.add(batch.tokens(inputs), batch.tokens(gradients))
+    @contextmanager
+    def observing(self) -> Iterator[Observer]:
+        """What takes in tokens while its layer is passed; moments in host memory are on the device meanwhile."""
+        here = self.holding(total.to(self._device) for total in self.sums)
+        yield here.add
+        for total, found in zip(self.sums, here.sums, strict=True):
+            if found is not total:
+                total.copy_(found)
 
     def direction(self, tokens: int, damping: float) -> tuple[torch.Tensor, float]:
         """The step of size 1, float32 [D, K], and the larger of the two dampings it took."""
         rows, columns = self.rows, self.columns
-        cross = self.cross[:rows, :columns].double() / tokens
-        half, one = ridge(self.inputs[:columns, :columns].double() / tokens, cross, damping)
-        whole, other = ridge(self.outputs[:rows, :rows].double() / tokens, half.T, damping)
+        inputs, outputs, cross = (total.to(self._device) for total in self.sums)
+        half, one = ridge(
+            inputs[:columns, :columns].double() / tokens, cross[:rows, :columns].double() / tokens, damping
+        )
+        whole, other = ridge(outputs[:rows, :rows].double() / tokens, half.T, damping)
         return -whole.T.float(), max(one, other)
 
 
@@ -140,13 +149,11 @@ def _directions(student: Student, rows: Sequence[Row], damping: float) -> tuple[
 
     def fill(number: int, sums: Sequence[torch.Tensor]) -> None:
         given = iter(sums)
-        held = [None if moments is None else moments.holding(islice(given, len(moments.sums))) for moments in found]
-        for batch in student.batches(slices[number]):
-            forwards = [
-                traced_forward(projection, observe=None if moments is None else moments.observer(batch))
-                for projection, moments in zip(student.projections, held, strict=True)
-            ]
-            student.backward(batch, forwards, 1.0)
+        traced = [
+            Traced(observing=moments.holding(islice(given, len(moments.sums))).observing) if moments else Traced()
+            for moments in found
+        ]
+        student.backward(slices[number], traced, 1.0)
 
     sharers().add_up([total for moments in found if moments for total in moments.sums], len(slices), fill)
     moves: list[Move] = []
@@ -160,6 +167,6 @@ def _directions(student: Student, rows: Sequence[Row], damping: float) -> tuple[
             direction, needed = moments.direction(tokens, damping)
         except ArithmeticError as error:
             raise GispError(f"{projection.name} cannot be compensated: {error}") from None
-        moves.append(Move(direction, None))
+        moves.append(Move(direction.to(projection.weight.device), None))
         dampings.append(needed)
     return moves, dampings

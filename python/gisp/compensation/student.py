@@ -1,7 +1,8 @@
-"""The pruned model inside the dense one: its output projections read the kept columns alone, while it is asked.
+"""The pruned model inside the dense one: measured against it, and differentiated towards it.
 
-The dense model's weights are never written. While the pruned model computes, the projections of pruned blocks have
-another ``forward``; what is removed then reaches nothing. Logits exist for a chunk of tokens at a time.
+The dense model's weights are never written. While the pruned model passes a layer, its pruned blocks compute otherwise
+(:mod:`gisp.compensation.projections`). All batches of a pass go through a layer before the next one, so that layers in
+host memory come once a pass. Logits exist for a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -9,141 +10,73 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from gisp.compensation.acceptance import HeldOut
+from gisp.compensation.projections import Forward, Move, Observer, Projection, Traced, Value
 from gisp.compensation.streams import Batch, make_batches
 from gisp.data import Row, Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.modes import replaced_forward
 from gisp.model.structures import ModelMap
+from gisp.offload.passes import LayerwisePasses
+from gisp.offload.stream import resident_or_streamed
 from gisp.replicas.sharing import sharers
-from gisp_kernels import gate_grads
-from gisp_kernels.ops.products import add_product, product_total
 
-# Activations of a batch are kept for the backward pass at the dense width: roughly 64 bytes per layer and dimension of
-# the stream.
-_TOKENS_PER_BATCH, _LEAST_TOKENS, _MOST_TOKENS, _BATCH_BYTES = 2048, 256, 16384, 2**33
+# Tokens of a batch on a CPU, and on a GPU where no graph is kept: enough for fast products, and few enough for several
+# processes to share held-out text.
+_TOKENS_PER_BATCH, _MEASURED_TOKENS = 2048, 4096
+# What a backward pass may keep on a GPU: all activations, roughly 64 bytes per layer and dimension of the stream, or
+# the inputs of layers alone where that leaves too few tokens for fast products.
+_BATCH_BYTES, _BYTES_KEPT = 2**33, 64
+_LEAST_TOKENS, _FEW_TOKENS, _MOST_TOKENS, _TOKENS_AGAIN = 256, 4096, 16384, 8192
 # Logits of either model alive at a time, in elements; about eight float32 tensors have this size.
 _LOGITS = {"cuda": 2**26, "cpu": 2**23}
 
-Observer = Callable[[torch.Tensor, torch.Tensor], None]
-Forward = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Value(NamedTuple):
-    """Weight [D, K] and bias [D] of a projection's kept columns, in the dtype of the model; no bias: as it was."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-
-class Move(NamedTuple):
-    """A change of a projection: of its weight, float32 [D, K], and of its bias, float32 [D]; None for no change."""
-
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-
-
-NO_MOVE = Move(None, None)
-
-
-@dataclass
-class Projection:
-    """An output projection of a pruned block.
-
-    Attributes:
-        name: of the block's group.
-        columns: original input columns that stay, int64 [K].
-        places: int64 [width], where a column stands among those that stay; K for removed ones.
-        block: columns of one structure.
-        weight: of the kept columns, float32 [D, K]; the model computes with it rounded to its dtype.
-        bias: float32 [D], None for that of the dense model.
-        reweighted: whether a stage has changed the weight.
-        factors: float32 [K / block], where the weight is that of the dense model times one factor a structure.
-    """
-
-    name: str
-    linear: nn.Linear
-    columns: torch.Tensor
-    places: torch.Tensor
-    block: int
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-    reweighted: bool = False
-    factors: torch.Tensor | None = None
-
-    @property
-    def changed(self) -> bool:
-        """Whether a stage has changed it."""
-        return self.reweighted or self.bias is not None
-
-    def value(self, move: Move | None = None, size: float = 1.0) -> Value:
-        """What it computes with, after a move of some size."""
-        weight, bias = self.weight, self.bias
-        if move is not None and move.weight is not None:
-            weight = torch.add(weight, move.weight, alpha=size)
-        if move is not None and move.bias is not None:
-            bias = torch.add(self._own_bias() if bias is None else bias, move.bias, alpha=size)
-        dtype = self.linear.weight.dtype
-        return Value(weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    def bias_of(self, value: Value) -> torch.Tensor | None:
-        """The bias [D] of a value, or the dense model's, which may have none."""
-        return self.linear.bias if value.bias is None else value.bias
-
-    def move(self, move: Move, size: float) -> None:
-        """Take a move.
-
-        Raises:
-            GispError: weights that are not finite.
-        """
-        if move is NO_MOVE:
-            return
-        if move.weight is not None:
-            self.weight.add_(move.weight, alpha=size)
-            self.reweighted, self.factors = True, None
-        if move.bias is not None:
-            self.bias = torch.add(self._own_bias() if self.bias is None else self.bias, move.bias, alpha=size)
-        for what, tensor in (("weights", self.weight), ("biases", self.bias)):
-            if tensor is not None and not bool(torch.isfinite(tensor).all()):
-                raise GispError(f"compensated {what} of {self.name} are not finite: check the weights and the data")
-
-    def _own_bias(self) -> torch.Tensor:
-        own = self.linear.bias
-        return self.weight.new_zeros(self.weight.shape[0]) if own is None else own.detach().float()
+ValueOf = Callable[[int], Value]
+"""What the projection of a number computes with."""
 
 
 class Student:
     """The pruned model inside the dense one, and its divergence ``KL(dense || pruned)`` of the next token.
 
-    Memory beside the dense model: output projections of pruned blocks at the kept width in float32, and once more in
-    the dtype of the model while it computes.
+    Memory beside the dense model: output projections of pruned blocks at the kept width in float32, where their layers
+    lie; one layer's kept weights once more while the pruned model passes it.
+
+    Attributes:
+        device: computes; layers may lie in host memory.
+        projections: output projections of pruned blocks, in the order of the layers.
     """
 
     def __init__(self, model_map: ModelMap, keep: Keep) -> None:
         self._model = model_map.model
         self._head = self._model.get_output_embeddings()
-        self.device = self._model.get_input_embeddings().weight.device
-        self._bytes_per_token = 64 * len(model_map.layers) * model_map.hidden_size
+        embeddings = self._model.get_input_embeddings().weight
+        self.device = embeddings.device
+        visits = resident_or_streamed(self._model)
+        self._passes = LayerwisePasses(self._model, visits)
+        self._layers = len(model_map.layers)
+        of_layers = self._layers * model_map.hidden_size
+        on_gpu = self.device.type == "cuda"
+        fitting = min(max(_LEAST_TOKENS, _BATCH_BYTES // (_BYTES_KEPT * of_layers)), _MOST_TOKENS)
+        self._graphs = not visits.recomputes and (not on_gpu or fitting >= _FEW_TOKENS)
+        self._tokens = _TOKENS_PER_BATCH if not on_gpu else fitting if self._graphs else _TOKENS_AGAIN
+        inputs = _BATCH_BYTES // (of_layers * embeddings.element_size())
+        self._together = 1 if self._graphs else max(1, inputs // self._tokens)
         self.projections: list[Projection] = []
         for item in model_map.layers:
-            for group, columns in zip(
-                (item.heads, item.channels), keep.columns(item.index, model_map.head_dim), strict=True
-            ):
-                linear, block = model_map.outputs[group.name]
-                if len(columns) < linear.in_features:
-                    self.projections.append(_projection(group.name, linear, columns, block))
+            kept = keep.columns(item.index, model_map.head_dim)
+            for group, columns in zip((item.heads, item.channels), kept, strict=True):
+                projection = Projection.of(model_map, item, group.name, columns, self.device)
+                if projection is not None:
+                    self.projections.append(projection)
 
-    def values(self, moves: Sequence[Move], size: float) -> list[Value]:
-        """Of every projection after its move of some size."""
-        return [projection.value(move, size) for projection, move in zip(self.projections, moves, strict=True)]
+    def moved(self, moves: Sequence[Move], size: float) -> ValueOf:
+        """What every projection computes with after its move of some size."""
+        return lambda number: self.projections[number].value(moves[number], size)
 
     def move(self, moves: Sequence[Move], size: float) -> None:
         """Take the moves of all projections.
@@ -170,55 +103,97 @@ class Student:
             units[list(example)] = number
         lengths = torch.tensor([len(ids) for ids, _ in data.rows], dtype=torch.float64)
         tokens = torch.zeros(len(data.examples), dtype=torch.float64).index_add_(0, units, lengths)
-        batches = self.batches(data.rows)
-        self._check(batches[0].ids[:1])
-        with torch.no_grad():
-            dense = {number: self._states(batches[number]) for number in sharers().share(len(batches))}
-            return HeldOut(batches, units, tokens, dense)
+        most = _MEASURED_TOKENS if self.device.type == "cuda" else _TOKENS_PER_BATCH
+        batches = make_batches([ids for ids, _ in data.rows], self.device, per_batch=most)
+        self._check(batches[0])
+        own = sharers().share(len(batches))
+        dense = self._states([batches[number] for number in own])
+        return HeldOut(batches, units, tokens, dict(zip(own, dense, strict=True)))
 
-    def batches(self, rows: Sequence[Row]) -> list[Batch]:
-        """All tokens of rows, in batches whose activations there is room for."""
-        most = _TOKENS_PER_BATCH
-        if self.device.type == "cuda":
-            most = min(max(_LEAST_TOKENS, _BATCH_BYTES // self._bytes_per_token), _MOST_TOKENS)
-        return make_batches([ids for ids, _ in rows], self.device, per_batch=most)
+    def groups(self, rows: Sequence[Row]) -> list[list[Batch]]:
+        """All tokens of rows in batches, grouped by what there is room for in a backward pass."""
+        batches = make_batches([ids for ids, _ in rows], self.device, per_batch=self._tokens)
+        return [batches[first : first + self._together] for first in range(0, len(batches), self._together)]
 
     @torch.no_grad()
-    def divergences(self, held_out: HeldOut, values: Sequence[Value] | None = None) -> torch.Tensor:
+    def divergences(self, held_out: HeldOut, value_of: ValueOf | None = None) -> torch.Tensor:
         """Divergence from the dense model in nats, summed over the tokens of every held-out unit, float64 [U].
 
         Args:
-            values: of every projection; None for those it has.
+            value_of: None for what the projections are.
         """
-        shown = [projection.value() for projection in self.projections] if values is None else values
-        forwards = [plain_forward(p, value) for p, value in zip(self.projections, shown, strict=True)]
+
+        def forward(number: int) -> Forward:
+            projection = self.projections[number]
+            return projection.plain(projection.value() if value_of is None else value_of(number))
+
+        own = sharers().share(len(held_out.batches))
+        found = self._states([held_out.batches[number] for number in own], forward)
+        states = dict(zip(own, found, strict=True))
 
         def values_of(number: int) -> tuple[torch.Tensor]:
-            states, wanted = self._states(held_out.batches[number]), held_out.dense[number]
-            parts = [_kl_div(*self._log_probabilities(states[c], wanted[c])) for c in self._chunks(len(wanted))]
+            here, wanted = states.pop(number), held_out.dense[number]
+            parts = [_kl_div(*self._log_probabilities(here[c], wanted[c])) for c in self._chunks(len(wanted))]
             return (torch.cat(parts),)
 
-        with self._as_pruned(forwards):
-            (totals,) = held_out.totals(values_of)
+        (totals,) = held_out.totals(values_of)
         return totals
 
-    def backward(self, batch: Batch, forwards: Sequence[Forward], scale: float) -> None:
-        """A backward pass of the batch's divergence, summed over tokens and multiplied by ``scale``.
+    def backward(self, rows: Sequence[Row], traced: Sequence[Traced], scale: float) -> None:
+        """A backward pass of the rows' divergence, summed over tokens and multiplied by ``scale``.
 
         Args:
-            forwards: of every projection; their tensors and observers receive gradients.
+            traced: what it finds at every projection; their tensors and observers receive gradients.
         """
-        with torch.no_grad():
-            wanted = self._states(batch)
-        with torch.enable_grad(), self._as_pruned(forwards):
-            states = self._states(batch)
-            gradient = torch.empty_like(states)
-            # The end of the pass is differentiated by chunks, so that memory does not follow tokens x vocabulary.
-            for chunk in self._chunks(len(wanted)):
-                part = states[chunk].detach().requires_grad_()
-                total = _kl_div(*self._log_probabilities(part, wanted[chunk])).sum() * scale
-                (gradient[chunk],) = torch.autograd.grad(total, part)
-            states.backward(gradient)
+        for batches in self.groups(rows):
+            self._backward(batches, traced, scale)
+
+    def _backward(self, batches: Sequence[Batch], traced: Sequence[Traced], scale: float) -> None:
+        wanted = self._states(batches)
+        observers: dict[int, Observer] = {}
+        passing = batches[0]
+
+        def forward(number: int) -> Forward:
+            def observe(inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+                observers[number](passing.tokens(inputs), passing.tokens(gradients))
+
+            own = traced[number]
+            return self.projections[number].traced(own, observe if own.observing else None)
+
+        @contextlib.contextmanager
+        def recorded(layer: int) -> Iterator[Callable[[int], None]]:
+            def passes(number: int) -> None:
+                nonlocal passing
+                passing = batches[number]
+
+            with contextlib.ExitStack() as stack:
+                for number, projection in enumerate(self.projections):
+                    observing = traced[number].observing
+                    if projection.layer == layer and observing is not None:
+                        observers[number] = stack.enter_context(observing())
+                yield passes
+
+        def loss_of(number: int) -> torch.Tensor:
+            states = self._last(batches[number])
+            gradient = self._gradient(states.detach(), wanted[number], scale)
+            # Its gradient in the states is the one that is known.
+            return (states * gradient).sum()
+
+        lowest = min((projection.layer for projection in self.movable), default=self._layers)
+        ids, inside = [batch.ids for batch in batches], self._pruned(forward)
+        self._passes.run(ids, loss_of, lowest, recorded, inside, graphs=self._graphs)
+
+    def _gradient(self, states: torch.Tensor, wanted: torch.Tensor, scale: float) -> torch.Tensor:
+        """Gradient of the divergence in the last states [T, D].
+
+        By chunks, so that memory does not follow tokens x vocabulary.
+        """
+        gradient = torch.empty_like(states)
+        for chunk in self._chunks(len(wanted)):
+            part = states[chunk].detach().requires_grad_()
+            total = _kl_div(*self._log_probabilities(part, wanted[chunk])).sum() * scale
+            (gradient[chunk],) = torch.autograd.grad(total, part)
+        return gradient
 
     def _log_probabilities(self, states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the pruned and of the dense model, float32 [t, V]; finite, as models may rule out tokens (-inf)."""
@@ -231,14 +206,27 @@ class Student:
         most = max(1, _LOGITS["cuda" if self.device.type == "cuda" else "cpu"] // self._head.weight.shape[0])
         return (slice(start, start + most) for start in range(0, tokens, most))
 
-    def _states(self, batch: Batch) -> torch.Tensor:
-        """What the head reads of every real token, [T, D]."""
+    def _last(self, batch: Batch) -> torch.Tensor:
+        """What the head reads of every real token as the model's layers are now, [T, D]."""
         return batch.tokens(self._model.model(input_ids=batch.ids, use_cache=False).last_hidden_state)
 
+    def _states(
+        self, batches: Sequence[Batch], forward_of: Callable[[int], Forward] | None = None
+    ) -> list[torch.Tensor]:
+        """What the head reads of every real token, [T, D] of every batch, without gradients.
+
+        Args:
+            forward_of: of the projection of a number in the pruned model; None for the dense model.
+        """
+        ids = [batch.ids for batch in batches]
+        found = self._passes.states(ids, self._pruned(forward_of)) if forward_of else self._passes.states(ids)
+        return [batch.tokens(states) for batch, states in zip(batches, found, strict=True)]
+
     @torch.no_grad()
-    def _check(self, ids: torch.Tensor) -> None:
-        logits = self._model(input_ids=ids, use_cache=False).logits
-        found = self._head(self._model.model(input_ids=ids, use_cache=False).last_hidden_state)
+    def _check(self, batch: Batch) -> None:
+        first = Batch(batch.ids[:1], None if batch.real is None else batch.real[:1], batch.rows[:1])
+        logits = first.tokens(self._model(input_ids=first.ids, use_cache=False).logits)
+        found = self._head(self._states([first])[0])
         for tensor in (logits, found):
             if not bool((tensor < math.inf).all()):
                 raise GispError("the model's predictions are not finite: check the weights and the data")
@@ -248,106 +236,19 @@ class Student:
                 "divergence to hold a compensation against and cannot be compensated"
             )
 
-    @contextlib.contextmanager
-    def _as_pruned(self, forwards: Sequence[Forward]) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for projection, forward in zip(self.projections, forwards, strict=True):
-                stack.enter_context(replaced_forward(projection.linear, forward))
-            yield
+    def _pruned(self, forward_of: Callable[[int], Forward]) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+        """The layer of a number is that of the pruned model, with these forwards of its projections, for a while."""
 
+        @contextlib.contextmanager
+        def inside(layer: int) -> Iterator[None]:
+            with contextlib.ExitStack() as stack:
+                for number, projection in enumerate(self.projections):
+                    if projection.layer == layer:
+                        stack.enter_context(projection.computed.computing())
+                        stack.enter_context(replaced_forward(projection.linear, forward_of(number)))
+                yield
 
-def _projection(name: str, linear: nn.Linear, columns: torch.Tensor, block: int) -> Projection:
-    weight = linear.weight.detach()
-    columns = columns.to(weight.device)
-    places = torch.full((linear.in_features,), len(columns), device=weight.device)
-    places[columns] = torch.arange(len(columns), device=weight.device)
-    return Projection(name, linear, columns, places, block, weight[:, columns].to(torch.float32, copy=True))
-
-
-def plain_forward(projection: Projection, value: Value) -> Forward:
-    """The projection of a pruned block with given weights."""
-    bias = projection.bias_of(value)
-    return lambda inputs: functional.linear(inputs.index_select(-1, projection.columns), value.weight, bias)
-
-
-def traced_forward(
-    projection: Projection,
-    *,
-    weight: torch.Tensor | None = None,
-    gates: torch.Tensor | None = None,
-    observe: Observer | None = None,
-) -> Forward:
-    """The projection of a pruned block in a pass that has a backward pass.
-
-    Args:
-        weight: float32 [D, K] that receives its gradient; None for the projection's own, without one.
-        gates: float32 [K / block], one factor a structure on the inputs, that receive their gradient.
-        observe: takes in the kept inputs [B, S, K] and the gradient of the output [B, S, D].
-    """
-    value = projection.value()
-    if not len(projection.columns):
-        return plain_forward(projection, value)
-    bias = projection.bias_of(value)
-    rounded = value.weight if weight is None else weight.detach().to(value.weight.dtype)
-    # The first block's input needs no gradient: this has autograd come by all the same.
-    anchor = torch.zeros((), requires_grad=True)
-
-    def forward(inputs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = _Kept.apply(inputs, anchor, weight, gates, rounded, bias, projection, observe)
-        return found
-
-    return forward
-
-
-class _Kept(torch.autograd.Function):
-    """``linear(gates * inputs[..., columns], weight, bias)``; no gradient is formed that nothing asks for."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: torch.Tensor,
-        anchor: torch.Tensor,
-        weight: torch.Tensor | None,
-        gates: torch.Tensor | None,
-        rounded: torch.Tensor,
-        bias: torch.Tensor | None,
-        projection: Projection,
-        observe: Observer | None,
-    ) -> torch.Tensor:
-        kept = inputs.index_select(-1, projection.columns)
-        ctx.save_for_backward(kept, gates, rounded)
-        ctx.projection, ctx.observe = projection, observe
-        return functional.linear(_gated(kept, gates, projection.block), rounded, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (gradient,) = gradients
-        kept, gates, rounded = ctx.saved_tensors
-        projection: Projection = ctx.projection
-        wants_inputs, _, wants_weight, wants_gates = ctx.needs_input_grad[:4]
-        if ctx.observe is not None:
-            ctx.observe(kept, gradient)
-        weight_grad = gates_grad = inputs_grad = None
-        if wants_weight:
-            rows, columns = rounded.shape
-            total = product_total(rows, columns, gradient.device)
-            add_product(total, gradient.flatten(0, 1), _gated(kept, gates, projection.block).flatten(0, 1))
-            weight_grad = total[:rows, :columns].contiguous()
-        if wants_inputs or wants_gates:
-            inner = gradient @ rounded
-            if wants_gates:
-                gates_grad = gate_grads(kept, inner, block=projection.block).sum(0)
-            inner = _gated(inner, gates, projection.block)
-            # A gather from one more column of zeros: a scatter would be slow where it must be deterministic.
-            inputs_grad = functional.pad(inner, (0, 1)).index_select(-1, projection.places)
-        return inputs_grad, None, weight_grad, gates_grad, None, None, None, None
-
-
-def _gated(inputs: torch.Tensor, gates: torch.Tensor | None, block: int) -> torch.Tensor:
-    """Inputs [..., K] times the factor of their structure, in their dtype."""
-    if gates is None:
-        return inputs
-    return (inputs * gates.repeat_interleave(block)).to(inputs.dtype)
+        return inside
 
 
 def _kl_div(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

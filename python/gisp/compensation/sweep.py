@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from gisp.compensation.acceptance import BlockFit, HeldOut, Stage, difference, search
 from gisp.compensation.fits import Solution, make_fit
+from gisp.compensation.projections import NO_MOVE, Move, Projection
 from gisp.compensation.streams import Batch, Decoder, ResidualBlock, make_batches
-from gisp.compensation.student import NO_MOVE, Move, Projection, Student
+from gisp.compensation.student import Student
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.progress import track
@@ -60,7 +61,7 @@ def fit_stage(
     if any(block.accepted for block in blocks):
 
         def tried(size: float) -> torch.Tensor:
-            return student.divergences(held_out, student.values(moves, size))
+            return student.divergences(held_out, student.moved(moves, size))
 
         size, after = search(tried, 1.0, before, most=1.0)
     tokens = sum(map(len, rows))

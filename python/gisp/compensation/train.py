@@ -17,7 +17,8 @@ import torch
 
 from gisp.compensation.acceptance import HeldOut, Stage
 from gisp.compensation.options import RATES
-from gisp.compensation.student import Forward, Projection, Student, Value, traced_forward
+from gisp.compensation.projections import Projection, Traced, Value
+from gisp.compensation.student import Student
 from gisp.data import Row
 from gisp.progress import track
 from gisp.replicas.sharing import in_slices, sharers
@@ -77,7 +78,7 @@ def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: 
         if number % every and number != plan.steps:
             continue
         values = trained.values()
-        found = student.divergences(held_out, values)
+        found = student.divergences(held_out, values.__getitem__)
         if not bool(torch.isfinite(found).all()):
             break
         if float(found.sum()) < float(best.sum()):
@@ -142,16 +143,12 @@ class _Trained:
         def fill(number: int, sums: Sequence[torch.Tensor]) -> None:
             for parameter, gradient in zip(parameters, sums, strict=True):
                 parameter.grad = gradient
-            for batch in student.batches(slices[number]):
-                student.backward(batch, self.forwards(), scale)
+            student.backward(slices[number], [Traced(weight, gates) for _, gates, weight in self._each()], scale)
 
         totals = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
         sharers().add_up(totals, len(slices), fill)
         for parameter, total in zip(parameters, totals, strict=True):
             parameter.grad = total
-
-    def forwards(self) -> list[Forward]:
-        return [traced_forward(p, weight=weight, gates=gates) for p, gates, weight in self._each()]
 
     @torch.no_grad()
     def values(self) -> list[Value]:

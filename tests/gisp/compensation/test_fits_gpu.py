@@ -51,8 +51,15 @@ def test_steps_repeat_bit_for_bit(dtype: torch.dtype, options: dict[str, Any]) -
 
 def test_batches_fill_the_memory_they_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama-gqa").cuda()
-    pruned = student.Student(map_model(model), Keep.of(kept_of(model, REMOVED)))
-    rows = [(ids, ids) for ids in tiny_tokens(64, 32)]
-    assert [batch.ids.shape for batch in pruned.batches(rows)] == [(64, 32)]
+    model_map, keep = map_model(model), Keep.of(kept_of(model, REMOVED))
+    rows = [(ids, ids) for ids in tiny_tokens(640, 32)]
+
+    def shapes() -> list[list[tuple[int, ...]]]:
+        return [[tuple(b.ids.shape) for b in group] for group in student.Student(model_map, keep).groups(rows)]
+
+    assert shapes() == [[(512, 32)], [(128, 32)]]
+    # Too few tokens for fast products: layers run again from their inputs, all batches in a layer before the next one.
+    monkeypatch.setattr(student, "_BATCH_BYTES", 1100 * 4 * 32 * 64)
+    assert shapes() == [[(256, 32), (256, 32)], [(128, 32)]]
     monkeypatch.setattr(student, "_BATCH_BYTES", 1)
-    assert [batch.ids.shape for batch in pruned.batches(rows)] == [(8, 32)] * 8
+    assert shapes() == [[(256, 32)], [(256, 32)], [(128, 32)]]

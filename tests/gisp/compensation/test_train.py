@@ -12,7 +12,8 @@ from compensation_oracle import REMOVED, columns, divergence, kept_of, masked, p
 from tiny import FAMILIES, tiny_model
 
 from gisp.compensation import Compensation, CompensationOptions, fit_compensation, fold_into_dense, student
-from gisp.compensation.student import Student, traced_forward
+from gisp.compensation.projections import Traced
+from gisp.compensation.student import Student
 from gisp.compensation.train import _steps, rate
 from gisp.data import Sequences
 from gisp.model.keep import Keep
@@ -40,11 +41,7 @@ def test_gradients_are_those_of_a_factor_on_the_inputs(family: str) -> None:
     weights = [(1.1 * p.weight).requires_grad_() for p in pruned.projections]
     tokens = sum(len(ids) for ids, _ in data.rows)
     with frozen(model):
-        for batch in pruned.batches(data.rows):
-            forwards = [
-                traced_forward(p, weight=w, gates=g) for p, w, g in zip(pruned.projections, weights, gates, strict=True)
-            ]
-            pruned.backward(batch, forwards, 1 / tokens)
+        pruned.backward(data.rows, [Traced(w, g) for w, g in zip(weights, gates, strict=True)], 1 / tokens)
     dense, other = deepcopy(model).double(), deepcopy(model).double()
     factors = {}
     for place, gate, weight in zip(pruned.projections, gates, weights, strict=True):
