@@ -23,8 +23,8 @@ import torch
 
 from gisp.compensation.acceptance import HeldOut, Stage, Step, difference, search
 from gisp.compensation.fits import ridge
-from gisp.compensation.projections import NO_MOVE, Move, Observer, Projection, Traced
-from gisp.compensation.student import Student
+from gisp.compensation.pruned.projections import NO_MOVE, Move, Observer, Projection, Traced
+from gisp.compensation.pruned.student import Student
 from gisp.data import Row
 from gisp.errors import GispError
 from gisp.progress import track

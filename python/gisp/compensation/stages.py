@@ -11,8 +11,8 @@ from gisp.compensation.acceptance import HeldOut, Stage
 from gisp.compensation.held_out import hold_out, interleaved
 from gisp.compensation.kfac import behind, kfac_stage
 from gisp.compensation.options import FITS, CompensationOptions
+from gisp.compensation.pruned.student import Student
 from gisp.compensation.streams import first_tokens
-from gisp.compensation.student import Student
 from gisp.compensation.sweep import Fit, OnBlock, fit_stage
 from gisp.compensation.train import Plan, train_stage
 from gisp.data import Sequences

@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from gisp.compensation.acceptance import BlockFit, HeldOut, Stage, difference, search
 from gisp.compensation.fits import Solution, make_fit
-from gisp.compensation.projections import NO_MOVE, Move, Projection
+from gisp.compensation.pruned.projections import NO_MOVE, Move, Projection
+from gisp.compensation.pruned.student import Student
 from gisp.compensation.streams import Batch, Decoder, ResidualBlock, make_batches
-from gisp.compensation.student import Student
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.progress import track

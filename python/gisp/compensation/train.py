@@ -17,8 +17,8 @@ import torch
 
 from gisp.compensation.acceptance import HeldOut, Stage
 from gisp.compensation.options import RATES
-from gisp.compensation.projections import Projection, Traced, Value
-from gisp.compensation.student import Student
+from gisp.compensation.pruned.projections import Projection, Traced, Value
+from gisp.compensation.pruned.student import Student
 from gisp.data import Row
 from gisp.progress import track
 from gisp.replicas.sharing import in_slices, sharers

@@ -16,7 +16,7 @@ import gisp
 from gisp.compensation import METHODS, Compensation, CompensationOptions, fit_compensation, make_request
 from gisp.compensation import options as options_module
 from gisp.compensation.acceptance import difference
-from gisp.compensation.student import Student
+from gisp.compensation.pruned.student import Student
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
 from gisp.evaluate import perplexity

@@ -9,7 +9,8 @@ import torch
 from compensation_oracle import kept_of, weight_of
 from tiny import tiny_model, tiny_tokens
 
-from gisp.compensation import Compensation, CompensationOptions, fit_compensation, student
+from gisp.compensation import Compensation, CompensationOptions, fit_compensation
+from gisp.compensation.pruned import student
 from gisp.data import Sequences
 from gisp.model.keep import Keep
 from gisp.model.structures import map_model

@@ -21,7 +21,8 @@ from torch import distributed
 
 import gisp
 from gisp.cli import main
-from gisp.compensation import Compensation, CompensationOptions, acceptance, fit_compensation, streams, student
+from gisp.compensation import Compensation, CompensationOptions, acceptance, fit_compensation, streams
+from gisp.compensation.pruned import student
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep

@@ -11,9 +11,10 @@ import torch
 from compensation_oracle import REMOVED, columns, divergence, kept_of, masked, projection, rows, weight_of
 from tiny import FAMILIES, tiny_model
 
-from gisp.compensation import Compensation, CompensationOptions, fit_compensation, fold_into_dense, student
-from gisp.compensation.projections import Traced
-from gisp.compensation.student import Student
+from gisp.compensation import Compensation, CompensationOptions, fit_compensation, fold_into_dense
+from gisp.compensation.pruned import student
+from gisp.compensation.pruned.projections import Traced
+from gisp.compensation.pruned.student import Student
 from gisp.compensation.train import _steps, rate
 from gisp.data import Sequences
 from gisp.model.keep import Keep

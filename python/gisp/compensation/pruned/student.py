@@ -1,8 +1,8 @@
 """The pruned model inside the dense one: measured against it, and differentiated towards it.
 
 The dense model's weights are never written. While the pruned model passes a layer, its pruned blocks compute otherwise
-(:mod:`gisp.compensation.projections`). All batches of a pass go through a layer before the next one, so that layers in
-host memory come once a pass. Logits exist for a chunk of tokens at a time.
+(:mod:`gisp.compensation.pruned.projections`). All batches of a pass go through a layer before the next one, so that
+layers in host memory come once a pass. Logits exist for a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from gisp.compensation.acceptance import HeldOut
-from gisp.compensation.projections import Forward, Move, Observer, Projection, Traced, Value
+from gisp.compensation.pruned.projections import Forward, Move, Observer, Projection, Traced, Value
 from gisp.compensation.streams import Batch, make_batches
 from gisp.data import Row, Sequences
 from gisp.errors import GispError
