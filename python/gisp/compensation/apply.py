@@ -20,7 +20,7 @@ from gisp.errors import GispError
 from gisp.model.keep import Keep, block_columns
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
-from gisp.offload.stream import check_in_one_place
+from gisp.offload.stream import LayerStream
 from gisp.progress import reporting
 from gisp.progress.track import Report
 from gisp.replicas.group import Replicas
@@ -152,10 +152,12 @@ def compensate(
         **options: see :class:`CompensationOptions`.
 
     Raises:
-        GispError: a model that is not pruned or was packed, a bad option, unreadable data.
+        GispError: a model that is not pruned or was packed, a bad option, unreadable data, or a method for which
+            layers may not lie in host memory.
     """
-    check_in_one_place(model, "compensation")
     chosen = make_options(**options)
+    if LayerStream.of(model) is not None:
+        chosen.check_streamed()
     shrinkable = ShrinkableModel.of(model)
     if shrinkable is None:
         raise GispError("this model was not pruned: nothing is there to compensate, prune it or take it along a run")

@@ -103,6 +103,20 @@ class CompensationOptions:
         """Highest learning rate of a stage that trains."""
         return RATES[stage] if self.learning_rate is None else self.learning_rate
 
+    def check_streamed(self) -> None:
+        """Refuse what layers in host memory do not go with: training, and biases, which they have no place for.
+
+        Raises:
+            GispError: a stage that trains or fits biases.
+        """
+        for stage in self.stages:
+            what = "trains" if stage in TRAINED else "adds biases to" if self.biases(stage) else None
+            if what:
+                raise GispError(
+                    f"--compensate {self.method} {what} layers that --offload leaves in host memory: choose lsq, "
+                    "rescale or kfac, or leave --offload out"
+                )
+
     def _users(self, option: str) -> list[str]:
         return sorted({stage for stage in self.stages if stage in ONLY[option]})
 

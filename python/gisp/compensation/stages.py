@@ -81,9 +81,10 @@ def run_stages(
     updates = []
     for projection in student.projections:
         if projection.changed:
-            value = projection.value()
-            weight = value.weight if projection.reweighted else None
-            updates.append(BlockUpdate(projection.name, projection.columns, weight, value.bias, projection.factors))
+            value, home = projection.value(), projection.weight.device
+            weight = value.weight.to(home) if projection.reweighted else None
+            columns = projection.columns.to(home)
+            updates.append(BlockUpdate(projection.name, columns, weight, value.bias, projection.factors))
     return updates, done, held_out
 
 

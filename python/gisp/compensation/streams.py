@@ -14,6 +14,7 @@ from gisp.data import Row
 from gisp.errors import GispError
 from gisp.model.modes import replaced_forward
 from gisp.model.structures import LayerMap, ModelMap
+from gisp.offload.stream import resident_or_streamed
 
 _TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
 # Relative difference of a layer taken apart from the layer itself; a wrong one is off by its own size.
@@ -105,6 +106,9 @@ def first_tokens(rows: Sequence[Row], tokens: int) -> list[torch.Tensor]:
 class Decoder:
     """A dense decoder taken apart into embeddings and blocks.
 
+    Attributes:
+        visits: how its layers come; blocks run while their layer is visited.
+
     Raises:
         GispError: its layers compute something else than two such blocks.
     """
@@ -112,10 +116,13 @@ class Decoder:
     def __init__(self, model_map: ModelMap, batches: list[Batch]) -> None:
         self._layers = model_map.layers
         self._arguments: list[dict[Any, dict[str, Any]]] = [{} for _ in model_map.layers]
-        self.embedded = [self._embed(model_map.model, batch.ids) for batch in batches]
+        self.visits = resident_or_streamed(model_map.model)
+        with self.visits.visiting([]):
+            self.embedded = [self._embed(model_map.model, batch.ids) for batch in batches]
         # A process may have nothing of a text that several share.
         if batches:
-            self._check()
+            with self.visits.visiting([0]), self.visits.visit(0):
+                self._check()
 
     def blocks(self, item: LayerMap) -> tuple[ResidualBlock, ResidualBlock]:
         """Attention and MLP of a layer, named like their groups."""

@@ -83,18 +83,21 @@ def fit_blocks(
     """Fits of every projection of a student, and the moves to them; none where held-out tokens speak against it."""
     projections = {projection.name: projection for projection in student.projections}
     sweep = _Sweep(model_map, rows, held_out, fit)
+    visits = sweep.decoder.visits
     blocks, moves = [], []
-    for item in track(model_map.layers, "fitting layers"):
-        for block in sweep.decoder.blocks(item):
-            projection = projections.get(block.name)
-            if projection is None:
-                sweep.pass_by(block)
-                continue
-            found, move = sweep.fit(block, projection)
-            blocks.append(found)
-            moves.append(move if found.accepted else NO_MOVE)
-            if on_block:
-                on_block(found)
+    with visits.visiting(range(len(model_map.layers))):
+        for item in track(model_map.layers, "fitting layers"):
+            with visits.visit(item.index):
+                for block in sweep.decoder.blocks(item):
+                    projection = projections.get(block.name)
+                    if projection is None:
+                        sweep.pass_by(block)
+                        continue
+                    found, move = sweep.fit(block, projection)
+                    blocks.append(found)
+                    moves.append(move if found.accepted else NO_MOVE)
+                    if on_block:
+                        on_block(found)
     return blocks, moves
 
 
@@ -167,7 +170,8 @@ class _Sweep:
         for place, states in enumerate(self.pruned):
             self.pruned[place] = states + functional.linear(inputs[place], value.weight, projection.bias_of(value))
         scale = max(float(wanted), 1e-30)
-        return BlockFit(block.name, solution.before / scale, solution.after / scale, solution.damping, accepted), move
+        kept = Move(None if move.weight is None else move.weight.to(projection.weight.device), move.bias)
+        return BlockFit(block.name, solution.before / scale, solution.after / scale, solution.damping, accepted), kept
 
     def _inputs_and_target(
         self, number: int, block: ResidualBlock, projection: Projection

@@ -53,7 +53,7 @@ def evaluate_target(
         compensation: done to the pruned model first; only for a run.
         replicas: processes that share the work, each with the whole model; ``None``: this one alone. The figures are
             those of one; only a compensation and lm-eval tasks are summed and batched in slices then.
-        offload: as for :func:`gisp.target.open.open_target`; without compensation.
+        offload: as for :func:`gisp.target.open.open_target`; with compensations that neither train nor add biases.
         stages: parts that the layers of a run lie in, as many as there are ``replicas``; perplexity alone.
 
     Returns:
@@ -146,10 +146,7 @@ def _checked(
     if data is None and lm_eval is None:
         raise GispError("nothing to measure: give --data SPEC or --lm-eval TASKS")
     if compensation is not None and offload:
-        raise GispError(
-            f"--compensate {compensation.options.method} changes layers that --offload leaves in host memory: "
-            "leave one of the two out"
-        )
+        compensation.options.check_streamed()
     if compensation is not None and not is_run(target):
         raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
     return options or EvalOptions(window=window)

@@ -27,6 +27,7 @@ from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.structures import map_model
+from gisp.offload.place import stream_layers
 from gisp.replicas.group import Replicas
 from gisp.replicas.sharing import sharing
 
@@ -39,7 +40,10 @@ CASES: dict[str, dict[str, Any]] = {
     "gates": {"steps": 3, "batch_tokens": 120},
     "distil": {"steps": 3, "batch_tokens": 120},
     "lsq+gates": {"steps": 3, "batch_tokens": 40},
+    "lsq+kfac": {"steps": 1, "tokens": 200},
 }
+# With layers in host memory.
+STREAMED = "lsq+kfac"
 
 
 def texts(seed: int = 0) -> Sequences:
@@ -60,6 +64,8 @@ def small_batches() -> Iterator[None]:
 
 def fitted(case: str) -> Compensation:
     model = tiny_model("llama-gqa")
+    if case == STREAMED:
+        stream_layers(model, torch.device("cpu"))
     options = CompensationOptions(case, **CASES[case])
     return fit_compensation(map_model(model), Keep.of(kept_of(model, REMOVED)), texts(), options)
 

@@ -15,6 +15,7 @@ from tiny import tiny_model, tiny_tokens
 
 import gisp
 from gisp.cli import main
+from gisp.compensation import make_request
 from gisp.config.evaluation import EvalOptions
 from gisp.config.options import GQA_MODES
 from gisp.errors import GispError
@@ -266,6 +267,16 @@ def test_layers_in_host_memory_give_the_same_figures(places: Path, data: str, tm
     assert evaluate_along(run, spec, **along, offload=True) == evaluate_along(run, spec, **along)
 
 
+@pytest.mark.parametrize("method", ["lsq", "kfac"])
+def test_compensations_of_layers_in_host_memory_give_the_same_figures(places: Path, method: str) -> None:
+    tokens, run = str(places / "tokens.safetensors"), str(places / "run")
+    common: dict[str, Any] = {"device": "cpu", "dtype": "float32", "compensation": make_request(method, tokens)}
+    along: dict[str, Any] = {"sparsities": [0.2, 0.4], **common}
+    found = evaluate_along(run, tokens, **along, offload=True)
+    assert found == evaluate_along(run, tokens, **along)
+    assert [point["compensation"].split()[0] for point in found["points"][1:]] == ["lsq", "lsq"]
+
+
 def test_generation_works_with_layers_in_host_memory(places: Path, tmp_path: Path) -> None:
     data = tmp_path / "completions.jsonl"
     write_rows(data, [{"prompt": "a c", "completion": "ab"}, {"prompt": "ba", "completion": "g"}])
@@ -282,7 +293,9 @@ def test_what_does_not_go_with_layers_in_host_memory(places: Path, capsys: pytes
     tokens = str(places / "tokens.safetensors")
     assert main(["eval", str(places / "nested"), "--data", tokens, "--offload", *CPU]) == 2
     assert "is a nested checkpoint: leave it out" in capsys.readouterr().err
-    given = ["--compensate", "lsq", "--calibration", tokens]
-    assert main(["eval", str(places / "run"), "--data", tokens, "--offload", *given, *CPU]) == 2
-    assert "--compensate lsq changes layers that --offload leaves in host memory" in capsys.readouterr().err
+    for method, what in (("distil", "trains"), ("lsq+gates", "trains"), ("bias", "adds biases to")):
+        given = ["--compensate", method, "--calibration", tokens]
+        assert main(["eval", str(places / "run"), "--data", tokens, "--offload", *given, *CPU]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--compensate {method} {what} layers that --offload leaves in host memory: choose lsq, " in line
     assert main(["eval", str(places / "run"), "--data", tokens, "--offload", *CPU]) == 0
