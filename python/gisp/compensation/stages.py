@@ -62,7 +62,7 @@ def run_stages(
     done: list[Stage] = []
     # Stages take gradients, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad(), deterministic(), frozen(model_map.model), exact_products():
-        student = Student(model_map, keep)
+        student = Student(model_map, keep, max(len(ids) for ids, _ in data.rows))
         held_out = student.hold_out(unseen)
         begin = 0
         for name in options.stages:

@@ -27,7 +27,8 @@ Inside = Callable[[int], AbstractContextManager[object]]
 _Passed = Callable[[], tuple[torch.Tensor, ...]]
 
 
-def _as_it_is(_: int) -> AbstractContextManager[object]:
+def as_it_is(_: int) -> AbstractContextManager[object]:
+    """A layer computes as it is."""
     return nullcontext()
 
 
@@ -44,7 +45,7 @@ class LayerwisePasses:
         self._layers: list[nn.Module] = [*model.model.layers]
 
     @torch.no_grad()
-    def states(self, ids: Sequence[torch.Tensor], inside: Inside = _as_it_is) -> list[torch.Tensor]:
+    def states(self, ids: Sequence[torch.Tensor], inside: Inside = as_it_is) -> list[torch.Tensor]:
         """What the head reads of every batch, [B, S, D].
 
         Args:
@@ -65,7 +66,7 @@ class LayerwisePasses:
         loss_of: Callable[[int], torch.Tensor],
         lowest: int,
         recorded: Callable[[int], AbstractContextManager[Callable[[int], None]]],
-        inside: Inside = _as_it_is,
+        inside: Inside = as_it_is,
         *,
         graphs: bool = False,
     ) -> list[torch.Tensor]:

@@ -37,9 +37,10 @@ def steps_of(found: Compensation) -> tuple[Step, ...]:
 
 @pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "llama-bias", "qwen3"])
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_step_is_its_formula(family: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "refused"), [(1, None), (2, None), (2, "a test says so")])
+def test_a_step_is_its_formula(family: str, number: int, refused: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kfac, "search", lambda value, first, _: (first, value(first)))
+    monkeypatch.setattr(student, "why_not", lambda *_: refused)
     model, data = tiny_model(family), rows()
     options: dict[str, Any] = {"damping": 0.2, "tokens": 40}
     found = fitted(model, data, method="kfac", steps=number, **options)

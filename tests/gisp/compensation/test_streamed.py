@@ -48,8 +48,12 @@ def assert_same(found: Compensation, wanted: Compensation) -> None:
 
 @pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("how", PLACES)
+@pytest.mark.parametrize("refused", [None, "a test says so"], ids=["fused", "plain"])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_finds_the_same(method: str, how: str) -> None:
+def test_every_method_finds_the_same(
+    method: str, refused: str | None, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(student, "why_not", lambda *_: refused)
     model = tiny_model("llama-gqa")
     wanted = fitted(model, EMPTY, method, **METHODS[method])
     apart = tiny_model("llama-gqa")
@@ -78,7 +82,8 @@ def test_small_batches_in_groups_change_little(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(student, "_BATCH_BYTES", 2 * 16 * 4 * 32 * 4)
     place(model, device=CPU, **PLACES["all"])
     pruned = student.Student(map_model(model), Keep.of(kept_of(model, REMOVED)))
-    assert {len(group) for group in pruned.groups(rows().rows)} == {1, 2}
+    for graphs in (True, False):
+        assert {len(group) for group in pruned.groups(rows().rows, graphs=graphs)} == {1, 2}
     found = fitted(model, REMOVED, "kfac", steps=2, tokens=96)
     for a, b in zip(found.updates, wanted.updates, strict=True):
         assert torch.allclose(weight_of(a), weight_of(b), atol=1e-5 * float(weight_of(b).abs().max()))

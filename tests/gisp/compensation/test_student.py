@@ -25,16 +25,18 @@ REMOVALS: dict[str, dict[str, torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("longest", [16, None], ids=["fused", "plain"])
 @pytest.mark.parametrize("removal", REMOVALS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_the_masked_model(family: str, removal: str) -> None:
+def test_it_is_the_masked_model(family: str, removal: str, longest: int | None) -> None:
     model, data = tiny_model(family), rows()
     weights = deepcopy(model.state_dict())
     kept = kept_of(model, REMOVALS[removal])
-    pruned = Student(map_model(model), Keep.of(kept))
+    pruned = Student(map_model(model), Keep.of(kept), longest)
     data = Sequences(data.rows, data.signs, tuple((row,) for row in range(len(data.rows))))
     with frozen(model):
         found = pruned.divergences(pruned.hold_out(data))
+    assert (pruned._fused is not None) == (longest is not None)
     dense, other = deepcopy(model).double(), deepcopy(model).double()
     for name in REMOVALS[removal]:
         linear, width = projection(other, name)

@@ -2,7 +2,8 @@
 
 The dense model's weights are never written. While the pruned model passes a layer, its pruned blocks compute otherwise
 (:mod:`gisp.compensation.pruned.projections`). All batches of a pass go through a layer before the next one, so that
-layers in host memory come once a pass. Logits exist for a chunk of tokens at a time.
+layers in host memory come once a pass. Passes are fused ones where the layout allows it, unless what is trained needs a
+graph. Logits exist for a chunk of tokens at a time.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from gisp.compensation.acceptance import HeldOut
+from gisp.compensation.pruned.fused import FusedPasses
 from gisp.compensation.pruned.projections import Forward, Move, Observer, Projection, Traced, Value
 from gisp.compensation.streams import Batch, make_batches
 from gisp.data import Row, Sequences
@@ -22,9 +25,12 @@ from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.modes import replaced_forward
 from gisp.model.structures import ModelMap
-from gisp.offload.passes import LayerwisePasses
+from gisp.offload.passes import Inside, LayerwisePasses, as_it_is
 from gisp.offload.stream import resident_or_streamed
 from gisp.replicas.sharing import sharers
+from gisp.score.fused import why_not
+from gisp.score.fused.block import Wanted
+from gisp.score.fused.support import distance_of
 
 # Tokens of a batch on a CPU, and on a GPU where no graph is kept: enough for fast products, and few enough for several
 # processes to share held-out text.
@@ -51,8 +57,14 @@ class Student:
         projections: output projections of pruned blocks, in the order of the layers.
     """
 
-    def __init__(self, model_map: ModelMap, keep: Keep) -> None:
-        self._model = model_map.model
+    def __init__(self, model_map: ModelMap, keep: Keep, longest: int | None = None) -> None:
+        """
+        Args:
+            keep: what stays.
+            longest: tokens of the longest sequence, which the fused pass is asked about; None to do without it.
+        """
+        self._map, self._model, self._longest = model_map, model_map.model, longest
+        self._fused: FusedPasses | None = None
         self._head = self._model.get_output_embeddings()
         embeddings = self._model.get_input_embeddings().weight
         self.device = embeddings.device
@@ -66,6 +78,8 @@ class Student:
         self._tokens = _TOKENS_PER_BATCH if not on_gpu else fitting if self._graphs else _TOKENS_AGAIN
         inputs = _BATCH_BYTES // (of_layers * embeddings.element_size())
         self._together = 1 if self._graphs else max(1, inputs // self._tokens)
+        self._fused_tokens = max(fitting, _TOKENS_AGAIN) if on_gpu else _TOKENS_PER_BATCH
+        self._fused_together = max(1, inputs // self._fused_tokens) if visits.recomputes else 1
         self.projections: list[Projection] = []
         for item in model_map.layers:
             kept = keep.columns(item.index, model_map.head_dim)
@@ -106,14 +120,20 @@ class Student:
         most = _MEASURED_TOKENS if self.device.type == "cuda" else _TOKENS_PER_BATCH
         batches = make_batches([ids for ids, _ in data.rows], self.device, per_batch=most)
         self._check(batches[0])
+        self._choose(batches[0])
         own = sharers().share(len(batches))
         dense = self._states([batches[number] for number in own])
         return HeldOut(batches, units, tokens, dict(zip(own, dense, strict=True)))
 
-    def groups(self, rows: Sequence[Row]) -> list[list[Batch]]:
-        """All tokens of rows in batches, grouped by what there is room for in a backward pass."""
-        batches = make_batches([ids for ids, _ in rows], self.device, per_batch=self._tokens)
-        return [batches[first : first + self._together] for first in range(0, len(batches), self._together)]
+    def groups(self, rows: Sequence[Row], *, graphs: bool = True) -> list[list[Batch]]:
+        """All tokens of rows in batches, grouped by what there is room for in a backward pass.
+
+        Args:
+            graphs: whether it is one of autograd.
+        """
+        tokens, count = (self._tokens, self._together) if graphs else (self._fused_tokens, self._fused_together)
+        batches = make_batches([ids for ids, _ in rows], self.device, per_batch=tokens)
+        return [batches[first : first + count] for first in range(0, len(batches), count)]
 
     @torch.no_grad()
     def divergences(self, held_out: HeldOut, value_of: ValueOf | None = None) -> torch.Tensor:
@@ -123,12 +143,8 @@ class Student:
             value_of: None for what the projections are.
         """
 
-        def forward(number: int) -> Forward:
-            projection = self.projections[number]
-            return projection.plain(projection.value() if value_of is None else value_of(number))
-
         own = sharers().share(len(held_out.batches))
-        found = self._states([held_out.batches[number] for number in own], forward)
+        found = self._states([held_out.batches[number] for number in own], value_of or self._own)
         states = dict(zip(own, found, strict=True))
 
         def values_of(number: int) -> tuple[torch.Tensor]:
@@ -145,11 +161,48 @@ class Student:
         Args:
             traced: what it finds at every projection; their tensors and observers receive gradients.
         """
-        for batches in self.groups(rows):
-            self._backward(batches, traced, scale)
+        graphs = self._fused is None or any(own.weight is not None or own.gates is not None for own in traced)
+        for batches in self.groups(rows, graphs=graphs):
+            if graphs:
+                self._by_autograd(batches, traced, scale)
+            else:
+                self._by_fused_pass(self._fused, batches, traced, scale)
 
-    def _backward(self, batches: Sequence[Batch], traced: Sequence[Traced], scale: float) -> None:
-        wanted = self._states(batches)
+    def _by_fused_pass(
+        self, fused: FusedPasses | None, batches: Sequence[Batch], traced: Sequence[Traced], scale: float
+    ) -> None:
+        assert fused is not None
+        goals = self._states(batches)
+        observers: dict[int, Observer] = {}
+
+        def wanted_of(batch: Batch) -> dict[str, Wanted]:
+            def observed(number: int) -> Wanted:
+                def observe(inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+                    both = (tokens.unflatten(0, batch.ids.shape) for tokens in (inputs, gradients))
+                    observers[number](*(batch.tokens(tokens) for tokens in both))
+
+                return Wanted(observe=observe)
+
+            return {
+                p.name: observed(n) for n, p in enumerate(self.projections) if traced[n].observing and len(p.columns)
+            }
+
+        def gradient_of(number: int, states: torch.Tensor) -> torch.Tensor:
+            batch = batches[number]
+            found = self._gradient(batch.tokens(states), goals[number], scale)
+            if batch.real is None:
+                return found.view_as(states)
+            # Nothing reads what stands behind the end of a sequence.
+            gradient = torch.zeros_like(states)
+            gradient[batch.real] = found
+            return gradient
+
+        ids, wanted = [batch.ids for batch in batches], [wanted_of(batch) for batch in batches]
+        fused.run(ids, gradient_of, wanted, self._shown(self._own), partial(self._observed, traced, observers))
+
+    def _by_autograd(self, batches: Sequence[Batch], traced: Sequence[Traced], scale: float) -> None:
+        ids = [batch.ids for batch in batches]
+        goals = [batch.tokens(states) for batch, states in zip(batches, self._passes.states(ids), strict=True)]
         observers: dict[int, Observer] = {}
         passing = batches[0]
 
@@ -166,23 +219,30 @@ class Student:
                 nonlocal passing
                 passing = batches[number]
 
-            with contextlib.ExitStack() as stack:
-                for number, projection in enumerate(self.projections):
-                    observing = traced[number].observing
-                    if projection.layer == layer and observing is not None:
-                        observers[number] = stack.enter_context(observing())
+            with self._observed(traced, observers, layer):
                 yield passes
 
         def loss_of(number: int) -> torch.Tensor:
-            states = self._last(batches[number])
-            gradient = self._gradient(states.detach(), wanted[number], scale)
+            batch = batches[number]
+            states = batch.tokens(self._model.model(input_ids=batch.ids, use_cache=False).last_hidden_state)
+            gradient = self._gradient(states.detach(), goals[number], scale)
             # Its gradient in the states is the one that is known.
             return (states * gradient).sum()
 
         lowest = min((projection.layer for projection in self.movable), default=self._layers)
-        ids, inside = [batch.ids for batch in batches], self._pruned(forward)
-        self._passes.run(ids, loss_of, lowest, recorded, inside, graphs=self._graphs)
+        self._passes.run(ids, loss_of, lowest, recorded, self._replaced(forward), graphs=self._graphs)
 
+    @contextlib.contextmanager
+    def _observed(self, traced: Sequence[Traced], observers: dict[int, Observer], layer: int) -> Iterator[None]:
+        """The observers of a layer take in tokens for a while."""
+        with contextlib.ExitStack() as stack:
+            for number, projection in enumerate(self.projections):
+                observing = traced[number].observing
+                if projection.layer == layer and observing is not None:
+                    observers[number] = stack.enter_context(observing())
+            yield
+
+    @torch.enable_grad()
     def _gradient(self, states: torch.Tensor, wanted: torch.Tensor, scale: float) -> torch.Tensor:
         """Gradient of the divergence in the last states [T, D].
 
@@ -206,21 +266,30 @@ class Student:
         most = max(1, _LOGITS["cuda" if self.device.type == "cuda" else "cpu"] // self._head.weight.shape[0])
         return (slice(start, start + most) for start in range(0, tokens, most))
 
-    def _last(self, batch: Batch) -> torch.Tensor:
-        """What the head reads of every real token as the model's layers are now, [T, D]."""
-        return batch.tokens(self._model.model(input_ids=batch.ids, use_cache=False).last_hidden_state)
-
-    def _states(
-        self, batches: Sequence[Batch], forward_of: Callable[[int], Forward] | None = None
-    ) -> list[torch.Tensor]:
+    def _states(self, batches: Sequence[Batch], value_of: ValueOf | None = None) -> list[torch.Tensor]:
         """What the head reads of every real token, [T, D] of every batch, without gradients.
 
         Args:
-            forward_of: of the projection of a number in the pruned model; None for the dense model.
+            value_of: of the projection of a number in the pruned model; None for the dense model.
         """
         ids = [batch.ids for batch in batches]
-        found = self._passes.states(ids, self._pruned(forward_of)) if forward_of else self._passes.states(ids)
+        if self._fused is not None:
+            found = self._fused.states(ids, as_it_is if value_of is None else self._shown(value_of))
+        elif value_of is None:
+            found = self._passes.states(ids)
+        else:
+            found = self._passes.states(ids, self._replaced(lambda n: self.projections[n].plain(value_of(n))))
         return [batch.tokens(states) for batch, states in zip(batches, found, strict=True)]
+
+    @torch.no_grad()
+    def _choose(self, batch: Batch) -> None:
+        """Pass by the fused layers where they compute what the model computes."""
+        if self._longest is None or why_not(self._map, self._longest) is not None:
+            return
+        candidate, ids = FusedPasses(self._map), batch.ids[:1]
+        expected = self._model.model(input_ids=ids, use_cache=False).last_hidden_state
+        if distance_of(candidate.states([ids])[0].flatten(0, 1), expected) is None:
+            self._fused = candidate
 
     @torch.no_grad()
     def _check(self, batch: Batch) -> None:
@@ -236,16 +305,32 @@ class Student:
                 "divergence to hold a compensation against and cannot be compensated"
             )
 
-    def _pruned(self, forward_of: Callable[[int], Forward]) -> Callable[[int], contextlib.AbstractContextManager[None]]:
-        """The layer of a number is that of the pruned model, with these forwards of its projections, for a while."""
+    def _own(self, number: int) -> Value:
+        return self.projections[number].value()
+
+    def _shown(self, value_of: ValueOf) -> Inside:
+        """The modules of a layer show the pruned model with these values of its projections, for a while."""
+        return self._inside(lambda number: (self.projections[number].showing(value_of(number)),))
+
+    def _replaced(self, forward_of: Callable[[int], Forward]) -> Inside:
+        """The modules of a layer compute as the pruned model does, with these forwards of its projections."""
+
+        def entered(number: int) -> tuple[contextlib.AbstractContextManager[None], ...]:
+            projection = self.projections[number]
+            return projection.computed.computing(), replaced_forward(projection.linear, forward_of(number))
+
+        return self._inside(entered)
+
+    def _inside(self, entered: Callable[[int], tuple[contextlib.AbstractContextManager[None], ...]]) -> Inside:
+        """What is entered for every projection of a layer while it is passed."""
 
         @contextlib.contextmanager
         def inside(layer: int) -> Iterator[None]:
             with contextlib.ExitStack() as stack:
                 for number, projection in enumerate(self.projections):
                     if projection.layer == layer:
-                        stack.enter_context(projection.computed.computing())
-                        stack.enter_context(replaced_forward(projection.linear, forward_of(number)))
+                        for manager in entered(number):
+                            stack.enter_context(manager)
                 yield
 
         return inside

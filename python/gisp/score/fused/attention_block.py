@@ -52,6 +52,10 @@ class AttentionBlock(Block):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in self._expanded(*rotated)]
             attended = self._attend(leaves[0], leaves[1], leaves[2], batch)
+        if wanted is not None and wanted.observe is not None:
+            wanted.observe(attended.detach(), grad)
+            if not input_grad:
+                return
         if wanted is not None and wanted.gates is not None:
             self._take_gates(wanted.gates, attended.detach(), grad_attended, batch)
             if not input_grad:

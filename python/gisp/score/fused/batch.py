@@ -123,20 +123,34 @@ def make_batch(decoder: Any, micro: MicroBatch) -> PassBatch:
         shared = _upload(once, device), _upload(which, device)
         targets = torch.cat((targets, torch.tensor(followers.tokens)))
         weights = torch.cat((weights, torch.tensor(followers.weights)))
-    like = torch.empty(0, dtype=decoder.embed_tokens.weight.dtype, device=device)
-    cos, sin = decoder.rotary_emb(like, position_ids=torch.arange(length, device=device)[None])
+    cos, sin = rotary_tables(decoder, length, device)
     return PassBatch(
         rows=rows,
         length=length,
         ids=_upload(micro.ids.flatten(), device),
         targets=_upload(targets, device),
         weights=_upload(weights, device),
-        cos=cos[0].contiguous(),
-        sin=sin[0].contiguous(),
+        cos=cos,
+        sin=sin,
         curvature=_upload(sequence_curvature(labels, torch.tensor(micro.weights, dtype=torch.float64)), device),
         sources=sources,
         shared=shared,
     )
+
+
+def plain_batch(decoder: Any, ids: torch.Tensor) -> PassBatch:
+    """Sequences that pass through the layers alone, int64 [B, S] on the device: they have no loss."""
+    none = torch.zeros(0, device=ids.device)
+    rows, length = ids.shape
+    cos, sin = rotary_tables(decoder, length, ids.device)
+    return PassBatch(rows, length, ids.flatten(), none.long(), none, cos, sin, curvature=none)
+
+
+def rotary_tables(decoder: Any, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of positions from 0 on, [length, hd] in the model's dtype."""
+    like = torch.empty(0, dtype=decoder.embed_tokens.weight.dtype, device=device)
+    cos, sin = decoder.rotary_emb(like, position_ids=torch.arange(length, device=device)[None])
+    return cos[0].contiguous(), sin[0].contiguous()
 
 
 def _upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,18 @@ from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a block's backward pass leaves behind; one of the two.
+    """What a block's backward pass leaves behind; one of the three.
 
     Attributes:
         elements: float32 [structures], ``sum |W * G|`` is added.
         gates: float32 [sequences, structures], overwritten by the gradients of gates on the structures.
+        observe: is given what the leaving projection reads [T, columns] and the gradient of its output [T, D], which is
+            overwritten afterwards.
     """
 
     elements: torch.Tensor | None = None
     gates: torch.Tensor | None = None
+    observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
 
 @dataclass

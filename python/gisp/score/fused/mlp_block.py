@@ -33,6 +33,10 @@ class MLPBlock(Block):
         if self.empty or not (input_grad or wanted is not None):
             return
         gate, up = state.read.chunk(2, dim=1)
+        if wanted is not None and wanted.observe is not None:
+            wanted.observe(decoder.swiglu(gate, up), grad)
+            if not input_grad:
+                return
         activation = self._products.input_grad(grad, [self._leaver])
         if wanted is not None and wanted.gates is not None:
             self._take_gates(wanted.gates, decoder.swiglu(gate, up), activation, batch)
