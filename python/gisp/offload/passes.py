@@ -86,20 +86,13 @@ class LayerwisePasses:
         """
         count = len(self._layers)
         down = [*reversed(range(lowest, count))]
-        with self._visits.visiting([*range(count), *down]):
+        with self._visits.visiting([*range(count), count, *down]):
             called = [self._arguments(batch) for batch in ids]
             states = [first for first, _ in called]
             passed = self._forward(states, [arguments for _, arguments in called], lowest, inside, graphs=graphs)
-            losses = []
-            for number, output in enumerate(states):
-                # What were the states of a batch is its gradient from here on.
-                states[number] = output.detach().requires_grad_(bool(down))
-                with self._ending_with(states[number]), torch.enable_grad():
-                    loss = loss_of(number)
-                if down:
-                    loss.backward()
-                    states[number] = _grad(states[number])
-                losses.append(loss.detach())
+            # The end of the model has the number after that of the last layer.
+            with self._visits.visit(count):
+                losses = [self._end(states, number, loss_of, bool(down)) for number in range(len(states))]
             for i in down:
                 with self._visits.visit(i), inside(i), recorded(i) as passes:
                     for number in range(len(ids)):
@@ -109,6 +102,18 @@ class LayerwisePasses:
                         if i > lowest:
                             states[number] = _grad(start)
         return losses
+
+    def _end(
+        self, states: list[torch.Tensor], number: int, loss_of: Callable[[int], torch.Tensor], back: bool
+    ) -> torch.Tensor:
+        """Loss of a batch from the states after the last layer; its gradient takes their place."""
+        output = states[number] = states[number].detach().requires_grad_(back)
+        with self._ending_with(output), torch.enable_grad():
+            loss = loss_of(number)
+        if back:
+            loss.backward()
+            states[number] = _grad(output)
+        return loss.detach()
 
     @torch.no_grad()
     def _forward(

@@ -24,7 +24,7 @@ LENGTHS = (32, 17, 24, 32, 9, 32) * 12
 def fitted(model: Any, method: str) -> Compensation:
     ids = tiny_tokens(len(LENGTHS), max(LENGTHS), seed=5)
     data = Sequences.plain([(row[:n], row[:n].clone()) for row, n in zip(ids, LENGTHS, strict=True)])
-    options = CompensationOptions(method, tokens=512, **({} if method == "lsq" else {"steps": 2}))
+    options = CompensationOptions(method, tokens=512, steps=None if method == "lsq" else 2)
     return fit_compensation(map_model(model), Keep.of(kept_of(model, REMOVED)), data, options)
 
 

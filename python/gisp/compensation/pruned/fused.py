@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
@@ -35,7 +36,7 @@ class FusedPasses:
         """As :meth:`gisp.offload.passes.LayerwisePasses.states`."""
         count = len(self._layers)
         flows = [embedded(self._model, plain_batch(self._model.model, batch)) for batch in ids]
-        with self._visits.entering(inside), self._layers.visiting(count):
+        with self._visits.visiting(range(count)), self._visits.entering(inside):
             self._layers.forward(flows, count)
         ends = (self._model.model.norm(_stream(flow)) for flow in flows)
         return [end.view(*batch.shape, -1) for end, batch in zip(ends, ids, strict=True)]
@@ -60,22 +61,29 @@ class FusedPasses:
         """
         lowest = lowest_scored(self._layers.items, {name for of_batch in wanted for name in of_batch})
         flows = [embedded(self._model, plain_batch(self._model.model, batch)) for batch in ids]
-        recomputed = len(self._layers)
+        recomputed = count = len(self._layers)
         if not self._visits.recomputes:
             items = self._layers.items[lowest:]
             recomputed = layers_to_recompute([(len(ids), items)], max(batch.numel() for batch in ids), ids[0].device)
-        with self._layers.visiting(lowest):
+        with self._visits.visiting([*range(count), count, *reversed(range(lowest, count))]):
             with self._visits.entering(inside):
                 self._layers.forward(flows, lowest, recomputed)
-            grads = []
-            for number, (flow, batch) in enumerate(zip(flows, ids, strict=True)):
-                end = _stream(flow).requires_grad_()
-                with torch.enable_grad():
-                    states = self._model.model.norm(end).view(*batch.shape, -1)
-                (grad,) = torch.autograd.grad(states, end, gradient_of(number, states.detach()))
-                grads.append(grad)
+            # The end of the model has the number after that of the last layer.
+            with self._visits.visit(count):
+                grads = [
+                    self._end(flow, batch, partial(gradient_of, number))
+                    for number, (flow, batch) in enumerate(zip(flows, ids, strict=True))
+                ]
             with self._visits.entering(inside, recorded):
                 self._layers.backward(flows, grads, wanted, lowest)
+
+    def _end(self, flow: Flow, ids: torch.Tensor, gradient_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Gradient in the residual stream behind the last layer, [T, D]."""
+        end = _stream(flow).requires_grad_()
+        with torch.enable_grad():
+            states = self._model.model.norm(end).view(*ids.shape, -1)
+        (grad,) = torch.autograd.grad(states, end, gradient_of(states.detach()))
+        return grad
 
 
 class _Entering(Resident):
