@@ -25,6 +25,8 @@ from typing import TypeVar
 
 import torch
 
+from gisp_kernels.ops.products import add_exact_product
+
 Self = TypeVar("Self", bound="BiasFit")
 
 # How far damping is raised, tenfold each time, until the Cholesky factorisation exists.
@@ -88,7 +90,7 @@ class BiasFit:
         return other
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
-        """Take in tokens: inputs float32 [T, K], residual float32 [T, D]."""
+        """Take in tokens: inputs [T, K] in any dtype, residual float32 [T, D]."""
         wide = residual.double()
         self.count += len(wide)
         self.residual += wide.sum(0)
@@ -113,7 +115,7 @@ class AffineFit(BiasFit):
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
         super().add(inputs, residual)
-        output = (inputs @ self.weight.T).double()
+        output = (inputs.float() @ self.weight.T).double()
         self.output += output.sum(0)
         self.square += output.square().sum(0)
         self.cross += (output * residual.double()).sum(0)
@@ -146,7 +148,7 @@ class RescaleFit(BiasFit):
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
         super().add(inputs, residual)
-        output = (inputs @ self.weight.T).double()
+        output = (inputs.float() @ self.weight.T).double()
         self.square += output.square().sum()
         self.cross += (output * residual.double()).sum()
 
@@ -174,9 +176,8 @@ class LeastSquaresFit(BiasFit):
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
         super().add(inputs, residual)
         self.input += inputs.double().sum(0)
-        # Products of one batch in float32, their sum in float64.
-        self.gram += inputs.T @ inputs
-        self.cross += residual.T @ inputs
+        add_exact_product(self.gram, inputs, inputs)
+        add_exact_product(self.cross, residual, inputs)
 
     def solve(self) -> Solution:
         mean = self.input / self.tokens if self.intercept else torch.zeros_like(self.input)

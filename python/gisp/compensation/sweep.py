@@ -17,6 +17,7 @@ from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.progress import track
 from gisp.replicas.sharing import in_slices, sharers
+from gisp_kernels.ops.products import linear_in_float32
 
 OnBlock = Callable[[BlockFit], None]
 
@@ -148,8 +149,8 @@ class _Sweep:
             inputs[place], target = self._inputs_and_target(place, block, projection)
             if bias is not None:
                 target = target - bias.float()
-            left = self.batches[place].tokens(inputs[place]).float()
-            return left, target, target - left @ weight.T
+            left = self.batches[place].tokens(inputs[place])
+            return left, target, target - linear_in_float32(left, own.weight)
 
         def fill(number: int, sums: Sequence[torch.Tensor]) -> None:
             part = fit.holding(sums[:-1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gisp.model.modes import exact_products
-from gisp_kernels.ops.products import add_product, product_total
+from gisp_kernels.ops.products import add_exact_product, add_product, linear_in_float32, product_total
 from gisp_kernels.testing import product
 
 pytestmark = pytest.mark.gpu
@@ -36,3 +36,31 @@ def test_products_are_as_good_as_in_float32(
     assert torch.allclose(total[:rows, :columns].double(), 2 * wanted, atol=2 * float(error) + 1e-5 * tokens**0.5)
     assert not total[rows:].any() and not total[:, columns:].any()
     assert torch.equal(product(a, b), product(a, b))
+
+
+@pytest.mark.parametrize("left", [BF16, F32])
+@pytest.mark.parametrize("columns", [512, 333])
+def test_exact_products_of_many_tokens(left: torch.dtype, columns: int) -> None:
+    """Sums of squares, where what tensor cores drop adds up."""
+    torch.manual_seed(0)
+    x = torch.randn(16384, columns, device="cuda").to(BF16)
+    r = x if left == BF16 else x.float() * (1 + 1e-3 * torch.randn(16384, columns, device="cuda"))
+    wanted = r.double().T @ x.double()
+    total = torch.zeros(columns, columns, dtype=torch.float64, device="cuda")
+    add_exact_product(total, r, x)
+    with exact_products():
+        plain = (r.float().T @ x.float()).double()
+    found, allowed = (((t - wanted).diagonal() / wanted.diagonal()).abs().max() for t in (total, plain))
+    assert float(found) <= max(float(allowed), 2.0**-16)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("width", [512, 333])
+def test_a_product_before_it_is_rounded(dtype: torch.dtype, width: int) -> None:
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, width, device="cuda").to(dtype) for n in (300, 77))
+    wanted = x.double() @ weight.double().T
+    with exact_products():
+        found = linear_in_float32(x, weight)
+    assert found.dtype == F32 and found.shape == (300, 77)
+    assert float((found - wanted).abs().max()) <= 2.0**-14 * float(wanted.abs().max())
