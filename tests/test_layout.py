@@ -23,6 +23,7 @@ ROOMS = {
             "groups",
             "families",
             "alignment",
+            "forms",
             "triton",
             "ops",
             "ordering",

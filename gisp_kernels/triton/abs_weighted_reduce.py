@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from gisp_kernels.alignment import aligned
+from gisp_kernels.forms import ceil_div, next_power_of_2, run
 
 # A program sums so many partials per iteration: lanes along the matrix, and strips loaded side by side because a
 # loop over them one by one would wait for memory each time.
@@ -21,8 +22,10 @@ FINISH_STRIPS = 16
 # The kernels are bound by memory: what counts is how many bytes are under way at a time. These settings were the
 # fastest of those compared on an H200 at 13B and 8B shapes. By rows a program sums BLOCK_O rows in steps of BLOCK_I
 # columns, by columns a strip of REPEATS * BLOCK_O rows and BLOCK_I columns; STAGES steps are in flight.
-ROWS = {"BLOCK_O": 2, "BLOCK_I": 1024, "STAGES": 4, "num_warps": 4}
-COLUMNS = {"BLOCK_O": 8, "BLOCK_I": 128, "REPEATS": 16, "STAGES": 4, "num_warps": 2}
+ROWS = {"BLOCK_O": 2, "BLOCK_I": 1024, "STAGES": 4}
+ROW_WARPS = 4
+COLUMNS = {"BLOCK_O": 8, "BLOCK_I": 128, "REPEATS": 16, "STAGES": 4}
+COLUMN_WARPS = 2
 
 
 @triton.jit(do_not_specialize=["O", "I", "stride_wo", "stride_go", "stride_sum"])
@@ -152,22 +155,16 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
 def finish(out: torch.Tensor, partials: torch.Tensor, block: int) -> None:
     """Add partial sums [strips, count * block], rows contiguous, to ``out`` [count] in a fixed order."""
     strips = partials.shape[0]
-    lines = min(FINISH_LANES, triton.next_power_of_2(block))
+    lines = min(FINISH_LANES, next_power_of_2(block))
     structures = FINISH_LANES // lines
-    with torch.cuda.device_of(out):
-        _finish_kernel[(triton.cdiv(out.shape[0], structures),)](
-            partials_ptr=partials,
-            out_ptr=out,
-            count=out.shape[0],
-            block=block,
-            strips=strips,
-            pitch=partials.stride(0),
-            stride_out=out.stride(0),
-            BLOCK_S=structures,
-            BLOCK_L=lines,
-            BLOCK_K=FINISH_STRIPS,
-            num_warps=4,
-        )
+    run(
+        _finish_kernel,
+        (ceil_div(out.shape[0], structures),),
+        (partials, out),
+        (out.shape[0], block, strips, partials.stride(0), out.stride(0)),
+        (structures, lines, FINISH_STRIPS),
+        num_warps=4,
+    )
 
 
 def launch(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int, power: int) -> None:
@@ -177,40 +174,30 @@ def launch(out: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor, axis: st
     rows, width = weight.shape
     if rows == 0 or width == 0:
         return
-    aligned_rows = aligned(width, weight.stride(0), grad.stride(0))
-    with torch.cuda.device_of(weight):
-        if axis == "row":
-            # A row that is a structure adds its sum to the score at once.
-            sums = out if block == 1 else torch.empty(rows, dtype=torch.float32, device=weight.device)
-            _sum_rows_kernel[(triton.cdiv(rows, ROWS["BLOCK_O"]),)](
-                weight,
-                grad,
-                sums,
-                rows,
-                width,
-                *weight.stride(),
-                *grad.stride(),
-                sums.stride(0),
-                ADD=block == 1,
-                ALIGNED=aligned_rows,
-                POWER=power,
-                **ROWS,
-            )
-            partials = sums.unsqueeze(0)
-        else:
-            strips = triton.cdiv(rows, COLUMNS["BLOCK_O"] * COLUMNS["REPEATS"])
-            partials = torch.empty((strips, width), dtype=torch.float32, device=weight.device)
-            _sum_columns_kernel[(triton.cdiv(width, COLUMNS["BLOCK_I"]), strips)](
-                weight,
-                grad,
-                partials,
-                rows,
-                width,
-                *weight.stride(),
-                *grad.stride(),
-                ALIGNED=aligned_rows,
-                POWER=power,
-                **COLUMNS,
-            )
+    numbers = rows, width, *weight.stride(), *grad.stride()
+    fits = aligned(width, weight.stride(0), grad.stride(0))
+    if axis == "row":
+        # A row that is a structure adds its sum to the score at once.
+        sums = out if block == 1 else torch.empty(rows, dtype=torch.float32, device=weight.device)
+        run(
+            _sum_rows_kernel,
+            (ceil_div(rows, ROWS["BLOCK_O"]),),
+            (weight, grad, sums),
+            (*numbers, sums.stride(0)),
+            (*ROWS.values(), block == 1, fits, power),
+            num_warps=ROW_WARPS,
+        )
+        partials = sums.unsqueeze(0)
+    else:
+        strips = ceil_div(rows, COLUMNS["BLOCK_O"] * COLUMNS["REPEATS"])
+        partials = torch.empty((strips, width), dtype=torch.float32, device=weight.device)
+        run(
+            _sum_columns_kernel,
+            (ceil_div(width, COLUMNS["BLOCK_I"]), strips),
+            (weight, grad, partials),
+            numbers,
+            (*COLUMNS.values(), fits, power),
+            num_warps=COLUMN_WARPS,
+        )
     if axis == "column" or block > 1:
         finish(out, partials, block)

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.alignment import check_writable, readable
+from gisp_kernels.alignment import aligned, check_writable, readable
+from gisp_kernels.forms import run
 
 BLOCK = 4096
 
@@ -75,18 +76,8 @@ def launch(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | 
         check_writable("logits", logits)
     nll = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     if tokens:
-        with torch.cuda.device_of(logits):
-            _nll_kernel[(tokens,)](
-                logits,
-                readable(targets),
-                nll if weights is None else readable(weights),
-                nll,
-                vocabulary,
-                logits.stride(0),
-                IGNORED=ignored,
-                GRAD=weights is not None,
-                ALIGNED=vocabulary % 16 == 0 and logits.stride(0) % 16 == 0,
-                BLOCK=BLOCK,
-                num_warps=8,
-            )
+        operands = logits, readable(targets), nll if weights is None else readable(weights), nll
+        stride = logits.stride(0)
+        constants = ignored, weights is not None, aligned(vocabulary, stride), BLOCK
+        run(_nll_kernel, (tokens,), operands, (vocabulary, stride), constants, num_warps=8)
     return nll

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from gisp_kernels.alignment import aligned, check_writable, readable
+from gisp_kernels.forms import ceil_div, run
 
 BLOCK_K = 2048
 ROW_WARPS = 4
@@ -107,22 +108,15 @@ def quantize_rows(
     rows, width = x.shape
     if rows == 0:
         return
-    with torch.cuda.device_of(x):
-        _quantize_rows_kernel[(rows,)](
-            x_ptr=x,
-            column_ptr=scale if column is None else readable(column),
-            q_ptr=out,
-            scale_ptr=scale,
-            K=width,
-            stride_x=x.stride(0),
-            stride_q=out.stride(0),
-            SCALED=column is not None,
-            LARGEST=largest,
-            SMALLEST=smallest_scale,
-            BLOCK_K=BLOCK_K,
-            ALIGNED=aligned(width, x.stride(0), out.stride(0)),
-            num_warps=ROW_WARPS,
-        )
+    numbers = width, x.stride(0), out.stride(0)
+    run(
+        _quantize_rows_kernel,
+        (rows,),
+        (x, scale if column is None else readable(column), out, scale),
+        numbers,
+        (column is not None, largest, smallest_scale, BLOCK_K, aligned(*numbers)),
+        num_warps=ROW_WARPS,
+    )
 
 
 def quantize_transposed(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
@@ -132,17 +126,12 @@ def quantize_transposed(weight: torch.Tensor, scale: torch.Tensor, out: torch.Te
     rows, width = weight.shape
     if rows == 0 or width == 0:
         return
-    with torch.cuda.device_of(weight):
-        _quantize_transposed_kernel[(triton.cdiv(width, BLOCK_I), triton.cdiv(rows, BLOCK_O))](
-            w_ptr=weight,
-            scale_ptr=readable(scale),
-            q_ptr=out,
-            O=rows,
-            I=width,
-            stride_w=weight.stride(0),
-            stride_q=out.stride(0),
-            BLOCK_O=BLOCK_O,
-            BLOCK_I=BLOCK_I,
-            ALIGNED=aligned(rows, width, weight.stride(0), out.stride(0)),
-            num_warps=TILE_WARPS,
-        )
+    numbers = rows, width, weight.stride(0), out.stride(0)
+    run(
+        _quantize_transposed_kernel,
+        (ceil_div(width, BLOCK_I), ceil_div(rows, BLOCK_O)),
+        (weight, readable(scale), out),
+        numbers,
+        (BLOCK_O, BLOCK_I, aligned(*numbers)),
+        num_warps=TILE_WARPS,
+    )

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from gisp_kernels.alignment import aligned, readable
+from gisp_kernels.forms import ceil_div, run
 from gisp_kernels.triton.grouped_reduce import finish_group
 
 
@@ -126,9 +127,9 @@ def choose(sequences: int, length: int, count: int, block: int) -> tuple[TileCon
     if block > 1:
         config, tiles = HEADS if block > NARROW_HEADS.block_c else NARROW_HEADS, count
     else:
-        many = sequences * triton.cdiv(count, CHANNELS.block_c) >= MANY_PROGRAMS
+        many = sequences * ceil_div(count, CHANNELS.block_c) >= MANY_PROGRAMS
         config = CHANNELS if many else FEW_CHANNELS
-        tiles = triton.cdiv(count, config.block_c)
+        tiles = ceil_div(count, config.block_c)
     return config, max(1, min(-(-MIN_PROGRAMS[config] // (sequences * tiles)), length // MIN_PART))
 
 
@@ -140,31 +141,20 @@ def launch(out: torch.Tensor, input: torch.Tensor, grad_input: torch.Tensor, blo
     sequences, length, width = x.shape
     channels, count = block == 1, out.shape[1]
     config, parts = choose(sequences, length, count, block)
-    tiles = triton.cdiv(width, config.block_c) if channels else count
+    tiles = ceil_div(width, config.block_c) if channels else count
     sums = out.unsqueeze(0) if parts == 1 else torch.empty((parts, *out.shape), dtype=out.dtype, device=out.device)
     strides = (*x.stride()[:2], *grad.stride()[:2])
-    with torch.cuda.device_of(x):
-        _gate_grads_kernel[(sequences * parts * tiles,)](
-            x,
-            grad,
-            sums,
-            length,
-            -(-length // parts),
-            parts,
-            count,
-            block,
-            *strides,
-            sums.stride(1),
-            sums.stride(0),
-            sums.stride(2),
-            CHANNELS=channels,
-            BLOCK_T=config.block_t,
-            BLOCK_C=config.block_c,
-            # Wider elements fill the shared memory of small GPUs with half as many.
-            STAGES=config.num_stages if x.element_size() + grad.element_size() <= 4 else -(-config.num_stages // 2),
-            ALIGNED=aligned(width, *strides) and (channels or aligned(block)),
-            num_warps=config.num_warps,
-        )
+    # Wider elements fill the shared memory of small GPUs with half as many.
+    stages = config.num_stages if x.element_size() + grad.element_size() <= 4 else -(-config.num_stages // 2)
+    fits = aligned(width, *strides) and (channels or aligned(block))
+    run(
+        _gate_grads_kernel,
+        (sequences * parts * tiles,),
+        (x, grad, sums),
+        (length, -(-length // parts), parts, count, block, *strides, sums.stride(1), sums.stride(0), sums.stride(2)),
+        (channels, config.block_t, config.block_c, stages, fits),
+        num_warps=config.num_warps,
+    )
     if parts > 1:
         whole = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
         finish_group([whole.view(-1)], sums, [(0, 0, parts, 1)], add=False)

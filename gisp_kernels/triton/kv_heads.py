@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from gisp_kernels.alignment import check_writable, readable
+from gisp_kernels.forms import ceil_div, next_power_of_2, run
 
 TOKENS = 16
 
@@ -78,15 +79,8 @@ def _sum_kv_kernel(  # type: ignore[no-untyped-def]
     tl.store(out, total, mask=mask)
 
 
-def _settings(size: int, *strides: int) -> dict[str, int | bool]:
-    aligned = all(extent % 8 == 0 for extent in (size, *strides))
-    return {
-        "HD": size,
-        "BLOCK": triton.next_power_of_2(size),
-        "TOKENS": TOKENS,
-        "ALIGNED": aligned,
-        "num_warps": 4,
-    }
+def _constants(size: int, *strides: int) -> tuple[int | bool, ...]:
+    return size, next_power_of_2(size), TOKENS, all(extent % 8 == 0 for extent in (size, *strides))
 
 
 def expand(kv: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
@@ -96,10 +90,9 @@ def expand(kv: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
     if out.numel():
         kv = readable(kv)
         strides = (kv.stride(0), kv.stride(1), out.stride(0), out.stride(1))
-        with torch.cuda.device_of(kv):
-            _expand_kernel[(triton.cdiv(tokens, TOKENS), heads)](
-                kv, readable(index), out, tokens, *strides, **_settings(size, *strides)
-            )
+        operands = kv, readable(index), out
+        grid = ceil_div(tokens, TOKENS), heads
+        run(_expand_kernel, grid, operands, (tokens, *strides), _constants(size, *strides), num_warps=4)
 
 
 def sum_heads(grad: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
@@ -109,7 +102,6 @@ def sum_heads(grad: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> Non
     if out.numel():
         grad = readable(grad)
         strides = (grad.stride(0), grad.stride(1), out.stride(0), out.stride(1))
-        with torch.cuda.device_of(grad):
-            _sum_kv_kernel[(triton.cdiv(tokens, TOKENS), kv_heads)](
-                grad, readable(index), out, tokens, grad.shape[1], *strides, **_settings(size, *strides)
-            )
+        operands = grad, readable(index), out
+        grid, numbers = (ceil_div(tokens, TOKENS), kv_heads), (tokens, grad.shape[1], *strides)
+        run(_sum_kv_kernel, grid, operands, numbers, _constants(size, *strides), num_warps=4)

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.alignment import check_writable, readable
+from gisp_kernels.alignment import aligned, check_writable, readable
+from gisp_kernels.forms import next_power_of_2, run
 
 # A row of up to 8192 elements takes 8 warps; hidden size never changes in a run, so it may shape the kernel.
 WIDE = 2048
@@ -111,14 +112,19 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + row * stride_o + offs, result, mask=mask)
 
 
-def _settings(width: int, *strides: int) -> dict[str, int | bool]:
-    block = triton.next_power_of_2(width)
-    return {
-        "D": width,
-        "BLOCK": block,
-        "ALIGNED": all(stride % 16 == 0 for stride in strides),
-        "num_warps": 8 if block > WIDE else 4 if block > 256 else 1,
-    }
+def _by_rows(
+    kernel: triton.JITFunction,
+    tensors: tuple[torch.Tensor, ...],
+    strides: tuple[int, ...],
+    *numbers: float,
+    add: tuple[bool, ...] = (),
+) -> None:
+    """Launch a program a row of the first tensor [T, D]; ``add``: what the kernel knows besides the width."""
+    tokens, width = tensors[0].shape
+    block = next_power_of_2(width)
+    warps = 8 if block > WIDE else 4 if block > 256 else 1
+    constants = (width, block, *add, aligned(*strides))
+    run(kernel, (tokens,), tensors, (*strides, *numbers), constants, num_warps=warps)
 
 
 def add_norm(
@@ -141,10 +147,7 @@ def add_norm(
         delta, add = readable(delta), True
     if tokens and width:
         strides = (x.stride(0), delta.stride(0), total.stride(0), normed.stride(0))
-        with torch.cuda.device_of(x):
-            _add_norm_kernel[(tokens,)](
-                x, delta, readable(weight), total, normed, rstd, *strides, eps, ADD=add, **_settings(width, *strides)
-            )
+        _by_rows(_add_norm_kernel, (x, delta, readable(weight), total, normed, rstd), strides, float(eps), add=(add,))
     return rstd
 
 
@@ -154,11 +157,7 @@ def apply_norm(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, normed
     check_writable("out", normed)
     x = readable(x)
     if tokens and width:
-        strides = (x.stride(0), normed.stride(0))
-        with torch.cuda.device_of(x):
-            _apply_kernel[(tokens,)](
-                x, readable(rstd), readable(weight), normed, *strides, **_settings(width, *strides)
-            )
+        _by_rows(_apply_kernel, (x, readable(rstd), readable(weight), normed), (x.stride(0), normed.stride(0)))
 
 
 def backward(
@@ -171,15 +170,6 @@ def backward(
     normed_grad, x = readable(normed_grad), readable(x)
     if tokens and width:
         strides = (out.stride(0), normed_grad.stride(0), x.stride(0))
-        with torch.cuda.device_of(x):
-            _backward_kernel[(tokens,)](
-                out,
-                normed_grad,
-                x,
-                readable(rstd),
-                readable(weight),
-                *strides,
-                ADD=grad is not None,
-                **_settings(width, *strides),
-            )
+        operands = out, normed_grad, x, readable(rstd), readable(weight)
+        _by_rows(_backward_kernel, operands, strides, add=(grad is not None,))
     return out

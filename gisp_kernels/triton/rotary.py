@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from gisp_kernels.alignment import check_writable, readable
+from gisp_kernels.forms import ceil_div, next_power_of_2, run
 
 LINES = 16
 
@@ -72,20 +73,13 @@ def launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool,
         return
     x, cos, sin = readable(x), cos.contiguous(), sin.contiguous()
     strides = (x.stride(0), x.stride(1), out.stride(0), out.stride(1))
-    with torch.cuda.device_of(x):
-        _rotary_kernel[(triton.cdiv(lines, LINES),)](
-            x,
-            cos,
-            sin,
-            out,
-            lines,
-            heads,
-            cos.shape[0],
-            *strides,
-            HALF=size // 2,
-            BLOCK=triton.next_power_of_2(size // 2),
-            LINES=LINES,
-            INVERSE=inverse,
-            ALIGNED=all(stride % 8 == 0 for stride in (*strides, size // 2)),
-            num_warps=4,
-        )
+    half = size // 2
+    fits = all(stride % 8 == 0 for stride in (*strides, half))
+    run(
+        _rotary_kernel,
+        (ceil_div(lines, LINES),),
+        (x, cos, sin, out),
+        (lines, heads, cos.shape[0], *strides),
+        (half, next_power_of_2(half), LINES, inverse, fits),
+        num_warps=4,
+    )

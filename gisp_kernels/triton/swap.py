@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gisp_kernels.forms import ceil_div, next_power_of_2, run
+
 # Elements of one program. Only these tile shapes exist, so nothing recompiles while a model shrinks.
 TILE = 1024
 MAX_COLUMNS = 256
@@ -57,30 +59,19 @@ def launch(tensors: list[torch.Tensor], pairs: list[torch.Tensor], layouts: Sequ
         layouts: for each tensor the fields of :class:`gisp_kernels.ops.swap.Layout`.
     """
     flat = torch.cat(pairs)
-    with torch.cuda.device_of(tensors[0]):
-        if tensors[0].is_cuda:
-            flat = flat.pin_memory().to(tensors[0].device, non_blocking=True)
-        for tensor, own, layout in zip(tensors, flat.split([len(pair) for pair in pairs]), layouts, strict=True):
-            _launch_one(tensor, own, layout)
+    if tensors[0].is_cuda:
+        flat = flat.pin_memory().to(tensors[0].device, non_blocking=True)
+    for tensor, own, layout in zip(tensors, flat.split([len(pair) for pair in pairs]), layouts, strict=True):
+        _launch_one(tensor, own, layout)
 
 
 def _launch_one(tensor: torch.Tensor, pairs: torch.Tensor, layout: tuple[int, ...]) -> None:
-    _, rows, run, pitch, step = layout
-    block_r = min(triton.next_power_of_2(run), MAX_COLUMNS)
+    _, rows, length, pitch, step = layout
+    block_r = min(next_power_of_2(length), MAX_COLUMNS)
     block_l = TILE // block_r
     n_pairs = pairs.shape[0]
     n_lines = n_pairs * rows
-    tiles_per_run = triton.cdiv(run, block_r)
-    _swap_blocks_kernel[(triton.cdiv(n_lines, block_l) * tiles_per_run,)](
-        t_ptr=tensor,
-        pairs_ptr=pairs,
-        n_lines=n_lines,
-        n_pairs=n_pairs,
-        run=run,
-        pitch=pitch,
-        step=step,
-        tiles_per_run=tiles_per_run,
-        BLOCK_L=block_l,
-        BLOCK_R=block_r,
-        num_warps=4,
-    )
+    tiles_per_run = ceil_div(length, block_r)
+    grid = (ceil_div(n_lines, block_l) * tiles_per_run,)
+    numbers = n_lines, n_pairs, length, pitch, step, tiles_per_run
+    run(_swap_blocks_kernel, grid, (tensor, pairs), numbers, (block_l, block_r), num_warps=4)

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.alignment import check_writable, readable
+from gisp_kernels.alignment import aligned, check_writable, readable
+from gisp_kernels.forms import ceil_div, run
 
 TILE = 1024
 
@@ -95,14 +96,5 @@ def _launch(kernel: triton.JITFunction, gate: torch.Tensor, up: torch.Tensor, ac
     if tokens == 0 or width == 0:
         return
     strides = (gate.stride(0), up.stride(0), act.stride(0))
-    with torch.cuda.device_of(gate):
-        kernel[(triton.cdiv(width, TILE) * tokens,)](
-            gate,
-            up,
-            act,
-            width,
-            *strides,
-            ALIGNED=all(extent % 16 == 0 for extent in (width, *strides)),
-            BLOCK=TILE,
-            num_warps=4,
-        )
+    grid = (ceil_div(width, TILE) * tokens,)
+    run(kernel, grid, (gate, up, act), (width, *strides), (aligned(width, *strides), TILE), num_warps=4)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from gisp_kernels.alignment import aligned, pad_columns
+from gisp_kernels.forms import ceil_div, run
 
 # Below this many large tiles most multiprocessors of a big GPU would stay idle. It does not depend on the GPU at hand,
 # because the choice of tile shapes the rounding.
@@ -48,7 +49,7 @@ def choose_config(rows: int, width: int, dtype: torch.dtype) -> TileConfig:
     """Configuration for a weight of ``rows`` by ``width`` and operands of ``dtype``."""
     if dtype == torch.float32:
         return FLOAT32
-    tiles = triton.cdiv(rows, LARGE_16BIT.block_o) * triton.cdiv(width, LARGE_16BIT.block_i)
+    tiles = ceil_div(rows, LARGE_16BIT.block_o) * ceil_div(width, LARGE_16BIT.block_i)
     return LARGE_16BIT if tiles >= MIN_LARGE_TILES else SMALL_16BIT
 
 
@@ -144,32 +145,21 @@ def partial_sums(
     """
     rows, width = weight.shape
     config = config or choose_config(rows, width, input.dtype)
-    tiles_o, tiles_i = triton.cdiv(rows, config.block_o), triton.cdiv(width, config.block_i)
+    tiles_o, tiles_i = ceil_div(rows, config.block_o), ceil_div(width, config.block_i)
     by_row = axis == "row"
     shape = (tiles_i, rows) if by_row else (tiles_o, width)
     partials = torch.empty(shape, dtype=torch.float32, device=weight.device)
     if input.dtype != torch.float32:
         grad_output, input = pad_columns(grad_output), pad_columns(input)
-    with torch.cuda.device_of(weight):
-        _wgrad_importance_kernel[(tiles_o * tiles_i,)](
-            grad_output,
-            input,
-            weight,
-            partials,
-            input.shape[0],
-            rows,
-            width,
-            *grad_output.stride(),
-            *input.stride(),
-            *weight.stride(),
-            BY_ROW=by_row,
-            PADDED=aligned(*grad_output.shape[1:], *input.shape[1:], grad_output.stride(0), input.stride(0)),
-            ALIGNED_W=aligned(rows, width, weight.stride(0)),
-            BLOCK_O=config.block_o,
-            BLOCK_I=config.block_i,
-            BLOCK_T=config.block_t,
-            GROUP_O=config.group_o,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    padded = aligned(*grad_output.shape[1:], *input.shape[1:], grad_output.stride(0), input.stride(0))
+    blocks = config.block_o, config.block_i, config.block_t, config.group_o
+    run(
+        _wgrad_importance_kernel,
+        (tiles_o * tiles_i,),
+        (grad_output, input, weight, partials),
+        (input.shape[0], rows, width, *grad_output.stride(), *input.stride(), *weight.stride()),
+        (by_row, padded, aligned(rows, width, weight.stride(0)), *blocks),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
     return partials

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gisp_kernels.forms import ceil_div
+
 # A program forms one tile of the gradient at a time: rows that belong to structures, the extent summed, tokens.
 BLOCK_M, BLOCK_N, BLOCK_T = 128, 256, 64
 GROUP_M = 8
@@ -125,7 +127,7 @@ def _wgrad_tma_kernel(  # type: ignore[no-untyped-def]
 
 def tiles(rows: Sequence[int], width: int) -> int:
     """Tiles of the gradient of layers with ``rows`` structures' rows each and ``width`` summed elements."""
-    return sum(triton.cdiv(extent, BLOCK_M) for extent in rows) * triton.cdiv(width, BLOCK_N)
+    return sum(ceil_div(extent, BLOCK_M) for extent in rows) * ceil_div(width, BLOCK_N)
 
 
 def partial_sums(
@@ -153,7 +155,7 @@ def partial_sums(
     left, right = (grad_output, input) if by_row else (input, grad_output)
     extents = [weight.shape[0 if by_row else 1] for weight in weights]
     width, spare = right.shape[1], MAX_LAYERS - len(weights)
-    partials = torch.empty((triton.cdiv(width, BLOCK_N), sum(extents)), dtype=torch.float32, device=input.device)
+    partials = torch.empty((ceil_div(width, BLOCK_N), sum(extents)), dtype=torch.float32, device=input.device)
     box = [BLOCK_M, BLOCK_N] if by_row else [BLOCK_N, BLOCK_M]
     descriptors = [_descriptor(weight, box) for weight in [*weights, *[weights[-1]] * spare]]
     rows = extents + [0] * spare

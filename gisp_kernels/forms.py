@@ -1,0 +1,98 @@
+"""Launches without what Triton's JIT does for every one of them.
+
+The JIT looks at names, types and options of all arguments to find the compiled form of a kernel. That takes the host
+several times as long as the launch itself, and a pass over a small model is a thousand launches. Here a form that was
+found once is found again by what the JIT tells forms apart by, and is launched with addresses in place of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+# Addresses that are multiples of so many bytes have forms of their own, so have integers that are multiples of it.
+_ALIGNED = 16
+# Integers from here on are passed in 64 bits.
+_LARGE = 2**31
+# Elsewhere forms also depend on the size of tensors.
+_CUDA = torch.version.cuda is not None
+
+_forms: dict[tuple[Any, ...], Any] = {}
+# By kernel, see :func:`_positions`.
+_specialised: dict[int, list[int]] = {}
+
+
+def ceil_div(extent: int, size: int) -> int:
+    """Tiles of a size that cover an extent. Triton's own function takes the host as long as a launch."""
+    return -(-extent // size)
+
+
+def next_power_of_2(extent: int) -> int:
+    """The smallest power of 2 that is not below an extent of at least 1."""
+    return 1 << (extent - 1).bit_length()
+
+
+def run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[torch.Tensor],
+    numbers: Sequence[int | float],
+    constants: tuple[Any, ...],
+    **options: int,
+) -> None:
+    """Launch a kernel whose parameters are pointers, then numbers, then constants, in this order.
+
+    Args:
+        grid: programs along up to three dimensions.
+        tensors: what the pointers point to, all on the device of the first; it need not be the current one.
+        constants: values of the ``tl.constexpr`` parameters.
+        options: of the compiler, such as ``num_warps``.
+    """
+    device = tensors[0].get_device()
+    # A context costs more than a launch, and mostly there is one GPU.
+    if device < 0 or device == torch.cuda.current_device():
+        _run(kernel, grid, tensors, numbers, constants, options)
+    else:
+        with torch.cuda.device(device):
+            _run(kernel, grid, tensors, numbers, constants, options)
+
+
+def _run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[torch.Tensor],
+    numbers: Sequence[int | float],
+    constants: tuple[Any, ...],
+    options: dict[str, int],
+) -> None:
+    """The same on the current device."""
+    key: list[Any] = [id(kernel), constants, *options.values()]
+    addresses = []
+    for tensor in tensors:
+        address = tensor.data_ptr()
+        addresses.append(address)
+        key += (tensor.dtype, tensor.get_device(), address % _ALIGNED == 0)
+    specialised = _specialised.get(id(kernel))
+    if specialised is None:
+        specialised = _specialised[id(kernel)] = _positions(kernel, len(tensors))
+    for i in specialised:
+        key += (numbers[i] == 1, numbers[i] % _ALIGNED == 0)
+    if max(numbers) >= _LARGE:
+        key += (number >= _LARGE for number in numbers)
+    found = tuple(key)
+    form = _forms.get(found)
+    if form is not None:
+        form[(*grid, 1, 1)[:3]](*addresses, *numbers, *constants)
+        return
+    form = kernel[grid](*tensors, *numbers, *constants, **options)
+    # The interpreter has no forms. Operands in a CPU's memory are for the JIT to refuse.
+    if form is not None and _CUDA and all(tensor.get_device() >= 0 for tensor in tensors):
+        _forms[found] = form
+
+
+def _positions(kernel: Any, tensors: int) -> list[int]:
+    """Which of the numbers a kernel takes after so many tensors have forms of their own for 1 and multiples of 16."""
+    params = getattr(kernel, "params", ())[tensors:]
+    return [i for i, param in enumerate(params) if not (param.is_constexpr or param.do_not_specialize)]
