@@ -33,12 +33,15 @@ class AttentionBlock(Block):
         self._module = module
         self._head_dim = int(module.head_dim)
         self._head_norms: list[Any] = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+        # The module's own index, numbers of heads and device, and what :meth:`_index` makes of them.
+        self._known: tuple[torch.Tensor | None, tuple[int, int, torch.device], torch.Tensor, torch.Tensor] | None = None
 
     def _leaving(self, state: BlockState, batch: PassBatch) -> torch.Tensor:
         if self._head_norms[0] is None:
-            for part in self._split(state.read)[:2]:
-                decoder.rotary(self._by_head(part), batch.cos, batch.sin, out=self._by_head(part))
-        query, key, value = self._expanded(*self._rotated(state, batch)[0])
+            heads, kv_heads = self._counts()
+            turned = self._by_head(state.read)[:, : heads + kv_heads]
+            decoder.rotary(turned, batch.cos, batch.sin, out=turned)
+        query, key, value = self._expanded(state, self._rotated(state, batch)[0])
         return self._attend(query, key, value, batch)
 
     def backward(
@@ -50,7 +53,7 @@ class AttentionBlock(Block):
         rotated, inverse_rms = self._rotated(state, batch)
         grad_attended = self._products.input_grad(grad, [self._leaver])
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in self._expanded(*rotated)]
+            leaves = [t.detach().requires_grad_() for t in self._expanded(state, rotated)]
             attended = self._attend(leaves[0], leaves[1], leaves[2], batch)
         if wanted is not None and wanted.observe is not None:
             wanted.observe(attended.detach(), grad)
@@ -70,22 +73,21 @@ class AttentionBlock(Block):
         self._to_input(state, grad, grad_qkv, elements, input_grad)
 
     def _counts(self) -> tuple[int, int]:
-        rows = self._module.q_proj.weight.shape[0], self._module.k_proj.weight.shape[0]
+        rows = self._readers[0].weight.shape[0], self._readers[1].weight.shape[0]
         return rows[0] // self._head_dim, rows[1] // self._head_dim
 
-    def _split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        heads, kv_heads = self._counts()
-        sizes = [heads * self._head_dim, kv_heads * self._head_dim, kv_heads * self._head_dim]
-        query, key, value = qkv.split(sizes, dim=1)
-        return query, key, value
-
-    def _by_head(self, part: torch.Tensor) -> torch.Tensor:
+    def _by_head(self, columns: torch.Tensor) -> torch.Tensor:
         """[T, n * hd] as [T, n, hd]."""
-        return part.unflatten(1, (-1, self._head_dim))
+        return columns.view(len(columns), -1, self._head_dim)
+
+    def _parts(self, read: torch.Tensor) -> list[torch.Tensor]:
+        """Queries, keys and values, [T, n, hd] each, of what lies as in ``BlockState.read``."""
+        heads, kv_heads = self._counts()
+        return list(self._by_head(read).split((heads, kv_heads, kv_heads), dim=1))
 
     def _rotated(self, state: BlockState, batch: PassBatch) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """Rotated queries and keys and the values, each [T, n, hd], and the inverse RMS of normalised heads."""
-        parts = [self._by_head(part) for part in self._split(state.read)]
+        parts = self._parts(state.read)
         if self._head_norms[0] is None:
             return parts, [None, None]
         inverse_rms: list[torch.Tensor | None] = []
@@ -97,24 +99,36 @@ class AttentionBlock(Block):
             inverse_rms.append(rstd)
         return parts, inverse_rms
 
-    def _expanded(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
-        """The same with one key and value per query head."""
-        index = self._index(query, key)
-        if index is None:
-            return [query, key, value]
-        return [query, decoder.expand_kv(key, index), decoder.expand_kv(value, index)]
-
-    def _index(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-        """Which key/value head every query head uses, int64 [H]; ``None`` when each has its own."""
+    def _expanded(self, state: BlockState, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Rotated queries, keys and values, of the state where it holds them, with a key and value per query head."""
+        query, key, value = parts
         heads, kv_heads = query.shape[1], key.shape[1]
-        index: torch.Tensor | None = getattr(self._module, KV_INDEX, None)
-        if index is None and heads != kv_heads:
-            index = torch.arange(heads, device=query.device) // (heads // kv_heads)
-        return index
+        index, of_both = self._index(heads, kv_heads, query.device)
+        if index is None or of_both is None:
+            return parts
+        if self._head_norms[0] is not None:
+            return [query, decoder.expand_kv(key, index), decoder.expand_kv(value, index)]
+        # Keys and values lie side by side and are one launch.
+        return [query, *decoder.expand_kv(self._by_head(state.read)[:, heads:], of_both).split(heads, dim=1)]
+
+    def _index(
+        self, heads: int, kv_heads: int, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Which key/value head every query head uses, int64 [H], and which keys and then values, int64 [2 H], of heads
+        beside one another; ``None`` where each has its own."""
+        own: torch.Tensor | None = getattr(self._module, KV_INDEX, None)
+        if own is None and heads == kv_heads:
+            return None, None
+        # A step asks three times a layer, and widths change between steps at most.
+        if self._known is None or self._known[0] is not own or self._known[1] != (heads, kv_heads, device):
+            index = torch.arange(heads, device=device) // (heads // kv_heads) if own is None else own
+            self._known = own, (heads, kv_heads, device), index, torch.cat((index, index + kv_heads))
+        return self._known[2:]
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: PassBatch) -> torch.Tensor:
         """Causal attention over each sequence; [T, H, hd] each, returns [T, H * hd]."""
-        q, k, v = (t.unflatten(0, (batch.rows, batch.length)).transpose(1, 2) for t in (query, key, value))
+        shape = batch.rows, batch.length, query.shape[1], self._head_dim
+        q, k, v = (t.view(shape).transpose(1, 2) for t in (query, key, value))
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._module.scaling)
         return out.transpose(1, 2).reshape(batch.rows * batch.length, -1)
 
@@ -127,14 +141,17 @@ class AttentionBlock(Block):
     ) -> torch.Tensor:
         """Gradient of the three projections' outputs, side by side as in ``state.read``."""
         grad_qkv = torch.empty_like(state.read)
-        targets = [self._by_head(part) for part in self._split(grad_qkv)]
-        index = self._index(grads[0], targets[1])
-        found = list(grads)
-        if index is not None:
-            kv_heads = targets[1].shape[1]
-            found[1:] = [decoder.sum_kv(g, index, kv_heads) for g in grads[1:]]
-        targets[2].copy_(found[2])
-        raw = [self._by_head(part) for part in self._split(state.read)]
+        targets, found = self._parts(grad_qkv), list(grads)
+        kv_heads = targets[1].shape[1]
+        index, _ = self._index(grads[0].shape[1], kv_heads, grad_qkv.device)
+        if index is None:
+            targets[2].copy_(found[2])
+        else:
+            # The sum of keys goes where it is turned in place, but for normalised ones.
+            place = targets[1] if inverse_rms[1] is None else None
+            found[1] = decoder.sum_kv(found[1], index, kv_heads, out=place)
+            decoder.sum_kv(found[2], index, kv_heads, out=targets[2])
+        raw = self._parts(state.read)
         for i, rstd in enumerate(inverse_rms):
             if rstd is None:
                 decoder.rotary(found[i], batch.cos, batch.sin, inverse=True, out=targets[i])
