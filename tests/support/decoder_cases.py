@@ -257,3 +257,19 @@ def added_error(case: OpCase, device: str, dtype: torch.dtype, backend: str) -> 
         pair = [float((outputs[i].double() - truth).abs().max() / scale) for outputs in found]
         errors.append((pair[0], pair[1]))
     return errors
+
+
+def attention_operands(size: int, dtype: torch.dtype, device: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Queries, keys and values [2, 3, 40, size] as they lie side by side in a pass, and dL/d(output)."""
+    generator = torch.Generator().manual_seed(size)
+    heads = torch.randn(2, 40, 9, size, generator=generator).to(device, dtype)
+    grad = torch.randn(2, 40, 3, size, generator=generator).to(device, dtype)
+    return [part.transpose(1, 2) for part in heads.split(3, dim=2)], grad.transpose(1, 2)
+
+
+def attention_by_autograd(operands: list[torch.Tensor], grad: torch.Tensor, scale: float) -> list[torch.Tensor]:
+    """What torch's own function gives: the output and the gradients of the operands."""
+    leaves = [tensor.detach().requires_grad_() for tensor in operands]
+    query, key, value = leaves
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoder_cases import added_error, cross_entropy_case, expand_case, kv_case, norm_cases, rotary_cases, swiglu_cases
+from decoder_cases import (
+    added_error,
+    attention_by_autograd,
+    attention_operands,
+    cross_entropy_case,
+    expand_case,
+    kv_case,
+    norm_cases,
+    rotary_cases,
+    swiglu_cases,
+)
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
@@ -159,6 +169,22 @@ def test_the_sum_is_the_transpose_of_the_expansion():
     grad = torch.randn(5, 4, 4)
     one = (decoder.expand_kv(kv, index) * grad).sum()
     torch.testing.assert_close(one, (kv * decoder.sum_kv(grad, index, 3)).sum())
+
+
+# Sizes with flash attention, and those that it does not take.
+@pytest.mark.parametrize("size", [8, 64, 128, 20, 200])
+def test_attention_has_the_bits_of_autograd(size):
+    operands, grad = attention_operands(size, torch.float32, "cpu")
+    output, backward = decoder.attention(*operands, scale=0.3)
+    for found, expected in zip([output, *backward(grad)], attention_by_autograd(operands, grad, 0.3), strict=True):
+        assert not found.requires_grad
+        assert torch.equal(found, expected)
+
+
+def test_flash_attention_takes_no_graph(monkeypatch):
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a graph was run"))
+    operands, grad = attention_operands(64, torch.float32, "cpu")
+    decoder.attention(*operands, scale=0.125)[1](grad)
 
 
 @pytest.mark.parametrize(

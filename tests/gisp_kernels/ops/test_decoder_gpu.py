@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoder_cases import added_error, cross_entropy_case, expand_case, kv_case, norm_cases, rotary_cases, swiglu_cases
+from decoder_cases import (
+    added_error,
+    attention_by_autograd,
+    attention_operands,
+    cross_entropy_case,
+    expand_case,
+    kv_case,
+    norm_cases,
+    rotary_cases,
+    swiglu_cases,
+)
 
 from gisp_kernels.ops import decoder
 
@@ -123,3 +133,16 @@ def test_nothing_recompiles_while_a_model_shrinks():
     for shape in ((65, 1008, 6, 3), (512, 976, 5, 5), (33, 968, 16, 2), (2, 777, 3, 2), (16, 16, 16, 16), (7, 2, 2, 1)):
         run(*shape)
     assert variants() == compiled
+
+
+@pytest.mark.parametrize("size", [64, 128, 20, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attention_has_the_bits_of_autograd(dtype, size):
+    operands, grad = attention_operands(size, dtype, "cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        output, backward = decoder.attention(*operands, scale=0.3)
+        found, expected = [output, *backward(grad)], attention_by_autograd(operands, grad, 0.3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

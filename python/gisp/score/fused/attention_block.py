@@ -6,10 +6,10 @@ is recomputed, which costs little next to the projections and saves a tensor of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from gisp.model.attention import KV_INDEX
 from gisp.model.structures import LayerMap
@@ -41,8 +41,7 @@ class AttentionBlock(Block):
             heads, kv_heads = self._counts()
             turned = self._by_head(state.read)[:, : heads + kv_heads]
             decoder.rotary(turned, batch.cos, batch.sin, out=turned)
-        query, key, value = self._expanded(state, self._rotated(state, batch)[0])
-        return self._attend(query, key, value, batch)
+        return self._attend(self._expanded(state, self._rotated(state, batch)[0]), batch)[0]
 
     def backward(
         self, state: BlockState, grad: torch.Tensor, batch: PassBatch, wanted: Wanted | None, input_grad: bool
@@ -52,22 +51,20 @@ class AttentionBlock(Block):
             return
         rotated, inverse_rms = self._rotated(state, batch)
         grad_attended = self._products.input_grad(grad, [self._leaver])
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in self._expanded(state, rotated)]
-            attended = self._attend(leaves[0], leaves[1], leaves[2], batch)
+        attended, before = self._attend(self._expanded(state, rotated), batch)
         if wanted is not None and wanted.observe is not None:
-            wanted.observe(attended.detach(), grad)
+            wanted.observe(attended, grad)
             if not input_grad:
                 return
         if wanted is not None and wanted.gates is not None:
-            self._take_gates(wanted.gates, attended.detach(), grad_attended, batch)
+            self._take_gates(wanted.gates, attended, grad_attended, batch)
             if not input_grad:
                 return
         elements = None if wanted is None else wanted.elements
         if elements is not None:
-            self._score_leaver(elements, grad, attended.detach())
-        grads = torch.autograd.grad(attended, leaves, self._through_gates(grad_attended, batch))
-        del attended, leaves, grad_attended
+            self._score_leaver(elements, grad, attended)
+        grads = before(self._through_gates(grad_attended, batch))
+        del attended, before, grad_attended
         grad_qkv = self._unrotated(grads, state, inverse_rms, batch)
         del grads, rotated
         self._to_input(state, grad, grad_qkv, elements, input_grad)
@@ -125,12 +122,26 @@ class AttentionBlock(Block):
             self._known = own, (heads, kv_heads, device), index, torch.cat((index, index + kv_heads))
         return self._known[2:]
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: PassBatch) -> torch.Tensor:
-        """Causal attention over each sequence; [T, H, hd] each, returns [T, H * hd]."""
-        shape = batch.rows, batch.length, query.shape[1], self._head_dim
-        q, k, v = (t.view(shape).transpose(1, 2) for t in (query, key, value))
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self._module.scaling)
-        return out.transpose(1, 2).reshape(batch.rows * batch.length, -1)
+    def _attend(
+        self, parts: list[torch.Tensor], batch: PassBatch
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
+        """Causal attention over each sequence.
+
+        Args:
+            parts: queries, keys and values, [T, H, hd] each.
+
+        Returns:
+            The output [T, H * hd], and what turns its gradient into those of ``parts``.
+        """
+        shape = batch.rows, batch.length, parts[0].shape[1], self._head_dim
+        by_sequence = [part.view(shape).transpose(1, 2) for part in parts]
+        out, backward = decoder.attention(*by_sequence, scale=self._module.scaling)
+
+        def before(grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            grads = backward(grad.view(shape).transpose(1, 2))
+            return tuple(found.transpose(1, 2).reshape(parts[0].shape) for found in grads)
+
+        return out.transpose(1, 2).reshape(len(parts[0]), -1), before
 
     def _unrotated(
         self,
