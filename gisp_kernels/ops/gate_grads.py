@@ -87,7 +87,7 @@ def loss_change(sums: torch.Tensor, first_order: torch.Tensor | float = 1.0) -> 
 
     Args:
         sums: of :func:`gate_sums`, added over any number of batches.
-        first_order: weight of the first-order term, 0-dim.
+        first_order: weight of the first-order term, 0-dim or of every structure, [N].
     """
     return (sums[1] / 2 - first_order * sums[0]).float()
 

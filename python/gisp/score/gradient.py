@@ -20,6 +20,7 @@ from gisp.score.context import Context
 from gisp.score.first_order import averaged_batches, first_order_weights
 from gisp.score.fused import Float8Products, Followers, ImportancePass, MicroBatch, differs, why_not
 from gisp.score.fused.products import Products
+from gisp.score.fused.sums import parts_by_group
 from gisp.score.objectives import answer_nll, objective_name, own_losses, sequence_curvature, sequence_nll
 from gisp.score.staged import StagedPass
 from gisp.score.step_rows import StepRows
@@ -192,14 +193,20 @@ class GradientScorer:
     def _loss_changes(self, sums: dict[str, torch.Tensor], rows: StepRows, step: int) -> dict[str, torch.Tensor]:
         """Predicted changes of the loss from sums over all sequences of a step."""
         # One sample tells nothing of its noise, and of sequences of both signs only differences should count.
-        if not sums or self._config.first_order != "shrunk" or rows.samples < 2 or rows.opposed:
-            return {name: loss_change(values) for name, values in sums.items()}
+        if not sums:
+            return {}
+        # All groups in one go: of a small model's many groups each would cost the host a launch or four.
+        scored = [(name, values.shape[1]) for name, values in sums.items()]
+        together = torch.cat([*sums.values()], dim=1)
+        if self._config.first_order != "shrunk" or rows.samples < 2 or rows.opposed:
+            return parts_by_group(scored, loss_change(together))
         batches = averaged_batches(float(self._config.ema or 0), step) if self._context.steps.fresh else 1.0
         # Data seen again brings no new noise to average.
         batches = min(batches, max(1.0, len(rows.data.rows) / len(rows.numbers)))
         kinds = {group.name: group.kind for group in self._context.map.groups}
         trust = first_order_weights(sums, kinds, rows.samples, batches)
-        return {name: loss_change(values, trust[name]) for name, values in sums.items()}
+        by_structure = torch.cat([trust[name].expand(count) for name, count in scored])
+        return parts_by_group(scored, loss_change(together, by_structure))
 
     def _by_fused_pass(
         self,
