@@ -1,4 +1,4 @@
-"""Launches without what Triton's JIT does for every one of them.
+"""Launches without what Triton's JIT does for every one of them, and compilation ahead of the first.
 
 The JIT looks at names, types and options of all arguments to find the compiled form of a kernel. That takes the host
 several times as long as the launch itself, and a pass over a small model is a thousand launches. Here a form that was
@@ -7,7 +7,11 @@ found once is found again by what the JIT tells forms apart by, and is launched 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +24,8 @@ _LARGE = 2**31
 _CUDA = torch.version.cuda is not None
 
 _forms: dict[tuple[Any, ...], Any] = {}
+# Within :func:`compiled_ahead` what compiles the forms that lack; other threads go on launching.
+_lacking: ContextVar[dict[tuple[Any, ...], Callable[[], Any]] | None] = ContextVar("lacking", default=None)
 # By kernel, see :func:`_positions`.
 _specialised: dict[int, list[int]] = {}
 
@@ -83,6 +89,13 @@ def _run(
         key += (number >= _LARGE for number in numbers)
     found = tuple(key)
     form = _forms.get(found)
+    lacking = _lacking.get()
+    if lacking is not None:
+        if form is None:
+            # What is called by several threads computes its hash in this one.
+            hash(kernel)
+            lacking[found] = partial(kernel.warmup, *tensors, *numbers, *constants, grid=grid, **options)
+        return
     if form is not None:
         form[(*grid, 1, 1)[:3]](*addresses, *numbers, *constants)
         return
@@ -90,6 +103,37 @@ def _run(
     # The interpreter has no forms. Operands in a CPU's memory are for the JIT to refuse.
     if form is not None and _CUDA and all(tensor.get_device() >= 0 for tensor in tensors):
         _forms[found] = form
+
+
+@contextlib.contextmanager
+def compiled_ahead(device: torch.device) -> Iterator[None]:
+    """Launch nothing inside; compile on leaving, in threads, the forms that were to be launched and lack.
+
+    One after the other, each when it is first launched, they take several seconds. Results of what runs inside have no
+    meaning.
+
+    Args:
+        device: a GPU, of all launches.
+    """
+    lacking: dict[tuple[Any, ...], Callable[[], Any]] = {}
+    token = _lacking.set(lacking)
+    try:
+        yield
+    finally:
+        _lacking.reset(token)
+    if not lacking:
+        return
+
+    def build(compile_form: Callable[[], Any]) -> Any:
+        form = compile_form()
+        # Asked how to launch it, Triton loads the form and compiles the code that passes its arguments.
+        form[1, 1, 1]
+        return form
+
+    with ThreadPoolExecutor(len(lacking), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
+        for key, form in zip(lacking, pool.map(build, lacking.values()), strict=True):
+            if _CUDA:
+                _forms[key] = form
 
 
 def _positions(kernel: Any, tensors: int) -> list[int]:

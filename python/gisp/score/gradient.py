@@ -158,6 +158,7 @@ class GradientScorer:
             if self.refused is None:
                 candidate = ImportancePass(model_map)
                 ids = data.batch(rows.numbers[:1])[0]
+                candidate.compile_ahead(ids)
                 with evaluation_mode(self._model):
                     distance = differs(self._model, candidate.hidden_states(ids), ids)
                 if distance is None:

@@ -25,6 +25,7 @@ from gisp.score.fused.lm_head import LMHead
 from gisp.score.fused.memory import layers_to_recompute
 from gisp.score.fused.products import Products
 from gisp.score.fused.sums import parts_by_group, sample_sums
+from gisp_kernels import backend
 
 
 class ImportancePass:
@@ -43,6 +44,22 @@ class ImportancePass:
         self._visits = resident_or_streamed(model_map.model)
         self._layers = Layers(model_map.layers, products, self._visits)
         self._head = LMHead(model_map.model, Products())
+
+    @torch.no_grad()
+    def compile_ahead(self, ids: torch.Tensor) -> None:
+        """Compile the Triton kernels of :meth:`gate_sums`, all at once, where they will run.
+
+        Args:
+            ids: int64 [B, S], a few tokens to go through the layers as they will.
+        """
+        weight = self._model.get_output_embeddings().weight
+        if self._visits.recomputes or backend.interpreting() or backend.resolve(None, weight) != "triton":
+            return
+        from gisp_kernels.triton.forms import compiled_ahead
+
+        groups = [group for item in self._layers.items for group in (item.heads, item.channels) if group.count]
+        with compiled_ahead(weight.device):
+            self.gate_sums([MicroBatch(ids, ids, [1.0] * len(ids))], [(group.name, group.count) for group in groups])
 
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
