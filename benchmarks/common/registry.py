@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Model:
-    """Dimensions of a decoder."""
+    """Dimensions of a decoder; ``tied``: whether embeddings and output projection are one weight."""
 
     layers: int
     hidden: int
@@ -16,6 +16,7 @@ class Model:
     head_dim: int
     channels: int
     vocabulary: int
+    tied: bool = False
 
     @property
     def shares_kv(self) -> bool:
@@ -53,6 +54,7 @@ MODELS = {
     "llama-3-8b": Model(32, hidden=4096, heads=32, kv_heads=8, head_dim=128, channels=14336, vocabulary=128256),
     "llama-2-7b": Model(32, hidden=4096, heads=32, kv_heads=32, head_dim=128, channels=11008, vocabulary=32000),
     "llama-3-70b": Model(80, hidden=8192, heads=64, kv_heads=8, head_dim=128, channels=28672, vocabulary=128256),
+    "smollm2-135m": Model(30, hidden=576, heads=9, kv_heads=3, head_dim=64, channels=1536, vocabulary=49152, tied=True),
     "tiny": Model(4, hidden=64, heads=4, kv_heads=2, head_dim=16, channels=128, vocabulary=256),
 }
 REAL = ("llama-2-13b", "llama-3-8b")

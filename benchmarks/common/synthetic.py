@@ -24,7 +24,7 @@ def llama_settings(model: Model) -> dict[str, Any]:
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "initializer_range": 0.02,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": model.tied,
         "attn_implementation": "sdpa",
     }
 

@@ -38,6 +38,7 @@ from benchmarks.common.registry import MODELS
 from benchmarks.common.synthetic import build_model, random_tokens
 from benchmarks.prune.compensation import timed_compensation
 from benchmarks.prune.goals import GIGABYTE, prune_goals, prune_ratios
+from benchmarks.prune.gpu_time import pass_gpu_time
 from benchmarks.prune.host import show_host
 from benchmarks.prune.measure import Setting, timed_run
 from benchmarks.prune.offload import PLACES, measure_offload, show_offload
@@ -49,6 +50,8 @@ from gisp.compensation.options import METHODS
 from gisp.compensation.request import make_request
 from gisp.config.options import SLICES
 from gisp.errors import GispError
+from gisp.model.shrink import ShrinkableModel
+from gisp.model.structures import map_model
 from gisp.replicas.environment import launched
 
 NAME = "gisp bench prune"
@@ -87,11 +90,21 @@ def measure_model(
         print("the budget is spent before the run ended: nothing is compensated", flush=True)
     elif compensation:
         compensated = timed_compensation(model, tokens, compensation)
+    gpu_time = None
+    if on_gpu and not setting.fp8:
+        pruned = ShrinkableModel.of(model)
+        gpu_time = {"end": pass_gpu_time(pruned.map, tokens, setting)} if pruned else {}
+        del pruned
+        del model
+        torch.cuda.empty_cache()
+        dense = pass_gpu_time(map_model(build_model(shape, device, torch.bfloat16)), tokens, setting)
+        gpu_time = {"dense": dense, **gpu_time}
     return {
         "model": name,
         "device": device.type,
         "ceilings": asdict(peak) if peak else None,
         **result,
+        "pass_gpu_time": gpu_time,
         "paper": baseline,
         "compensation": compensated,
     }
@@ -148,6 +161,16 @@ def show(runs: list[dict[str, Any]]) -> str:
         )
     header = ("model", "steps", "seconds", "setup + step 1", "tokens/s dense / end", "% of matmul dense / end")
     return table((*header, "peak GB", "paper's way tokens/s", "its 280 steps, h"), lines)
+
+
+def show_steps(runs: list[dict[str, Any]]) -> str:
+    """Milliseconds of a step beside those the GPU works on its importance pass; empty without runs that hold them."""
+    lines = []
+    for run in runs:
+        for where, work in (run.get("pass_gpu_time") or {}).items():
+            step, own = 1000 * run[f"step_{where}"]["step"], 1000 * work["seconds"]
+            lines.append([f"{run['model']}, {where}", f"{step:.1f}", f"{own:.1f}", f"{work['kernels']:,}"])
+    return table(("step", "ms", "the GPU's own of the pass, ms", "its kernels"), lines) if lines else ""
 
 
 def show_phases(runs: list[dict[str, Any]]) -> str:
@@ -231,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     runs = result.get("runs", [])
     if not args.quiet:
         print(f"{show(runs)}\n{show_phases(runs)}\n" if runs else "", end="")
+        beside_gpu = show_steps(runs)
+        print(beside_gpu + "\n" if beside_gpu else "", end="")
         places = [(run["model"], run[place], place) for run in result.get("offload", []) for place in PLACES]
         beside = [{**found, "model": f"{name}, {place}"} for name, found, place in places if found]
         timed = show_host([*runs, *beside, *result.get("stages", [])])

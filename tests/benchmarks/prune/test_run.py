@@ -42,7 +42,16 @@ def test_tiny_run_writes_its_result(tiny_result: tuple[Path, dict[str, Any]]) ->
         assert run[where]["launch_pass"] <= run[where]["forward_backward"] < run[where]["step"]
     assert run["writes"]["count"] == 4 and run["writes"]["seconds"] > 0 and run["writes"]["bytes"] > 1000
     assert run["setup_seconds"] + run["first_step_seconds"] < run["seconds"]
+    assert run["pass_gpu_time"] is None
     assert run["paper"]["tokens_per_second"] > 0 and run["paper"]["hours"] > 0
+
+
+def test_a_step_is_shown_beside_the_work_of_the_gpu() -> None:
+    times = {"dense": {"seconds": 0.03, "kernels": 1200}, "end": {"seconds": 0.02, "kernels": 1100}}
+    run = {"model": "m", "step_dense": {"step": 0.05}, "step_end": {"step": 0.04}, "pass_gpu_time": times}
+    *_, dense, end = bench_prune.show_steps([{"model": "other", "pass_gpu_time": None}, run]).splitlines()
+    assert dense.split() == ["m,", "dense", "50.0", "30.0", "1,200"] and end.split()[-3:] == ["40.0", "20.0", "1,100"]
+    assert not bench_prune.show_steps([{"model": "old"}])
 
 
 def test_operations_fall_with_sparsity(tiny_result: tuple[Path, dict[str, Any]]) -> None:

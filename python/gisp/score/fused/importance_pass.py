@@ -55,7 +55,7 @@ class ImportancePass:
         weight = self._model.get_output_embeddings().weight
         if self._visits.recomputes or backend.interpreting() or backend.resolve(None, weight) != "triton":
             return
-        from gisp_kernels.triton.forms import compiled_ahead
+        from gisp_kernels.forms import compiled_ahead
 
         groups = [group for item in self._layers.items for group in (item.heads, item.channels) if group.count]
         with compiled_ahead(weight.device):
