@@ -63,14 +63,21 @@ def gate_grads(
         raise TypeError(f"out must be float32 without gradient, got {out.dtype}")
     checks.check_same_shape("out", out, shape)
     checks.check_same_device(out=out, input=input)
+    write_gate_grads(out, input.detach(), grad_input.detach(), block, backend)
+    return out
+
+
+def write_gate_grads(
+    out: torch.Tensor, input: torch.Tensor, grad_input: torch.Tensor, block: int, backend: str | None = None
+) -> None:
+    """:func:`gate_grads` of checked arguments without gradients: a pass makes them itself, two for every layer."""
     if backends.resolve(backend, input) == "triton":
         from gisp_kernels.triton import gate_grads as kernel
 
-        kernel.launch(out, input.detach(), grad_input.detach(), block)
+        kernel.launch(out, input, grad_input, block)
     else:
-        columns = (input.detach().float() * grad_input.detach().float()).sum(1)
-        out.copy_(columns.view(*shape, block).sum(2))
-    return out
+        columns = (input.float() * grad_input.float()).sum(1)
+        out.copy_(columns.view(*out.shape, block).sum(2))
 
 
 def predicted_loss_change(grads: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:

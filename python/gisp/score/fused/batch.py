@@ -94,7 +94,7 @@ class PassBatch:
 
     def by_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T, n] as [rows, length, n]."""
-        return tokens.unflatten(0, (self.rows, self.length))
+        return tokens.view(self.rows, self.length, tokens.shape[1])
 
 
 def make_batch(decoder: Any, micro: MicroBatch) -> PassBatch:

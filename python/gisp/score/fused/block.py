@@ -12,9 +12,10 @@ from torch import nn
 
 from gisp.score.fused.batch import PassBatch
 from gisp.score.fused.products import Products
-from gisp_kernels import gate_grads, wgrad_importance
+from gisp_kernels import wgrad_importance
 from gisp_kernels.groups import StructureGroup
 from gisp_kernels.ops import decoder
+from gisp_kernels.ops.gate_grads import write_gate_grads
 from gisp_kernels.ops.importance import StackedLinear, stacked_wgrad_importance
 
 
@@ -113,8 +114,7 @@ class Block(ABC):
         self, gates: torch.Tensor, leaving: torch.Tensor, grad_leaving: torch.Tensor, batch: PassBatch
     ) -> None:
         """Gate gradients from what the leaving projection reads and its gradient, [T, columns] each."""
-        inputs, grads = batch.by_sequence(leaving), batch.by_sequence(grad_leaving)
-        gate_grads(inputs, grads, block=self._widths[self._leaver], out=gates)
+        write_gate_grads(gates, batch.by_sequence(leaving), batch.by_sequence(grad_leaving), self._widths[self._leaver])
 
     def _through_gates(self, values: torch.Tensor, batch: PassBatch) -> torch.Tensor:
         """What passes the gates, forward or backward; [T, columns], changed in place."""

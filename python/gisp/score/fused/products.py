@@ -15,7 +15,8 @@ from gisp_kernels.ops import float8
 
 
 class Products:
-    """Products in the weights' own dtype; a weight [O, I] may be a strided prefix of a larger one."""
+    """Products in the weights' own dtype, under ``torch.no_grad``; a weight [O, I] may be a strided prefix of a larger
+    one."""
 
     def forward(self, x: torch.Tensor, linears: Sequence[nn.Linear]) -> torch.Tensor:
         """``x @ W.T + b`` of every layer, [T, I] to [T, sum of O]."""
@@ -31,10 +32,10 @@ class Products:
         """Sum of ``grad @ W`` over the layers, [T, sum of O] to [T, I]."""
         first, *others = linears
         start = first.weight.shape[0]
-        total = torch.mm(grad[:, :start], first.weight.detach())
+        total = torch.mm(grad if not others else grad[:, :start], first.weight)
         for linear in others:
             stop = start + linear.weight.shape[0]
-            total.addmm_(grad[:, start:stop], linear.weight.detach())
+            total.addmm_(grad[:, start:stop], linear.weight)
             start = stop
         return total
 
@@ -78,10 +79,9 @@ class Float8Products(Products):
 
 
 def _linear(x: torch.Tensor, linear: nn.Linear, out: torch.Tensor | None) -> torch.Tensor:
-    weight = linear.weight.detach().t()
-    if linear.bias is None:
+    weight, bias = linear.weight.t(), linear.bias
+    if bias is None:
         return torch.mm(x, weight) if out is None else torch.mm(x, weight, out=out)
-    bias = linear.bias.detach()
     return torch.addmm(bias, x, weight) if out is None else torch.addmm(bias, x, weight, out=out)
 
 
