@@ -1,11 +1,11 @@
 """Whether 8-bit products choose the structures that 16-bit ones choose, on a trained decoder.
 
-    python -m benchmarks.studies.float8 MODEL --calibration C --evaluation E --out R.json
+    python -m benchmarks.studies.float8 MODEL --calibration C --evaluation E [--criterion gisp] --out R.json
 
 Two readings. *One step*: the dense model, one batch, the structures a one-shot cut to each sparsity would take. *Run*:
-whole runs of preset fast with GISP's scores that differ in nothing else, and how far another data order alone moves the
-choice. Agreement is the number of structures both chose over the mean number each chose; chance is what two random
-choices would share.
+whole runs of preset fast that differ in nothing else, and how far another data order alone moves the choice. Scores are
+second-order, as the preset has them, or GISP's. Agreement is the number of structures both chose over the mean number
+each chose; chance is what two random choices would share.
 On a CPU 8-bit products are emulated: operands are rounded to 8 bits and multiplied in float32.
 """
 
@@ -27,6 +27,7 @@ from gisp.score.context import Context
 from gisp.select.selector import Selector
 
 NAME = "python -m benchmarks.studies.float8"
+SCORES = ("second-order", "gisp")
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,18 @@ def shared(one: torch.Tensor, other: torch.Tensor) -> float:
     return both / each if each else 1.0
 
 
-def one_step(study: Study) -> list[Agreement]:
+def one_step(study: Study, criterion: str) -> list[Agreement]:
     """Choices of one batch on the dense model."""
-    chosen = [_first_choice(study, fp8) for fp8 in (False, True)]
+    chosen = [_first_choice(study, criterion, fp8) for fp8 in (False, True)]
     return [
         Agreement("one step", "8-bit products", sparsity, shared(one, other), float(one.float().mean()))
         for sparsity, one, other in zip(study.sparsities, *chosen, strict=True)
     ]
 
 
-def _first_choice(study: Study, fp8: bool) -> list[torch.Tensor]:
+def _first_choice(study: Study, criterion: str, fp8: bool) -> list[torch.Tensor]:
     """What a one-shot cut to each sparsity takes, bool [structures]."""
-    config = make_config(criterion="gisp", batch_tokens=study.batch_tokens, fp8=fp8)
+    config = make_config(criterion=criterion, batch_tokens=study.batch_tokens, fp8=fp8)
     model_map = map_model(study.load(), config.gqa)
     protected = protected_layers(len(model_map.layers), config.protect_first, config.protect_last)
     selector = Selector(model_map, norm="params", protected=protected, align=1, keep_minimum=True)
@@ -80,9 +81,11 @@ def _first_choice(study: Study, fp8: bool) -> list[torch.Tensor]:
     return [selector.within_target(ranking, target).removed.cpu() for target in targets]
 
 
-def runs(study: Study) -> list[Agreement]:
+def runs(study: Study, criterion: str) -> list[Agreement]:
     """Whole runs: 16 and 8 bits with the same data order, and 16 bits with another."""
-    plain, rounded, other = (_run(study, seed=seed, fp8=fp8) for seed, fp8 in ((0, False), (0, True), (1, False)))
+    plain, rounded, other = (
+        _run(study, criterion=criterion, seed=seed, fp8=fp8) for seed, fp8 in ((0, False), (0, True), (1, False))
+    )
     return [
         Agreement("run", pair, sparsity, shared(a[0], b[0]), float(a[0].float().mean()), (a[1], b[1]))
         for pair, found in (("8-bit products", rounded), ("another data order", other))
@@ -90,9 +93,9 @@ def runs(study: Study) -> list[Agreement]:
     ]
 
 
-def _run(study: Study, *, seed: int, fp8: bool) -> list[tuple[torch.Tensor, float]]:
+def _run(study: Study, **options: Any) -> list[tuple[torch.Tensor, float]]:
     """What is removed at every sparsity, and the perplexity there."""
-    trajectory = study.run(seed=seed, fp8=fp8)
+    trajectory = study.run(**options)
     found = []
     for sparsity in study.sparsities:
         step = trajectory.step_for(sparsity)
@@ -119,10 +122,13 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         GispError: bad options.
     """
-    study = Study(parser(NAME, __doc__).parse_args(argv))
-    rows = [*one_step(study), *runs(study)]
+    options = parser(NAME, __doc__)
+    options.add_argument("--criterion", choices=SCORES, default=SCORES[0])
+    args = options.parse_args(argv)
+    study = Study(args)
+    rows = [*one_step(study, args.criterion), *runs(study, args.criterion)]
     print(show([asdict(row) for row in rows]))
-    study.report("float8", rows)
+    study.report("float8", rows, criterion=args.criterion)
     return 0
 
 

@@ -64,17 +64,17 @@ class Study:
         return load_dense(self.path, self.device, self.dtype)
 
     def run(self, **options: Any) -> Trajectory:
-        """A run of preset fast with GISP's scores to the highest sparsity; ``options`` are those that differ."""
+        """A run of preset fast to the highest sparsity, with GISP's scores; ``options`` are those that differ."""
         shared: dict[str, Any] = {"steps": self.steps, "batch_tokens": self.batch_tokens, "criterion": "gisp"}
-        return prune(self.load(), self.calibration, sparsity=max(self.sparsities), **shared, **options)
+        return prune(self.load(), self.calibration, sparsity=max(self.sparsities), **shared | options)
 
     def perplexity(self, trajectory: Trajectory, sparsity: float) -> float:
         """Held-out perplexity of the run's model at a sparsity."""
         return perplexity(trajectory.at(sparsity), self.evaluation, self.window).perplexity
 
-    def report(self, benchmark: str, rows: Sequence[DataclassInstance]) -> None:
-        """Write the rows where a file was asked for."""
-        setting = {"model": Path(self.path).name, "dtype": str(self.dtype), "steps": self.steps}
+    def report(self, benchmark: str, rows: Sequence[DataclassInstance], **more: Any) -> None:
+        """Write the rows, and ``more`` of the setting, where a file was asked for."""
+        setting = {"model": Path(self.path).name, "dtype": str(self.dtype), "steps": self.steps, **more}
         setting |= {"batch_tokens": self.batch_tokens, "window": self.window}
         made = {"benchmark": benchmark, "identity": identity(self.device), **setting}
         report(self.out, {**made, "rows": [asdict(row) for row in rows]})
