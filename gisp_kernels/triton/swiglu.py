@@ -10,6 +10,8 @@ from gisp_kernels.alignment import aligned, check_writable, readable
 from gisp_kernels.forms import ceil_div, run
 
 TILE = 1024
+# With gate gradients a step takes so many tokens of a tile of columns.
+BLOCK_T, BLOCK_C = 16, 128
 
 
 @triton.jit(do_not_specialize=["I", "stride_g", "stride_u", "stride_a"])
@@ -77,6 +79,61 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(act_ptrs, silu.to(gate.dtype).to(tl.float32) * u, mask=mask)
 
 
+@triton.jit(do_not_specialize=["S", "I", "stride_g", "stride_u", "stride_a", "stride_ob", "stride_oi"])
+def _gates_kernel(  # type: ignore[no-untyped-def]
+    gate_ptr,  # [B * S, I], becomes its gradient
+    up_ptr,  # [B * S, I], becomes its gradient
+    act_ptr,  # [B * S, I], dL/d(act)
+    scale_ptr,  # [I], unused without SCALED
+    out_ptr,  # float32 [B, I]
+    S,
+    I,  # noqa: E741
+    stride_g,
+    stride_u,
+    stride_a,
+    stride_ob,
+    stride_oi,
+    SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The backward and ``out = sum act * grad`` over a sequence's tokens, in order, a tile of columns a program."""
+    width = I
+    if ALIGNED:
+        width = (I // 16) * 16
+        stride_g = (stride_g // 16) * 16
+        stride_u = (stride_u // 16) * 16
+        stride_a = (stride_a // 16) * 16
+    tiles = tl.cdiv(width, BLOCK_C)
+    sequence = (tl.program_id(0) // tiles).to(tl.int64)
+    cols = (tl.program_id(0) % tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_width = cols < width
+    scale = tl.full((BLOCK_C,), 1.0, tl.float32)
+    if SCALED:
+        scale = tl.load(scale_ptr + cols, mask=in_width, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+    for first in range(0, S, BLOCK_T):
+        tokens = first + tl.arange(0, BLOCK_T)
+        mask = (tokens < S)[:, None] & in_width[None, :]
+        rows = (sequence * S + tokens)[:, None]
+        gate_ptrs = gate_ptr + rows * stride_g + cols[None, :]
+        up_ptrs = up_ptr + rows * stride_u + cols[None, :]
+        gate = tl.load(gate_ptrs, mask=mask, other=0.0)
+        up = tl.load(up_ptrs, mask=mask, other=0.0)
+        raw = tl.load(act_ptr + rows * stride_a + cols[None, :], mask=mask, other=0.0)
+        g, u, grad = gate.to(tl.float32), up.to(tl.float32), raw.to(tl.float32)
+        sigmoid = tl.sigmoid(g)
+        silu = g * sigmoid
+        act = (silu.to(gate.dtype).to(tl.float32) * u).to(gate.dtype).to(tl.float32)
+        total += act * grad
+        if SCALED:
+            grad = (grad * scale[None, :]).to(raw.dtype).to(tl.float32)
+        tl.store(gate_ptrs, grad * u * sigmoid * (1 + g * (1 - sigmoid)), mask=mask)
+        tl.store(up_ptrs, grad * silu, mask=mask)
+    tl.store(out_ptr + sequence * stride_ob + cols.to(tl.int64) * stride_oi, tl.sum(total, axis=0), mask=in_width)
+
+
 def forward(gate: torch.Tensor, up: torch.Tensor, act: torch.Tensor) -> None:
     """See :func:`gisp_kernels.ops.decoder.swiglu`; fills ``act``."""
     check_writable("out", act)
@@ -89,6 +146,41 @@ def backward(gate: torch.Tensor, up: torch.Tensor, grad_act: torch.Tensor) -> No
     check_writable("up", up)
     check_writable("grad_act", grad_act)
     _launch(_backward_kernel, gate, up, grad_act)
+
+
+def backward_gates(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    grad_act: torch.Tensor,
+    length: int,
+    scale: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """See :func:`gisp_kernels.ops.decoder.swiglu_backward_gates_`; fills ``out``."""
+    check_writable("gate", gate)
+    check_writable("up", up)
+    grad_act = readable(grad_act)
+    tokens, width = gate.shape
+    if width == 0 or out.shape[0] == 0:
+        return
+    strides = (gate.stride(0), up.stride(0), grad_act.stride(0))
+    with torch.cuda.device_of(gate):
+        _gates_kernel[(triton.cdiv(width, BLOCK_C) * (tokens // length),)](
+            gate,
+            up,
+            grad_act,
+            out if scale is None else readable(scale),
+            out,
+            length,
+            width,
+            *strides,
+            *out.stride(),
+            SCALED=scale is not None,
+            ALIGNED=all(extent % 16 == 0 for extent in (width, *strides)),
+            BLOCK_T=BLOCK_T,
+            BLOCK_C=BLOCK_C,
+            num_warps=4,
+        )
 
 
 def _launch(kernel: triton.JITFunction, gate: torch.Tensor, up: torch.Tensor, act: torch.Tensor) -> None:

@@ -165,7 +165,26 @@ def swiglu_cases(tokens: int, width: int) -> list[OpCase]:
     def act(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return functional.silu(gate) * up
 
+    length = next(n for n in (8, 3, 1) if tokens % n == 0)
+
+    def gates(inputs: Tensors, backend: str) -> Tensors:
+        gate, up, grad = inputs
+        scale = randn(width, device=str(gate.device), dtype=gate.dtype, seed=2)
+        scaled, other, incoming = (t.clone() for t in inputs)
+        out = Blank(tokens // length, width, gate.float())
+        found = decoder.swiglu_backward_gates_(gate, up, grad, length, out=out.inside, backend=backend)
+        assert found is out.inside
+        decoder.swiglu_backward_gates_(scaled, other, incoming, length, scale=scale, backend=backend)
+        return gate, up, out.filled(), scaled, other
+
+    def gates_truth(inputs: Tensors) -> Tensors:
+        gate, up, grad = inputs
+        scale = randn(width, device=str(gate.device), dtype=gate.dtype, seed=2)
+        sums = (act(gate, up) * grad).view(-1, length, width).sum(1)
+        return *_gradients(act, (gate, up), grad), sums, *_gradients(act, (gate, up), grad * scale)
+
     return [
+        OpCase(f"swiglu backward and gates {tokens}x{width}", make, gates, gates_truth),
         OpCase(
             f"swiglu {tokens}x{width}",
             make,

@@ -10,7 +10,7 @@ from gisp_kernels.ops.decoder.cross_entropy import token_nll, token_nll_grad_
 from gisp_kernels.ops.decoder.kv_heads import expand_kv, sum_kv
 from gisp_kernels.ops.decoder.rms_norm import add_rms_norm, rms_norm_apply, rms_norm_backward_
 from gisp_kernels.ops.decoder.rotary import rotary
-from gisp_kernels.ops.decoder.swiglu import swiglu, swiglu_backward_
+from gisp_kernels.ops.decoder.swiglu import swiglu, swiglu_backward_, swiglu_backward_gates_
 
 __all__ = [
     "add_rms_norm",
@@ -22,6 +22,7 @@ __all__ = [
     "sum_kv",
     "swiglu",
     "swiglu_backward_",
+    "swiglu_backward_gates_",
     "token_nll",
     "token_nll_grad_",
 ]

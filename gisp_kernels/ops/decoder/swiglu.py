@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from gisp_kernels import backend as backends
+from gisp_kernels import checks
 from gisp_kernels.checks import result
+from gisp_kernels.ops.gate_grads import gate_grads
 
 
 def swiglu(
@@ -49,6 +51,50 @@ def swiglu_backward_(
     up.copy_(grad * (g * sigmoid))
     gate.copy_(grad_gate)
     grad_act.copy_(activation)
+
+
+def swiglu_backward_gates_(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    grad_act: torch.Tensor,
+    length: int,
+    *,
+    scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Backward of ``scale * swiglu(gate, up)`` by the same read as gradients of gates on its columns.
+
+    Args:
+        gate: [T, I], becomes dL/d(gate).
+        up: [T, I], becomes dL/d(up).
+        grad_act: [T, I], the gradient of the scaled activation; undefined afterwards.
+        length: tokens of a sequence; divides T.
+        scale: [I], same dtype; ``None`` for ones.
+        out: float32 [T / length, I], any strides, overwritten; ``None`` for a new tensor.
+        backend: ``None`` or ``"auto"``, ``"reference"`` or ``"triton"``.
+
+    Returns:
+        ``out``: ``sum swiglu(gate, up) * grad_act`` over the tokens of every sequence, as
+        :func:`gisp_kernels.gate_grads` gives it.
+    """
+    _check(gate, up)
+    _check(gate, grad_act)
+    tokens, width = gate.shape
+    if length < 1 or tokens % length:
+        raise ValueError(f"length must divide the {tokens} tokens, got {length}")
+    if out is None:
+        out = torch.empty(tokens // length, width, dtype=torch.float32, device=gate.device)
+    checks.check_same_shape("out", out, (tokens // length, width))
+    if backends.resolve(backend, gate) == "triton":
+        from gisp_kernels.triton import swiglu as kernel
+
+        kernel.backward_gates(gate, up, grad_act, length, scale, out)
+        return out
+    by_sequence = (t.unflatten(0, (-1, length)) for t in (_forward(gate, up), grad_act))
+    gate_grads(*by_sequence, out=out, backend="reference")
+    swiglu_backward_(gate, up, grad_act if scale is None else grad_act.mul_(scale), backend="reference")
+    return out
 
 
 def _forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

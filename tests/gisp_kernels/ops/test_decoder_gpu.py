@@ -94,6 +94,7 @@ def test_nothing_recompiles_while_a_model_shrinks():
     from gisp_kernels.triton import kv_heads, rms_norm, rotary, swiglu
 
     kernels = (
+        swiglu._gates_kernel,
         rms_norm._add_norm_kernel,
         rms_norm._apply_kernel,
         rms_norm._backward_kernel,
@@ -107,6 +108,7 @@ def test_nothing_recompiles_while_a_model_shrinks():
     def run(tokens: int, channels: int, heads: int, kv: int) -> None:
         gate, up = torch.randn(tokens, 2 * channels, device="cuda").bfloat16().split(channels, dim=1)
         decoder.swiglu_backward_(gate, up, decoder.swiglu(gate, up))
+        decoder.swiglu_backward_gates_(gate, up, decoder.swiglu(gate, up), tokens)
         qkv = torch.randn(tokens, (heads + 2 * kv) * 128, device="cuda").bfloat16()
         query, key, _ = (part.unflatten(1, (-1, 128)) for part in qkv.split([heads * 128, kv * 128, kv * 128], dim=1))
         table = torch.ones(tokens, 128, device="cuda", dtype=torch.bfloat16)

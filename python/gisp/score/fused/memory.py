@@ -27,8 +27,7 @@ def working_bytes(item: LayerMap, tokens: int) -> int:
     attention, mlp = item.attention, item.layer.mlp
     weight = mlp.gate_proj.weight
     width, hidden = weight.shape
-    # Scored to second order the MLP holds its activation twice instead of a weight gradient.
-    in_mlp = tokens * width + max(2 * width * hidden, tokens * width)
+    in_mlp = tokens * width + 2 * width * hidden
     in_attention = 8 * tokens * attention.q_proj.weight.shape[0]
     return (max(in_mlp, in_attention) + 3 * tokens * hidden) * weight.element_size()
 

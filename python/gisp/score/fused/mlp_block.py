@@ -1,7 +1,8 @@
 """Forward and backward of a gated MLP with its norm, without autograd.
 
 Kept for the backward pass: the block's input with its inverse RMS, and the outputs of gate and up. The product
-``silu(gate) * up`` is recomputed by the kernel that takes its gradient apart.
+``silu(gate) * up`` is recomputed by the kernel that takes its gradient apart; the same read sums the gradients of gates
+on channels.
 """
 
 from __future__ import annotations
@@ -38,15 +39,18 @@ class MLPBlock(Block):
             if not input_grad:
                 return
         activation = self._products.input_grad(grad, [self._leaver])
-        if wanted is not None and wanted.gates is not None:
-            self._take_gates(wanted.gates, decoder.swiglu(gate, up), activation, batch)
-            if not input_grad:
-                return
-        activation = self._through_gates(activation, batch)
-        # In place: dL/d(activation) becomes the activation, gate and up become their gradients.
-        decoder.swiglu_backward_(gate, up, activation)
         elements = None if wanted is None else wanted.elements
-        if elements is not None:
-            self._score_leaver(elements, grad, activation)
+        if wanted is not None and wanted.gates is not None:
+            if not input_grad:
+                self._take_gates(wanted.gates, decoder.swiglu(gate, up), activation, batch)
+                return
+            scale = batch.gates.get(self._name)
+            decoder.swiglu_backward_gates_(gate, up, activation, batch.length, scale=scale, out=wanted.gates)
+        else:
+            activation = self._through_gates(activation, batch)
+            # In place: dL/d(activation) becomes the activation, gate and up become their gradients.
+            decoder.swiglu_backward_(gate, up, activation)
+            if elements is not None:
+                self._score_leaver(elements, grad, activation)
         del activation
         self._to_input(state, grad, state.read, elements, input_grad)
