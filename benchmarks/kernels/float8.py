@@ -29,8 +29,10 @@ def tasks(quick: bool) -> list[Task]:
                 labels = {"model": name, "projection": projection, "rows": rows, "width": width, "kept": kept}
                 prepare = partial(_prepare_product, TOKENS, rows, width)
                 found.append(Task("float8_product", {**labels, "tokens": TOKENS}, prepare))
-        labels = {"model": name, "rows": TOKENS, "width": model.hidden, "kept": DENSE}
-        found.append(Task("quantize_rows", labels, partial(_prepare_rows, TOKENS, model.hidden)))
+        # What gate and up read, and their gradients, whose columns are scaled.
+        for width, scaled in ((model.hidden, False), (2 * model.channels, True)):
+            labels = {"model": name, "rows": TOKENS, "width": width, "kept": DENSE}
+            found.append(Task("quantize_rows", labels, partial(_prepare_rows, TOKENS, width, scaled)))
         weight = {"model": name, "rows": model.channels, "width": model.hidden, "kept": DENSE}
         found.append(Task("quantize_transposed", weight, partial(_prepare_turned, model.channels, model.hidden)))
     return found
@@ -73,10 +75,11 @@ def _prepare_product(tokens: int, rows: int, width: int) -> Prepared:
     )
 
 
-def _prepare_rows(rows: int, width: int) -> Prepared:
+def _prepare_rows(rows: int, width: int, scaled: bool) -> Prepared:
     x = random_matrix(rows, width)
+    column = torch.rand(width, device=x.device) if scaled else None
     plain = partial(float8.quantize_rows, backend="reference")
-    return _rounding(x, lambda x: float8.quantize_rows(x)[0], lambda x: plain(x)[0])
+    return _rounding(x, lambda x: float8.quantize_rows(x, column)[0], lambda x: plain(x, column)[0])
 
 
 def _prepare_turned(rows: int, width: int) -> Prepared:

@@ -12,8 +12,11 @@ import triton.language as tl
 from gisp_kernels.alignment import aligned, check_writable, readable
 from gisp_kernels.forms import ceil_div, run
 
-BLOCK_K = 2048
-ROW_WARPS = 4
+# Columns a program reads at a time, and its warps.
+ROW = 2048, 4
+# Rows that run together must stay in the second-level cache until they are read again: of wide ones fewer run.
+WIDE = 8192
+WIDE_ROW = 8192, 16
 BLOCK_O, BLOCK_I = 64, 128
 TILE_WARPS = 8
 
@@ -109,13 +112,14 @@ def quantize_rows(
     if rows == 0:
         return
     numbers = width, x.stride(0), out.stride(0)
+    block, warps = WIDE_ROW if width > WIDE else ROW
     run(
         _quantize_rows_kernel,
         (rows,),
         (x, scale if column is None else readable(column), out, scale),
         numbers,
-        (column is not None, largest, smallest_scale, BLOCK_K, aligned(*numbers)),
-        num_warps=ROW_WARPS,
+        (column is not None, largest, smallest_scale, block, aligned(*numbers)),
+        num_warps=warps,
     )
 
 

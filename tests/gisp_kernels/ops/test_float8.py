@@ -44,7 +44,7 @@ def test_rows_are_rounded_to_the_nearest_of_their_scale(dtype, scaled):
     assert torch.equal(q.float().abs().amax(1), torch.full((9,), 448.0))
 
 
-@pytest.mark.parametrize("shape", [(5, 64), (3, 4100), (1, 17), (33, 16)])
+@pytest.mark.parametrize("shape", [(5, 64), (3, 4100), (2, 8300), (1, 17), (33, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_kernels_do_what_the_reference_does(shape, dtype):
     x = torch.randn(shape[0], 2 * shape[1]).to(dtype)[:, : shape[1]]
