@@ -75,7 +75,7 @@ def _prepare_product(tokens: int, rows: int, width: int) -> Prepared:
     )
 
 
-def _prepare_rows(rows: int, width: int, scaled: bool) -> Prepared:
+def _prepare_rows(rows: int, width: int, scaled: bool = False) -> Prepared:
     x = random_matrix(rows, width)
     column = torch.rand(width, device=x.device) if scaled else None
     plain = partial(float8.quantize_rows, backend="reference")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -22,7 +23,9 @@ def test_products_are_checked_against_what_rounding_costs(on_cpu: None) -> None:
     assert wrong_ones(prepared).keys() == {"half", "shifted"}
 
 
-@pytest.mark.parametrize("prepare", [float8._prepare_rows, float8._prepare_turned])
+@pytest.mark.parametrize(
+    "prepare", [float8._prepare_rows, partial(float8._prepare_rows, scaled=True), float8._prepare_turned]
+)
 def test_rounding_is_checked_bit_for_bit(on_cpu: None, prepare: Callable[[int, int], Prepared]) -> None:
     prepared = prepare(5, 32)
     assert list(prepared.implementations) == [AUTO, EAGER] and not wrong_ones(prepared)
