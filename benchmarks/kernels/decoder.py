@@ -1,6 +1,6 @@
-"""Attention and elementwise parts of a decoder layer on real shapes, beside eager and compiled PyTorch.
+"""Elementwise parts of a decoder layer on real shapes, beside eager and compiled PyTorch; fewest possible bytes count.
 
-Fewest possible bytes count. The library's versions are called as the importance pass calls them: in place where it
+The library's versions are called as the importance pass calls them: in place where it
 does so.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.measure import Inputs
-from benchmarks.common.registry import DENSE, HALF, MODELS, REAL, Model, kept_channels, kept_heads
+from benchmarks.common.registry import DENSE, HALF, MODELS, REAL, kept_channels, kept_heads
 from benchmarks.common.task import AUTO, COMPILED, EAGER, Implementation, Prepared, Task, random_matrix
 from benchmarks.kernels import eager
 from gisp_kernels.ops import decoder
@@ -22,7 +22,6 @@ from gisp_kernels.ops import decoder
 TOKENS = 8192
 LENGTH = 256
 EPS = 1e-5
-TORCH = "torch's attention"
 # Elements of logits a pass holds at a time.
 LOGIT_ELEMENTS = 2**27
 TOKEN_MULTIPLE = 128
@@ -50,7 +49,6 @@ def tasks(quick: bool) -> list[Task]:
                 _task("swiglu", name, TOKENS, channels, kept, _swiglu),
                 _task("swiglu_backward_", name, TOKENS, channels, kept, _swiglu_backward),
                 _task("swiglu_backward_gates_", name, TOKENS, channels, kept, _swiglu_gates),
-                _task("attention", name, TOKENS, heads * model.head_dim, kept, _attention_of(model, heads)),
             ]
     return (
         [replace(task, prepare=partial(_uncompiled, task.prepare)) for task in found if task.prepare]
@@ -164,35 +162,6 @@ def _tables(tokens: int, head_dim: int, like: torch.Tensor) -> tuple[torch.Tenso
     angle = torch.rand(tokens, head_dim // 2, device=like.device) * 6.28
     angle = angle[:LENGTH].repeat(tokens // LENGTH, 2)
     return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
-
-
-def _attention_of(model: Model, heads: int) -> Callable[[int, int], Prepared]:
-    # Where heads share keys and values they are left evenly here, which plain versions ask for.
-    kv_heads = heads if not model.shares_kv else next(n for n in range(model.kv_heads, 0, -1) if heads % n == 0)
-    return partial(_attention, head_dim=model.head_dim, kv_heads=kv_heads)
-
-
-def _attention(tokens: int, width: int, *, head_dim: int, kv_heads: int) -> Prepared:
-    """Forward and backward; torch's attention, which ``reference`` runs, is beside it."""
-    heads = width // head_dim
-    query, key, value, grad = (random_matrix(tokens, n, head_dim) for n in (heads, kv_heads, kv_heads, heads))
-    index = None
-    if kv_heads < heads:
-        index = torch.arange(heads, device=query.device) // (heads // kv_heads)
-
-    def ours(*inputs: torch.Tensor, backend: str | None) -> Sequence[torch.Tensor]:
-        query, key, value, grad, cos, sin = inputs
-        reads = decoder.AttentionInputs(query, key, value, LENGTH, head_dim**-0.5, index)
-        attended = decoder.attention(reads, differentiable=True, backend=backend)
-        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        attended.backward(grad, cos[:LENGTH], sin[:LENGTH], grads)
-        return attended.out, *grads
-
-    inputs = (query, key, value, grad, *_tables(tokens, head_dim, query))
-    moved = _bytes(query, key, value) * 3 + _bytes(query, query, grad)
-    prepared = _prepared(inputs, ours, eager.attention, moved, LENGTH)
-    prepared.implementations[TORCH] = partial(ours, backend="reference")
-    return prepared
 
 
 def _swiglu(tokens: int, channels: int) -> Prepared:

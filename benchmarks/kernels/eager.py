@@ -62,47 +62,6 @@ def swiglu_backward_gates(gate: torch.Tensor, up: torch.Tensor, grad: torch.Tens
     return *grads, (working(act) * working(grad)).unflatten(0, (-1, length)).sum(1)
 
 
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    grad: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    length: int,
-) -> Tensors:
-    """Causal attention and its gradients, those of query and key before their rotation.
-
-    Args:
-        query, grad: [T, H, hd].
-        key, value: [T, KV, hd]; KV divides H.
-        cos, sin: [T, hd].
-    """
-    shared = query.shape[1] // key.shape[1]
-    q, g = (t.unflatten(0, (-1, length)).transpose(1, 2) for t in (query, grad))
-    k, v = (t.repeat_interleave(shared, dim=1).unflatten(0, (-1, length)).transpose(1, 2) for t in (key, value))
-    unseen = torch.ones(length, length, device=q.device, dtype=torch.bool).triu(1)
-    scale = query.shape[2] ** -0.5
-    weights = torch.softmax(working(q @ k.transpose(2, 3) * scale).masked_fill(unseen, float("-inf")), dim=-1)
-    rounded = weights.to(q.dtype)
-    grad_weights = working(g @ v.transpose(2, 3))
-    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * scale
-    grad_scores = grad_scores.to(q.dtype)
-    out, grad_query = rounded @ v, grad_scores @ k
-    grad_key, grad_value = grad_scores.transpose(2, 3) @ q, rounded.transpose(2, 3) @ g
-    out, grad_query, grad_key, grad_value = (
-        t.transpose(1, 2).flatten(0, 1) for t in (out, grad_query, grad_key, grad_value)
-    )
-    grad_key, grad_value = (t.unflatten(1, (-1, shared)).sum(2) for t in (grad_key, grad_value))
-    return out, _turned_back(grad_query, cos, sin), _turned_back(grad_key, cos, sin), grad_value
-
-
-def _turned_back(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    half = grad.shape[-1] // 2
-    turned = grad * sin[:, None]
-    return grad * cos[:, None] + torch.cat((turned[..., half:], -turned[..., :half]), dim=-1)
-
-
 def token_nll_grad(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> Tensors:
     """Gradient of the weighted NLL with respect to the logits, and the NLL of every token."""
     value = working(logits)
