@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from gisp.config.memory import gigabytes
 from gisp.errors import GispError
 
-# Share of the device's memory that is planned with; the rest is for fragments and for what libraries take.
+# Share of the device's memory that is planned with; the rest is for fragments and for what libraries take. torch takes
+# memory in segments of up to 20 MiB, a few of which are used in part: next to nothing, but not of a few hundred MB.
 _USABLE = 0.92
+_SEGMENTS = 48 * 2**20
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,14 @@ def make_plan(demand: Demand, *, everything: bool, limit: int | None, host: int 
     Raises:
         GispError: it does not fit, or the host has too little memory.
     """
-    usable = None if limit is None else int(limit * _USABLE)
+    usable = None if limit is None else int(limit * _USABLE) - _SEGMENTS
     ends = (False, True) if demand.embedding + demand.head else (False,)
     places = [Plan(demand, (), on_host, limit, away) for on_host in (False, True) for away in ends]
     plans = [plan for place in places if (plan := _largest(place, everything, usable)) is not None]
     plan = min(plans, key=lambda plan: plan.crossing, default=None)
     if plan is None:
-        least = min(Plan(demand, (*range(len(demand.layers)),), True, limit, away).device for away in ends) / _USABLE
+        least = min(Plan(demand, (*range(len(demand.layers)),), True, limit, away).device for away in ends)
+        least = int((least + _SEGMENTS) / _USABLE)
         raise GispError(
             f"--offload needs {gigabytes(least)} on the GPU for two layers and their work, "
             f"{gigabytes(limit or 0)} may be used: give a smaller --batch-tokens or --batch-size, or more --gpu-memory"
