@@ -105,6 +105,7 @@ def launches(capability: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]
     yield partial(rotary.launch, heads, table, table, False, heads.clone())
     yield partial(swiglu.forward, x, x, x.clone())
     yield partial(swiglu.backward, x.clone(), x.clone(), x.clone())
+    yield partial(swiglu.backward_gates, x.clone(), x.clone(), x, TOKENS, None, matrix(1, WIDTH, of=torch.float32))
     bits = weight.view({2: torch.int16, 4: torch.int32}[weight.element_size()])
     pairs = torch.tensor([[0, 1]])
     yield partial(swap.launch, [bits], [pairs], [tuple(block_layout(bits, "column", 1))])
