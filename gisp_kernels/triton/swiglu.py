@@ -164,23 +164,14 @@ def backward_gates(
     if width == 0 or out.shape[0] == 0:
         return
     strides = (gate.stride(0), up.stride(0), grad_act.stride(0))
-    with torch.cuda.device_of(gate):
-        _gates_kernel[(triton.cdiv(width, BLOCK_C) * (tokens // length),)](
-            gate,
-            up,
-            grad_act,
-            out if scale is None else readable(scale),
-            out,
-            length,
-            width,
-            *strides,
-            *out.stride(),
-            SCALED=scale is not None,
-            ALIGNED=all(extent % 16 == 0 for extent in (width, *strides)),
-            BLOCK_T=BLOCK_T,
-            BLOCK_C=BLOCK_C,
-            num_warps=4,
-        )
+    run(
+        _gates_kernel,
+        (ceil_div(width, BLOCK_C) * (tokens // length),),
+        (gate, up, grad_act, out if scale is None else readable(scale), out),
+        (length, width, *strides, *out.stride()),
+        (scale is not None, aligned(width, *strides), BLOCK_T, BLOCK_C),
+        num_warps=4,
+    )
 
 
 def _launch(kernel: triton.JITFunction, gate: torch.Tensor, up: torch.Tensor, act: torch.Tensor) -> None:
