@@ -7,6 +7,10 @@ fall a token is ``-r`` with ``r = sum d_i / N``, its standard error that of a ra
 1977)::
 
     error = sqrt(U / (U - 1) * sum (d_i - r n_i)^2) / N,    kept where r < -error
+
+What is brought nearer to the dense model may still predict the text worse: pruned by the loss on some kind of text, a
+model can have become better at it than the dense one would have it. So nothing counts that has a higher loss on the
+held-out text than the pruned model without any compensation.
 """
 
 from __future__ import annotations
@@ -33,12 +37,16 @@ class HeldOut:
         units: int64 [rows], number of the unit every row belongs to.
         tokens: float64 [U], tokens of every unit.
         dense: last states of the dense model, [T, D], by number of the batches that fall to this process.
+        targets: next tokens, int64 [T] by number of such a batch, -100 where none is scored.
+        most: loss of all tokens, in nats, above which nothing counts.
     """
 
     batches: list[Batch]
     units: torch.Tensor
     tokens: torch.Tensor
     dense: dict[int, torch.Tensor]
+    targets: dict[int, torch.Tensor]
+    most: float = math.inf
 
     def totals(self, values_of: Callable[[int], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         """Sums over the tokens of every unit, float64 [U] of every kind of value; processes share the batches.
@@ -57,6 +65,10 @@ class HeldOut:
             for total, values in zip(totals, kinds, strict=True):
                 total.index_add_(0, units, torch.tensor(values, dtype=torch.float64))
         return totals
+
+    def counts(self, losses: torch.Tensor) -> bool:
+        """Whether losses [U] are not above what counts."""
+        return not float(losses.sum()) > self.most
 
     def mean(self, totals: torch.Tensor) -> float:
         """A token's share of totals [U]."""
@@ -163,7 +175,7 @@ class Stage:
         name: of its method.
         tokens: calibration tokens it saw, one seen twice counts twice.
         before: divergence from the dense model in nats a token on held-out text, as the stage found it.
-        reached: the lowest divergence it reached; ``kept`` says whether that is a fall.
+        reached: the lowest divergence it reached without a higher loss; ``kept`` says whether that is a fall.
         error: standard error of the difference.
         kept: whether its result stays.
         size: of fits: the factor on all accepted moves.

@@ -81,7 +81,11 @@ def _described(stage: Stage, options: CompensationOptions) -> str:
     facts.append(f"{stage.tokens:,} calibration tokens")
     if not stage.kept:
         gain = stage.before - stage.reached
-        facts.append(f"dropped as the fall of {gain:.2g} nats does not exceed its standard error {stage.error:.2g}")
+        facts.append(
+            f"dropped as the fall of {gain:.2g} nats does not exceed its standard error {stage.error:.2g}"
+            if gain
+            else "dropped as nothing brought the model nearer to the dense one without raising its loss"
+        )
     return f"{stage.name} ({', '.join(facts)})"
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gisp.data import Row
+from gisp.data import Row, Sequences
+from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.model.modes import replaced_forward
 from gisp.model.structures import LayerMap, ModelMap
@@ -90,6 +91,19 @@ def make_batches(ids_of: Sequence[torch.Tensor], device: torch.device, per_batch
         numbers = tuple(number for number, _ in chosen)
         batches.append(Batch(ids, None if bool((lengths == length).all()) else real, numbers))
     return batches
+
+
+def next_tokens(batch: Batch, data: Sequences) -> torch.Tensor:
+    """The token that follows each real token of a batch, int64 [T] on its device; -100 where it is not scored.
+
+    Wrong answers are to be unlikely: none of their tokens is scored.
+    """
+    labels = torch.full(batch.ids.shape, IGNORED)
+    for place, number in enumerate(batch.rows):
+        ids, scored = data.rows[number]
+        if not data.signs or data.signs[number] > 0:
+            labels[place, : len(ids) - 1] = scored[1:]
+    return batch.tokens(labels.to(batch.ids.device)[..., None])[:, 0]
 
 
 def first_tokens(rows: Sequence[Row], tokens: int) -> list[torch.Tensor]:

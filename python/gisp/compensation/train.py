@@ -79,7 +79,7 @@ def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: 
             continue
         values = trained.values()
         found = student.divergences(held_out, values.__getitem__)
-        if not bool(torch.isfinite(found).all()):
+        if bool(found.isnan().any()):
             break
         if float(found.sum()) < float(best.sum()):
             kept, best, count = values, found, number

@@ -15,9 +15,11 @@ from tiny import tiny_model, tiny_tokens
 import gisp
 from gisp.compensation import METHODS, Compensation, CompensationOptions, fit_compensation, make_request
 from gisp.compensation import options as options_module
-from gisp.compensation.acceptance import difference
+from gisp.compensation.acceptance import HeldOut, difference
 from gisp.compensation.pruned.student import Student
+from gisp.compensation.streams import make_batches, next_tokens
 from gisp.data import Sequences, load_sequences
+from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate import perplexity
 from gisp.model.keep import Keep
@@ -153,30 +155,77 @@ def test_stages_of_a_name() -> None:
     assert CompensationOptions("gates").target is None and CompensationOptions("kfac").target == "local"
 
 
+DEMO = Path(gisp.__file__).parent / "demo"
+
+
+def demo_text(name: str, documents: int, vocab_size: int) -> Sequences:
+    """Beginnings of documents of the demo."""
+    found = load_sequences(str(DEMO / name), vocab_size=vocab_size, seq_len=128, tokenizer_from=str(DEMO / "decoder"))
+    return Sequences.plain([found.rows[pieces[0]] for pieces in found.examples[:documents]])
+
+
+@pytest.mark.usefixtures("loss_counts")
 @pytest.mark.parametrize("method", ["bias", "affine", "rescale", "lsq", "lsq dense", "kfac", "gates", "distil"])
 def test_little_text_leaves_the_demo_decoder_no_worse(method: str) -> None:
-    folder = Path(gisp.__file__).parent / "demo"
-    model = load_dense(str(folder / "decoder"), torch.device("cpu"), "float32")
+    model = load_dense(str(DEMO / "decoder"), torch.device("cpu"), "float32")
     model_map = map_model(model)
-
-    def beginnings(name: str, documents: int) -> Sequences:
-        found = load_sequences(
-            str(folder / name), vocab_size=model_map.vocab_size, seq_len=128, tokenizer_from=str(folder / "decoder")
-        )
-        return Sequences.plain([found.rows[pieces[0]] for pieces in found.examples[:documents]])
-
     shrinkable = ShrinkableModel(model_map)
     step = 3 if method != "kfac" else 2
     shrinkable.remove(
         {item.channels.name: torch.arange(0, item.channels.count, step) for item in model_map.layers[1:-1]}
         | {item.heads.name: torch.tensor([2]) for item in model_map.layers[1:-1]}
     )
-    text = beginnings("heldout.jsonl", 24)
+    text = demo_text("heldout.jsonl", 24, model_map.vocab_size)
     before = perplexity(model, text, 128).perplexity
     name, *target = method.split()
     options: dict[str, Any] = {"steps": 8, "batch_tokens": 512} if name in ("gates", "distil") else {}
     if target:
         options["target"] = target[0]
-    found = gisp.compensate(model, beginnings("calibration.jsonl", 16), method=name, **options)
+    found = gisp.compensate(model, demo_text("calibration.jsonl", 16, model_map.vocab_size), method=name, **options)
     assert found.texts == 4 and 200 < found.tokens < 800
     assert perplexity(model, text, 128).perplexity <= before * (1 + 1e-6)
+
+
+def worsened_by_its_channels() -> tuple[Any, ShrinkableModel]:
+    """A decoder whose first layer carries noise through half of its channels, and these taken away."""
+    model = load_dense(str(DEMO / "decoder"), torch.device("cpu"), "float32")
+    item = map_model(model).layers[0]
+    down = item.layer.mlp.down_proj.weight
+    with torch.no_grad():
+        noise = torch.randn(down[:, ::2].shape, generator=torch.Generator().manual_seed(0))
+        # It follows what channels that stay compute, so that a fit can bring it back.
+        down[:, ::2] += 4 * noise * down.std()
+        item.layer.mlp.up_proj.weight[::2] = item.layer.mlp.up_proj.weight[1::2]
+        item.layer.mlp.gate_proj.weight[::2] = item.layer.mlp.gate_proj.weight[1::2]
+    shrinkable = ShrinkableModel(map_model(model))
+    shrinkable.remove({item.channels.name: torch.arange(0, item.channels.count, 2)})
+    return model, shrinkable
+
+
+@pytest.mark.usefixtures("loss_counts")
+@pytest.mark.parametrize("method", ["lsq", "kfac", "gates", "distil"])
+def test_nearer_to_a_worse_model_is_not_better(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = worsened_by_its_channels()
+    size = model.config.vocab_size
+    text, calibration = demo_text("heldout.jsonl", 16, size), demo_text("calibration.jsonl", 48, size)
+    options: dict[str, Any] = {"steps": 12, "batch_tokens": 512} if method in ("gates", "distil") else {}
+    before = perplexity(model, text, 128).perplexity
+    found = gisp.compensate(model, calibration, method=method, **options)
+    assert perplexity(model, text, 128).perplexity <= 1.005 * before
+    monkeypatch.setattr(HeldOut, "counts", lambda *_: True)
+    model, _ = worsened_by_its_channels()
+    found = gisp.compensate(model, calibration, method=method, **options)
+    assert found.stages[-1].after < found.stages[0].before
+    assert perplexity(model, text, 128).perplexity > 1.02 * before
+
+
+def test_the_loss_leaves_out_what_is_not_scored() -> None:
+    ids = torch.arange(1, 6)
+    masked_ids = torch.where(ids < 3, IGNORED, ids)
+    data = Sequences([(ids, ids), (ids, masked_ids), (ids[:3], ids[:3])], (1, 1, -1), ((0,), (1, 2)))
+    (batch,) = make_batches([row for row, _ in data.rows], torch.device("cpu"))
+    sizes = [len(data.rows[number][0]) for number in batch.rows]
+    by_row = dict(zip(batch.rows, next_tokens(batch, data).split(sizes), strict=True))
+    assert by_row[0].tolist() == [2, 3, 4, 5, IGNORED]
+    assert by_row[1].tolist() == [IGNORED, 3, 4, 5, IGNORED]
+    assert by_row[2].tolist() == [IGNORED] * 3

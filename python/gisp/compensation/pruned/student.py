@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional
 from gisp.compensation.acceptance import HeldOut
 from gisp.compensation.pruned.fused import FusedPasses
 from gisp.compensation.pruned.projections import Forward, Move, Observer, Projection, Traced, Value
-from gisp.compensation.streams import Batch, make_batches
+from gisp.compensation.streams import Batch, make_batches, next_tokens
 from gisp.data import Row, Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
@@ -107,7 +108,7 @@ class Student:
         return [projection for projection in self.projections if len(projection.columns)]
 
     def hold_out(self, data: Sequences) -> HeldOut:
-        """Held-out sequences with what the dense model makes of them.
+        """Held-out sequences with what the dense model makes of them, and the loss of the pruned model as it is.
 
         Raises:
             GispError: the model makes its logits otherwise.
@@ -123,7 +124,10 @@ class Student:
         self._choose(batches[0])
         own = sharers().share(len(batches))
         dense = self._states([batches[number] for number in own])
-        return HeldOut(batches, units, tokens, dict(zip(own, dense, strict=True)))
+        targets = {number: next_tokens(batches[number], data) for number in own}
+        held_out = HeldOut(batches, units, tokens, dict(zip(own, dense, strict=True)), targets)
+        _, losses = self._measured(held_out, self._own)
+        return replace(held_out, most=float(losses.sum()))
 
     def groups(self, rows: Sequence[Row], *, graphs: bool = True) -> list[list[Batch]]:
         """All tokens of rows in batches, grouped by what there is room for in a backward pass.
@@ -135,25 +139,34 @@ class Student:
         batches = make_batches([ids for ids, _ in rows], self.device, per_batch=tokens)
         return [batches[first : first + count] for first in range(0, len(batches), count)]
 
-    @torch.no_grad()
     def divergences(self, held_out: HeldOut, value_of: ValueOf | None = None) -> torch.Tensor:
         """Divergence from the dense model in nats, summed over the tokens of every held-out unit, float64 [U].
+
+        It is infinite where the loss on the text is above what counts.
 
         Args:
             value_of: None for what the projections are.
         """
+        found, losses = self._measured(held_out, value_of or self._own)
+        return found if held_out.counts(losses) else torch.full_like(found, math.inf)
 
+    @torch.no_grad()
+    def _measured(self, held_out: HeldOut, value_of: ValueOf) -> list[torch.Tensor]:
+        """Divergence and loss, float64 [U] each."""
         own = sharers().share(len(held_out.batches))
-        found = self._states([held_out.batches[number] for number in own], value_of or self._own)
+        found = self._states([held_out.batches[number] for number in own], value_of)
         states = dict(zip(own, found, strict=True))
 
-        def values_of(number: int) -> tuple[torch.Tensor]:
-            here, wanted = states.pop(number), held_out.dense[number]
-            parts = [_kl_div(*self._log_probabilities(here[c], wanted[c])) for c in self._chunks(len(wanted))]
-            return (torch.cat(parts),)
+        def values_of(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+            here, wanted, targets = states.pop(number), held_out.dense[number], held_out.targets[number]
+            divergences, losses = [], []
+            for chunk in self._chunks(len(wanted)):
+                predicted, goal = self._log_probabilities(here[chunk], wanted[chunk])
+                divergences.append(_kl_div(predicted, goal))
+                losses.append(functional.nll_loss(predicted, targets[chunk], reduction="none"))
+            return torch.cat(divergences), torch.cat(losses)
 
-        (totals,) = held_out.totals(values_of)
-        return totals
+        return held_out.totals(values_of)
 
     def backward(self, rows: Sequence[Row], traced: Sequence[Traced], scale: float) -> None:
         """A backward pass of the rows' divergence, summed over tokens and multiplied by ``scale``.
