@@ -14,7 +14,7 @@ from benchmarks.common.command import table
 from gisp.model.shrink import ShrinkableModel
 from gisp.run.folder import RunFolder
 from gisp.run.setup import Setup
-from gisp.run.step import StepWriter, Transfer
+from gisp.run.step import Transfer
 from gisp.select.selector import Selector
 
 # What a step calls once each: what the host does then.
@@ -23,7 +23,7 @@ _PARTS: dict[str, tuple[type, str]] = {
     "launch_select": (Selector, "rank"),
     "wait": (Transfer, "fetch"),
     "compact": (ShrinkableModel, "remove"),
-    "hand_over": (StepWriter, "take"),
+    "hand_over": (RunFolder, "commit"),
 }
 _MEGABYTE = 1e6
 

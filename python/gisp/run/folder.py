@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,7 +42,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._clean = False
-        self._lines: list[str] = []
+        # Of steps that are not written yet, with their numbers.
+        self._lines: deque[tuple[int, str]] = deque()
 
     @contextmanager
     def writing(self, resume: bool, *, looking: bool = False) -> Iterator[bool]:
@@ -82,22 +84,23 @@ class RunFolder:
             )
         return False
 
-    def note(self, metrics: dict[str, Any]) -> None:
-        """Keep the metrics of a step for ``metrics.jsonl``, until it or a later one is committed."""
-        self._lines.append(json.dumps(metrics) + "\n")
-
     def commit(
-        self, trajectory: Trajectory, state: dict[str, torch.Tensor], earlier: bytes | None = None
+        self,
+        trajectory: Trajectory,
+        metrics: dict[str, Any],
+        state: dict[str, torch.Tensor],
+        earlier: bytes | None = None,
     ) -> Callable[[], None]:
         """What writes the steps up to now; later steps change nothing of it.
 
         Args:
             trajectory: with the record of the step to commit last.
+            metrics: of this step, one JSON object for ``metrics.jsonl``; they are kept until a step is written.
             state: tensors a resumed run needs (moving averages).
             earlier: the file of removal steps before this step, where it changed steps before its own; the step before
                 is committed then.
         """
-        lines, self._lines = self._lines, []
+        self._lines.append((len(trajectory.steps), json.dumps(metrics) + "\n"))
         state = {name: tensor.clone() for name, tensor in state.items()}
         now = replace(
             trajectory,
@@ -106,12 +109,12 @@ class RunFolder:
         )
 
         def write() -> None:
-            self._write(now, "".join(lines), state, earlier)
+            self._write(now, state, earlier)
             trajectory.state_sha256 = now.state_sha256
 
         return write
 
-    def _write(self, trajectory: Trajectory, lines: str, state: dict[str, torch.Tensor], earlier: bytes | None) -> None:
+    def _write(self, trajectory: Trajectory, state: dict[str, torch.Tensor], earlier: bytes | None) -> None:
         from safetensors.torch import save
 
         step = len(trajectory.steps)
@@ -125,7 +128,8 @@ class RunFolder:
                 (self.path / METRICS).unlink(missing_ok=True)
                 write_atomic(self.path / CONFIG_FILE, self._config(trajectory))
             with (self.path / METRICS).open("a") as file:
-                file.write(lines)
+                while self._lines and self._lines[0][0] <= step:
+                    file.write(self._lines.popleft()[1])
             if earlier is not None:
                 write_atomic(earlier_tensors(self.path, step - 1), earlier)
             trajectory.state_sha256 = hashlib.sha256(stored).hexdigest()

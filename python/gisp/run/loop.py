@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +158,7 @@ class PruningLoop:
                         # How long its own writing held it up a step cannot write down; it carries the previous step's.
                         clock.seconds["write"] = writer.held_up
                         metrics["seconds"] = clock.seconds
-                        folder.note(metrics)
-                        writer.take(partial(folder.commit, trajectory, state, earlier))
+                        writer.take(folder.commit(trajectory, metrics, state, earlier))
                     progress.advance(details=step_details(record, self.config.objective))
                     if on_step:
                         on_step(record, steps)

@@ -53,20 +53,21 @@ class StepWriter:
     def __init__(self, overlap: bool) -> None:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="write") if overlap else None
         self._written: concurrent.futures.Future[None] | None = None
-        self._left: Callable[[], Callable[[], None]] | None = None
+        self._left: Callable[[], None] | None = None
         self.held_up = 0.0
 
-    def take(self, step: Callable[[], Callable[[], None]]) -> None:
+    def take(self, write: Callable[[], None]) -> None:
         """Write a step, or leave it to the next one.
 
         Args:
-            step: called when its write begins, if it does: copies what later steps change, and gives the write.
+            write: of the step and those before it; nothing that it reads changes later. The next step may end within
+                itself, and then this one is written as it was.
 
         Raises:
             GispError: of this write or the one before.
         """
         start = time.perf_counter()
-        self._left = step
+        self._left = write
         if self._written is None or self._written.done():
             self._begin()
         self.held_up = time.perf_counter() - start
@@ -92,12 +93,11 @@ class StepWriter:
 
     def _begin(self) -> None:
         """Begin to write what is left, once what was written before is known to be there."""
-        (written, self._written), (step, self._left) = (self._written, None), (self._left, None)
+        (written, self._written), (write, self._left) = (self._written, None), (self._left, None)
         if written is not None:
             written.result()
-        if step is None:
+        if write is None:
             return
-        write = step()
         if self._thread is None:
             write()
         else:

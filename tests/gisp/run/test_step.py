@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from slow_disk import Held, counted
 from tiny import tiny_model, tiny_tokens
 
 import gisp
+from gisp.model.shrink import ShrinkableModel
 from gisp.run import loop, trajectory
 from gisp.run.step import StepWriter, Transfer
 from gisp.run.trajectory import StepRecord, Trajectory
@@ -30,16 +31,13 @@ class SlowDisk:
         self.ended: list[int] = []
         self.free = threading.Event()
 
-    def step(self, number: int) -> Callable[[], Callable[[], None]]:
-        def copy() -> Callable[[], None]:
-            self.began.append(number)
-            return write
-
+    def step(self, number: int) -> Callable[[], None]:
         def write() -> None:
+            self.began.append(number)
             assert self.free.wait(60)
             self.ended.append(number)
 
-        return copy
+        return write
 
 
 def test_a_step_is_on_disk_at_once_unless_writes_overlap():
@@ -57,10 +55,10 @@ def test_steps_that_end_within_a_write_are_written_with_the_last_of_them():
     writer = StepWriter(overlap=True)
     for number in (1, 2, 3):
         writer.take(disk.step(number))
-    assert disk.began == [1] and disk.ended == []
+    assert disk.ended == []
     disk.free.set()
     writer.flush()
-    assert disk.ended == [1, 3]
+    assert disk.began == disk.ended == [1, 3]
     writer.take(disk.step(4))
     writer.close()
     writer.close()
@@ -76,7 +74,7 @@ def test_a_failed_write_is_raised_once_and_not_tried_again(end):
     disk = SlowDisk()
     disk.free.set()
     writer = StepWriter(overlap=True)
-    writer.take(lambda: fail)
+    writer.take(fail)
     assert writer._written is not None
     concurrent.futures.wait([writer._written])
     with pytest.raises(OSError, match="disk"):
@@ -165,6 +163,47 @@ def test_a_run_killed_within_a_write_of_many_steps_goes_on_from_the_one_before(t
     left = Trajectory.load(out)
     assert all(at.max() <= len(left.steps) for at in left.removed_at.values())
     run(out)
+    assert same(tmp_path / "plain", out)
+
+
+class Reused:
+    """Fetches into memory that the next fetch overwrites, as on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.memory: dict[int, torch.Tensor] = {}
+
+    def fetch(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        for number, tensor in enumerate(tensors):
+            own = self.memory.get(number)
+            if own is None or own.shape != tensor.shape:
+                own = self.memory[number] = torch.empty_like(tensor)
+            own.copy_(tensor)
+        return [self.memory[number] for number in range(len(tensors))]
+
+
+@pytest.mark.usefixtures("behind")
+@pytest.mark.parametrize(("owner", "name"), [(loop, "check_scores"), (ShrinkableModel, "remove")])
+def test_a_run_that_ends_within_a_step_leaves_the_ones_before_as_they_were(tmp_path, monkeypatch, owner, name):
+    run(tmp_path / "plain", ema=0.5)
+    disk, out, calls = Held("trajectory.json", STEPS), tmp_path / "cut", []
+    own = getattr(owner, name)
+
+    def ending(*given: Any) -> None:
+        calls.append(1)
+        if len(calls) == 4:
+            # The first step is being written, the next two are left.
+            disk.go.set()
+            raise KeyboardInterrupt
+        own(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trajectory, "write_atomic", disk.write)
+        patch.setattr(loop, "Transfer", Reused)
+        patch.setattr(owner, name, ending)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, ema=0.5)
+    assert len(Trajectory.load(out).steps) == 3
+    run(out, ema=0.5)
     assert same(tmp_path / "plain", out)
 
 
