@@ -107,7 +107,7 @@ def _run(
 
 @contextlib.contextmanager
 def compiled_ahead(device: torch.device) -> Iterator[None]:
-    """Launch nothing inside; compile on leaving, in threads, the forms that were to be launched and lack.
+    """:func:`run` launches nothing inside; on leaving, the forms that lack for it are compiled, in threads.
 
     One after the other, each when it is first launched, they take several seconds. Results of what runs inside have no
     meaning.
