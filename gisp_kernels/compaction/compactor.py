@@ -217,9 +217,9 @@ class Compactor:
             ValueError: a layer's weight was replaced from outside; nothing has changed then.
         """
         names = [group.name for group in self._groups] if groups is None else groups
-        closed = {id(store) for name in names for store in self._held[self._ordering.group(name)]}
         self._check_shown(range(len(self._axes)))
         self._follow_state()
+        closed = {id(store) for name in names for store in self._held[self._ordering.group(name)]}
         # The prepared swaps hold on to the storage that is given up.
         self._prepared = []
         for store in (*self._stores, *self._state.stores):

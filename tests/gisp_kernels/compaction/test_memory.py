@@ -69,6 +69,20 @@ def test_pack_in_place_leaves_every_weight_where_it_is(moved: int, monkeypatch: 
         compactor.rollback()
 
 
+def test_pack_in_place_closes_gaps_of_optimizer_state_that_was_loaded_since() -> None:
+    block = Block()
+    optimizer = torch.optim.Adam(block.parameters())
+    for parameter in block.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    compactor = Compactor(block.groups(), optimizer=optimizer)
+    compactor.remove({"channels": [1, 5]})
+    optimizer.load_state_dict(optimizer.state_dict())
+    compactor.pack(in_place=True)
+    moment = optimizer.state[block.down_proj.weight]["exp_avg"]
+    assert block.down_proj.weight.is_contiguous() and moment.is_contiguous()
+
+
 def test_pack_in_place_leaves_the_strides_of_other_groups() -> None:
     block = Block(dtype=torch.bfloat16)
     groups = block.groups()
