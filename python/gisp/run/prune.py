@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from gisp.config.options import IN_MEMORY, OPTIONS, SLICES, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
-from gisp.errors import GispError, quoted
+from gisp.errors import GispError
 from gisp.model.checks import check_writable, warn_beyond_positions
 from gisp.model.load import load_dense, resolve_device, resolve_dtype
 from gisp.model.paths import check_model_path
@@ -36,7 +36,7 @@ from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
 from gisp.score.questions import check_objective
 from gisp.stages.group import Stages
 from gisp.stages.parted import parted_model
-from gisp.stages.rules import Sharing, check_sharing
+from gisp.stages.rules import Sharing, check_count, check_sharing
 
 
 def prune(
@@ -119,8 +119,7 @@ def _prune(given: dict[str, Any]) -> Trajectory:
 
 def _stages(count: Any, replicas: Replicas, config: PruneConfig, loss: SequenceLoss | None) -> Stages | None:
     """The stages of a run, ``None`` where every process holds the whole model."""
-    if type(count) is not int or count < 1:
-        raise GispError(f"stages is {quoted(count)}: give a whole number of at least 1")
+    check_count(count)
     check_sharing(Sharing.of(config, replicas.size, count, own_loss=objective_name(loss) if loss else ""))
     return Stages(replicas, count) if count > 1 else None
 

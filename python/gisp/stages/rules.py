@@ -8,7 +8,7 @@ from typing import Any
 
 from gisp.config.criteria import CRITERIA
 from gisp.config.options import PruneConfig
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 from gisp.model.probe import PROVEN
 
 
@@ -110,6 +110,16 @@ RULES: tuple[tuple[Callable[[Sharing], bool], str], ...] = (
         "{0.replicas} or more, or fewer processes",
     ),
 )
+
+
+def check_count(stages: Any) -> None:
+    """Refuse what is no number of stages, from Python.
+
+    Raises:
+        GispError: it is no whole number of at least 1.
+    """
+    if type(stages) is not int or stages < 1:
+        raise GispError(f"stages is {quoted(stages)}: give a whole number of at least 1")
 
 
 def check_sharing(asked: Sharing) -> None:

@@ -21,6 +21,7 @@ from gisp.replicas.group import Replicas
 from gisp.replicas.sharing import sharing
 from gisp.run.record import library_versions
 from gisp.stages.group import Stages
+from gisp.stages.rules import check_count
 from gisp.target.check import check_along, check_parted, is_run
 from gisp.target.open import Target, open_target
 from gisp.target.record import EvaluationRecorder
@@ -59,6 +60,7 @@ def evaluate_target(
     Returns:
         ``sparsity, model_sparsity, step, parameters, kv_bytes_per_token, data`` and what was measured.
     """
+    check_count(stages)
     chosen = _checked(target, data, options, window, lm_eval, compensation, offload)
     check_parted(stages, lm_eval, compensation, offload, chosen.generate)
     with _processes(replicas, stages) as (sharers, parted):
@@ -107,6 +109,7 @@ def evaluate_along(
     Raises:
         GispError: a target of one size, or a sparsity beyond the run.
     """
+    check_count(stages)
     chosen = _checked(target, data, options, window, lm_eval, compensation, offload)
     check_parted(stages, lm_eval, compensation, offload, chosen.generate)
     if not sparsities:

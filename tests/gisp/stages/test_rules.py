@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny import tiny_model, tiny_tokens
 
+import gisp
 from gisp.config.options import make_config
 from gisp.errors import GispError
 from gisp.stages.rules import RULES, Sharing, check_sharing
+from gisp.target import evaluate_along, evaluate_target
 
 SOUND = Sharing(4, 2, layers=8, model_type="llama", slices=8)
 # What breaks each rule and no other one.
@@ -50,6 +56,18 @@ def test_numbers_that_go_together_are_taken() -> None:
         taken.add((processes, stages, slices))
     possible = {(p, s, n) for p, s, n in product(range(1, 10), range(1, 5), (1, 2, 8)) if p % s == 0 and p // s <= n}
     assert taken == possible
+
+
+@pytest.mark.parametrize("stages", [0, -1, 2.0, "2", True, None])
+def test_what_is_no_number_of_stages(tmp_path: Path, stages: Any) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: gisp.prune(tiny_model(), tiny_tokens(), sparsity=0.3, stages=stages),
+        lambda: evaluate_target(str(tmp_path), "text.txt", stages=stages),
+        lambda: evaluate_along(str(tmp_path), "text.txt", sparsities=[0.5], stages=stages),
+    ]
+    for call in calls:
+        with pytest.raises(GispError, match=f"stages is {stages!r}: give a whole number of at least 1"):
+            call()
 
 
 def test_a_run_says_what_it_asks() -> None:
