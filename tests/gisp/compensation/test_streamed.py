@@ -25,6 +25,8 @@ PLACES: dict[str, dict[str, Any]] = {
     "all": {"streamed": (0, 1, 2, 3)},
     "inputs too": {"streamed": (0, 1, 2, 3), "inputs_on_host": True},
     "some": {"streamed": (1, 2)},
+    "ends too": {"streamed": (1, 2), "ends_on_host": True},
+    "ends alone": {"streamed": (), "ends_on_host": True},
 }
 METHODS: dict[str, dict[str, Any]] = {
     "lsq": {"target": "dense"},
