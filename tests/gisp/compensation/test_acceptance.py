@@ -222,7 +222,7 @@ def test_nearer_to_a_worse_model_is_not_better(method: str, monkeypatch: pytest.
 def test_the_loss_leaves_out_what_is_not_scored() -> None:
     ids = torch.arange(1, 6)
     masked_ids = torch.where(ids < 3, IGNORED, ids)
-    data = Sequences([(ids, ids), (ids, masked_ids), (ids[:3], ids[:3])], (1, 1, -1), ((0,), (1, 2)))
+    data = Sequences(((ids, ids), (ids, masked_ids), (ids[:3], ids[:3])), (1, 1, -1), ((0,), (1, 2)))
     (batch,) = make_batches([row for row, _ in data.rows], torch.device("cpu"))
     sizes = [len(data.rows[number][0]) for number in batch.rows]
     by_row = dict(zip(batch.rows, next_tokens(batch, data).split(sizes), strict=True))
