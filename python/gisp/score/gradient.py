@@ -160,11 +160,9 @@ class GradientScorer:
                 ids = data.batch(rows.numbers[:1])[0]
                 candidate.compile_ahead(ids)
                 with evaluation_mode(self._model):
-                    distance = differs(self._model, candidate.hidden_states(ids), ids)
-                if distance is None:
+                    self.refused = differs(self._model, candidate.streams(ids), ids)
+                if self.refused is None:
                     self._fused = ImportancePass(model_map, Float8Products()) if self._config.fp8 else candidate
-                else:
-                    self.refused = f"its last hidden state is off by {distance:.1e}"
         return self._fused
 
     def _compared(self, rows: StepRows) -> StepRows:

@@ -29,9 +29,8 @@ from gisp.model.structures import ModelMap
 from gisp.offload.passes import Inside, LayerwisePasses, as_it_is
 from gisp.offload.stream import resident_or_streamed
 from gisp.replicas.sharing import sharers
-from gisp.score.fused import why_not
+from gisp.score.fused import ImportancePass, differs, why_not
 from gisp.score.fused.block import Wanted
-from gisp.score.fused.support import distance_of
 
 # Tokens of a batch on a CPU, and on a GPU where no graph is kept: enough for fast products, and few enough for several
 # processes to share held-out text.
@@ -299,10 +298,9 @@ class Student:
         """Pass by the fused layers where they compute what the model computes."""
         if self._longest is None or why_not(self._map, self._longest) is not None:
             return
-        candidate, ids = FusedPasses(self._map), batch.ids[:1]
-        expected = self._model.model(input_ids=ids, use_cache=False).last_hidden_state
-        if distance_of(candidate.states([ids])[0].flatten(0, 1), expected) is None:
-            self._fused = candidate
+        ids = batch.ids[:1]
+        if differs(self._model, ImportancePass(self._map).streams(ids), ids) is None:
+            self._fused = FusedPasses(self._map)
 
     @torch.no_grad()
     def _check(self, batch: Batch) -> None:

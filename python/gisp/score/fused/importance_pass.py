@@ -62,11 +62,26 @@ class ImportancePass:
             self.gate_sums([MicroBatch(ids, ids, [1.0] * len(ids))], [(group.name, group.count) for group in groups])
 
     @torch.no_grad()
-    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
-        """Residual stream after the last layer, before the final norm; int64 [B, S] to [B * S, D]."""
-        with self._layers.visiting(len(self._layers)):
-            (flow,) = self._forward_alone([MicroBatch(ids, ids, [1.0] * len(ids))])
-        return flow.x if flow.delta is None else flow.x + flow.delta
+    def streams(self, ids: torch.Tensor, every: int = 8) -> dict[int, torch.Tensor]:
+        """Residual streams [B * S, D] behind every so many layers and behind the last one, before the final norm.
+
+        Args:
+            ids: int64 [B, S].
+
+        Returns:
+            By the number of layers that a stream has passed.
+        """
+        found: dict[int, torch.Tensor] = {}
+        flow = embedded(self._model, make_batch(self._model.model, MicroBatch(ids, ids, [1.0] * len(ids))))
+
+        def seen(number: int) -> None:
+            if number and number % every == 0:
+                found[number] = flow.stream()
+
+        count = len(self._layers)
+        with self._layers.visiting(count):
+            self._layers.forward([flow], count, seen=seen)
+        return {**found, count: flow.stream()}
 
     @torch.no_grad()
     def token_nll(self, micros: Sequence[MicroBatch]) -> list[torch.Tensor]:

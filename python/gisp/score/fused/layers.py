@@ -44,6 +44,10 @@ class Flow:
     delta: torch.Tensor | None = None
     kept: list[_LayerState | Taken] = field(default_factory=list)
 
+    def stream(self) -> torch.Tensor:
+        """The residual stream [T, D] as it is now, in memory of its own."""
+        return self.x.clone() if self.delta is None else self.x + self.delta
+
     def leave(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The two parts of the residual stream, held no longer: only a backward may follow."""
         parts = self.x, self.delta
@@ -76,14 +80,22 @@ class Layers:
         """To be entered around the output projection."""
         return self._visits.visit(len(self))
 
-    def forward(self, flows: Sequence[Flow], lowest: int, recomputed: int = 0) -> None:
+    def forward(
+        self,
+        flows: Sequence[Flow],
+        lowest: int,
+        recomputed: int = 0,
+        seen: Callable[[int], None] = lambda number: None,
+    ) -> None:
         """Take every flow through all layers; those from ``lowest`` keep what their backward needs.
 
         Args:
             recomputed: how many of these keep only what their forward starts from.
+            seen: is told the number of every layer before the flows enter it.
         """
         for i, layer in enumerate(self._layers):
             aside = partial(self._visits.keep, i) if i < lowest + recomputed else None
+            seen(i)
             with self._visits.visit(i):
                 for flow in flows:
                     layer.take(flow, i >= lowest, aside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,23 +50,43 @@ def why_not(model_map: ModelMap, length: int) -> str | None:
     return None
 
 
-def differs(model: Any, hidden: torch.Tensor, ids: torch.Tensor) -> float | None:
-    """Relative distance of the pass's last hidden state from the model's own, ``None`` if they agree.
+@torch.no_grad()
+def differs(model: Any, streams: Mapping[int, torch.Tensor], ids: torch.Tensor) -> str | None:
+    """Where the pass differs from the model, ``None`` if nowhere.
+
+    The model goes on from each stream of the pass: roundings of two ways to compute the same add up over layers, and in
+    16 bits the last states of 80 layers are far apart.
 
     Args:
-        hidden: [T, D], residual stream after the last layer as the pass computed it for ``ids``.
+        streams: [T, D], as :meth:`gisp.score.fused.ImportancePass.streams` computed them for ``ids``.
         ids: int64 [B, S].
     """
-    device = hidden.device
-    with torch.no_grad():
-        expected = model.model(input_ids=ids.to(device), use_cache=False).last_hidden_state
-        return distance_of(model.model.norm(hidden), expected)
+    decoder, last = model.model, max(streams)
+    found: dict[int, float | None] = {}
+
+    def enter(number: int, module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        found[number] = distance_of(streams[number], args[0])
+        return streams[number].view_as(args[0]), *args[1:]
+
+    handles = [decoder.layers[i].register_forward_pre_hook(partial(enter, i)) for i in streams if i < last]
+    try:
+        expected = decoder(input_ids=ids.to(streams[last].device), use_cache=False).last_hidden_state
+    finally:
+        for handle in handles:
+            handle.remove()
+    found[last] = distance_of(decoder.norm(streams[last]), expected)
+    apart = next(((number, distance) for number, distance in sorted(found.items()) if distance is not None), None)
+    return None if apart is None else f"the hidden state after layer {apart[0] - 1} is off by {apart[1]:.1e}"
 
 
 def distance_of(found: torch.Tensor, expected: torch.Tensor) -> float | None:
-    """Relative distance of hidden states [T, D] from the model's own [B, S, D], ``None`` if they agree."""
+    """Relative distance of hidden states [T, D] from the model's own [B, S, D], ``None`` if they agree.
+
+    Every token counts alike: the first one of a sequence may be a hundred times as large as the others.
+    """
     own = expected.flatten(0, 1).double()
-    distance = float((found.double() - own).norm() / own.norm().clamp_min(1e-30))
+    distances = (found.double() - own).norm(dim=1) / own.norm(dim=1).clamp_min(1e-30)
+    distance = float(distances.square().mean().sqrt())
     return None if distance <= _TOLERANCE[found.dtype] else distance
 
 

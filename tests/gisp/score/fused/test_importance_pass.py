@@ -154,7 +154,7 @@ def test_a_model_that_computes_something_else_is_scored_by_autograd():
             return 1.5 * output, weights
 
     model.model.layers[1].self_attn.__class__ = Scaled
-    assert "last hidden state" in str(refused(model))
+    assert "hidden state after layer 3 is off by" in str(refused(model))
 
 
 def test_hooks_windows_and_other_activations_are_seen():
@@ -166,13 +166,29 @@ def test_hooks_windows_and_other_activations_are_seen():
     assert "not SiLU" in str(refused(tiny_model("llama-mha", hidden_act="gelu")))
 
 
-def test_agreement_is_measured_against_the_models_own_hidden_state():
+def test_agreement_is_measured_against_the_models_own_hidden_states():
     model = tiny_model("qwen3")
     model_map = map_model(model)
     ids = tiny_tokens(rows=2)
-    hidden = ImportancePass(model_map).hidden_states(ids)
+    streams = ImportancePass(model_map).streams(ids, every=1)
+    assert sorted(streams) == [*range(1, len(model_map.layers) + 1)]
     assert why_not(model_map, 16) is None
-    assert differs(model, hidden, ids) is None
-    hidden[0] += 1
-    found = differs(model, hidden, ids)
-    assert found is not None and found > 1e-3
+    assert differs(model, streams, ids) is None
+    for number in streams:
+        wrong = {i: stream.clone() for i, stream in streams.items()}
+        wrong[number][0] += 1
+        assert f"after layer {number - 1} is off" in str(differs(model, wrong, ids))
+
+
+def test_roundings_of_a_deep_model_do_not_add_up_to_a_difference():
+    # Weights as large as those of a wide model: every layer changes the stream by several times what it was.
+    model = tiny_model("llama-mha", layers=96, intermediate_size=128).bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter.normal_(0, 0.4)
+    ids = tiny_tokens(rows=1)
+    found = ImportancePass(map_model(model)).streams(ids)
+    assert differs(model, found, ids) is None
+    whole = {len(model.model.layers): found[len(model.model.layers)]}
+    assert differs(model, whole, ids) is not None
