@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -16,6 +16,10 @@ _LOGIT_ELEMENTS = {"cuda": 2**29, "cpu": 2**24}
 _FORWARD_ELEMENTS = 2**26
 # What autograd keeps of one pass for its backward, in bytes; of a large model a few sequences reach it.
 _ACTIVATION_BYTES = {"cuda": 2**33, "cpu": 2**32}
+# A pass takes about as long as this many tokens more: a model's launches and small kernels.
+_PASS_TOKENS = 2048
+# Where a step may be parted; with more places the best ones would take more than milliseconds to find.
+_MOST_PLACES = 128
 # Seeds of the tasks of a mixture lie this far apart.
 _SEED_STRIDE = 7919
 
@@ -27,16 +31,26 @@ class StepBatches:
         model_map: the model they pass through.
         data: calibration sequences.
         kind: ``stream``: each step a fresh batch of about ``tokens`` tokens; ``exact``: every step the whole set.
-        batch_size: sequences per pass; ``None``: the whole step for ``stream``, for ``exact`` what keeps logits and
-            activations small.
+        batch_size: sequences per pass; ``None``: for ``stream`` the whole step or what ``parts`` makes of it, for
+            ``exact`` what keeps logits and activations small.
+        parts: whether sequences of a step that differ much in length pass one kind after the other.
     """
 
     def __init__(
-        self, model_map: ModelMap, data: Sequences, *, kind: str, batch_size: int | None, tokens: int, seed: int
+        self,
+        model_map: ModelMap,
+        data: Sequences,
+        *,
+        kind: str,
+        batch_size: int | None,
+        tokens: int,
+        seed: int,
+        parts: bool = False,
     ) -> None:
         self.data = data
         self._kind = kind
         self._batch_size = batch_size
+        self._parts = parts
         self._vocab_size = model_map.vocab_size
         weight = model_map.weight
         self._device = weight.device
@@ -112,6 +126,10 @@ class StepBatches:
             bounded: without a batch size, keep logits and activations of a fresh batch small as well.
         """
         size = self._batch_size
+        if size is None and self._parts and self._kind == "stream" and not bounded:
+            inside = {position for place in together for position in place[1:]}
+            yield from even_stretches([len(self.data.rows[i][0]) for i in numbers], inside)
+            return
         if size is None and (bounded or self._kind == "exact"):
             longest = max(len(self.data.rows[i][0]) for i in numbers)
             kind = "cuda" if self._device.type == "cuda" else "cpu"
@@ -126,6 +144,38 @@ class StepBatches:
                 stop += 1
             yield start, stop
             start = stop
+
+
+def even_stretches(lengths: Sequence[int], inside: Container[int]) -> list[tuple[int, int]]:
+    """The consecutive stretches of sequences that pass through a model in the least time.
+
+    The rows of a pass are padded to its longest one. A mixture of short questions and long texts would be padding for
+    the most part; a pass more takes time of its own.
+
+    Args:
+        lengths: tokens of every sequence, at least one.
+        inside: positions that stay with the one before.
+    """
+    if max(lengths) * len(lengths) - sum(lengths) <= _PASS_TOKENS:
+        return [(0, len(lengths))]
+    places = [i for i in range(len(lengths)) if i not in inside]
+    places = [*places[:: -(-len(places) // _MOST_PLACES)], len(lengths)]
+    longest = [max(lengths[start:stop]) for start, stop in pairwise(places)]
+    # Of every place the least time up to there, and where the last pass began.
+    least: list[tuple[int, int]] = [(0, 0)]
+    for stop in range(1, len(places)):
+        most, best = 0, (0, -1)
+        for start in reversed(range(stop)):
+            most = max(most, longest[start])
+            took = least[start][0] + _PASS_TOKENS + most * (places[stop] - places[start])
+            best = (took, start) if best[1] < 0 else min(best, (took, start))
+        least.append(best)
+    found, stop = [], len(places) - 1
+    while stop:
+        start = least[stop][1]
+        found.append((places[start], places[stop]))
+        stop = start
+    return found[::-1]
 
 
 class Sampler:

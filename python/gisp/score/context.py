@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from gisp.config.criteria import CRITERIA
 from gisp.config.options import PruneConfig
 from gisp.data import Sequences
 from gisp.data.batches import StepBatches
@@ -81,6 +82,7 @@ class Context:
             batch_size=config.batch_size,
             tokens=config.batch_tokens,
             seed=config.seed,
+            parts=CRITERIA[config.criterion].gradient == "second-order",
         )
 
     def forward_pass(self, step: int, recorder: MaskedRecorder | None = None) -> tuple[torch.Tensor, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,7 +42,8 @@ class StepRows:
         """The rows of a step (1-based)."""
         data, numbers, weights, places = steps.data, steps.numbers(step), steps.weights(step), steps.questions(step)
         questions = Questions.of(places, [data.signs[i] for i in numbers], weights)
-        return cls(data, numbers, weights, questions, steps.leaders(step), list(steps.batches(numbers, places)))
+        leaders = steps.leaders(step)
+        return cls(data, numbers, weights, questions, leaders, _batches(steps, numbers, places, leaders))
 
     def part(self, steps: StepBatches, start: int, stop: int) -> StepRows:
         """The rows from one position to another, between examples; weights stay those in the loss of the step."""
@@ -52,14 +53,14 @@ class StepRows:
             tuple(range(place.start - start, place.stop - start) for place in places),
             tuple(self.questions.weights[i] for i in held),
         )
-        numbers = self.numbers[start:stop]
+        numbers, leaders = self.numbers[start:stop], [leader - start for leader in self.leaders[start:stop]]
         return StepRows(
             self.data,
             numbers,
             self.weights[start:stop],
             questions,
-            [leader - start for leader in self.leaders[start:stop]],
-            list(steps.batches(numbers, questions.places)) if numbers else [],
+            leaders,
+            _batches(steps, numbers, questions.places, leaders) if numbers else [],
         )
 
     @property
@@ -112,3 +113,11 @@ class StepRows:
             if leader != i:
                 found.setdefault(leader, []).append(i)
         return found
+
+
+def _batches(
+    steps: StepBatches, numbers: list[int], places: Sequence[range], leaders: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Batches of a step's sequences: neither questions are parted nor those that share a pass."""
+    sharing = [range(leader, i + 1) for i, leader in enumerate(leaders) if leader != i]
+    return list(steps.batches(numbers, [*places, *sharing]))
