@@ -12,7 +12,7 @@ import yaml
 
 from gisp.config.criteria import ALLOCATORS, CRITERIA, GATE_DEFAULTS, names_with
 from gisp.config.declare import declared_options, option
-from gisp.config.memory import bytes_of
+from gisp.config.memory import amount_problem
 from gisp.errors import GispError, quoted
 
 DEFAULT_PRESET = "fast"
@@ -245,8 +245,9 @@ class PruneConfig:
             yield f"--one-shot is one step: leave --steps ({self.steps}) and --ema ({self.ema}) out"
 
     def _offload_conflicts(self) -> Iterator[str]:
-        if self.gpu_memory is not None and bytes_of(self.gpu_memory) is None:
-            yield f"--gpu-memory is {quoted(self.gpu_memory)}: give an amount as 24GB or 24GiB"
+        problem = None if self.gpu_memory is None else amount_problem(self.gpu_memory)
+        if problem is not None:
+            yield problem
         if self.offload == "never":
             if self.gpu_memory is not None:
                 yield f"--gpu-memory {self.gpu_memory} belongs to --offload: give --offload auto, or leave it out"

@@ -23,6 +23,7 @@ def place(
     *,
     inputs_on_host: bool = False,
     ends_on_host: bool = False,
+    mapped: bool = False,
     fill: Fill | None = None,
 ) -> LayerStream:
     """Move the decoder layers of a model to host memory and everything else to the device, in place.
@@ -31,6 +32,8 @@ def place(
         model: a causal language model with its layers at ``model.layers``.
         streamed: numbers of the layers that go to host memory.
         inputs_on_host, ends_on_host: as for :class:`gisp.offload.plan.Plan`.
+        mapped: leave layers in the memory they are in, that of mapped files, which the system takes back at will. The
+            device copies more slowly from there.
         fill: writes the weights of a model whose parameters have no memory yet.
     """
     device = numbered(device)
@@ -44,7 +47,7 @@ def place(
     done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is None:
+            if parameter is None or (mapped and id(parameter) in away):
                 continue
             if id(parameter) not in done:
                 home = memory if id(parameter) in away | seen else None
@@ -67,9 +70,18 @@ def untied_ends(model: Any) -> tuple[nn.Module, nn.Module] | tuple[None, None]:
     return embedding, head
 
 
-def stream_layers(model: Any, device: torch.device) -> LayerStream:
-    """Move all decoder layers of a model to host memory, for forward passes."""
-    return place(model, tuple(range(len(model.model.layers))), device)
+def stream_layers(model: Any, device: torch.device, *, mapped: bool = False) -> LayerStream:
+    """Move all decoder layers of a model to host memory, for forward passes; ``mapped`` as for :func:`place`."""
+    return place(model, tuple(range(len(model.model.layers))), device, mapped=mapped)
+
+
+def placed_like(model: Any, other: Any) -> Any:
+    """A model that files of the host back where another one computes: on its device, or its layers where they are."""
+    device = other.get_input_embeddings().weight.device
+    if LayerStream.of(other) is None:
+        return model.to(device)
+    stream_layers(model, device, mapped=True)
+    return model
 
 
 def _placed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gisp.config.memory import gigabytes
 from gisp.errors import GispError
@@ -26,6 +27,8 @@ class Demand:
         loading: in host memory while the model is read; 0 for a model in memory.
         embedding, head: of the rest what may lie in host memory, too: token embedding and output projection; 0 where
             they are one.
+        beside: in host memory beside the layers.
+        mapped: whether layers are read from their files whenever they visit, so that host memory holds none.
     """
 
     layers: tuple[int, ...]
@@ -36,6 +39,23 @@ class Demand:
     loading: int = 0
     embedding: int = 0
     head: int = 0
+    beside: int = 0
+    mapped: bool = False
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do about a plan that cannot be, in words.
+
+    Attributes:
+        device, host: where the device or the host has too little memory.
+    """
+
+    device: str = "give a smaller --batch-tokens or --batch-size, or more --gpu-memory"
+    host: str = "free some, or give --offload auto, which leaves on the GPU what fits there"
+
+
+PRUNING = Advice()
 
 
 @dataclass(frozen=True)
@@ -70,7 +90,14 @@ class Plan:
     def host(self) -> int:
         demand = self.demand
         inputs = demand.inputs * len(demand.layers) if self.inputs_on_host else 0
-        return max(demand.loading, sum(demand.layers[i] for i in self.streamed) + self._ends + inputs)
+        layers = 0 if demand.mapped else sum(demand.layers[i] for i in self.streamed)
+        return max(demand.loading, layers + self._ends + inputs + demand.beside)
+
+    @property
+    def places(self) -> dict[str, Any]:
+        """Options of :func:`gisp.offload.place.place`."""
+        of_demand = {"mapped": self.demand.mapped}
+        return {"inputs_on_host": self.inputs_on_host, "ends_on_host": self.ends_on_host, **of_demand}
 
     @property
     def crossing(self) -> int:
@@ -90,24 +117,32 @@ class Plan:
         layers, streamed = self.demand.layers, len(self.streamed)
         weights = sum(layers[i] for i in self.streamed)
         kept = f", {len(layers) - streamed} on the device ({gigabytes(sum(layers) - weights)})"
-        inputs = gigabytes(self.demand.inputs * len(layers))
-        ends = f", embedding and output projection in host memory ({gigabytes(self._ends)})" if self._ends else ""
+        inputs = self.demand.inputs * len(layers)
+        beside = [
+            f"inputs of layers {'in host memory' if self.inputs_on_host else 'on the device'} ({gigabytes(inputs)})"
+        ]
+        beside = beside if inputs else []
+        beside += [f"embedding and output projection in host memory ({gigabytes(self._ends)})"] if self._ends else []
         most = "" if self.limit is None else f" of {gigabytes(self.limit)}"
+        where = "read from their files" if self.demand.mapped else "in host memory"
         return [
-            f"offload: {streamed} of {len(layers)} layers in host memory ({gigabytes(weights)})"
+            f"offload: {streamed} of {len(layers)} layers {where} ({gigabytes(weights)})"
             + (kept if streamed < len(layers) else ""),
-            f"  inputs of layers {'in host memory' if self.inputs_on_host else 'on the device'} ({inputs})" + ends,
+            *([f"  {', '.join(beside)}"] if beside else []),
             f"  device peak {gigabytes(self.device)}{most}, host {gigabytes(self.host)}",
         ]
 
 
-def make_plan(demand: Demand, *, everything: bool, limit: int | None, host: int | None) -> Plan | None:
+def make_plan(
+    demand: Demand, *, everything: bool, limit: int | None, host: int | None, advice: Advice = PRUNING
+) -> Plan | None:
     """How a run of this demand fits, with the least that crosses the bus; ``None`` if it does without host memory.
 
     Args:
         everything: stream all layers, also those that would fit on the device.
         limit: bytes of the device, ``None`` for no limit.
         host: bytes of host memory that may be taken, ``None`` where that is not known.
+        advice: what to do where it cannot be.
 
     Raises:
         GispError: it does not fit, or the host has too little memory.
@@ -122,14 +157,13 @@ def make_plan(demand: Demand, *, everything: bool, limit: int | None, host: int 
         least = int((least + _SEGMENTS) / _USABLE)
         raise GispError(
             f"--offload needs {gigabytes(least)} on the GPU for two layers and their work, "
-            f"{gigabytes(limit or 0)} may be used: give a smaller --batch-tokens or --batch-size, or more --gpu-memory"
+            f"{gigabytes(limit or 0)} may be used: {advice.device}"
         )
     if not plan.crossing:
         return None
     if host is not None and plan.host > host:
         raise GispError(
-            f"--offload needs {gigabytes(plan.host)} of host memory, {gigabytes(host)} are free: "
-            "free some, or give --offload auto, which leaves on the GPU what fits there"
+            f"--offload needs {gigabytes(plan.host)} of host memory, {gigabytes(host)} are free: {advice.host}"
         )
     return plan
 

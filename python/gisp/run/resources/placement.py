@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from gisp.model.load import resolve_device, resolve_dtype, skeleton
 from gisp.model.structures import ModelMap, map_model
 from gisp.offload.host import available_bytes, numbered
 from gisp.offload.place import untied_ends
-from gisp.offload.plan import Demand, Plan, make_plan
+from gisp.offload.plan import PRUNING, Advice, Demand, Plan, make_plan
 from gisp.progress import note
 from gisp.run.resources.estimate import pass_tokens, step_tokens
 from gisp.score.fused import why_not
@@ -35,18 +36,36 @@ def plan_of(model: Any, data: Sequences, config: PruneConfig) -> Plan | None:
     Raises:
         GispError: it does not fit.
     """
-    device = numbered(resolve_device(config.device))
-    limit = None if config.gpu_memory is None else bytes_of(config.gpu_memory)
+    limit = usable_bytes(numbered(resolve_device(config.device)), config.gpu_memory, model)
+    found = demand(map_model(model), data, config)
+    return told_plan(found, limit, everything=config.offload == "always")
+
+
+def usable_bytes(device: torch.device, gpu_memory: str | None, model: Any = None) -> int | None:
+    """Bytes of a device that may be taken, ``None`` for no limit; torch takes no more of a GPU than ``gpu_memory``.
+
+    Args:
+        model: one that moves, so that what of it is on the device counts as free.
+    """
+    limit = None if gpu_memory is None else bytes_of(gpu_memory)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        # A model that is there moves.
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free += sum(p.numel() * p.element_size() for p in model.parameters() if p.device == device)
+        parameters = [] if model is None else model.parameters()
+        free += sum(p.numel() * p.element_size() for p in parameters if p.device == device)
         if limit is not None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
         limit = free if limit is None else min(limit, free)
-    found = demand(map_model(model), data, config)
-    plan = make_plan(found, everything=config.offload == "always", limit=limit, host=available_bytes())
+    return limit
+
+
+def told_plan(found: Demand, limit: int | None, *, everything: bool, advice: Advice = PRUNING) -> Plan | None:
+    """The plan for what is asked of memory, told to whoever hears of progress.
+
+    Raises:
+        GispError: it does not fit.
+    """
+    plan = make_plan(found, everything=everything, limit=limit, host=available_bytes(), advice=advice)
     if plan is None:
         note(f"offload: the model fits, nothing is in host memory ({gigabytes(sum(found.layers) + found.rest)})")
         return None
@@ -60,7 +79,6 @@ def demand(model_map: ModelMap, data: Sequences, config: PruneConfig) -> Demand:
     model = model_map.model
     weight = next(model.parameters())
     size, hidden, channels = weight.element_size(), model_map.hidden_size, model_map.intermediate_size
-    layers = tuple(sum(p.numel() * p.element_size() for p in item.layer.parameters()) for item in model_map.layers)
     longest = max(len(ids) for ids, _ in data.rows)
     tokens, together = step_tokens(data, config), pass_tokens(model_map, data, config, resolve_device(config.device))
     # About what a layer keeps of a token, and what its busiest moment takes, by either pass.
@@ -69,18 +87,27 @@ def demand(model_map: ModelMap, data: Sequences, config: PruneConfig) -> Demand:
         # Gradients of gates of every sequence and structure.
         structures = sum(group.count for group in model_map.groups)
         working += 4 * structures * max(1, tokens // longest)
+    weights = weights_of(model_map)
     if CRITERIA[config.criterion].gradient == "absolute":
-        working += 4 * max(layers) // size
+        working += 4 * max(weights.layers) // size
     fused = why_not(model_map, longest) is None
-    embedding, head = (sum(p.numel() * size for p in end.parameters()) if end else 0 for end in untied_ends(model))
     logits = together * model_map.vocab_size
     working += 2 * size * min(CHUNK_ELEMENTS, logits) if fused else 8 * logits
+    return replace(weights, inputs=tokens * hidden * size, working=working)
+
+
+def weights_of(model_map: ModelMap) -> Demand:
+    """What the weights of a model ask of memory, layers of which lie in host memory."""
+    model = model_map.model
+    size, hidden = next(model.parameters()).element_size(), model_map.hidden_size
+    layers = tuple(sum(p.numel() * p.element_size() for p in item.layer.parameters()) for item in model_map.layers)
+    embedding, head = (sum(p.numel() * size for p in end.parameters()) if end else 0 for end in untied_ends(model))
     return Demand(
         layers=layers,
         rest=model_map.parameters * size - sum(layers),
-        largest=size * hidden * max(channels, model_map.num_heads * model_map.head_dim),
-        inputs=tokens * hidden * size,
-        working=working,
+        largest=size * hidden * max(model_map.intermediate_size, model_map.num_heads * model_map.head_dim),
+        inputs=0,
+        working=0,
         # Files are mapped, and copied layer by layer; weights of another dtype are converted all at once.
         loading=model_map.parameters * size if _converted(model) else 0,
         embedding=embedding,
