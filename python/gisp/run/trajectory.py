@@ -154,15 +154,13 @@ class Trajectory:
         self.model = model
         return model
 
-    def load_base(self, *, device: str = "auto", dtype: str | None = None) -> Any:
-        """The dense base model, checked to be the one the run pruned.
+    @property
+    def base_path(self) -> str:
+        """Where the dense base model is.
 
-        Args:
-            dtype: ``bfloat16`` or ``float32``, ``auto`` for the checkpoint's own, ``None`` for the run's.
+        Raises:
+            GispError: it was in memory alone, or is not there any more.
         """
-        from gisp.model.load import load_dense, resolve_device, resolve_dtype
-
-        place = resolve_device(device)
         path = str(self.base_model["path"])
         if not path:
             raise GispError(
@@ -173,6 +171,17 @@ class Trajectory:
             raise GispError(
                 f"the base model of this run, {path}, is not there: put it back or correct base_model.path in {RECORD}"
             )
+        return path
+
+    def load_base(self, *, device: str = "auto", dtype: str | None = None) -> Any:
+        """The dense base model, checked to be the one the run pruned.
+
+        Args:
+            dtype: ``bfloat16`` or ``float32``, ``auto`` for the checkpoint's own, ``None`` for the run's.
+        """
+        from gisp.model.load import load_dense, resolve_device, resolve_dtype
+
+        place, path = resolve_device(device), self.base_path
         model = load_dense(path, place, resolve_dtype(dtype or self.config.get("dtype"), place))
         self._check_base(model, path)
         return model

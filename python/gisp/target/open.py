@@ -19,6 +19,7 @@ from gisp.model.load import resolve_device, resolve_dtype
 from gisp.model.structures import channels_name, heads_name
 from gisp.offload.place import stream_layers
 from gisp.run.parted import base_part
+from gisp.run.resources.base import BasePlace
 from gisp.run.trajectory import Trajectory, move_to
 from gisp.select.schedule import nearest_step
 from gisp.stages.group import Stages
@@ -176,14 +177,8 @@ def _open_run(
         place = resolve_device(device)
         kind = resolve_dtype(dtype or trajectory.config.get("dtype"), place)
         model, placement = base_part(trajectory, stages, place, kind if isinstance(kind, torch.dtype) else None)
-    elif offload:
-        place = resolve_device(device)
-        # Of the device that computes, not of the one it is loaded on.
-        kind = resolve_dtype(dtype or trajectory.config.get("dtype"), place)
-        model = trajectory.load_base(device="cpu", dtype=str(kind).removeprefix("torch."))
-        stream_layers(model, place)
     else:
-        model = trajectory.load_base(device=device, dtype=dtype)
+        model = BasePlace(device, offload).load(trajectory, dtype=dtype)
     shrinkable = trajectory.shrinkable(model)
     points = [
         Point(trajectory.sparsity_at(t), trajectory.model_sparsity_at(t), t) for t in range(len(trajectory.steps) + 1)
