@@ -76,10 +76,15 @@ class ResidualBlock:
         return held[0], output[0] if isinstance(output, tuple) else output
 
 
+def batch_tokens(device: torch.device) -> int:
+    """Tokens of a batch, but for longer rows."""
+    return _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
+
+
 def make_batches(ids_of: Sequence[torch.Tensor], device: torch.device, per_batch: int | None = None) -> list[Batch]:
     """Rows of token ids, long ones first, about ``per_batch`` tokens in a batch."""
     rows = sorted(enumerate(ids_of), key=lambda row: len(row[1]), reverse=True)
-    most = per_batch or _TOKENS_PER_BATCH["cuda" if device.type == "cuda" else "cpu"]
+    most = per_batch or batch_tokens(device)
     batches = []
     while rows:
         length = len(rows[0][1])

@@ -40,7 +40,9 @@ _TOKENS_PER_BATCH, _MEASURED_TOKENS = 2048, 4096
 _BATCH_BYTES, _BYTES_KEPT = 2**33, 64
 _LEAST_TOKENS, _FEW_TOKENS, _MOST_TOKENS, _TOKENS_AGAIN = 256, 4096, 16384, 8192
 # Logits of either model alive at a time, in elements; about eight float32 tensors have this size.
+_LOGITS_COPIES = 8
 _LOGITS = {"cuda": 2**26, "cpu": 2**23}
+
 
 ValueOf = Callable[[int], Value]
 """What the projection of a number computes with."""
@@ -345,6 +347,19 @@ class Student:
                 yield
 
         return inside
+
+
+def logits_bytes(model_map: ModelMap, device: torch.device) -> int:
+    """Memory of the logits of either model that are alive at a time."""
+    most = _LOGITS["cuda" if device.type == "cuda" else "cpu"]
+    return _LOGITS_COPIES * 4 * max(most, model_map.vocab_size)
+
+
+def most_tokens(model_map: ModelMap, device: torch.device) -> int:
+    """Tokens of a backward pass whose layers keep their inputs alone, at most."""
+    size = next(model_map.model.parameters()).element_size()
+    inputs = _BATCH_BYTES // (len(model_map.layers) * model_map.hidden_size * size)
+    return max(inputs, _MOST_TOKENS if device.type == "cuda" else _TOKENS_PER_BATCH)
 
 
 def _kl_div(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
