@@ -27,12 +27,14 @@ from gisp.model.attention import INDEXED_ATTENTION
 from gisp.model.keep import Keep, block_columns
 from gisp.model.modes import evaluation_mode, exact_products
 from gisp.model.structures import ModelMap
+from gisp.offload.place import placed_like
 from gisp.progress import stage
 from gisp.stages.parted import only
 
 ROUNDING = 2
 """Errors of the masked float32 model that an export may differ by: each of the two may be one away from the truth."""
 _ROWS, _TOKENS, _SEED = 2, 64, 20251018
+CHECKED_TOKENS = _ROWS * _TOKENS
 
 
 def write_checked(
@@ -82,7 +84,7 @@ def checked_report(base: Any, model_map: ModelMap, keep: Keep, folder: Path, out
     with stage("computing the logits to compare with"):
         reference = Reference(base, model_map, keep)
     dtype = weight_dtype(base)
-    reloaded = load(folder, device=str(base.get_input_embeddings().weight.device), dtype=dtype)
+    reloaded = placed_like(load(folder, dtype=dtype), base)
     difference = reference.compare(reloaded)
     sizes = tuple(
         LayerSizes(

@@ -9,11 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from gisp.compensation import Compensation, CompensationRequest, fit_compensation, fold_into_dense, fold_into_pruned
-from gisp.evaluate import EvalOptions, Perplexity
-from gisp.evaluate.data import prepare
+from gisp.compensation import Compensation, CompensationRequest, fold_into_dense
 from gisp.export.beside import base_folder
 from gisp.export.folder import export_place
 from gisp.export.formats.gguf.file import require_gguf
@@ -22,52 +18,23 @@ from gisp.export.hub import check_push, push_folder
 from gisp.export.nested.export import export_nested
 from gisp.export.nested.milestones import Milestone, fit_milestones
 from gisp.export.nested.request import check_request, milestone_steps
+from gisp.export.quality.measure import UNMEASURED, Quality, measure_quality
+from gisp.export.quality.plans import UNPLANNED, Plans, make_plans
 from gisp.export.sizes.options import FORMATS, SizeOptions, check_options
 from gisp.export.sizes.rounding import round_mlp
 from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
 from gisp.model.gguf import tokenizer_folder
-from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.progress import reporting
 from gisp.replicas.group import Replicas
 from gisp.replicas.sharing import alone, sharing
 from gisp.run.evaluations import read_evaluations
+from gisp.run.resources.base import BasePlace
 from gisp.run.trajectory import Trajectory
+from gisp.stages.rules import Sharing, check_sharing
 
 Together = Callable[[], AbstractContextManager[Replicas | None]]
 """Brings processes together for a while; ``None`` for one on its own."""
-
-UNMEASURED = (
-    "perplexity",
-    "not measured; `gisp export RUN --sparsity S --format uniform --data DATA` measures it here and at the exact "
-    "pruned point",
-)
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Perplexity of the exact pruned point and of what is exported, on the same tokens.
-
-    Attributes:
-        data: name of the evaluation data.
-        dtype: of the weights while it was measured.
-        compensated: whether the export is compensated; the point never is.
-    """
-
-    point: Perplexity
-    exported: Perplexity
-    data: str
-    dtype: str
-    compensated: bool = False
-
-    def notes(self) -> tuple[tuple[str, str], ...]:
-        """Lines of the model card and the command line."""
-        how = f"{self.exported.tokens:,} tokens of {self.data}, window {self.exported.window}, {self.dtype}"
-        rows = [("perplexity", f"{self.exported.perplexity:.4f} ({how})")]
-        if self.exported is not self.point:
-            what = " without compensation" if self.compensated else ""
-            rows.append((f"perplexity of the exact pruned point{what}, same tokens", f"{self.point.perplexity:.4f}"))
-        return tuple(rows)
 
 
 @dataclass(frozen=True)
@@ -104,6 +71,8 @@ def export_run(
     push_to_hub: str | None = None,
     private: bool = True,
     together: Together = alone,
+    offload: bool = False,
+    gpu_memory: str | None = None,
 ) -> RunExport:
     """Export the step of a run whose sparsity is nearest to ``sparsity`` (``None`` = its end).
 
@@ -116,20 +85,23 @@ def export_run(
         push_to_hub: repository of the Hugging Face hub to upload the export to, ``private`` unless told otherwise.
         together: the processes that share what is measured and fitted, for as long as that takes. This is the first
             of them, the others call :func:`take_part`.
+        offload: leave the layers of the base model in host memory while it is fitted to, and in their files while the
+            export is written and checked; the bytes are those of a model on the device. Not for several processes.
+        gpu_memory: most memory to take of the GPU, as ``24GB``; only with ``offload``.
 
     Raises:
         GispError: no run there, unknown format, an option the format does not follow, ``out`` taken, another base
-            model, unreadable data, a compensation the format cannot hold, logits that do not agree, or a hub that
-            does not take the export, which then stays at ``out``.
+            model, unreadable data, a compensation the format cannot hold, logits that do not agree, a model that does
+            not fit, or a hub that does not take the export, which then stays at ``out``.
     """
-    sizes = sizes or SizeOptions()
+    sizes, base = sizes or SizeOptions(), BasePlace(device, offload, gpu_memory)
     check_options(format, sizes, dtype)
     if format == "gguf":
         require_gguf()  # before a large model is loaded
     if push_to_hub is not None:
         check_push(push_to_hub, private)
     with export_place(Path(out)) as place:
-        found = _export(run, sparsity, place, format, device, sizes, data, window, dtype, compensation, together)
+        found = _export(run, sparsity, place, format, base, sizes, data, window, dtype, compensation, together)
         return found if push_to_hub is None else replace(found, url=push_folder(place, push_to_hub, private))
 
 
@@ -138,7 +110,7 @@ def _export(
     sparsity: float | None,
     out: Path,
     format: str,
-    device: str,
+    place: BasePlace,
     sizes: SizeOptions,
     data: str | None,
     window: int | None,
@@ -148,10 +120,10 @@ def _export(
 ) -> RunExport:
     """:func:`export_run` with its options checked and ``out`` reserved."""
     trajectory = Trajectory.load(run)
-    point, quality, fitted = _measured(
-        trajectory, Path(run), sparsity, format, device, sizes, data, window, compensation, together
+    point, quality, fitted, plans = _measured(
+        trajectory, Path(run), sparsity, format, place, sizes, data, window, compensation, together
     )
-    base, source = _base_of(trajectory, device)
+    base, source = _base_of(trajectory, place, plans)
     spec = _rounded(base, point, format, sizes)
     if compensation is not None and fitted is not None:
         # Exporters see a base model with other output projections, and compare with it masked.
@@ -182,8 +154,8 @@ def take_part(
 ) -> None:
     """Measure and fit with the process that calls :func:`export_run` with the same arguments."""
     trajectory = Trajectory.load(run)
-    chosen = sizes or SizeOptions()
-    _measured(trajectory, Path(run), sparsity, format, device, chosen, data, window, compensation, together)
+    chosen, place = sizes or SizeOptions(), BasePlace(device)
+    _measured(trajectory, Path(run), sparsity, format, place, chosen, data, window, compensation, together)
 
 
 def _measured(
@@ -191,29 +163,36 @@ def _measured(
     run: Path,
     sparsity: float | None,
     format: str,
-    device: str,
+    place: BasePlace,
     sizes: SizeOptions,
     data: str | None,
     window: int | None,
     compensation: CompensationRequest | None,
     together: Together,
-) -> tuple[PrunedSpec, Quality | None, Compensation | None]:
-    """The point of a run, its perplexity and a compensation of what is made of it, as far as asked for."""
-    point = point_of(trajectory, run, trajectory.step_for(sparsity))
+) -> tuple[PrunedSpec, Quality | None, Compensation | None, Plans]:
+    """The point of a run, its perplexity and a compensation of what is made of it, as far as asked for, and plans."""
+    point, rounded = (
+        point_of(trajectory, run, trajectory.step_for(sparsity)),
+        partial(_rounded, format=format, sizes=sizes),
+    )
+    plans = make_plans(trajectory, place, point, rounded, data=data, request=compensation, format=format)
     if data is None and compensation is None:
-        return point, None, None
-    with together() as replicas, sharing(replicas):
+        return point, None, None, plans
+    with together() as replicas, sharing(replicas) as sharers:
+        if place.offload:
+            check_sharing(Sharing(sharers.size, offload="always"))
         quality, fitted = measure_quality(
             trajectory,
             point,
-            partial(_rounded, format=format, sizes=sizes),
+            rounded,
             data,
             window=window,
-            device=device,
+            place=place,
+            plans=plans,
             request=compensation,
             format=format,
         )
-    return point, quality, fitted
+    return point, quality, fitted, plans
 
 
 def _rounded(base: Any, spec: PrunedSpec, format: str, sizes: SizeOptions) -> PrunedSpec:
@@ -228,62 +207,6 @@ def point_of(trajectory: Trajectory, run: Path, step: int) -> PrunedSpec:
     measured = read_evaluations(run, str(trajectory.base_model["fingerprint"]))
     here = tuple(e for e in measured if e.step in (0, step) or e.sparsity in (0.0, trajectory.sparsity_at(step)))
     return replace(PrunedSpec.at(trajectory, step), evaluations=here)
-
-
-def measure_quality(
-    trajectory: Trajectory,
-    point: PrunedSpec,
-    rounded: Callable[[nn.Module, PrunedSpec], PrunedSpec],
-    data: str | None,
-    *,
-    window: int | None,
-    device: str,
-    request: CompensationRequest | None = None,
-    format: str = "hf",
-) -> tuple[Quality | None, Compensation | None]:
-    """Perplexity of a point of a run and of what rounding and compensation make of it, measured as ``gisp eval`` does.
-
-    Args:
-        rounded: the exported spec, from the dense base model and the point.
-        data: evaluation data, as for ``gisp eval``; None to measure nothing.
-        request: compensation of the exported spec, fitted in the dtype of the run.
-        format: of the export, which says what a compensation may change.
-
-    Raises:
-        GispError: the data cannot be read, a loss is NaN, or the format cannot hold the compensation.
-    """
-    model = trajectory.load_base(device=device)
-    model_map = map_model(model)
-    source = str(trajectory.base_model["path"])
-    # Data that cannot be read is found before anything costly.
-    measure = None if data is None else prepare(data, EvalOptions(window=window), model, source)
-    exported = rounded(model, point)
-    compensation = None
-    if request is not None:
-        options = request.for_format(format, model_map)
-        compensation = fit_compensation(model_map, exported.keep, request.calibration, options, tokenizer_from=source)
-    if data is None or measure is None:
-        return None, compensation
-    shrinkable = ShrinkableModel(model_map)
-
-    def result(spec: PrunedSpec, folded: Compensation | None = None) -> Perplexity:
-        shrinkable.remove(spec.keep.removed(model_map))
-        if folded is not None:
-            fold_into_pruned(shrinkable, folded)
-        found = measure(model)
-        shrinkable.rollback()
-        return Perplexity(found["perplexity"], found["tokens"], found["window"])
-
-    exact = result(point)
-    same = compensation is None and exported.keep == point.keep
-    quality = Quality(
-        point=exact,
-        exported=exact if same else result(exported, compensation),
-        data=Path(data).name if Path(data).exists() else data,
-        dtype=str(model.dtype).removeprefix("torch."),
-        compensated=compensation is not None,
-    )
-    return quality, compensation
 
 
 @reporting(None)
@@ -317,7 +240,7 @@ def export_nested_run(
     with export_place(Path(out)) as place:
         trajectory = Trajectory.load(run)
         milestones = _milestones(trajectory, sparsities, compensation, device, together)
-        base, source = _base_of(trajectory, device)
+        base, source = _base_of(trajectory, BasePlace(device))
         with tokenizer_folder(source) as folder:
             report = export_nested(base, trajectory, place, tokenizer_from=folder, milestones=milestones)
         return report if push_to_hub is None else replace(report, url=push_folder(place, push_to_hub, private))
@@ -351,7 +274,7 @@ def _milestones(
         return fit_milestones(trajectory, steps, compensation, device)
 
 
-def _base_of(trajectory: Trajectory, device: str) -> tuple[Any, Path | None]:
+def _base_of(trajectory: Trajectory, place: BasePlace, plans: Plans = UNPLANNED) -> tuple[Any, Path | None]:
     """The base model of a run in its own dtype, and its folder or file if it has one."""
-    base = trajectory.load_base(device=device, dtype="auto")
+    base = place.load(trajectory, dtype="auto", plan=plans.writing)
     return base, base_folder(str(trajectory.base_model["path"]))

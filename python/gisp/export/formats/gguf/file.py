@@ -21,6 +21,7 @@ from gisp.export.provenance import base_name
 from gisp.export.relayout import LaidOut
 from gisp.export.spec import PrunedSpec, gisp_record
 from gisp.model.structures import ModelMap
+from gisp.offload.place import placed_like
 
 ARCHITECTURE = "deci"
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -125,7 +126,7 @@ def read_model(path: Path, base: Any) -> Any:
     Only the kind of block and what is not in the file (the choice of attention code) come from the base model.
 
     Returns:
-        The model on the device of the base, matrices in the stored dtype.
+        The model where the base computes, matrices in the stored dtype.
     """
     gguf = require_gguf()
     reader, stored = read_state(path)
@@ -165,7 +166,7 @@ def read_model(path: Path, base: Any) -> Any:
     model.load_state_dict(state, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     model.model.rotary_emb.inv_freq = frequencies
-    return model.to(base.get_input_embeddings().weight.device).eval()
+    return placed_like(model, base).eval()
 
 
 def interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,0 +1,104 @@
+"""Plans of an export whose base model is larger than the GPU: for what is measured and fitted, and for the files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from gisp.compensation.apply import calibration_sequences
+from gisp.compensation.demand import COMPENSATING, demand
+from gisp.compensation.request import CompensationRequest
+from gisp.data import Sequences
+from gisp.evaluate.batches import batch_bytes
+from gisp.export.check import CHECKED_TOKENS
+from gisp.export.folder import SHARD_BYTES
+from gisp.export.spec import PrunedSpec
+from gisp.model.keep import Keep
+from gisp.model.load import resolve_device
+from gisp.model.structures import ModelMap
+from gisp.offload.plan import Advice, Demand, Plan
+from gisp.run.resources.base import BasePlace
+from gisp.run.resources.placement import weights_of
+from gisp.run.trajectory import Trajectory
+
+_EXPORTING = Advice(device="give more --gpu-memory, or --device cpu", host="free some")
+# Bytes of a widened parameter while its module runs: in float64; an output projection again without what was removed.
+_WIDE, _MASKED = 8, 16
+# A file is written with about so much more than it holds.
+_WRITING = 1.1
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Where the base model lies; nothing is planned where it lies on one device.
+
+    Attributes:
+        measuring: while a compensation is fitted and perplexities are measured; ``None`` if neither is.
+        writing: while files are written and checked.
+        calibration: data of the compensation, read for its plan.
+    """
+
+    measuring: Plan | None = None
+    writing: Plan | None = None
+    calibration: Sequences | None = None
+
+
+UNPLANNED = Plans()
+
+
+def make_plans(
+    trajectory: Trajectory,
+    place: BasePlace,
+    point: PrunedSpec,
+    rounded: Callable[[nn.Module, PrunedSpec], PrunedSpec],
+    *,
+    data: str | None,
+    request: CompensationRequest | None,
+    format: str,
+) -> Plans:
+    """The plans of an export, before anything is loaded.
+
+    Args:
+        rounded: the exported spec, from the dense base model and the point.
+        data: evaluation data, ``None`` to measure nothing.
+
+    Raises:
+        GispError: it does not fit, or a compensation that layers in host memory have no place for.
+    """
+    if not place.offload:
+        return UNPLANNED
+    calibration = measuring = None
+    if request is not None or data is not None:
+        outline, device = place.outline(trajectory), resolve_device(place.device)
+        asked = weights_of(outline)
+        if request is not None:
+            request.options.check_streamed()
+            options = request.for_format(format, outline)
+            source = str(trajectory.base_model["path"])
+            calibration = calibration_sequences(outline, request.calibration, source)
+            asked = demand(outline, rounded(outline.model, point).keep, options, calibration, device)
+        if data is not None:
+            asked = replace(asked, working=max(asked.working, batch_bytes(outline, device)))
+        measuring = place.plan(asked, COMPENSATING if request else _EXPORTING)
+    outline = place.outline(trajectory, dtype="auto")
+    keep = rounded(outline.model, point).keep
+    writing = place.plan(_writing(outline, keep, compensated=request is not None), _EXPORTING)
+    return Plans(measuring, writing, calibration)
+
+
+def _writing(model_map: ModelMap, keep: Keep, *, compensated: bool) -> Demand:
+    """What an export asks of memory beside the files it maps: one file of it, and what a compensation changed."""
+    weights = weights_of(model_map)
+    hidden, size = model_map.hidden_size, next(model_map.model.parameters()).element_size()
+    largest = max(p.numel() for p in model_map.model.parameters())
+    working = max(_WIDE * largest, _MASKED * weights.largest // size)
+    working += CHECKED_TOKENS * _WIDE * (16 * hidden + 4 * model_map.intermediate_size + 2 * model_map.vocab_size)
+    beside = int(_WRITING * min(sum(weights.layers) + weights.rest, max(SHARD_BYTES, largest * size)))
+    if compensated:
+        outputs = sum(linear.weight.numel() for linear, _ in model_map.outputs.values())
+        kept = [len(c) for i in range(len(keep.heads)) for c in keep.columns(i, model_map.head_dim)]
+        beside += size * (outputs + hidden * sum(kept))
+    # Embedding and output projection stay on the device, where the modules of a check find them.
+    return replace(weights, working=working, embedding=0, head=0, beside=beside, mapped=True)
