@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from gisp.cli.flags import flag, numbers, with_flags
+from gisp.cli.flags import flag, flag_text, numbers, with_flags
 from gisp.cli.options.compensation import COMPENSATION, compensation_request
 from gisp.cli.options.gpus import GPUS, processes, run_as_processes, start_processes
 from gisp.cli.output import shows_progress
+from gisp.config.memory import check_gpu_memory
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.export.folder import check_place
@@ -22,10 +23,14 @@ from gisp.replicas.environment import launched, rank
 
 _HUB = "Hub"
 _STAGES = flag("stages", "Processes that each read, write and check a part of the layers; hf alone.", kind=int, min=1)
+_OFFLOAD = (
+    flag("offload", "Leave layers in host memory; they visit the GPU.", kind=bool, names=("--offload",)),
+    flag("gpu_memory", "Most memory to take of the GPU, as 24GB; with --offload only."),
+)
 
 
 @shows_progress
-@with_flags((GPUS, _STAGES, *COMPENSATION))
+@with_flags((GPUS, _STAGES, *_OFFLOAD, *COMPENSATION))
 def export(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder.")],
@@ -55,21 +60,20 @@ def export(
     **compensation: Any,
 ) -> None:
     """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
-    if public and push_to_hub is None:
-        raise GispError("--public is about --push-to-hub: give a repository or leave it out")
+    hub = _hub(push_to_hub, public)
     sizes = SizeOptions(round_mlp, align_heads, min_heads)
     given: dict[str, Any] = {"dtype": dtype, **vars(sizes), "data": data, "window": window}
     if (stages := compensation.pop("stages")) is not None:
         others = {**given, "nested": nested, "sparsities": sparsities, "push_to_hub": push_to_hub, **compensation}
         _export_stages(context, stages, run, *_one_size(sparsity, out, None), device, format, others)
         return
-    gpus = compensation["gpus"]
+    gpus, place = compensation["gpus"], _place(compensation)
     _check_shared(gpus, data, compensation["compensate"])
-    hub: dict[str, Any] = {"push_to_hub": push_to_hub, "private": not public}
     common: dict[str, Any] = {"device": device, "together": partial(processes, gpus, device)}
     start = partial(start_processes, context, gpus, device)
     if nested is not None:
-        _refuse("--nested has its own form of a size", format, {"sparsity": sparsity, "out": out, **given})
+        others = {"sparsity": sparsity, "out": out, **given, "offload": place["offload"] or None}
+        _refuse("--nested has its own form of a size", format, others)
         _export_nested(run, nested, sparsities, compensation, start, hub, **common)
         return
     sparsity, out = _one_size(sparsity, out, sparsities)
@@ -84,8 +88,33 @@ def export(
     if rank():
         take_part(run, sparsity, **asked, **common)
     else:
-        done = export_run(run, sparsity, out, dtype=dtype, **asked, **common, **hub)
+        done = export_run(run, sparsity, out, dtype=dtype, **asked, **common, **place, **hub)
         _print_export(done, out, format, sizes)
+
+
+def _hub(repository: str | None, public: bool) -> dict[str, Any]:
+    """Where to upload to, if anywhere."""
+    if public and repository is None:
+        raise GispError("--public is about --push-to-hub: give a repository or leave it out")
+    return {"push_to_hub": repository, "private": not public}
+
+
+def _place(flags: dict[str, Any]) -> dict[str, Any]:
+    """Where the base model lies, taken out of the flags.
+
+    Raises:
+        GispError: something that layers in host memory do not go with.
+    """
+    offload, gpu_memory = bool(flags.pop("offload")), flags.pop("gpu_memory")
+    check_gpu_memory(gpu_memory, offload)
+    if offload:
+        from gisp.stages.rules import Sharing, check_sharing
+
+        check_sharing(Sharing(flags["gpus"] or 1, offload="always"))
+        request = compensation_request(flags)
+        if request is not None:
+            request.options.check_streamed()
+    return {"offload": offload, "gpu_memory": gpu_memory}
 
 
 def _check_shared(gpus: int | None, data: str | None, compensate: str | None) -> None:
@@ -140,7 +169,7 @@ def _check_layers(run: Path, stages: int) -> None:
 def _refuse(why: str, format: str, options: dict[str, Any]) -> None:
     """Refuse other formats, and options that a kind of export does not follow."""
     named = [f"--format {format}"] if format != "hf" else []
-    named += [f"--{name.replace('_', '-')} {value}" for name, value in options.items() if value is not None]
+    named += [flag_text(name, value) for name, value in options.items() if value is not None]
     if named:
         raise GispError(f"{why}: leave {', '.join(named)} out")
 

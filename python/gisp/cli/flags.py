@@ -36,6 +36,12 @@ def flag(
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def flag_text(name: str, value: Any) -> str:
+    """A flag as it was typed."""
+    dashed = f"--{name.replace('_', '-')}"
+    return dashed if value is True else f"{dashed} {value}"
+
+
 def with_flags(flags: Sequence[inspect.Parameter]) -> Callable[[Command], Command]:
     """Give a command that ends with ``**keywords`` these flags in their place."""
 

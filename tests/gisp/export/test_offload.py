@@ -1,0 +1,145 @@
+"""Exports whose base model has its layers in host memory: the bytes of a model on the device, planned and told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_cases import EXACT_OPTIONS
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_tokens
+
+import gisp
+from gisp.cli import main
+from gisp.compensation import make_request
+from gisp.errors import GispError
+from gisp.export.run import export_run
+from gisp.export.sizes.options import SizeOptions
+from gisp.offload.stream import LayerStream
+from gisp.replicas import launch
+from gisp.run.resources import placement
+from gisp.run.resources.base import BasePlace
+
+METHODS: dict[str, dict[str, Any]] = {"lsq": {"target": "dense"}, "rescale": {}, "kfac": {"steps": 2, "tokens": 200}}
+FAMILIES = ("llama-gqa", "qwen2", "llama-bias")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of every kind of model, one of them tied, and tokens."""
+    root = tmp_path_factory.mktemp("offload")
+    save_file({"input_ids": tiny_tokens(32, 16)}, root / "tokens.safetensors")
+    for family in FAMILIES:
+        model = tiny_model(family, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+        model.to(torch.bfloat16 if family == "llama-bias" else torch.float32).save_pretrained(root / f"{family}-model")
+        gisp.prune(root / f"{family}-model", root / "tokens.safetensors", out=root / family, **EXACT_OPTIONS)
+    return root
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_same(run: Path, out: Path, **options: Any) -> None:
+    """An export with and one without layers in host memory hold the same bytes."""
+    for name, offload in (("whole", False), ("offload", True)):
+        done = export_run(run, 0.4, out / name, device="cpu", offload=offload, **options)
+        assert done.report.path == out / name
+    whole, streamed = files(out / "whole"), files(out / "offload")
+    assert whole.keys() == streamed.keys() and len(whole) >= 2
+    for name, data in whole.items():
+        assert streamed[name] == data, name
+
+
+@pytest.mark.usefixtures("accept_all")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_the_files_are_those_of_a_model_on_the_device(
+    places: Path, tmp_path: Path, family: str, method: str | None
+) -> None:
+    tokens = str(places / "tokens.safetensors")
+    request = None if method is None else make_request(method, tokens, **METHODS[method])
+    assert_same(places / family, tmp_path, compensation=request, data=tokens, window=8)
+
+
+@pytest.mark.usefixtures("accept_all")
+@pytest.mark.parametrize("format", ["masked", "uniform", "gguf"])
+@pytest.mark.parametrize("method", [None, "lsq"])
+def test_every_format_is_written(places: Path, tmp_path: Path, format: str, method: str | None) -> None:
+    if format == "gguf":
+        pytest.importorskip("gguf")
+    request = make_request(method, str(places / "tokens.safetensors") if method else None)
+    sizes = SizeOptions(round_mlp=4) if format == "uniform" else None
+    assert_same(places / "llama-gqa", tmp_path, format=format, compensation=request, sizes=sizes)
+
+
+def test_layers_stay_in_host_memory_or_in_their_files(places: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    found: list[tuple[LayerStream | None, dict[str, Any]]] = []
+    load = BasePlace.load
+
+    def watched(self: BasePlace, *given: Any, **options: Any) -> Any:
+        model = load(self, *given, **options)
+        found.append((LayerStream.of(model), options["plan"].places))
+        return model
+
+    monkeypatch.setattr(BasePlace, "load", watched)
+    request = make_request("kfac", str(places / "tokens.safetensors"), steps=1, tokens=100)
+    export_run(places / "llama-gqa", 0.4, tmp_path / "out", compensation=request, device="cpu", offload=True)
+    assert [options["mapped"] for _, options in found] == [False, True]
+    # Fitted to, checked once, and measured on held-out text again and again.
+    assert all(stream is not None and stream.traffic.bytes > 0 for stream, _ in found)
+
+
+def test_plans_are_told(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = str(places / "tokens.safetensors")
+    given = ["export", str(places / "llama-gqa"), "--sparsity", "0.4", "--device", "cpu", "--offload"]
+    kfac = ["--compensate", "kfac", "--compensation-steps", "1", "--calibration", tokens]
+    assert main([*given, *kfac, "--out", str(tmp_path / "one"), "--gpu-memory", "1GB"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("offload:", "  "))]
+    layers = len(gisp.Trajectory.load(places / "llama-gqa").keep(0).heads)
+    assert lines[0].startswith(f"offload: {layers} of {layers} layers in host memory (")
+    assert lines[1].startswith("  inputs of layers on the device (")
+    assert lines[3].startswith(f"offload: {layers} of {layers} layers read from their files (")
+    assert all(line.startswith("  device peak ") and " of 1.0 GB, host " in line for line in (lines[2], lines[4]))
+    assert main([*given, "--out", str(tmp_path / "two")]) == 0
+    assert "in host memory" not in capsys.readouterr().err
+
+
+def test_what_cannot_be_is_one_line(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("begun")
+
+    monkeypatch.setattr(launch, "launch", never)
+    monkeypatch.setattr(gisp.Trajectory, "load_base", never)
+    tokens, out = str(places / "tokens.safetensors"), tmp_path / "out"
+    lsq = ["--compensate", "lsq", "--calibration", tokens]
+    refused: list[tuple[list[str], str]] = [
+        (["--offload", *lsq, "--gpu-memory", "50MB"], "may be used: give fewer --calibration-tokens, or more"),
+        (["--offload", "--gpu-memory", "50MB"], "may be used: give more --gpu-memory, or --device cpu"),
+        (["--gpu-memory", "24GB"], "--gpu-memory 24GB belongs to --offload: give both, or leave it out"),
+        (["--offload", "--gpu-memory", "much"], "--gpu-memory is 'much': give an amount as 24GB or 24GiB"),
+        (["--offload", "--compensate", "gates", "--calibration", tokens], "--compensate gates trains layers that"),
+        (["--offload", "--compensate", "bias", "--calibration", tokens], "--compensate bias adds biases to layers"),
+        (["--offload", *lsq, "--gpus", "2"], "--offload always is for one GPU, 2 processes share this run"),
+        (["--offload", "--stages", "2"], "--stages 2 writes the point of the run as hf: leave --offload out"),
+    ]
+    for given, words in refused:
+        point = ["export", str(places / "llama-gqa"), "--sparsity", "0.4", "--out", str(out), "--device", "cpu"]
+        assert main([*point, *given]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, given
+        assert not out.exists()
+    given = ["export", str(places / "llama-gqa"), "--nested", str(out), "--offload", "--device", "cpu"]
+    assert main(given) == 2
+    assert "--nested has its own form of a size: leave --offload out" in capsys.readouterr().err
+    monkeypatch.setattr(placement, "available_bytes", lambda: 10**5)
+    request = make_request("kfac", tokens)
+    with pytest.raises(GispError, match=r"of host memory, 0.1 MB are free: free some, or give --compensate lsq"):
+        export_run(places / "llama-gqa", 0.4, out, compensation=request, device="cpu", offload=True)
+    with pytest.raises(GispError, match=r"of host memory, 0.1 MB are free: free some$"):
+        export_run(places / "llama-gqa", 0.4, out, device="cpu", offload=True)
+    assert not out.exists()
