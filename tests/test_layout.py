@@ -40,6 +40,7 @@ ROOMS = {
             "lazy",
             "files",
             "hub",
+            "mapped",
             "progress",
             "config",
             "replicas",

@@ -1,4 +1,4 @@
-"""Memory that a process of its own takes while it exports, apart from files it maps; JSON on standard output.
+"""Memory that a process of its own takes while it exports, with and apart from files it maps; JSON on standard output.
 
 Called with a folder to work in. Every allocation of weights is one of the system's own, so that what is let go counts
 no longer; see :data:`ENVIRONMENT`.
@@ -20,20 +20,23 @@ FORMATS = ("hf", "masked", "uniform", "stages")
 SHARD = 12 * 2**20
 
 
-def held_now() -> int:
-    """Bytes of this process in memory that no file backs."""
+def held_now() -> tuple[int, int]:
+    """Bytes of this process in memory that no file backs, and in all of its memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    anonymous, whole = (
+        next(1024 * int(line.split()[1]) for line in lines if line.startswith(name)) for name in ("RssAnon", "VmRSS")
+    )
+    return anonymous, whole
 
 
 @contextmanager
 def peak() -> Iterator[list[int]]:
-    """Inside, the most this process holds is looked for; bytes above what it held before."""
-    before, found, over = held_now(), [0], threading.Event()
+    """Inside, the most this process holds is looked for; bytes above what it held before, as :func:`held_now`."""
+    before, found, over = held_now(), [0, 0], threading.Event()
 
     def look() -> None:
         while not over.wait(0.001):
-            found[0] = max(found[0], held_now() - before)
+            found[:] = (max(most, now - was) for most, now, was in zip(found, held_now(), before, strict=True))
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -69,6 +72,8 @@ def export(run: Path, out: Path, name: str) -> None:
 
     if name == "stages":
         export_parted(run, 0.2, out, process_group=None, device="cpu")
+    elif name == "offload":
+        export_run(run, 0.2, out, device="cpu", offload=True)
     else:
         export_run(run, 0.2, out, device="cpu", format=name)
 
@@ -80,19 +85,20 @@ def main(folder: Path) -> None:
     files.SHARD_BYTES = SHARD
     # Imports and what they hold are not counted.
     small, _ = run_of(folder / "small", 3, 64, 64)
-    names = (*FORMATS, *["gguf"] * bool(find_spec("gguf")))
+    names = (*FORMATS, "offload", *["gguf"] * bool(find_spec("gguf")))
     for name in names:
         export(small, folder / "small" / name, name)
     run, size = run_of(folder / "large", 12, 512, 1536)
     before = held_now()
     base = Trajectory.load(run).load_base(device="cpu", dtype="auto")
-    found: dict[str, Any] = {"model": size, "held": held_now() - before, "peaks": {}, "files": {}}
+    found: dict[str, Any] = {"model": size, "held": held_now()[0] - before[0], "peaks": {}, "resident": {}, "files": {}}
+    found["layer"] = sum(p.numel() * p.element_size() for p in base.model.layers[0].parameters())
     del base
     for name in names:
         out = folder / "large" / name
         with peak() as most:
             export(run, out, name)
-        found["peaks"][name] = most[0]
+        found["peaks"][name], found["resident"][name] = most
         found["files"][name] = [path.stat().st_size for path in sorted(out.glob("*.safetensors"))]
     print(json.dumps(found))
 

@@ -23,6 +23,7 @@ from gisp.export.load import load
 from gisp.export.relayout import LaidOut
 from gisp.export.sizes.layout import AttentionLayout
 from gisp.export.spec import TOLERANCE, ExportReport, LayerSizes, PrunedSpec
+from gisp.mapped import give_back
 from gisp.model.attention import INDEXED_ATTENTION
 from gisp.model.keep import Keep, block_columns
 from gisp.model.modes import evaluation_mode, exact_products
@@ -307,6 +308,7 @@ def _widened(model: nn.Module, removed: Mapping[nn.Module, torch.Tensor], dtype:
     def restore(module: nn.Module, *_: Any) -> None:
         for parameter, data in originals.pop(module, ()):
             parameter.data = data
+            give_back(data)
 
     with ExitStack() as stack:
         for module in model.modules():

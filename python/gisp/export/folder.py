@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from gisp.config.memory import gigabytes
 from gisp.errors import GispError
 from gisp.files import lock_beside, one_writer, remove_stale, temporary_path
+from gisp.mapped import give_back
 
 if TYPE_CHECKING:
     import torch
@@ -82,17 +83,25 @@ def write_weights(folder: Path, state: Mapping[str, torch.Tensor], shapes: Mappi
     Raises:
         GispError: the disk has too little room.
     """
-    from safetensors.torch import save_file
-
     size = sum(t.numel() * t.element_size() for t in shapes.values())
     check_room(folder, size)
     shards = shards_of(shapes)
     for file, names in shards.items():
-        save_file({name: state[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        write_shard(folder / file, state, names)
     if len(shards) > 1:
         places = {name: file for file, names in shards.items() for name in names}
         write_index(folder, size, places)
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def write_shard(file: Path, state: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
+    """Write the weights of some names into one safetensors file; no memory is held for them afterwards."""
+    from safetensors.torch import save_file
+
+    held = {name: state[name].contiguous() for name in names}
+    save_file(held, file, metadata={"format": "pt"})
+    for tensor in held.values():
+        give_back(tensor)
 
 
 def shards_of(shapes: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:

@@ -9,6 +9,7 @@ import torch
 
 from gisp.export.folder import dense_state
 from gisp.export.sizes.layout import ZEROED, AttentionLayout, plan_attention
+from gisp.mapped import give_back
 from gisp.model.keep import Keep
 from gisp.model.structures import ModelMap, structure_parameters
 
@@ -39,8 +40,12 @@ class LaidOut(Mapping[str, torch.Tensor]):
         self.shapes = {name: self._shape(name) for name in dense}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        cut = self._cuts.get(name)
-        return self._dense[name] if cut is None else take_blocks(self._dense[name], *cut)
+        cut, dense = self._cuts.get(name), self._dense[name]
+        if cut is None:
+            return dense
+        taken = take_blocks(dense, *cut)
+        give_back(dense)
+        return taken
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._dense)

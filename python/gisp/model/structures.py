@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gisp.errors import GispError
+from gisp.mapped import give_back
 from gisp.model.checks import SUPPORTED, check_layer, check_linear, check_model
 from gisp_kernels.groups import (
     PROJECTIONS,
@@ -261,7 +262,12 @@ def fingerprint(model: nn.Module) -> str:
 
 def fingerprint_parts(model: nn.Module) -> dict[str, bytes]:
     """What of every parameter that lies in this process goes into the fingerprint."""
-    return {name: _fingerprint_part(name, p) for name, p in model.named_parameters() if not p.is_meta}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            found[name] = _fingerprint_part(name, parameter)
+            give_back(parameter)
+    return found
 
 
 def fingerprint_of(parts: Mapping[str, bytes]) -> str:
@@ -296,4 +302,5 @@ def first_bad_parameter(model: nn.Module) -> str | None:
         # Extremes pass NaN on; looking at every number would take 50 times as long on a CPU.
         if not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
             return name
+        give_back(parameter)
     return None

@@ -59,7 +59,8 @@ def place(
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     layers = model.model.layers
-    return LayerStream(model, layers, streamed, device, head=head, boundaries_on_host=inputs_on_host, memory=memory)
+    held = None if mapped else memory
+    return LayerStream(model, layers, streamed, device, head=head, boundaries_on_host=inputs_on_host, memory=held)
 
 
 def untied_ends(model: Any) -> tuple[nn.Module, nn.Module] | tuple[None, None]:

@@ -54,7 +54,7 @@ class LayerStream:
         streamed: numbers of those in host memory; others are on the device and stay there.
         head: the output projection, where it is in host memory.
         boundaries_on_host: as for :class:`gisp.offload.boundaries.Boundaries`.
-        memory: what the layers lie in; it is held.
+        memory: what the layers lie in; it is held. ``None`` where files back them.
 
     Attributes:
         recomputes: whether every layer keeps its input alone, which its backward starts from.
@@ -76,7 +76,7 @@ class LayerStream:
     ) -> None:
         visitors = dict(enumerate(layers))
         self._memory = memory
-        self._weights = {i: LayerWeights(visitors[i]) for i in streamed}
+        self._weights = {i: LayerWeights(visitors[i], mapped=memory is None) for i in streamed}
         if head is not None:
             end = len(visitors)
             visitors[end], self._weights[end] = head, LayerWeights(head, shrinks=False)

@@ -9,6 +9,8 @@ from math import prod
 import torch
 from torch import nn
 
+from gisp.mapped import give_back
+
 # torch gives every tensor of a GPU memory that begins at a multiple of this; products are chosen by alignment, too.
 _ALIGNMENT = 512
 
@@ -22,13 +24,15 @@ class LayerWeights:
     Args:
         layer: its parameters lie in host memory, as they are before anything is removed.
         shrinks: whether anything is removed from it.
+        mapped: whether files back them, so that what was fetched need not stay in memory.
 
     Attributes:
         bytes: memory of a visit.
         gaps: bytes of the largest weight whose rows arrive without the gaps they have on the device.
     """
 
-    def __init__(self, layer: nn.Module, shrinks: bool = True) -> None:
+    def __init__(self, layer: nn.Module, shrinks: bool = True, *, mapped: bool = False) -> None:
+        self._mapped = mapped
         self._parameters = list(layer.parameters())
         self._shapes = [tuple(parameter.shape) for parameter in self._parameters]
         sizes = [prod(shape) * p.element_size() for shape, p in zip(self._shapes, self._parameters, strict=True)]
@@ -66,6 +70,9 @@ class LayerWeights:
             if spread:
                 view.copy_(target[:, : home.shape[1]])
             crossed += source.numel() * source.element_size()
+            if self._mapped:
+                # A copy out of memory that is not registered with CUDA has read it when it returns.
+                give_back(home)
         return crossed
 
     def show(self) -> None:

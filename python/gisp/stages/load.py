@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from gisp.errors import GispError
+from gisp.mapped import give_back
 from gisp.model.load import on_meta, quiet, snapshot, stored_config
 from gisp.model.paths import check_model_path
 from gisp.model.stored import check_stored, left_out
@@ -147,6 +148,7 @@ def _give(model: nn.Module, name: str, tensor: torch.Tensor, device: torch.devic
     if tensor.shape != parameter.shape:
         raise GispError(f"model {path} does not fit its config.json: mismatched keys, first {name}")
     put(model, parameter, tensor.to(device, parameter.dtype))
+    give_back(tensor)
 
 
 def put(model: nn.Module, parameter: nn.Parameter, tensor: torch.Tensor) -> None:

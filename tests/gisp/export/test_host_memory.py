@@ -38,6 +38,18 @@ def test_an_export_holds_one_of_its_files_at_a_time(found: dict[str, Any], name:
     assert 0.5 * max(sizes) < found["peaks"][name] <= found["held"] + 1.1 * host_memory.SHARD
 
 
+@pytest.mark.parametrize("name", host_memory.FORMATS)
+def test_files_that_were_read_do_not_stay_in_memory(found: dict[str, Any], name: str) -> None:
+    # A file of the export, and the weights it is made from; pages around them come along.
+    assert found["resident"][name] <= found["held"] + 2.5 * host_memory.SHARD < 0.3 * found["model"]
+
+
+def test_layers_in_their_files_are_not_held(found: dict[str, Any]) -> None:
+    # On a CPU the slots that layers visit lie in host memory: two of the base model and two of the export.
+    most = found["held"] + 1.1 * host_memory.SHARD + 5 * found["layer"]
+    assert found["peaks"]["offload"] <= most < 0.6 * found["model"]
+
+
 def test_a_gguf_export_holds_little_of_the_model(found: dict[str, Any]) -> None:
     pytest.importorskip("gguf")
     # The file is mapped to be checked; q_proj and k_proj, whose rows it has in another order, are held.

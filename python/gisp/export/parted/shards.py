@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gisp.export.folder import check_room, shards_of, write_index
+from gisp.export.folder import check_room, shards_of, write_index, write_shard
 from gisp.export.relayout import LaidOut
 from gisp.stages.group import Stages
 from gisp.stages.parted import together
@@ -13,8 +13,6 @@ from gisp.stages.parted import together
 
 def write_shards(state: LaidOut, folder: Path, stages: Stages) -> int:
     """Write this process's weights, and in the first one the index of all; bytes of all files."""
-    from safetensors.torch import save_file
-
     exchange = stages.processes.exchange
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.shapes.values())
     total = sum(int(answer) for answer in exchange(str(size).encode()))
@@ -28,7 +26,7 @@ def write_shards(state: LaidOut, folder: Path, stages: Stages) -> int:
     with together(stages):
         for number, names in enumerate(shards, start=before + 1):
             file = f"model-{number:05d}-of-{sum(counts):05d}.safetensors"
-            save_file({name: state[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+            write_shard(folder / file, state, names)
             places |= dict.fromkeys(names, file)
     answers = exchange(json.dumps(places).encode())
     if stages.processes.first:
