@@ -21,8 +21,8 @@ def closing_lines(trajectory: Any, out: str, data: str, stages: int) -> Iterator
     from gisp.offload.stream import LayerStream
 
     last = trajectory.steps[-1]
-    parts = f" --stages {stages}" if stages > 1 else ""
-    apart = LayerStream.of(trajectory.model) is not None
+    apart = " --offload" if LayerStream.of(trajectory.model) is not None else ""
+    parts = f" --stages {stages}" if stages > 1 else apart
     yield (
         f"{out}: {len(trajectory.steps)} steps, decoder sparsity {last.sparsity:.4f}, "
         f"whole model {last.model_sparsity:.4f}"
@@ -30,9 +30,8 @@ def closing_lines(trajectory: Any, out: str, data: str, stages: int) -> Iterator
     yield quality_line(trajectory, data)
     sparsity = f"{last.sparsity:.4f}"
     run = shlex.quote(out)
-    yield f"next: gisp eval {run} --sparsity {sparsity} --data TEXT" + (parts or " --offload" * apart)
-    place = parts or " --device cpu" * apart
-    yield f"      gisp export {run} --sparsity {sparsity} --out {shlex.quote(out.rstrip('/') + '-' + sparsity)}{place}"
+    yield f"next: gisp eval {run} --sparsity {sparsity} --data TEXT{parts}"
+    yield f"      gisp export {run} --sparsity {sparsity} --out {shlex.quote(out.rstrip('/') + '-' + sparsity)}{parts}"
 
 
 def quality_line(trajectory: Any, data: str) -> str:
