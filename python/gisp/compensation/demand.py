@@ -54,7 +54,7 @@ def demand(
     fitted = min(int(options.tokens or 0), total)
     # Of every held-out token the state that the head reads, of either model.
     waiting = 2 * held * hidden * size
-    busiest, beside = logits_bytes(model_map, device), 0
+    busiest, beside = logits_bytes(model_map, total + held, device), 0
     inputs = 0
     for name in options.stages:
         if name in FITS:

@@ -349,10 +349,10 @@ class Student:
         return inside
 
 
-def logits_bytes(model_map: ModelMap, device: torch.device) -> int:
-    """Memory of the logits of either model that are alive at a time."""
-    most = _LOGITS["cuda" if device.type == "cuda" else "cpu"]
-    return _LOGITS_COPIES * 4 * max(most, model_map.vocab_size)
+def logits_bytes(model_map: ModelMap, tokens: int, device: torch.device) -> int:
+    """Memory of the logits of either model that are alive at a time, of so many tokens at most."""
+    most = _LOGITS["cuda" if device.type == "cuda" else "cpu"] // model_map.vocab_size
+    return _LOGITS_COPIES * 4 * model_map.vocab_size * min(tokens, max(1, most))
 
 
 def most_tokens(model_map: ModelMap, device: torch.device) -> int:
