@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gisp.mapped import give_back
 from gisp.offload.host import HostMemory, numbered
 from gisp.offload.stream import LayerStream
 
@@ -89,13 +90,17 @@ def _placed(
     parameter: nn.Parameter, name: str, device: torch.device, memory: HostMemory | None, fill: Fill | None
 ) -> torch.Tensor:
     """A parameter's values in memory of their own, at their place."""
+    old = parameter.detach()
     if memory is None and fill is None:
-        return parameter.detach().to(device)
+        moved = old.to(device)
+        give_back(old)
+        return moved
     shape = tuple(parameter.shape)
     dtype = parameter.dtype
     new = memory.empty(shape, dtype) if memory else torch.empty(shape, dtype=dtype, device=device)
     if fill is None:
-        new.copy_(parameter.detach())
+        new.copy_(old)
+        give_back(old)
     else:
         fill(name, new)
     return new

@@ -57,7 +57,8 @@ def test_the_files_are_those_of_a_model_on_the_gpu(
 def test_no_more_is_taken_than_was_planned(tmp_path: Path, method: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
     config = LlamaConfig(**sizes, num_attention_heads=16, num_key_value_heads=4, vocab_size=8192)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     tokens = tmp_path / "tokens.safetensors"
     save_file({"input_ids": torch.randint(0, 8192, (64, 256))}, tokens)
     gisp.prune(tmp_path / "model", tokens, out=tmp_path / "run", sparsity=0.4, steps=1, batch_tokens=1024)
