@@ -15,8 +15,11 @@ import gisp
 from gisp.cli import main
 from gisp.compensation import make_request
 from gisp.errors import GispError
+from gisp.export.quality.plans import make_plans
 from gisp.export.run import export_run
 from gisp.export.sizes.options import SizeOptions
+from gisp.export.spec import PrunedSpec
+from gisp.offload.plan import Plan
 from gisp.offload.stream import LayerStream
 from gisp.replicas import launch
 from gisp.run.resources import placement
@@ -73,6 +76,26 @@ def test_every_format_is_written(places: Path, tmp_path: Path, format: str, meth
     request = make_request(method, str(places / "tokens.safetensors") if method else None)
     sizes = SizeOptions(round_mlp=4) if format == "uniform" else None
     assert_same(places / "llama-gqa", tmp_path, format=format, compensation=request, sizes=sizes)
+
+
+def test_a_model_that_cannot_be_mapped_is_counted(places: Path, tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    model.config.save_pretrained(tmp_path / "model")
+    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    gisp.prune(tmp_path / "model", places / "tokens.safetensors", out=tmp_path / "run", **EXACT_OPTIONS)
+    planned = [plan_of(run).host for run in (tmp_path / "run", places / "llama-gqa")]
+    layers = sum(p.numel() * p.element_size() for p in model.model.layers.parameters())
+    assert planned[0] == planned[1] + layers
+    assert_same(tmp_path / "run", tmp_path)
+
+
+def plan_of(run: Path) -> Plan:
+    """For writing a point of a run."""
+    trajectory, place = gisp.Trajectory.load(run), BasePlace("cpu", offload=True)
+    point = PrunedSpec.at(trajectory, 1)
+    plans = make_plans(trajectory, place, point, lambda _, spec: spec, data=None, request=None, format="hf")
+    assert plans.writing is not None
+    return plans.writing
 
 
 def test_layers_stay_in_host_memory_or_in_their_files(places: Path, tmp_path: Path, monkeypatch: Any) -> None:

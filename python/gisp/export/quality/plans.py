@@ -12,6 +12,7 @@ from gisp.compensation.demand import COMPENSATING, demand
 from gisp.compensation.request import CompensationRequest
 from gisp.data import Sequences
 from gisp.evaluate.batches import batch_bytes
+from gisp.export.beside import base_folder
 from gisp.export.check import CHECKED_TOKENS
 from gisp.export.folder import SHARD_BYTES
 from gisp.export.spec import PrunedSpec
@@ -84,8 +85,17 @@ def make_plans(
         measuring = place.plan(asked, COMPENSATING if request else _EXPORTING)
     outline = place.outline(trajectory, dtype="auto")
     keep = rounded(outline.model, point).keep
-    writing = place.plan(_writing(outline, keep, compensated=request is not None), _EXPORTING)
+    asked = _writing(outline, keep, compensated=request is not None)
+    if not _mapped(trajectory):
+        asked = replace(asked, beside=asked.beside + sum(asked.layers))
+    writing = place.plan(asked, _EXPORTING)
     return Plans(measuring, writing, calibration)
+
+
+def _mapped(trajectory: Trajectory) -> bool:
+    """Whether the base model is read from safetensors, which are mapped; the weights of other files are held."""
+    folder = base_folder(trajectory.base_path)
+    return folder is None or (folder.is_dir() and any(folder.glob("*.safetensors")))
 
 
 def _writing(model_map: ModelMap, keep: Keep, *, compensated: bool) -> Demand:
