@@ -72,6 +72,8 @@ class ImportancePass:
             By the number of layers that a stream has passed.
         """
         found: dict[int, torch.Tensor] = {}
+        # Batches are made of what lies in host memory.
+        ids = ids.cpu()
         flow = embedded(self._model, make_batch(self._model.model, MicroBatch(ids, ids, [1.0] * len(ids))))
 
         def seen(number: int) -> None:
