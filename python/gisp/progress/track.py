@@ -46,17 +46,24 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+# What this process is at, the innermost last, for whoever looks from another thread.
+_under_way: list[Task] = []
 # Who hears what begins from now on.
 heard_by: ContextVar[Report | None] = ContextVar("gisp_progress", default=None)
 
 
 class Task:
-    """Something under way; made by :func:`task`."""
+    """Something under way; made by :func:`task`.
+
+    Attributes:
+        phase: of the unit that is being done, empty where it has none.
+    """
 
     def __init__(self, what: str, total: int | None, begun: int) -> None:
         self._what, self._total, self._begun = what, total, begun
         self._done = begun
         self._details: tuple[str, ...] = ()
+        self.phase = ""
         self._report = heard_by.get()
         self._start = time.perf_counter()
         self._tell(False)
@@ -66,6 +73,11 @@ class Task:
         self._done += count
         self._details = tuple(details)
         self._tell(False)
+
+    def words(self) -> str:
+        """How far it is, as ``pruning, 3 of 50 done, select``."""
+        done = "" if self._total is None else f", {self._done} of {self._total} done"
+        return f"{self._what}{done}{self.phase and ', '}{self.phase}"
 
     def end(self) -> None:
         """Nothing more follows."""
@@ -93,10 +105,23 @@ def hears_notes() -> bool:
 def task(what: str, total: int | None = None, begun: int = 0) -> Iterator[Task]:
     """Something under way of ``total`` units, to be told how far it is."""
     running = Task(what, total, begun)
+    _under_way.append(running)
     try:
         yield running
     finally:
+        _under_way.remove(running)
         running.end()
+
+
+def phase(name: str) -> None:
+    """A unit of the innermost task has come to a phase."""
+    if _under_way:
+        _under_way[-1].phase = name
+
+
+def doing() -> str:
+    """What this process is at, empty where nothing was told; for any thread."""
+    return "; ".join(running.words() for running in [*_under_way])
 
 
 @contextmanager

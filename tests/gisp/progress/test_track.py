@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gisp.progress import Progress, reporting, stage, task, track
+from gisp.progress import Progress, doing, phase, reporting, stage, task, track
 from gisp.progress.display import FIRST_SECONDS, SECONDS, Bar, Lines, clock, fitting
 
 
@@ -25,6 +25,20 @@ def test_a_callable_hears_every_unit_and_the_end() -> None:
         ("thinking", 0, None, True),
     ]
     assert heard[0].left is None and heard[3].left == 0
+
+
+def test_what_is_under_way_is_known_to_all_threads() -> None:
+    assert doing() == ""
+    phase("of nothing")
+    with task("pruning", 4) as running, reporting(False):
+        running.advance()
+        phase("select")
+        assert doing() == "pruning, 1 of 4 done, select"
+        with stage("loading a model"):
+            assert doing() == "pruning, 1 of 4 done, select; loading a model"
+        with pytest.raises(ValueError, match="bad"), task("evaluating", 2):
+            raise ValueError("bad")
+    assert doing() == ""
 
 
 def test_what_fails_ends_too() -> None:

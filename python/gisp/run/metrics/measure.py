@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gisp import progress
 from gisp.select.selector import Ranking
 
 _BINS = 40
@@ -31,10 +32,12 @@ class PhaseClock:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self._events = [("", self._event())]
+        progress.phase(PHASES[0])
         self._start = self._last = time.perf_counter()
 
     def mark(self, phase: str) -> float:
         """End a phase now; its seconds, 0 as long as they are not known."""
+        progress.phase(PHASES[PHASES.index(phase) + 1])
         if self._events is not None:
             self._events.append((phase, self._event()))
             return 0.0

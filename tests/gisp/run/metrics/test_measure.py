@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from gisp.progress import doing, task
 from gisp.run.metrics.measure import PHASES, PhaseClock
 
 
@@ -22,3 +23,13 @@ def test_phases_add_up_to_the_wall_time():
     assert clock.total() == pytest.approx(sum(clock.seconds.values()))
     assert clock.total() >= 0.04
     assert clock.peak_bytes() is None
+
+
+def test_the_phase_that_follows_is_told():
+    with task("pruning", 2):
+        clock = PhaseClock(torch.device("cpu"))
+        seen = [doing()]
+        for phase in PHASES[:-1]:
+            clock.mark(phase)
+            seen.append(doing())
+    assert seen == [f"pruning, 0 of 2 done, {phase}" for phase in PHASES]
