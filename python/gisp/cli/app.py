@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from socket import gethostname
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +24,7 @@ from gisp.cli.prune_command import prune
 from gisp.cli.stop import InterruptError, unwinding
 from gisp.config.options import OPTIONS
 from gisp.errors import GispError, is_out_of_memory, quoted, shortened
-from gisp.replicas.environment import launched, rank
+from gisp.replicas.environment import first_to_refuse, launched, rank
 from gisp.replicas.errors import ReplicaError
 
 app = typer.Typer(
@@ -140,7 +141,10 @@ def _with_value(error: Any, argv: list[str]) -> str:
 
 
 def _fail(message: str, *, always: bool = False) -> int:
-    """One line; what all processes of a run refuse alike the first one tells."""
-    if always or not rank():
-        print(f"error: {shortened(' '.join(message.split()), _LONGEST_LINE)}", file=sys.stderr)
+    """One line; what several processes of a run refuse alike one of them tells."""
+    if always or first_to_refuse(message):
+        line = shortened(" ".join(message.split()), _LONGEST_LINE)
+        # Only others than the first may have their own reasons, such as a file that one host lacks.
+        where = "" if always or not rank() else f"rank {rank()} on {gethostname()}: "
+        print(f"error: {where}{line}", file=sys.stderr)
     return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +10,15 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from gisp.errors import GispError
+from gisp.replicas.errors import ReplicaError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Of a collective: processes that live are late by the time one of them loads or compiles more, dead ones are told by
-# the watch long before.
-_TIMEOUT = timedelta(minutes=10)
+# For processes to come together, and of collectives after that: one that works may take as long as it needs, dead and
+# stuck ones are told by the watch.
+_MEETING, _PATIENCE = timedelta(minutes=10), timedelta(days=7)
+_ASKING = timedelta(seconds=5)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -29,6 +32,24 @@ def launched() -> bool:
 def rank() -> int:
     """Number of this process, 0 of one that no launcher started."""
     return int(os.environ["RANK"]) if launched() else 0
+
+
+def first_to_refuse(message: str) -> bool:
+    """Whether this process is the one to tell what several may refuse alike, before they watch over one another.
+
+    The store of torchrun says who comes first. Without one the first process tells what all refuse.
+    """
+    if not launched() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return not rank()
+    from torch import distributed
+
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = hashlib.sha256(f"{attempt} {message}".encode()).hexdigest()
+    try:
+        return distributed.TCPStore(*place, is_master=False, timeout=_ASKING).add(f"gisp/refused/{key}", 1) == 1
+    except RuntimeError:
+        return not rank()
 
 
 def share_cores() -> None:
@@ -67,12 +88,17 @@ def joined(device: str) -> Iterator[ProcessGroup | None]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         if local >= torch.cuda.device_count():
-            raise GispError(
-                f"process {local} of this host has no GPU: start as many as there are, {torch.cuda.device_count()}"
+            # Others have one, so this one tells.
+            raise ReplicaError(
+                f"process {local} of this host has no GPU: start as many as there are, {torch.cuda.device_count()}",
+                told=False,
             )
         torch.cuda.set_device(local)
         share_cores()
-    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_MEETING)
+    # The first collective makes the connections.
+    distributed.all_reduce(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
+    distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
     yield distributed.group.WORLD
     # Not after a failure: it would wait for those that are gone.
     distributed.destroy_process_group()

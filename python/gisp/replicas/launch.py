@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from gisp.errors import GispError
 
+# Exit codes of a command that has said why, or of Python where it shows a traceback.
+_TELLING = {1, 2, *(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))}
 # What sends a signal that nobody sent by hand.
 _CAUSES = {
     "SIGKILL": " (Linux does that where the memory of the host runs out)",
@@ -40,16 +42,16 @@ def check_processes(count: int, device: str) -> None:
 def launch(count: int, module: str, arguments: Sequence[str], again: str) -> int:
     """Run ``python -m module arguments`` as ``count`` processes and wait for their end.
 
-    A process that fails ends the others. It has told why; one that a signal ended is told here.
+    A process that fails ends the others. It has told why, or it is told here.
 
     Args:
-        again: what to do after a signal has ended a process.
+        again: what to do where a process has ended without a word.
 
     Returns:
         The exit code of the command.
 
     Raises:
-        GispError: a signal ended a process.
+        GispError: a process ended without a word.
         KeyboardInterrupt: Ctrl-C, which a terminal sends to all of them.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -75,15 +77,16 @@ def launch(count: int, module: str, arguments: Sequence[str], again: str) -> int
             elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         # What ended by itself has told why; a signal may have ended another one for that reason.
-        codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode >= 0]
+        codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode in _TELLING]
         if codes:
             return int(codes[0])
         rank, failure = error.get_first_failure()
-        name = signal.Signals(-failure.exitcode).name
-        raise GispError(
-            f"rank {rank} (process {failure.pid}) was ended by {name}{_CAUSES.get(name, '')}, so the others were too: "
-            f"{again}"
-        ) from None
+        if failure.exitcode >= 0:
+            how = f"ended with exit code {failure.exitcode} and without a word"
+        else:
+            name = signal.Signals(-failure.exitcode).name
+            how = f"was ended by {name}{_CAUSES.get(name, '')}"
+        raise GispError(f"rank {rank} (process {failure.pid}) {how}, so the others were too: {again}") from None
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
 
-from gisp.replicas.environment import share_cores
+from gisp.replicas.environment import joined, share_cores
+from gisp.replicas.group import Replicas
 
 
 @pytest.fixture
@@ -35,3 +38,15 @@ def test_a_given_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch, eight_
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     share_cores()
     assert torch.get_num_threads() == 8
+
+
+def test_processes_that_have_met_may_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**launcher, "TORCHELASTIC_RUN_ID": "one"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with joined("cpu") as group:
+        assert (Replicas(group).timeout or timedelta()) > timedelta(days=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,17 @@ if os.environ["RANK"] == "1":
     sys.exit(int(sys.argv[1])) if sys.argv[1].isdigit() else os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 time.sleep(0 if sys.argv[1] == "0" else 60)
 """
+_REFUSES = """
+import sys
+from gisp.cli import main
+from gisp.replicas.environment import rank
+sys.exit(main(["prune", "m", "--data", "d", "--out", "o", "--steps", "0" if sys.argv[1] == "all" or rank() else "1"]))
+"""
+_FIRST_WAITS = """
+import threading
+if not rank():
+    threading.Event().wait()
+sys.exit"""
 _STOPS = """
 import os, signal, sys, time
 from pathlib import Path
@@ -57,10 +69,25 @@ def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_first_failure_is_the_result(ending: str) -> None:
     assert launch(2, ending, ["0"], "begin anew") == 0
     assert launch(2, ending, ["2"], "begin anew") == 2
+    # As a library does that calls exit.
+    with pytest.raises(GispError, match=r"rank 1 \(process \d+\) ended with exit code 3 and without a word, so the o"):
+        launch(2, ending, ["3"], "begin anew")
     with pytest.raises(
         GispError, match=r"rank 1 \(process \d+\) was ended by SIGKILL \(.*memory.*\), so the others.*: begin anew"
     ):
         launch(2, ending, ["SIGKILL"], "begin anew")
+
+
+@pytest.mark.parametrize("who", ["all", "second"])
+def test_one_line_says_what_some_refuse(
+    who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Hosts may differ in what a command finds there, before its processes have met."""
+    (tmp_path / "refusing.py").write_text(_REFUSES if who == "all" else _REFUSES.replace("\nsys.exit", _FIRST_WAITS))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *(path for path in sys.path if path)]))
+    assert launch(2, "refusing", [who], "begin anew") == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "--steps" in line and (who == "all" or line.startswith(f"error: rank 1 on {socket.gethostname()}: "))
 
 
 def test_a_stopped_process_ends_with_the_others(
@@ -72,7 +99,7 @@ def test_a_stopped_process_ends_with_the_others(
     # Half a minute is what the launcher gives a process that does not listen.
     assert time.time() - float((tmp_path / "when").read_text()) < 30
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: rank 1 (") and "was silent for 4 s: it was killed or hangs" in line
+    assert line.startswith("error: rank 1 (") and "was stopped by a signal" in line
 
 
 def test_several_processes_write_the_run_of_one(
