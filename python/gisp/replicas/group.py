@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch import distributed
 
 from gisp.errors import GispError
 from gisp.replicas.errors import ReplicaError
+from gisp.replicas.signs import Cells, GpuCells, Signs
 from gisp.replicas.watch import Watch
 
 Item = TypeVar("Item")
@@ -151,10 +153,35 @@ class Replicas:
         if self.size == 1:
             yield
             return
-        with Watch(self.rank, self.size, self.exchange) as self._watch:
-            yield
-            # One that is through must not be taken for lost by others that still work.
-            self.exchange(b"")
+        try:
+            cells = GpuCells(self.device) if self.device.type == "cuda" else Cells()
+            with Watch(self.rank, self.size, self.exchange, Signs(cells), self._aborts_after) as self._watch:
+                yield
+                # One that is through must not be taken for lost by others that still work.
+                self.exchange(b"")
+        finally:
+            self._watch = None
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """Of collectives, as the group was made with; ``None`` for one process or where the backend has none."""
+        if self._group is None:
+            return None
+        options = getattr(self._group._get_backend(self.device), "options", None)
+        return getattr(options, "_timeout", None)
+
+    @property
+    def _aborts_after(self) -> timedelta | None:
+        """When torch ends a process in a collective instead of raising an error, as it does over NCCL."""
+        return self.timeout if self.device.type == "cuda" else None
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around what ends only when other processes have come to it too."""
+        return self._watch.signs.waiting() if self._watch else nullcontext()
+
+    def elsewhere(self) -> AbstractContextManager[None]:
+        """Around code of the user's, which may stand still for reasons of its own."""
+        return self._watch.signs.elsewhere() if self._watch else nullcontext()
 
     def gather(self, rows: torch.Tensor, most: int) -> torch.Tensor:
         """Rows [R, n] of every process, filled up to ``most`` with zeros; [size, most, n] on their device."""
@@ -162,7 +189,8 @@ class Replicas:
         padded[: len(rows)] = rows
         out = padded.new_empty(self.size, most, rows.shape[1])
         try:
-            distributed.all_gather([*out], padded, group=self._group)
+            with self.waiting():
+                distributed.all_gather([*out], padded, group=self._group)
         except RuntimeError as error:
             raise self.lost(error) from None
         return out.to(rows.device)
@@ -171,8 +199,8 @@ class Replicas:
         """What a failed collective means: another process is gone."""
         reason = self._watch.reason() if self._watch else None
         words = _first_line(error)
-        if reason is None and any(part in words.lower() for part in _TIMED_OUT):
-            reason = f"a process of this run lives but did not answer the others in time, it hangs: {words}"
+        if reason is None and self._watch and any(part in words.lower() for part in _TIMED_OUT):
+            reason = self._watch.late(self.timeout)
         return ReplicaError(reason or f"the processes of this run lost one another: {words}", told=False)
 
 

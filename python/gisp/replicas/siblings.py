@@ -1,4 +1,4 @@
-"""Ends a process of the same launcher that no longer listens.
+"""Looks at another process of this host, and ends one of the same launcher that no longer listens.
 
 One that is stopped, or waits inside a driver, does not hear the launcher's TERM. The launcher of ``torch.distributed``
 sends KILL half a minute later, and nothing makes it wait for less.
@@ -34,6 +34,19 @@ def this_process() -> dict[str, Any]:
     except (OSError, IndexError):
         start = ""
     return {"host": socket.gethostname(), "pid": os.getpid(), "launcher": os.getppid(), "start": start}
+
+
+def state_of(process: Mapping[str, Any]) -> str:
+    """``gone``, ``stopped`` or ``runs``; empty of a process that cannot be seen from here."""
+    if not process["start"] or process["host"] != socket.gethostname():
+        return ""
+    try:
+        found = Path(f"/proc/{process['pid']}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return "gone"
+    if found[19] != process["start"] or found[0] in "ZX":
+        return "gone"
+    return "stopped" if found[0] in "Tt" else "runs"
 
 
 def end_sibling(process: Mapping[str, Any], seconds: float) -> None:

@@ -161,7 +161,8 @@ class PruningLoop:
                         writer.take(folder.commit(trajectory, metrics, state, earlier))
                     progress.advance(details=step_details(record, self.config.objective))
                     if on_step:
-                        on_step(record, steps)
+                        with self.setup.context.replicas.elsewhere():
+                            on_step(record, steps)
             finally:
                 writer.close()
         trajectory.unseen = self._unseen(len(trajectory.steps))

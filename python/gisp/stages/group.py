@@ -66,7 +66,8 @@ class Stages:
                     continue
                 ranks = [replica * self.count + stage for stage in (source, target)]
                 # All processes make all groups: it is a collective.
-                line = distributed.new_group(sorted(ranks))
+                with self.processes.waiting():
+                    line = distributed.new_group(sorted(ranks), timeout=self.processes.timeout)
                 if self.processes.rank in ranks:
                     self._lines[source, target] = line
                     made.append(line)
@@ -104,7 +105,8 @@ class Stages:
         Raises:
             ReplicaError: the other process is gone.
         """
-        self._tried(work.wait)
+        with self.processes.waiting():
+            self._tried(work.wait)
 
     def _tried(self, communicate: Callable[[], Any]) -> Any:
         try:

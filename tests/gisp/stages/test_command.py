@@ -169,7 +169,7 @@ def test_a_stage_that_dies_is_named(tmp_path: Path) -> None:
     started = start_ranks(2, tmp_path / "ranks", killed_run, str(tmp_path / "model"), str(tmp_path / "run"))
     found = end_of(started, tmp_path / "ranks", [0])
     assert found[0].code == 0, found[0].text
-    assert "telling: rank 1 (" in found[0].text and "it was killed or hangs" in found[0].text
+    assert "telling: rank 1 (" in found[0].text and "ended without a word" in found[0].text
     assert len(gisp.Trajectory.load(tmp_path / "run").steps) >= 1
 
 
