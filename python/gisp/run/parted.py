@@ -8,6 +8,8 @@ import torch
 
 from gisp.errors import GispError
 from gisp.model.structures import map_model
+from gisp.replicas.agreement import agree, machine
+from gisp.run.record import library_versions, removed_at_digest
 from gisp.run.trajectory import Trajectory
 from gisp.stages.group import Stages
 from gisp.stages.load import skeleton
@@ -25,8 +27,12 @@ def base_part(
         dtype: ``None`` for that of its files.
 
     Raises:
-        GispError: no folder to read it from, more stages than layers, or other weights, in every process.
+        GispError: no folder to read it from, more stages than layers, other weights, or a process with another run or
+            other code, in every process.
     """
+    # Each process reads the run by itself, from a disk of its own perhaps.
+    removed = {name: at.numpy() for name, at in trajectory.removed_at.items()}
+    agree(stages.processes, {**machine(device, library_versions()), "run": removed_at_digest(removed)})
     path = str(trajectory.base_model["path"])
     if not path:
         raise GispError("this run was made from a model in memory: --stages reads a folder, leave it out")

@@ -18,7 +18,7 @@ from torch import distributed
 
 import gisp
 from gisp.export.parted import export_parted
-from gisp.replicas import signs, watch
+from gisp.replicas import agreement, signs, watch
 from gisp.replicas.errors import ReplicaError
 from gisp.replicas.group import Replicas
 from gisp.target import evaluate_target
@@ -91,7 +91,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run and data."""
     folder = tmp_path_factory.mktemp("place")
     tiny_model().save_pretrained(folder / "model")
-    gisp.prune(folder / "model", tiny_tokens(16), out=folder / "run", **OPTIONS)
+    for name, seed in (("run", 0), ("other", 7)):
+        gisp.prune(folder / "model", tiny_tokens(16), out=folder / name, seed=seed, **OPTIONS)
     save_file({"input_ids": tiny_tokens(9, 40, seed=5)}, folder / "data.safetensors")
     return folder
 
@@ -115,4 +116,25 @@ def test_one_line_names_the_process(place: Path, tmp_path: Path, command: str, h
     found = end_of(started, ranks, [0, 1] if how in ("stuck", "memory") else [0])
     lines = [line for ended in found for line in ended.text.splitlines() if line.startswith(("telling: ", "error: "))]
     assert len(lines) == 1 and "rank 1 (" in lines[0] and WORDS[how] in lines[0], [ended.text for ended in found]
+    assert not out.exists()
+
+
+def unlike_command(command: str, folder: str, out: str, what: str) -> None:
+    if distributed.get_rank() == 1:
+        if what == "code":
+            agreement.code_digest = lambda: "b" * 64
+        else:
+            load = gisp.Trajectory.load
+            gisp.Trajectory.load = lambda run: load(str(run).replace("/run", "/other"))  # type: ignore[method-assign, assignment]
+    with pytest.raises(gisp.GispError) as caught:
+        COMMANDS[command](folder, out)
+    print(caught.value, flush=True)
+
+
+@pytest.mark.parametrize("what", ["run", "code"])
+@pytest.mark.parametrize("command", ["eval in stages", "export in stages"])
+def test_what_a_process_has_otherwise_is_named(place: Path, tmp_path: Path, command: str, what: str) -> None:
+    ranks, out = tmp_path / "ranks", tmp_path / "out"
+    found = end_of(start_ranks(2, ranks, unlike_command, command, str(place), str(out), what), ranks)
+    assert all(ended.code == 0 and f"rank 1 has {what} " in ended.text for ended in found), found
     assert not out.exists()

@@ -27,6 +27,7 @@ from gisp.export.run import RunExport, point_of
 from gisp.export.spec import ExportReport, PrunedSpec, map_checked
 from gisp.model.load import resolve_device
 from gisp.model.structures import ModelMap
+from gisp.replicas.agreement import agree
 from gisp.replicas.group import Replicas
 from gisp.run.parted import base_part
 from gisp.run.trajectory import Trajectory
@@ -61,6 +62,7 @@ def export_parted(
             if processes.first:
                 check_place(Path(out))
             trajectory = Trajectory.load(run)
+        agree(processes, {"sparsity": trajectory.sparsity_at(trajectory.step_for(sparsity))})
         spec = point_of(trajectory, Path(run), trajectory.step_for(sparsity))
         place = resolve_device(device)
         base, placement = base_part(trajectory, stages, place, None)
