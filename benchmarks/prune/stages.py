@@ -28,7 +28,7 @@ from benchmarks.common.registry import MODELS, Model
 from benchmarks.common.synthetic import llama_settings, random_tokens
 from benchmarks.prune.goals import GIGABYTE
 from benchmarks.prune.measure import LENGTH, Setting, timed_run
-from gisp.config.options import SLICES, make_config
+from gisp.config.options import STAGE_SLICES, make_config
 from gisp.errors import GispError
 from gisp.model.structures import map_model, protected_layers
 from gisp.replicas.agreement import agree
@@ -55,7 +55,7 @@ def measure_stages(names: list[str], args: argparse.Namespace) -> dict[str, Any]
     if len(args.gpus) > 1:
         raise GispError(f"--gpus is {','.join(map(str, args.gpus))}: runs in stages take one number")
     for name in names:
-        check_sharing(Sharing(count, args.stages, MODELS[name].layers, slices=SLICES))
+        check_sharing(Sharing(count, args.stages, MODELS[name].layers, slices=STAGE_SLICES))
     paths = (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     result: dict[str, Any] = {"benchmark": "prune", "identity": None, "runs": [], "stages": []}
@@ -127,7 +127,7 @@ def build_part(shape: Model, stages: int, stage: int, device: torch.device) -> t
     finally:
         torch.set_default_dtype(before)
     with_tables(model).model.rotary_emb.to(device)
-    placement = placed(model, make_config(slices=SLICES), stages)
+    placement = placed(model, make_config(slices=STAGE_SLICES), stages)
     names = held_names(model, placement, stage)
     for name, parameter in [*model.named_parameters()]:
         if name not in names:
@@ -181,11 +181,11 @@ def _ceilings(replicas: Replicas) -> Ceilings:
 
 
 def _scheduled_idle(model: Any, placement: Placement, setting: Setting) -> float:
-    config = make_config(slices=SLICES)
+    config = make_config(slices=STAGE_SLICES)
     layers = len(placement.owners())
     protected = protected_layers(layers, config.protect_first, config.protect_last)
     lowest = min(set(range(layers)) - protected)
-    tokens = [setting.batch_tokens // SLICES] * SLICES
+    tokens = [setting.batch_tokens // STAGE_SLICES] * STAGE_SLICES
     return schedule_of(layer_costs(map_model(model, config.gqa), lowest), placement, tokens).idle
 
 

@@ -16,7 +16,16 @@ from gisp.cli.output import output, shows_progress
 from gisp.cli.prune_summary import closing_lines
 from gisp.cli.stop import InterruptError
 from gisp.config.declare import Option
-from gisp.config.options import CONFIG_FILE, IN_MEMORY, OPTIONS, SLICES, make_config, read_yaml, without_defaults
+from gisp.config.options import (
+    CONFIG_FILE,
+    IN_MEMORY,
+    OPTIONS,
+    SLICES,
+    STAGE_SLICES,
+    make_config,
+    read_yaml,
+    without_defaults,
+)
 from gisp.config.reference import help_text
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
@@ -85,7 +94,7 @@ def prune(
     given = {name: value for name, value in flags.items() if value is not None}
     options = {**without_defaults(options, given), **given}
     if gpus is not None or launched():
-        options = _in_slices(options, out if resume else None)
+        options = _in_slices(options, stages, out if resume else None)
     make_config(**options)
     if resume and places["out"] and not places["model"] and not places["data"]:
         raise GispError(f"{places['out']} holds no run to resume: give the folder that gisp prune --out wrote")
@@ -133,7 +142,7 @@ def _run(places: dict[str, Any], resume: bool, log: str | None, options: dict[st
             output().say(line)
 
 
-def _in_slices(options: dict[str, Any], run: Path | None) -> dict[str, Any]:
+def _in_slices(options: dict[str, Any], stages: int, run: Path | None) -> dict[str, Any]:
     """Options of a run that several processes may share.
 
     Args:
@@ -146,7 +155,7 @@ def _in_slices(options: dict[str, Any], run: Path | None) -> dict[str, Any]:
         return options
     if run is not None and _has_begun(run):
         raise GispError(f"{run} was begun without --slices, which several GPUs need: go on without --gpus or torchrun")
-    return {**options, "slices": SLICES}
+    return {**options, "slices": SLICES if stages == 1 else STAGE_SLICES}
 
 
 def _check_sharing(processes: int, stages: int, model: str, options: dict[str, Any]) -> None:

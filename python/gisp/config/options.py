@@ -88,8 +88,9 @@ DTYPES = ("bfloat16", "float32")
 # Those that see wrong answers.
 CHOOSING = ("margin", "choice")
 OFFICIAL_RATIO = 0.7
-# Enough for a node of eight GPUs; a slice of the default step is then 1,024 tokens.
-SLICES = 8
+# Parts of a step on several GPUs that hold the whole model: passes of 2,048 tokens of the default step keep a GPU busy,
+# shorter ones wait for the host. In stages they are what passes through at the same time: fewer leave stages idle.
+SLICES, STAGE_SLICES = 4, 8
 # Options that say where a run is computed, not what it computes.
 PLACE_OPTIONS = ("device", "offload", "gpu_memory")
 OFFLOAD = {"never": "", "auto": "what does not fit on the GPU", "always": "all of them"}
@@ -136,7 +137,7 @@ class PruneConfig:
     slices: int | None = option(
         "Parts of a step that are summed by themselves, so that any number of GPUs up to it gives the same run",
         None,
-        unset=f"the step is one; {SLICES} on several GPUs",
+        unset=f"the step is one; {SLICES} on several GPUs, {STAGE_SLICES} in stages",
         least=1,
         below=1025,
         group=_COMPUTE,

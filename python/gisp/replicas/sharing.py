@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TypeVar
 
-from gisp.config.options import SLICES
 from gisp.progress import reporting
 from gisp.replicas.agreement import agree
 from gisp.replicas.group import Replicas
 
 Item = TypeVar("Item")
+# Parts of sums over sequences, whatever the number of processes; more of these find nothing to do.
+_PARTS = 8
 _sharing: ContextVar[Replicas | None] = ContextVar("gisp_sharing", default=None)
 
 
@@ -66,7 +67,7 @@ def agree_on(what: str, content: Callable[[], str], among: Replicas | None = Non
 
 def shared_slices() -> int:
     """Parts that sums over sequences are made of: one where nothing is shared, so many for any number of processes."""
-    return 1 if _sharing.get() is None else SLICES
+    return 1 if _sharing.get() is None else _PARTS
 
 
 def in_slices(items: Sequence[Item]) -> list[Sequence[Item]]:

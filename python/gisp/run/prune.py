@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from gisp.config.options import IN_MEMORY, OPTIONS, SLICES, PruneConfig, make_config
+from gisp.config.options import IN_MEMORY, OPTIONS, SLICES, STAGE_SLICES, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
 from gisp.model.checks import check_writable, warn_beyond_positions
@@ -29,6 +29,7 @@ from gisp.progress.track import Report
 from gisp.replicas.group import Replicas
 from gisp.run.folder import RunFolder
 from gisp.run.loop import OnStep, PruningLoop
+from gisp.run.record import read_record
 from gisp.run.resources.placement import plan_of, skeleton_of
 from gisp.run.together import check_alike, take_up
 from gisp.run.trajectory import Trajectory
@@ -104,8 +105,9 @@ def _prune(given: dict[str, Any]) -> Trajectory:
     """:func:`prune` with its arguments in one mapping."""
     options = {name: value for name, value in given.items() if name in OPTIONS}
     replicas = Replicas(given["process_group"])
+    check_count(given["stages"])
     if given["process_group"] is not None and options["slices"] is None:
-        options["slices"] = SLICES
+        options["slices"] = _slices(given)
     config, loss = _config(options)
     stages = _stages(given["stages"], replicas, config, loss)
     start = partial(_start, given["model"], given["data"], config, loss, replicas, stages)
@@ -117,9 +119,18 @@ def _prune(given: dict[str, Any]) -> Trajectory:
         return _run(given["out"], given["resume"], given["on_step"], start, replicas)
 
 
+def _slices(given: dict[str, Any]) -> int:
+    """Parts of the steps of a run that several processes share: those it was begun with, where it goes on."""
+    begun = None
+    if given["resume"] and given["out"] is not None:
+        # What cannot be read is refused later, by all processes together.
+        with suppress(GispError):
+            begun = read_record(Path(given["out"]))["config"].get("slices")
+    return int(begun or (SLICES if given["stages"] == 1 else STAGE_SLICES))
+
+
 def _stages(count: Any, replicas: Replicas, config: PruneConfig, loss: SequenceLoss | None) -> Stages | None:
     """The stages of a run, ``None`` where every process holds the whole model."""
-    check_count(count)
     check_sharing(Sharing.of(config, replicas.size, count, own_loss=objective_name(loss) if loss else ""))
     return Stages(replicas, count) if count > 1 else None
 

@@ -50,7 +50,9 @@ def test_what_shared_runs_do_not_follow_is_refused(given: tuple[str, ...], capsy
     assert f"{given[0]} does not go with --gpus" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("counts", ["0", "two", "1,99"])
-def test_numbers_of_gpus_are_checked(counts: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("counts", "words"), [("0", "'0': give"), ("two", "'two' is no list"), ("1,99", "--slices 4 is less than 99 GPUs")]
+)
+def test_numbers_of_gpus_are_checked(counts: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "prune", "--model", "tiny", "--device", "cpu", "--gpus", counts]) == 2
-    assert counts in capsys.readouterr().err
+    assert words in capsys.readouterr().err

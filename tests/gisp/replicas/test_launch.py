@@ -111,7 +111,7 @@ def test_several_processes_write_the_run_of_one(
         assert main([*given, "--quiet", "--gpus", gpus]) == 0
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.safetensors")} for n in ("1", "2"))
     assert one == two and len(one) == 2
-    assert "slices: 8" in (tmp_path / "2" / "config.yaml").read_text()
+    assert "slices: 4" in (tmp_path / "2" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,8 @@ def test_several_processes_write_the_run_of_one(
             ["--gpus", "2", "--slices", "1"],
             "--slices 1 is less than the 2 replicas of 2 processes",
         ),
+        # The default, which does not follow the number of GPUs.
+        (["--gpus", "8", "--device", "cpu"], "--slices 4 is less than the 8 replicas of 8 processes: give --slices 8"),
         (["--gpus", "2", "--device", "cuda:0"], "leave --device cuda:0 out"),
         (["--gpus", "0"], "--gpus"),
         (["--gpus", "99", "--device", "auto"], f"{torch.cuda.device_count()} CUDA devices are here"),

@@ -58,7 +58,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for case in CASES:
             if case == "autograd":
                 patch.setattr(gradient, "why_not", lambda *_: "a test says so")
-            prune(str(folder / case), case, slices=8)
+            prune(str(folder / case), case, slices=4)
     return folder
 
 
@@ -89,6 +89,16 @@ def test_another_number_of_processes_takes_a_run_up(alone: Path, tmp_path: Path)
     assert written(out) == written(alone / "stream")
     other = tmp_path / "other"
     with pytest.raises(KeyboardInterrupt):
-        prune(str(other), "stream", slices=8, on_step=cut_after(1))
+        prune(str(other), "stream", slices=4, on_step=cut_after(1))
     run_ranks(2, tmp_path / "again", resumed_run, str(other))
     assert written(other) == written(alone / "stream")
+
+
+def test_a_run_of_another_default_goes_on_as_it_began(tmp_path: Path) -> None:
+    """As one that was begun in stages, or by an earlier version."""
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        prune(str(out), "stream", slices=8, on_step=cut_after(1))
+    run_ranks(2, tmp_path / "two", resumed_run, str(out))
+    prune(str(tmp_path / "alone"), "stream", slices=8)
+    assert written(out) == written(tmp_path / "alone")

@@ -90,7 +90,7 @@ def whole(out: str) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    gisp.prune(tiny_model(), tiny_tokens(16, 16), out=out, slices=8, **OPTIONS)
+    gisp.prune(tiny_model(), tiny_tokens(16, 16), out=out, slices=4, **OPTIONS)
     return out
 
 
