@@ -35,25 +35,29 @@ if not rank():
     threading.Event().wait()
 sys.exit"""
 _STOPS = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from pathlib import Path
 import gisp
-from gisp.replicas import watch
+from gisp.replicas import signs, watch
 from gisp.replicas.environment import joined, rank
+from gisp.run.setup import Setup
 from tiny import tiny_model, tiny_tokens
 
-watch.BEAT, watch.SILENCE, watch.GRACE = 0.2, 4.0, 1.0
+watch.BEAT, watch.SILENCE, watch.GRACE, signs.STILL = 0.2, 4.0, 1.0, 4.0
+score = Setup.score
 
 
-def stop(record, steps):
-    if rank() == 1:
+def scored(self, step):
+    if rank() == 1 and step == 2:
         Path(sys.argv[1]).write_text(str(time.time()))
-        os.kill(os.getpid(), signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP) if sys.argv[2] == "stopped" else threading.Event().wait()
+    return score(self, step)
 
 
+Setup.score = scored
 with joined("cpu") as group:
     options = {"sparsity": 0.3, "steps": 4, "align": 4, "batch_tokens": 64}
-    gisp.prune(tiny_model(), tiny_tokens(16, 16), process_group=group, on_step=stop, progress=False, **options)
+    gisp.prune(tiny_model(), tiny_tokens(16, 16), process_group=group, progress=False, **options)
 """
 OPTIONS = ("--device=cpu", "--dtype=float32", "--steps=3", "--align=4", "--batch-tokens=128", "--sparsity=0.3")
 
@@ -90,16 +94,19 @@ def test_one_line_says_what_some_refuse(
     assert "--steps" in line and (who == "all" or line.startswith(f"error: rank 1 on {socket.gethostname()}: "))
 
 
-def test_a_stopped_process_ends_with_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("how", "words"), [("stopped", "was stopped by a signal"), ("stuck", "is stuck, it has done nothing for 4 s")]
+)
+def test_one_that_does_not_get_on_ends_with_the_others(
+    how: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "stopping.py").write_text(_STOPS)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *(path for path in sys.path if path)]))
-    assert launch(2, "stopping", [str(tmp_path / "when")], "begin anew") == watch.EXIT_CODE
+    assert launch(2, "stopping", [str(tmp_path / "when"), how], "begin anew") == watch.EXIT_CODE
     # Half a minute is what the launcher gives a process that does not listen.
     assert time.time() - float((tmp_path / "when").read_text()) < 30
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: rank 1 (") and "was stopped by a signal" in line
+    assert line.startswith("error: rank 1 (") and words in line
 
 
 def test_several_processes_write_the_run_of_one(
