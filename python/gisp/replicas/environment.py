@@ -72,7 +72,7 @@ def joined(device: str) -> Iterator[ProcessGroup | None]:
         device: as of ``--device``.
 
     Raises:
-        GispError: there is no GPU for this process, or a device of one number for all.
+        GispError: there is no GPU for this process, a device of one number for all, or others do not come.
     """
     if not launched():
         yield None
@@ -95,9 +95,13 @@ def joined(device: str) -> Iterator[ProcessGroup | None]:
             )
         torch.cuda.set_device(local)
         share_cores()
-    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_MEETING)
-    # The first collective makes the connections.
-    distributed.all_reduce(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
+    try:
+        distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_MEETING)
+        # The first collective makes the connections.
+        distributed.all_reduce(torch.zeros(1, device="cuda" if on_gpu else "cpu"))
+    except RuntimeError as error:
+        words = next(iter(str(error).splitlines()), type(error).__name__)
+        raise GispError(f"the processes of this run did not come together: {words}") from None
     distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
     yield distributed.group.WORLD
     # Not after a failure: it would wait for those that are gone.

@@ -9,6 +9,8 @@ from datetime import timedelta
 import pytest
 import torch
 
+from gisp.errors import GispError
+from gisp.replicas import environment
 from gisp.replicas.environment import joined, share_cores
 from gisp.replicas.group import Replicas
 
@@ -40,13 +42,25 @@ def test_a_given_number_of_threads_stays(monkeypatch: pytest.MonkeyPatch, eight_
     assert torch.get_num_threads() == 8
 
 
-def test_processes_that_have_met_may_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def as_launched(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    """The environment of the first of so many processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launcher = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in {**launcher, "TORCHELASTIC_RUN_ID": "one"}.items():
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in {**launcher, "WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "one"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+
+
+def test_processes_that_have_met_may_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_launched(monkeypatch, 1)
     with joined("cpu") as group:
         assert (Replicas(group).timeout or timedelta()) > timedelta(days=1)
+
+
+def test_others_that_do_not_come_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_launched(monkeypatch, 2)
+    monkeypatch.setattr(environment, "_MEETING", timedelta(seconds=1))
+    with pytest.raises(GispError, match=r"did not come together: .*1/2"), joined("cpu"):
+        pass
