@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,36 @@ _LARGE = 2**31
 # Elsewhere forms also depend on the size of tensors.
 _CUDA = torch.version.cuda is not None
 
-_forms: dict[tuple[Any, ...], Any] = {}
+# What asks for the current device of a GPU that is in use, which torch.cuda.current_device first makes sure of.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+class _Form(NamedTuple):
+    """A compiled kernel and how to launch it.
+
+    Attributes:
+        launch: Triton's own way from a grid, a stream, code and arguments to a launch.
+        function, metadata: code that is loaded, and what its launches are told of it.
+        stream_of: the current stream of a device.
+        compiled: what is unloaded when it is gone.
+    """
+
+    launch: Callable[..., None]
+    function: int
+    metadata: Any
+    stream_of: Callable[[int], int]
+    compiled: Any
+
+    @classmethod
+    def of(cls, compiled: Any) -> _Form:
+        """Of Triton's form, which is loaded if it was not."""
+        from triton.runtime import driver
+
+        launch, stream_of = compiled.run, driver.active.get_current_stream
+        return cls(launch, compiled.function, compiled.packed_metadata, stream_of, compiled)
+
+
+_forms: dict[tuple[Any, ...], _Form] = {}
 # Within :func:`compiled_ahead` what compiles the forms that lack; other threads go on launching.
 _lacking: ContextVar[dict[tuple[Any, ...], Callable[[], Any]] | None] = ContextVar("lacking", default=None)
 # By kernel, see :func:`_positions`.
@@ -58,11 +87,11 @@ def run(
     """
     device = tensors[0].get_device()
     # A context costs more than a launch, and mostly there is one GPU.
-    if device < 0 or device == torch.cuda.current_device():
-        _run(kernel, grid, tensors, numbers, constants, options)
+    if device < 0 or device == _current_device():
+        _run(kernel, grid, tensors, numbers, constants, options, device)
     else:
         with torch.cuda.device(device):
-            _run(kernel, grid, tensors, numbers, constants, options)
+            _run(kernel, grid, tensors, numbers, constants, options, device)
 
 
 def _run(
@@ -72,21 +101,26 @@ def _run(
     numbers: Sequence[int | float],
     constants: tuple[Any, ...],
     options: dict[str, int],
+    device: int,
 ) -> None:
     """The same on the current device."""
-    key: list[Any] = [id(kernel), constants, *options.values()]
-    addresses = []
-    for tensor in tensors:
-        address = tensor.data_ptr()
-        addresses.append(address)
-        key += (tensor.dtype, tensor.get_device(), address % _ALIGNED == 0)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    key: list[Any] = [id(kernel), device, constants, *options.values(), *[tensor.dtype for tensor in tensors]]
+    union = 0
+    for address in addresses:
+        union |= address
+    # Mostly all are aligned, which one number says.
+    key.append(union % _ALIGNED == 0 or tuple([address % _ALIGNED == 0 for address in addresses]))
     specialised = _specialised.get(id(kernel))
     if specialised is None:
         specialised = _specialised[id(kernel)] = _positions(kernel, len(tensors))
     for i in specialised:
         key += (numbers[i] == 1, numbers[i] % _ALIGNED == 0)
     if max(numbers) >= _LARGE:
-        key += (number >= _LARGE for number in numbers)
+        key += [number >= _LARGE for number in numbers]
+    for tensor in tensors:
+        if tensor.get_device() != device:
+            key.append(("on", tensor.get_device()))
     found = tuple(key)
     form = _forms.get(found)
     lacking = _lacking.get()
@@ -97,12 +131,15 @@ def _run(
             lacking[found] = partial(kernel.warmup, *tensors, *numbers, *constants, grid=grid, **options)
         return
     if form is not None:
-        form[(*grid, 1, 1)[:3]](*addresses, *numbers, *constants)
+        launch, function, metadata, stream_of, _ = form
+        x, y, z = (*grid, 1, 1)[:3]
+        # Hooks of Triton's profiler are called at launches by the JIT alone: to ask for them takes as long as this.
+        launch(x, y, z, stream_of(device), function, metadata, None, None, None, *addresses, *numbers, *constants)
         return
-    form = kernel[grid](*tensors, *numbers, *constants, **options)
+    compiled = kernel[grid](*tensors, *numbers, *constants, **options)
     # The interpreter has no forms. Operands in a CPU's memory are for the JIT to refuse.
-    if form is not None and _CUDA and all(tensor.get_device() >= 0 for tensor in tensors):
-        _forms[found] = form
+    if compiled is not None and _CUDA and all(tensor.get_device() >= 0 for tensor in tensors):
+        _forms[found] = _Form.of(compiled)
 
 
 @contextlib.contextmanager
@@ -124,11 +161,9 @@ def compiled_ahead(device: torch.device) -> Iterator[None]:
     if not lacking:
         return
 
-    def build(compile_form: Callable[[], Any]) -> Any:
-        form = compile_form()
+    def build(compile_form: Callable[[], Any]) -> _Form:
         # Asked how to launch it, Triton loads the form and compiles the code that passes its arguments.
-        form[1, 1, 1]
-        return form
+        return _Form.of(compile_form())
 
     with ThreadPoolExecutor(len(lacking), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
         for key, form in zip(lacking, pool.map(build, lacking.values()), strict=True):

@@ -129,7 +129,7 @@ def ahead() -> dict[str, int]:
 def main() -> None:
     driver.set_active(LaunchTarget(CAPABILITY))
     backend._why_not = lambda name, tensor: None
-    for owner, name in ((torch.Tensor, "get_device"), (torch.cuda, "current_device"), (torch.cuda, "set_device")):
+    for owner, name in ((torch.Tensor, "get_device"), (forms, "_current_device"), (torch.cuda, "set_device")):
         setattr(owner, name, lambda *_: 0)
     forms._CUDA = True
     of_pass = ahead()
