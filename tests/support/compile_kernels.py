@@ -96,13 +96,16 @@ def launches(capability: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]
         yield partial(grouped_reduce.launch, jobs, 1, False)
     heads, index = x.view(TOKENS, -1, BLOCK), torch.zeros(WIDTH // BLOCK, dtype=torch.int64)
     yield partial(kv_heads.expand, heads[:, :4], index, heads)
-    yield partial(kv_heads.sum_heads, heads, index, heads[:, :4].clone())
     yield partial(rms_norm.add_norm, x, x, vector, 1e-5, x.clone(), x.clone())
     yield partial(rms_norm.add_norm, x, None, vector, 1e-5, x.clone(), x.clone())
     yield partial(rms_norm.apply_norm, x, rstd, vector, x.clone())
     yield partial(rms_norm.backward, x.clone(), x, x, rstd, vector)
     table = matrix(TOKENS, BLOCK)
-    yield partial(rotary.launch, heads, table, table, False, heads.clone())
+    yield partial(rotary.launch, heads, table, table, heads.clone())
+    by_head = heads.transpose(0, 1)[None]
+    for asked, count in ((index, 4), (None, len(index))):
+        out = matrix(TOKENS, WIDTH + 2 * count * BLOCK)
+        yield partial(rotary.unrotate, by_head, by_head, by_head, table, table, asked, count, out)
     yield partial(swiglu.forward, x, x, x.clone())
     yield partial(swiglu.backward, x.clone(), x.clone(), x.clone())
     yield partial(swiglu.backward_gates, x.clone(), x.clone(), x, TOKENS, None, matrix(1, WIDTH, of=torch.float32))

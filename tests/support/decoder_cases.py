@@ -121,29 +121,15 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return x * cos.repeat(repeats, 1)[:, None] + turned * sin.repeat(repeats, 1)[:, None]
 
 
-def rotary_cases(tokens: int, heads: int, size: int, positions: int) -> list[OpCase]:
+def rotary_case(tokens: int, heads: int, size: int, positions: int) -> OpCase:
     def make(device: str, dtype: torch.dtype) -> Tensors:
         x = strided(tokens, heads * size, device, dtype, 0).unflatten(1, (heads, size))
-        # Halves that differ: the transpose is not the rotation backwards.
         return x, *(randn(positions, size, device=device, dtype=dtype, seed=s) for s in (1, 2))
-
-    def truth_inverse(inputs: Tensors) -> Tensors:
-        x, cos, sin = inputs
-        return (_gradients(lambda v: _rotate(v, cos, sin), (torch.zeros_like(x),), x)[0],)
 
     def in_place(inputs: Tensors, backend: str) -> Tensors:
         return (decoder.rotary(*inputs, out=inputs[0], backend=backend),)
 
-    label = f"{tokens}x{heads}x{size}"
-    return [
-        OpCase(f"rotary {label}", make, in_place, lambda i: (_rotate(*i),)),
-        OpCase(
-            f"rotary inverse {label}",
-            make,
-            lambda i, backend: (decoder.rotary(*i, inverse=True, backend=backend),),
-            truth_inverse,
-        ),
-    ]
+    return OpCase(f"rotary {tokens}x{heads}x{size}", make, in_place, lambda i: (_rotate(*i),))
 
 
 def swiglu_cases(tokens: int, width: int) -> list[OpCase]:
@@ -242,24 +228,34 @@ def expand_case(tokens: int, heads: int, kv_heads: int, size: int) -> OpCase:
     return OpCase(f"expand kv {tokens}x{heads}x{size}", make, run, lambda i: (i[0][:, i[1].long()],))
 
 
-def kv_case(tokens: int, heads: int, kv_heads: int, size: int) -> OpCase:
+def unrotate_case(tokens: int, heads: int, kv_heads: int, size: int, positions: int, shared: bool = True) -> OpCase:
     def make(device: str, dtype: torch.dtype) -> Tensors:
-        grad = strided(tokens, heads * size, device, dtype, 0).unflatten(1, (heads, size))
-        index = torch.randint(0, kv_heads - 1, (heads,), generator=torch.Generator().manual_seed(1))
-        return grad, index.to(device)
+        grads = (strided(tokens, heads * size, device, dtype, s).unflatten(1, (heads, size)) for s in range(3))
+        # Halves that differ: the transpose is not the rotation backwards.
+        tables = (randn(positions, size, device=device, dtype=dtype, seed=s) for s in (3, 4))
+        index = torch.arange(heads)
+        if shared:
+            # One key/value head is left without query heads.
+            index = torch.randint(0, max(1, kv_heads - 1), (heads,), generator=torch.Generator().manual_seed(1))
+        return *grads, *tables, index.to(device)
 
     def truth(inputs: Tensors) -> Tensors:
-        grad, index = inputs
-        total = torch.zeros(tokens, kv_heads, size, dtype=grad.dtype, device=grad.device)
-        return (total.index_add_(1, index.long(), grad),)
+        *grads, cos, sin, index = inputs
+        own = [torch.zeros_like(grads[0]), *(torch.zeros_like(grads[0][:, :1]).repeat(1, kv_heads, 1) for _ in "kv")]
+
+        def read(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            spread = _rotate(key, cos, sin)[:, index.long()], value[:, index.long()]
+            return torch.stack((_rotate(query, cos, sin), *spread))
+
+        return (torch.cat(_gradients(read, tuple(own), torch.stack(grads)), 1).flatten(1),)
 
     def run(inputs: Tensors, backend: str) -> Tensors:
-        out = Blank(tokens, kv_heads * size, inputs[0])
-        grad, index = inputs
-        decoder.sum_kv(grad, index, kv_heads, out=out.heads(size), backend=backend)
-        return (out.filled().unflatten(1, (kv_heads, size)),)
+        *grads, cos, sin, index = inputs
+        by_head = (grad.unflatten(0, (-1, positions)).transpose(1, 2) for grad in grads)
+        asked = index if shared else None
+        return (decoder.unrotate_qkv(*by_head, cos, sin, asked, kv_heads, backend=backend),)
 
-    return OpCase(f"sum kv {tokens}x{heads}x{size}", make, run, truth)
+    return OpCase(f"unrotate {tokens}x{heads}x{kv_heads}x{size}", make, run, truth)
 
 
 def added_error(case: OpCase, device: str, dtype: torch.dtype, backend: str) -> list[tuple[float, float]]:

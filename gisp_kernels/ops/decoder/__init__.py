@@ -7,10 +7,11 @@ refuses a result of that kind. Arguments are checked little: a pass makes a thou
 
 from gisp_kernels.ops.decoder.attention import attention
 from gisp_kernels.ops.decoder.cross_entropy import token_nll, token_nll_grad_
-from gisp_kernels.ops.decoder.kv_heads import expand_kv, sum_kv
+from gisp_kernels.ops.decoder.kv_heads import expand_kv
 from gisp_kernels.ops.decoder.rms_norm import add_rms_norm, rms_norm_apply, rms_norm_backward_
 from gisp_kernels.ops.decoder.rotary import rotary
 from gisp_kernels.ops.decoder.swiglu import swiglu, swiglu_backward_, swiglu_backward_gates_
+from gisp_kernels.ops.decoder.unrotate import unrotate_qkv
 
 __all__ = [
     "add_rms_norm",
@@ -19,10 +20,10 @@ __all__ = [
     "rms_norm_apply",
     "rms_norm_backward_",
     "rotary",
-    "sum_kv",
     "swiglu",
     "swiglu_backward_",
     "swiglu_backward_gates_",
     "token_nll",
     "token_nll_grad_",
+    "unrotate_qkv",
 ]

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, and its transpose for the backward pass."""
+"""Rotary position embedding of queries and keys."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ def rotary(
     cos: torch.Tensor,
     sin: torch.Tensor,
     *,
-    inverse: bool = False,
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """``x * cos + rotate_half(x) * sin`` as in transformers' ``apply_rotary_pos_emb``, or its transpose.
+    """``x * cos + rotate_half(x) * sin`` as in transformers' ``apply_rotary_pos_emb``.
 
     Args:
         x: [T, H, hd], hd even; token ``t`` is at position ``t % S``.
         cos, sin: [S, hd] in any float dtype; S divides T.
-        inverse: the transposed linear map, which takes dL/d(output) to dL/d(input).
         out: result, may be ``x``.
         backend: ``None`` or ``"auto"``, ``"reference"`` or ``"triton"``.
     """
@@ -40,14 +38,10 @@ def rotary(
     if backends.resolve(backend, x) == "triton":
         from gisp_kernels.triton import rotary as kernel
 
-        kernel.launch(x, cos, sin, inverse, out)
+        kernel.launch(x, cos, sin, out)
         return out
     repeats = x.shape[0] // cos.shape[0]
     c, s = (table.float().repeat(repeats, 1)[:, None] for table in (cos, sin))
     value, half = x.float(), x.shape[2] // 2
-    if inverse:
-        turned = value * s
-        turned = torch.cat((turned[..., half:], -turned[..., :half]), dim=-1)
-    else:
-        turned = torch.cat((-value[..., half:], value[..., :half]), dim=-1) * s
+    turned = torch.cat((-value[..., half:], value[..., :half]), dim=-1) * s
     return out.copy_(value * c + turned)

@@ -10,10 +10,10 @@ from decoder_cases import (
     attention_operands,
     cross_entropy_case,
     expand_case,
-    kv_case,
     norm_cases,
-    rotary_cases,
+    rotary_case,
     swiglu_cases,
+    unrotate_case,
 )
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -23,16 +23,17 @@ from gisp_kernels.ops import decoder
 CASES = [
     *norm_cases(5, 32),
     *norm_cases(3, 77),
-    *rotary_cases(12, 3, 16, 4),
-    *rotary_cases(9, 1, 10, 3),
+    rotary_case(12, 3, 16, 4),
+    rotary_case(9, 1, 10, 3),
     *swiglu_cases(4, 48),
     *swiglu_cases(3, 1029),
     cross_entropy_case(6, 96),
     cross_entropy_case(4, 4099),
     expand_case(17, 6, 3, 16),
     expand_case(5, 4, 4, 10),
-    kv_case(17, 6, 3, 16),
-    kv_case(5, 4, 4, 10),
+    unrotate_case(18, 6, 3, 16, 9),
+    unrotate_case(5, 4, 4, 10, 5),
+    unrotate_case(21, 3, 3, 8, 7, shared=False),
 ]
 EPSILON = {torch.float32: 2e-6, torch.float16: 2e-3}
 
@@ -105,8 +106,9 @@ def test_inputs_of_any_strides_are_read(backend):
         yield decoder.rms_norm_backward_(x.clone(), b, a, r, w, backend=backend)
         yield decoder.swiglu(a, b, backend=backend)
         yield decoder.expand_kv(kv, change(index), backend=backend)
-        yield decoder.sum_kv(kv[:, :3], change(index), 4, backend=backend)
         yield decoder.rotary(kv[:3], *tables, backend=backend)
+        grad = change(heads.mT[:3, :3])[None].transpose(1, 2)
+        yield decoder.unrotate_qkv(grad, 2 * grad, grad, *tables, change(index), 4, backend=backend)
         yield decoder.token_nll(b[:4], scored[0], backend=backend)
         yield decoder.token_nll_grad_(x[:4].clone(), *scored, backend=backend)
 
@@ -131,7 +133,6 @@ def test_inputs_of_any_strides_are_read(backend):
         lambda x, y: decoder.swiglu_backward_(y, x, x, backend="triton"),
         lambda x, y: decoder.token_nll_grad_(y, torch.zeros(4, dtype=torch.long), x[:, 0], backend="triton"),
         lambda x, y: decoder.expand_kv(x[:, None], torch.tensor([0]), out=y[:, None], backend="triton"),
-        lambda x, y: decoder.sum_kv(x[:, None], torch.tensor([0]), 1, out=y[:, None], backend="triton"),
     ],
 )
 def test_results_a_kernel_cannot_write_are_refused_untouched(call):
@@ -154,7 +155,8 @@ def test_nothing_to_do_is_done(backend):
     tables, index = torch.ones(3, 4), torch.empty(0, dtype=torch.long)
     assert decoder.rotary(torch.ones(3, 0, 4), tables, tables, backend=backend).shape == (3, 0, 4)
     assert decoder.expand_kv(torch.ones(3, 2, 4), index, backend=backend).shape == (3, 0, 4)
-    assert not decoder.sum_kv(torch.ones(3, 0, 4), index, 2, backend=backend).any()
+    headless = [torch.ones(1, 0, 3, 4)] * 3
+    assert not decoder.unrotate_qkv(*headless, tables, tables, index, 2, backend=backend).any()
     assert decoder.token_nll(torch.ones(0, 4), index, backend=backend).shape == (0,)
 
 
@@ -168,7 +170,9 @@ def test_the_sum_is_the_transpose_of_the_expansion():
     kv, index = torch.randn(5, 3, 4, dtype=torch.float64).float(), torch.tensor([0, 2, 2, 0])
     grad = torch.randn(5, 4, 4)
     one = (decoder.expand_kv(kv, index) * grad).sum()
-    torch.testing.assert_close(one, (kv * decoder.sum_kv(grad, index, 3)).sum())
+    by_head, tables = grad.transpose(0, 1)[None], (torch.zeros(5, 4), torch.zeros(5, 4))
+    summed = decoder.unrotate_qkv(by_head, by_head, by_head, *tables, index, 3)[:, 28:].view(5, 3, 4)
+    torch.testing.assert_close(one, (kv * summed).sum())
 
 
 # Sizes with flash attention, and those that it does not take.
@@ -203,7 +207,10 @@ def test_flash_attention_takes_no_graph(monkeypatch):
         (lambda x: decoder.expand_kv(x[None], torch.tensor([0]), out=x[None]), "out must be"),
         (lambda x: decoder.swiglu(x, x[:1]), "alike"),
         (lambda x: decoder.token_nll_grad_(x, torch.zeros(3, dtype=torch.long), x[:, 0]), "do not fit"),
-        (lambda x: decoder.sum_kv(x[None], torch.zeros(7, dtype=torch.long), 2), "do not fit"),
+        (lambda x: decoder.unrotate_qkv(*[x[None, None]] * 3, x, x, torch.zeros(7, dtype=torch.long), 2), "do not fit"),
+        (lambda x: decoder.unrotate_qkv(*[x[None, None]] * 3, x, x, None, 2), "has its own"),
+        (lambda x: decoder.unrotate_qkv(*[x[None, None]] * 3, x[:3], x[:3], None, 1), "tables"),
+        (lambda x: decoder.unrotate_qkv(*[x[None]] * 3, x, x, None, 1), "do not fit"),
     ],
 )
 def test_operands_that_do_not_fit_are_named(call, message):

@@ -10,10 +10,10 @@ from decoder_cases import (
     attention_operands,
     cross_entropy_case,
     expand_case,
-    kv_case,
     norm_cases,
-    rotary_cases,
+    rotary_case,
     swiglu_cases,
+    unrotate_case,
 )
 
 from gisp_kernels.ops import decoder
@@ -25,10 +25,10 @@ CASES = [
     *norm_cases(33, 4096),
     *norm_cases(7, 77),
     *norm_cases(640, 128),
-    *rotary_cases(8192, 40, 128, 256),
-    *rotary_cases(1024, 37, 128, 512),
-    *rotary_cases(96, 3, 64, 32),
-    *rotary_cases(15, 1, 20, 5),
+    rotary_case(8192, 40, 128, 256),
+    rotary_case(1024, 37, 128, 512),
+    rotary_case(96, 3, 64, 32),
+    rotary_case(15, 1, 20, 5),
     *swiglu_cases(8192, 13824),
     *swiglu_cases(64, 13808),
     *swiglu_cases(64, 13817),
@@ -39,8 +39,9 @@ CASES = [
     cross_entropy_case(9, 5003),
     expand_case(8192, 32, 8, 128),
     expand_case(33, 7, 4, 20),
-    kv_case(8192, 32, 8, 128),
-    kv_case(33, 7, 4, 20),
+    unrotate_case(8192, 32, 8, 128, 256),
+    unrotate_case(8192, 40, 40, 128, 256, shared=False),
+    unrotate_case(33, 7, 4, 20, 11),
 ]
 # Rounding of one operation in the dtype, times the few that are chained.
 EPSILON = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -65,11 +66,11 @@ FAR_ROWS = 17
 FAR_STRIDE = 2**27
 FAR_CASES = [
     *norm_cases(FAR_ROWS, 1040),
-    *rotary_cases(FAR_ROWS, 3, 64, 1),
+    rotary_case(FAR_ROWS, 3, 64, 1),
     *swiglu_cases(FAR_ROWS, 1037),
     cross_entropy_case(FAR_ROWS, 5003),
     expand_case(FAR_ROWS, 7, 4, 32),
-    kv_case(FAR_ROWS, 7, 4, 32),
+    unrotate_case(FAR_ROWS, 7, 4, 32, FAR_ROWS),
 ]
 
 
@@ -102,7 +103,7 @@ def test_nothing_recompiles_while_a_model_shrinks():
         swiglu._forward_kernel,
         swiglu._backward_kernel,
         kv_heads._expand_kernel,
-        kv_heads._sum_kv_kernel,
+        rotary._unrotate_kernel,
     )
 
     def run(tokens: int, channels: int, heads: int, kv: int) -> None:
@@ -114,9 +115,10 @@ def test_nothing_recompiles_while_a_model_shrinks():
         table = torch.ones(tokens, 128, device="cuda", dtype=torch.bfloat16)
         for part in (query, key):
             decoder.rotary(part, table, table, out=part)
-            decoder.rotary(part, table, table, inverse=True)
         index = torch.arange(heads, device="cuda") % kv
-        decoder.sum_kv(decoder.expand_kv(key, index), index, kv)
+        spread = decoder.expand_kv(key, index).transpose(0, 1)[None]
+        for asked, count in ((index, kv), (None, heads)):
+            decoder.unrotate_qkv(spread, spread, spread, table, table, asked, count)
         x, delta, weight = (
             torch.ones(*shape, device="cuda").bfloat16() for shape in ((tokens, 512), (tokens, 512), (512,))
         )
