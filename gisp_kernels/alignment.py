@@ -14,13 +14,13 @@ def round_up(extent: int) -> int:
     return -(-extent // ALIGNMENT) * ALIGNMENT
 
 
-def aligned(*values: int) -> bool:
-    """Whether every extent and stride is a multiple of :data:`ALIGNMENT` elements."""
+def aligned(*values: int, to: int = ALIGNMENT) -> bool:
+    """Whether every extent and stride is a multiple of so many elements."""
     # A launch asks this, and a generator would take as long as all the rest of it.
     union = 0
     for value in values:
         union |= value
-    return union % ALIGNMENT == 0
+    return union % to == 0
 
 
 def descriptor_aligned(tensor: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.alignment import check_writable, readable
+from gisp_kernels.alignment import aligned, check_writable, readable
 from gisp_kernels.forms import ceil_div, next_power_of_2, run
 
 TOKENS = 16
@@ -42,17 +42,14 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + (token * stride_ot + head * stride_oh)[:, None] + offs[None, :], value, mask=mask)
 
 
-def _constants(size: int, *strides: int) -> tuple[int | bool, ...]:
-    return size, next_power_of_2(size), TOKENS, all(extent % 8 == 0 for extent in (size, *strides))
-
-
 def expand(kv: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
     """See :func:`gisp_kernels.ops.decoder.expand_kv`; fills ``out``."""
     tokens, heads, size = out.shape
     check_writable("out", out)
     if out.numel():
         kv = readable(kv)
-        strides = (kv.stride(0), kv.stride(1), out.stride(0), out.stride(1))
+        strides = (*kv.stride()[:2], *out.stride()[:2])
         operands = kv, readable(index), out
         grid = ceil_div(tokens, TOKENS), heads
-        run(_expand_kernel, grid, operands, (tokens, *strides), _constants(size, *strides), num_warps=4)
+        constants = size, next_power_of_2(size), TOKENS, aligned(size, *strides, to=8)
+        run(_expand_kernel, grid, operands, (tokens, *strides), constants, num_warps=4)

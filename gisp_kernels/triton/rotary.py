@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.alignment import check_writable, readable
+from gisp_kernels.alignment import aligned, check_writable, readable
 from gisp_kernels.forms import ceil_div, next_power_of_2, run
 
 LINES = 16
@@ -89,7 +89,7 @@ def _unrotate_kernel(  # type: ignore[no-untyped-def]
     SHARED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """A program writes one head of a few tokens: of queries turned back, of keys summed and turned, of values summed."""
+    """A program writes one head of a few tokens: of queries turned back, of keys also summed, of values only summed."""
     lines = H + 2 * KV
     line = tl.program_id(0) % lines
     grad_ptr = q_ptr
@@ -157,9 +157,9 @@ def launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Ten
     if lines == 0 or size == 0:
         return
     x, cos, sin = readable(x), cos.contiguous(), sin.contiguous()
-    strides = (x.stride(0), x.stride(1), out.stride(0), out.stride(1))
+    strides = (*x.stride()[:2], *out.stride()[:2])
     half = size // 2
-    fits = all(stride % 8 == 0 for stride in (*strides, half))
+    fits = aligned(*strides, half, to=8)
     run(
         _rotary_kernel,
         (ceil_div(lines, LINES),),
@@ -171,9 +171,7 @@ def launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Ten
 
 
 def unrotate(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     cos: torch.Tensor,
     sin: torch.Tensor,
     index: torch.Tensor | None,
@@ -181,18 +179,18 @@ def unrotate(
     out: torch.Tensor,
 ) -> None:
     """See :func:`gisp_kernels.ops.decoder.unrotate_qkv`; fills ``out``."""
-    batch, heads, length, size = query.shape
+    batch, heads, length, size = grads[0].shape
     tokens, lines = batch * length, heads + 2 * kv_heads
     if tokens == 0 or lines == 0:
         return
-    grads = [_by_token(grad) for grad in (query, key, value)]
+    readable_grads = [_by_token(grad) for grad in grads]
     strides: list[int] = []
-    for grad in grads:
+    for grad in readable_grads:
         _, stride_h, stride_t, _ = grad.stride()
         strides += (stride_t, stride_h)
     pitch, half = out.stride(0), size // 2
-    fits = all([stride % 8 == 0 for stride in (*strides, pitch, half)])
-    operands = (*grads, cos.contiguous(), sin.contiguous(), cos if index is None else readable(index), out)
+    fits = aligned(*strides, pitch, half, to=8)
+    operands = (*readable_grads, cos.contiguous(), sin.contiguous(), cos if index is None else readable(index), out)
     run(
         _unrotate_kernel,
         (ceil_div(tokens, TOKENS) * lines,),

@@ -105,7 +105,7 @@ def launches(capability: int, dtype: torch.dtype) -> Iterator[Callable[[], Any]]
     by_head = heads.transpose(0, 1)[None]
     for asked, count in ((index, 4), (None, len(index))):
         out = matrix(TOKENS, WIDTH + 2 * count * BLOCK)
-        yield partial(rotary.unrotate, by_head, by_head, by_head, table, table, asked, count, out)
+        yield partial(rotary.unrotate, (by_head, by_head, by_head), table, table, asked, count, out)
     yield partial(swiglu.forward, x, x, x.clone())
     yield partial(swiglu.backward, x.clone(), x.clone(), x.clone())
     yield partial(swiglu.backward_gates, x.clone(), x.clone(), x, TOKENS, None, matrix(1, WIDTH, of=torch.float32))

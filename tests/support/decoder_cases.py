@@ -251,9 +251,9 @@ def unrotate_case(tokens: int, heads: int, kv_heads: int, size: int, positions: 
 
     def run(inputs: Tensors, backend: str) -> Tensors:
         *grads, cos, sin, index = inputs
-        by_head = (grad.unflatten(0, (-1, positions)).transpose(1, 2) for grad in grads)
+        query, key, value = (grad.unflatten(0, (-1, positions)).transpose(1, 2) for grad in grads)
         asked = index if shared else None
-        return (decoder.unrotate_qkv(*by_head, cos, sin, asked, kv_heads, backend=backend),)
+        return (decoder.unrotate_qkv((query, key, value), cos, sin, asked, kv_heads, backend=backend),)
 
     return OpCase(f"unrotate {tokens}x{heads}x{kv_heads}x{size}", make, run, truth)
 

@@ -8,9 +8,7 @@ from gisp_kernels import backend as backends
 
 
 def unrotate_qkv(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     cos: torch.Tensor,
     sin: torch.Tensor,
     index: torch.Tensor | None,
@@ -21,7 +19,7 @@ def unrotate_qkv(
     """The transpose of :func:`rotary` on queries and keys, and of :func:`expand_kv` on keys and values.
 
     Args:
-        query, key, value: gradients [B, H, S, hd] of what attention read, hd even.
+        grads: of the queries, keys and values that attention read, [B, H, S, hd] each, hd even.
         cos, sin: [S, hd] in any float dtype.
         index: int64 [H], which key/value head each query head uses; ``None``: each has its own.
         kv_heads: number of key/value heads; one without query heads gets zeros.
@@ -31,8 +29,9 @@ def unrotate_qkv(
         [B * S, (H + 2 * kv_heads) * hd] in their dtype: gradients of queries, keys and values side by side. Heads are
         summed in float32 in ascending order, and the sum is rounded before it is turned.
     """
+    query, key, value = grads
     if query.dim() != 4 or not query.shape == key.shape == value.shape:
-        raise ValueError(f"query, key and value [B, H, S, hd] do not fit: {query.shape}, {key.shape}, {value.shape}")
+        raise ValueError(f"grads [B, H, S, hd] do not fit: {query.shape}, {key.shape}, {value.shape}")
     batch, heads, length, size = query.shape
     if cos.shape != (length, size) or sin.shape != cos.shape or size % 2:
         raise ValueError(f"heads {tuple(query.shape)} of even size and tables [S, hd] do not fit: {cos.shape}")
@@ -43,10 +42,10 @@ def unrotate_qkv(
     if backends.resolve(backend, query) == "triton":
         from gisp_kernels.triton import rotary as kernel
 
-        kernel.unrotate(query, key, value, cos, sin, index, kv_heads, out)
+        kernel.unrotate(grads, cos, sin, index, kv_heads, out)
         return out
     shown = out.view(batch, length, -1, size)
-    parts = [grad.transpose(1, 2) for grad in (query, key, value)]
+    parts = [grad.transpose(1, 2) for grad in grads]
     if index is not None:
         parts[1:] = [_sum_heads(part, index, kv_heads) for part in parts[1:]]
     places = shown.split((heads, kv_heads, kv_heads), dim=2)

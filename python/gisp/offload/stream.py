@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -253,15 +253,13 @@ class Resident:
 
     recomputes = False
 
-    @contextmanager
-    def visiting(self, order: Iterable[int]) -> Iterator[None]:
+    def visiting(self, order: Iterable[int]) -> AbstractContextManager[None]:
         """As :meth:`LayerStream.visiting`."""
-        yield
+        return nullcontext()
 
-    @contextmanager
-    def visit(self, layer: int) -> Iterator[None]:
+    def visit(self, layer: int) -> AbstractContextManager[None]:
         """As :meth:`LayerStream.visit`."""
-        yield
+        return nullcontext()
 
     def keep(self, layer: int, states: torch.Tensor) -> Taken:
         """As :meth:`LayerStream.keep`."""

@@ -108,7 +108,7 @@ def test_inputs_of_any_strides_are_read(backend):
         yield decoder.expand_kv(kv, change(index), backend=backend)
         yield decoder.rotary(kv[:3], *tables, backend=backend)
         grad = change(heads.mT[:3, :3])[None].transpose(1, 2)
-        yield decoder.unrotate_qkv(grad, 2 * grad, grad, *tables, change(index), 4, backend=backend)
+        yield decoder.unrotate_qkv((grad, 2 * grad, grad), *tables, change(index), 4, backend=backend)
         yield decoder.token_nll(b[:4], scored[0], backend=backend)
         yield decoder.token_nll_grad_(x[:4].clone(), *scored, backend=backend)
 
@@ -155,8 +155,8 @@ def test_nothing_to_do_is_done(backend):
     tables, index = torch.ones(3, 4), torch.empty(0, dtype=torch.long)
     assert decoder.rotary(torch.ones(3, 0, 4), tables, tables, backend=backend).shape == (3, 0, 4)
     assert decoder.expand_kv(torch.ones(3, 2, 4), index, backend=backend).shape == (3, 0, 4)
-    headless = [torch.ones(1, 0, 3, 4)] * 3
-    assert not decoder.unrotate_qkv(*headless, tables, tables, index, 2, backend=backend).any()
+    headless = torch.ones(1, 0, 3, 4)
+    assert not decoder.unrotate_qkv((headless, headless, headless), tables, tables, index, 2, backend=backend).any()
     assert decoder.token_nll(torch.ones(0, 4), index, backend=backend).shape == (0,)
 
 
@@ -171,8 +171,12 @@ def test_the_sum_is_the_transpose_of_the_expansion():
     grad = torch.randn(5, 4, 4)
     one = (decoder.expand_kv(kv, index) * grad).sum()
     by_head, tables = grad.transpose(0, 1)[None], (torch.zeros(5, 4), torch.zeros(5, 4))
-    summed = decoder.unrotate_qkv(by_head, by_head, by_head, *tables, index, 3)[:, 28:].view(5, 3, 4)
+    summed = decoder.unrotate_qkv((by_head, by_head, by_head), *tables, index, 3)[:, 28:].view(5, 3, 4)
     torch.testing.assert_close(one, (kv * summed).sum())
+
+
+def _thrice(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return grad, grad, grad
 
 
 # Sizes with flash attention, and those that it does not take.
@@ -207,10 +211,13 @@ def test_flash_attention_takes_no_graph(monkeypatch):
         (lambda x: decoder.expand_kv(x[None], torch.tensor([0]), out=x[None]), "out must be"),
         (lambda x: decoder.swiglu(x, x[:1]), "alike"),
         (lambda x: decoder.token_nll_grad_(x, torch.zeros(3, dtype=torch.long), x[:, 0]), "do not fit"),
-        (lambda x: decoder.unrotate_qkv(*[x[None, None]] * 3, x, x, torch.zeros(7, dtype=torch.long), 2), "do not fit"),
-        (lambda x: decoder.unrotate_qkv(*[x[None, None]] * 3, x, x, None, 2), "has its own"),
-        (lambda x: decoder.unrotate_qkv(*[x[None, None]] * 3, x[:3], x[:3], None, 1), "tables"),
-        (lambda x: decoder.unrotate_qkv(*[x[None]] * 3, x, x, None, 1), "do not fit"),
+        (
+            lambda x: decoder.unrotate_qkv(_thrice(x[None, None]), x, x, torch.zeros(7, dtype=torch.long), 2),
+            "do not fit",
+        ),
+        (lambda x: decoder.unrotate_qkv(_thrice(x[None, None]), x, x, None, 2), "has its own"),
+        (lambda x: decoder.unrotate_qkv(_thrice(x[None, None]), x[:3], x[:3], None, 1), "tables"),
+        (lambda x: decoder.unrotate_qkv(_thrice(x[None]), x, x, None, 1), "do not fit"),
     ],
 )
 def test_operands_that_do_not_fit_are_named(call, message):

@@ -118,7 +118,7 @@ def test_nothing_recompiles_while_a_model_shrinks():
         index = torch.arange(heads, device="cuda") % kv
         spread = decoder.expand_kv(key, index).transpose(0, 1)[None]
         for asked, count in ((index, kv), (None, heads)):
-            decoder.unrotate_qkv(spread, spread, spread, table, table, asked, count)
+            decoder.unrotate_qkv((spread, spread, spread), table, table, asked, count)
         x, delta, weight = (
             torch.ones(*shape, device="cuda").bfloat16() for shape in ((tokens, 512), (tokens, 512), (512,))
         )

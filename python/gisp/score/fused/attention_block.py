@@ -15,7 +15,7 @@ from gisp.model.attention import KV_INDEX
 from gisp.model.structures import LayerMap
 from gisp.score.fused.batch import PassBatch
 from gisp.score.fused.block import Block, BlockState, Wanted
-from gisp.score.fused.products import Products
+from gisp.score.fused.products import Products, parameter
 from gisp_kernels.ops import decoder
 
 
@@ -39,9 +39,9 @@ class AttentionBlock(Block):
     def _leaving(self, state: BlockState, batch: PassBatch) -> torch.Tensor:
         if self._head_norms[0] is None:
             heads, kv_heads = self._counts()
-            turned = self._by_head(state.read)[:, : heads + kv_heads]
-            decoder.rotary(turned, batch.cos, batch.sin, out=turned)
-        return self._attend(self._expanded(state, self._rotated(state, batch)[0]), batch)[0]
+            turned = self._by_head(state.read, 0, heads + kv_heads)
+            decoder.rotary(turned, batch.cos, batch.sin, out=turned, backend=batch.backend)
+        return self._attend(self._operands(state, batch)[0])[0]
 
     def backward(
         self, state: BlockState, grad: torch.Tensor, batch: PassBatch, wanted: Wanted | None, input_grad: bool
@@ -49,9 +49,9 @@ class AttentionBlock(Block):
         """As :meth:`Block.backward`."""
         if self.empty or not (input_grad or wanted is not None):
             return
-        rotated, inverse_rms = self._rotated(state, batch)
+        operands, inverse_rms = self._operands(state, batch)
         grad_attended = self._products.input_grad(grad, [self._leaver])
-        attended, before = self._attend(self._expanded(state, rotated), batch)
+        attended, before = self._attend(operands)
         if wanted is not None and wanted.observe is not None:
             wanted.observe(attended, grad)
             if not input_grad:
@@ -63,57 +63,76 @@ class AttentionBlock(Block):
         elements = None if wanted is None else wanted.elements
         if elements is not None:
             self._score_leaver(elements, grad, attended)
-        grads = before(self._through_gates(grad_attended, batch))
-        del attended, before, grad_attended
-        grad_qkv = self._unrotated(grads, state, inverse_rms, batch)
-        del grads, rotated
-        self._to_input(state, grad, grad_qkv, elements, input_grad)
+        heads, kv_heads = self._counts()
+        grads = before(self._by_sequence(self._through_gates(grad_attended, batch), batch, 0, heads))
+        del attended, before, grad_attended, operands
+        index, _ = self._index(heads, kv_heads, grad.device)
+        grad_qkv = decoder.unrotate_qkv(grads, batch.cos, batch.sin, index, kv_heads, backend=batch.backend)
+        del grads
+        self._before_norms(grad_qkv, state, inverse_rms, batch)
+        self._to_input(state, grad, grad_qkv, elements, input_grad, batch)
 
     def _counts(self) -> tuple[int, int]:
-        rows = self._readers[0].weight.shape[0], self._readers[1].weight.shape[0]
-        return rows[0] // self._head_dim, rows[1] // self._head_dim
+        """Query heads and key/value heads."""
+        query, key, _ = self._readers
+        size = self._head_dim
+        return parameter(query, "weight").shape[0] // size, parameter(key, "weight").shape[0] // size
 
-    def _by_head(self, columns: torch.Tensor) -> torch.Tensor:
-        """[T, n * hd] as [T, n, hd]."""
-        return columns.view(len(columns), -1, self._head_dim)
+    def _by_head(self, columns: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """So many heads of [T, n * hd] from one on, as [T, count, hd]."""
+        tokens, pitch = columns.shape
+        size = self._head_dim
+        # One view takes the host a third of what slices of views take.
+        return columns.as_strided((tokens, count, size), (pitch, size, 1), columns.storage_offset() + first * size)
 
-    def _parts(self, read: torch.Tensor) -> list[torch.Tensor]:
-        """Queries, keys and values, [T, n, hd] each, of what lies as in ``BlockState.read``."""
+    def _by_sequence(self, columns: torch.Tensor, batch: PassBatch, first: int, count: int) -> torch.Tensor:
+        """The same as [rows, count, length, hd]."""
+        pitch, size, length = columns.shape[1], self._head_dim, batch.length
+        shape, strides = (batch.rows, count, length, size), (length * pitch, size, pitch, 1)
+        return columns.as_strided(shape, strides, columns.storage_offset() + first * size)
+
+    def _operands(
+        self, state: BlockState, batch: PassBatch
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], list[torch.Tensor]]:
+        """What attention reads: rotated queries and keys and the values, [rows, H, length, hd] each with a key and a
+        value for every query head. And the inverse RMS of normalised heads."""
         heads, kv_heads = self._counts()
-        return list(self._by_head(read).split((heads, kv_heads, kv_heads), dim=1))
+        index, of_both = self._index(heads, kv_heads, state.read.device)
+        if self._head_norms[0] is not None:
+            return self._normed(state, batch, heads, kv_heads, index)
+        query = self._by_sequence(state.read, batch, 0, heads)
+        columns, first = state.read, heads
+        if of_both is not None:
+            # Keys and values lie side by side and are one launch.
+            beside = self._by_head(state.read, heads, 2 * kv_heads)
+            columns = decoder.expand_kv(beside, of_both, backend=batch.backend).view(len(state.read), -1)
+            first = 0
+        key, value = (self._by_sequence(columns, batch, first + i * heads, heads) for i in (0, 1))
+        return (query, key, value), []
 
-    def _rotated(self, state: BlockState, batch: PassBatch) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        """Rotated queries and keys and the values, each [T, n, hd], and the inverse RMS of normalised heads."""
-        parts = self._parts(state.read)
-        if self._head_norms[0] is None:
-            return parts, [None, None]
-        inverse_rms: list[torch.Tensor | None] = []
+    def _normed(
+        self, state: BlockState, batch: PassBatch, heads: int, kv_heads: int, index: torch.Tensor | None
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], list[torch.Tensor]]:
+        """The same where queries and keys are normalised before they are turned."""
+        parts = list(self._by_head(state.read, 0, heads + 2 * kv_heads).split((heads, kv_heads, kv_heads), dim=1))
+        inverse_rms = []
         for i, norm in enumerate(self._head_norms):
             rows = parts[i].reshape(-1, self._head_dim)
             _, normed, rstd = decoder.add_rms_norm(rows, None, norm.weight.detach(), norm.variance_epsilon)
-            heads = normed.view(parts[i].shape)
-            parts[i] = decoder.rotary(heads, batch.cos, batch.sin, out=heads)
+            turned = normed.view(parts[i].shape)
+            parts[i] = decoder.rotary(turned, batch.cos, batch.sin, out=turned, backend=batch.backend)
             inverse_rms.append(rstd)
-        return parts, inverse_rms
-
-    def _expanded(self, state: BlockState, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Rotated queries, keys and values, of the state where it holds them, with a key and value per query head."""
-        query, key, value = parts
-        heads, kv_heads = query.shape[1], key.shape[1]
-        index, of_both = self._index(heads, kv_heads, query.device)
-        if index is None or of_both is None:
-            return parts
-        if self._head_norms[0] is not None:
-            return [query, decoder.expand_kv(key, index), decoder.expand_kv(value, index)]
-        # Keys and values lie side by side and are one launch.
-        return [query, *decoder.expand_kv(self._by_head(state.read)[:, heads:], of_both).split(heads, dim=1)]
+        if index is not None:
+            parts[1:] = [decoder.expand_kv(part, index, backend=batch.backend) for part in parts[1:]]
+        query, key, value = (part.unflatten(0, (batch.rows, batch.length)).transpose(1, 2) for part in parts)
+        return (query, key, value), inverse_rms
 
     def _index(
         self, heads: int, kv_heads: int, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Which key/value head every query head uses, int64 [H], and which keys and then values, int64 [2 H], of heads
         beside one another; ``None`` where each has its own."""
-        own: torch.Tensor | None = getattr(self._module, KV_INDEX, None)
+        own: torch.Tensor | None = self._module._buffers.get(KV_INDEX)
         if own is None and heads == kv_heads:
             return None, None
         # A step asks three times a layer, and widths change between steps at most.
@@ -123,52 +142,28 @@ class AttentionBlock(Block):
         return self._known[2:]
 
     def _attend(
-        self, parts: list[torch.Tensor], batch: PassBatch
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
+        self, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
         """Causal attention over each sequence.
 
         Args:
-            parts: queries, keys and values, [T, H, hd] each.
+            operands: queries, keys and values, [rows, H, length, hd] each.
 
         Returns:
-            The output [T, H * hd], and what turns its gradient into those of ``parts``.
+            The output [T, H * hd], and what turns its gradient, in the shape of ``operands``, into theirs.
         """
-        shape = batch.rows, batch.length, parts[0].shape[1], self._head_dim
-        by_sequence = [part.view(shape).transpose(1, 2) for part in parts]
-        out, backward = decoder.attention(*by_sequence, scale=self._module.scaling)
+        out, before = decoder.attention(*operands, scale=self._module.scaling)
+        rows, heads, length, size = out.shape
+        return out.transpose(1, 2).reshape(rows * length, heads * size), before
 
-        def before(grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            grads = backward(grad.view(shape).transpose(1, 2))
-            return tuple(found.transpose(1, 2).reshape(parts[0].shape) for found in grads)
-
-        return out.transpose(1, 2).reshape(len(parts[0]), -1), before
-
-    def _unrotated(
-        self,
-        grads: tuple[torch.Tensor, ...],
-        state: BlockState,
-        inverse_rms: list[torch.Tensor | None],
-        batch: PassBatch,
-    ) -> torch.Tensor:
-        """Gradient of the three projections' outputs, side by side as in ``state.read``."""
-        grad_qkv = torch.empty_like(state.read)
-        targets, found = self._parts(grad_qkv), list(grads)
-        kv_heads = targets[1].shape[1]
-        index, _ = self._index(grads[0].shape[1], kv_heads, grad_qkv.device)
-        if index is None:
-            targets[2].copy_(found[2])
-        else:
-            # The sum of keys goes where it is turned in place, but for normalised ones.
-            place = targets[1] if inverse_rms[1] is None else None
-            found[1] = decoder.sum_kv(found[1], index, kv_heads, out=place)
-            decoder.sum_kv(found[2], index, kv_heads, out=targets[2])
-        raw = self._parts(state.read)
-        for i, rstd in enumerate(inverse_rms):
-            if rstd is None:
-                decoder.rotary(found[i], batch.cos, batch.sin, inverse=True, out=targets[i])
-                continue
-            heads = decoder.rotary(found[i], batch.cos, batch.sin, inverse=True)
-            rows = (heads.reshape(-1, self._head_dim), raw[i].reshape(-1, self._head_dim))
-            weight = self._head_norms[i].weight.detach()
-            targets[i].copy_(decoder.rms_norm_backward_(None, *rows, rstd, weight).view(targets[i].shape))
-        return grad_qkv
+    def _before_norms(
+        self, grad_qkv: torch.Tensor, state: BlockState, inverse_rms: list[torch.Tensor], batch: PassBatch
+    ) -> None:
+        """Turn gradients of normalised queries and keys into those of what their norms read, in place."""
+        start = 0
+        for norm, rstd, linear in zip(self._head_norms, inverse_rms, self._readers, strict=False):
+            stop = start + linear.weight.shape[0]
+            part = grad_qkv[:, start:stop]
+            grad, raw = (columns.reshape(-1, self._head_dim) for columns in (part, state.read[:, start:stop]))
+            part.copy_(decoder.rms_norm_backward_(None, grad, raw, rstd, norm.weight.detach()).view(part.shape))
+            start = stop

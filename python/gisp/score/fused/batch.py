@@ -14,6 +14,7 @@ import torch
 
 from gisp.data.sequences import IGNORED
 from gisp.score.objectives import last_predicting, sequence_curvature
+from gisp_kernels import backend
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class PassBatch:
         cos, sin: [length, hd], rotary tables.
         curvature: float32 [rows], see :func:`gisp.score.objectives.sequence_curvature`.
         gates: group name -> [columns], what the input of its output projection is multiplied with; absent = 1.
+        backend: what runs the ops, found once for the thousand calls of a pass.
     """
 
     rows: int
@@ -91,6 +93,7 @@ class PassBatch:
     sources: torch.Tensor | None = None
     shared: tuple[torch.Tensor, torch.Tensor] | None = None
     gates: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    backend: str | None = None
 
     def by_sequence(self, tokens: torch.Tensor) -> torch.Tensor:
         """[T, n] as [rows, length, n]."""
@@ -135,6 +138,7 @@ def make_batch(decoder: Any, micro: MicroBatch) -> PassBatch:
         curvature=_upload(sequence_curvature(labels, torch.tensor(micro.weights, dtype=torch.float64)), device),
         sources=sources,
         shared=shared,
+        backend=backend.resolve(None, cos),
     )
 
 
@@ -143,7 +147,8 @@ def plain_batch(decoder: Any, ids: torch.Tensor) -> PassBatch:
     none = torch.zeros(0, device=ids.device)
     rows, length = ids.shape
     cos, sin = rotary_tables(decoder, length, ids.device)
-    return PassBatch(rows, length, ids.flatten(), none.long(), none, cos, sin, curvature=none)
+    kind = backend.resolve(None, cos)
+    return PassBatch(rows, length, ids.flatten(), none.long(), none, cos, sin, curvature=none, backend=kind)
 
 
 def rotary_tables(decoder: Any, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gisp.score.fused.batch import PassBatch
-from gisp.score.fused.products import Products
+from gisp.score.fused.products import Products, parameter
 from gisp_kernels import wgrad_importance
 from gisp_kernels.groups import StructureGroup
 from gisp_kernels.ops import decoder
@@ -74,7 +74,7 @@ class Block(ABC):
     @property
     def empty(self) -> bool:
         """Whether no structure is left."""
-        return self._readers[0].weight.shape[0] == 0
+        return parameter(self._readers[0], "weight").shape[0] == 0
 
     def forward(
         self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch
@@ -84,8 +84,8 @@ class Block(ABC):
         Returns:
             The state (its ``x`` is the sum) and the output [T, D], ``None`` for nothing.
         """
-        norm = self._norm
-        x, normed, rstd = decoder.add_rms_norm(x, delta, norm.weight.detach(), norm.variance_epsilon, total=delta)
+        weight, eps = parameter(self._norm, "weight"), self._norm.variance_epsilon
+        x, normed, rstd = decoder.add_rms_norm(x, delta, weight, eps, total=delta, backend=batch.backend)
         if self.empty:
             bias = self._leaver.bias
             output = None if bias is None else bias.detach().expand_as(x).contiguous()
@@ -114,7 +114,8 @@ class Block(ABC):
         self, gates: torch.Tensor, leaving: torch.Tensor, grad_leaving: torch.Tensor, batch: PassBatch
     ) -> None:
         """Gate gradients from what the leaving projection reads and its gradient, [T, columns] each."""
-        write_gate_grads(gates, batch.by_sequence(leaving), batch.by_sequence(grad_leaving), self._widths[self._leaver])
+        operands = batch.by_sequence(leaving), batch.by_sequence(grad_leaving)
+        write_gate_grads(gates, *operands, self._widths[self._leaver], batch.backend)
 
     def _through_gates(self, values: torch.Tensor, batch: PassBatch) -> torch.Tensor:
         """What passes the gates, forward or backward; [T, columns], changed in place."""
@@ -133,15 +134,16 @@ class Block(ABC):
         grad_read: torch.Tensor,
         elements: torch.Tensor | None,
         input_grad: bool,
+        batch: PassBatch,
     ) -> None:
         """The end of a backward: scores of the readers' elements, and the gradient through readers and norm.
 
         Args:
             grad_read: gradient of ``state.read``.
         """
-        norm = self._norm.weight.detach()
+        norm = parameter(self._norm, "weight")
         if elements is not None:
-            normed = decoder.rms_norm_apply(state.x, state.rstd, norm)
+            normed = decoder.rms_norm_apply(state.x, state.rstd, norm, backend=batch.backend)
             stack, start = [], 0
             for linear in self._readers:
                 if linear in self._widths:
@@ -151,4 +153,4 @@ class Block(ABC):
             del normed
         if input_grad:
             grad_normed = self._products.input_grad(grad_read, self._readers)
-            decoder.rms_norm_backward_(grad, grad_normed, state.x, state.rstd, norm)
+            decoder.rms_norm_backward_(grad, grad_normed, state.x, state.rstd, norm, backend=batch.backend)

@@ -7,11 +7,22 @@ these outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from gisp_kernels.ops import float8
+
+
+def parameter(module: nn.Module, name: str) -> torch.Tensor:
+    """A module's parameter of a name, ``None`` for one that it could have and has not.
+
+    ``nn.Module`` looks elsewhere first, which takes as long as a launch where a pass asks a thousand times.
+    """
+    own: Any = module._parameters
+    found: torch.Tensor = own[name] if name in own else getattr(module, name)
+    return found
 
 
 class Products:
@@ -22,21 +33,21 @@ class Products:
         """``x @ W.T + b`` of every layer, [T, I] to [T, sum of O]."""
         if len(linears) == 1:
             return _linear(x, linears[0], None)
-        widths = [linear.weight.shape[0] for linear in linears]
+        widths = _widths(linears)
         out = x.new_empty(x.shape[0], sum(widths))
-        for linear, part in zip(linears, out.split(widths, dim=1), strict=True):
+        for linear, part in zip(linears, out.split_with_sizes(widths, 1), strict=True):
             _linear(x, linear, part)
         return out
 
     def input_grad(self, grad: torch.Tensor, linears: Sequence[nn.Linear]) -> torch.Tensor:
         """Sum of ``grad @ W`` over the layers, [T, sum of O] to [T, I]."""
+        if len(linears) == 1:
+            return torch.mm(grad, parameter(linears[0], "weight"))
         first, *others = linears
-        start = first.weight.shape[0]
-        total = torch.mm(grad if not others else grad[:, :start], first.weight)
-        for linear in others:
-            stop = start + linear.weight.shape[0]
-            total.addmm_(grad[:, start:stop], linear.weight)
-            start = stop
+        start, *parts = grad.split_with_sizes(_widths(linears), 1)
+        total = torch.mm(start, parameter(first, "weight"))
+        for linear, part in zip(others, parts, strict=True):
+            total.addmm_(part, parameter(linear, "weight"))
         return total
 
 
@@ -54,7 +65,7 @@ class Float8Products(Products):
         """As :meth:`Products.forward`."""
         if not _fits(linears):
             return super().forward(x, linears)
-        widths = [linear.weight.shape[0] for linear in linears]
+        widths = _widths(linears)
         stack = torch.empty(sum(widths), x.shape[1], dtype=float8.FLOAT8, device=x.device)
         scale = torch.empty(sum(widths), dtype=torch.float32, device=x.device)
         for linear, rows, own in zip(linears, stack.split(widths), scale.split(widths), strict=True):
@@ -70,7 +81,7 @@ class Float8Products(Products):
         """As :meth:`Products.input_grad`."""
         if not _fits(linears):
             return super().input_grad(grad, linears)
-        widths = [linear.weight.shape[0] for linear in linears]
+        widths = _widths(linears)
         scale = self._scales[tuple(linears)]
         stack = torch.empty(linears[0].weight.shape[1], sum(widths), dtype=float8.FLOAT8, device=grad.device)
         for linear, columns, own in zip(linears, stack.split(widths, dim=1), scale.split(widths), strict=True):
@@ -79,10 +90,14 @@ class Float8Products(Products):
 
 
 def _linear(x: torch.Tensor, linear: nn.Linear, out: torch.Tensor | None) -> torch.Tensor:
-    weight, bias = linear.weight.t(), linear.bias
+    weight, bias = parameter(linear, "weight").t(), parameter(linear, "bias")
     if bias is None:
         return torch.mm(x, weight) if out is None else torch.mm(x, weight, out=out)
     return torch.addmm(bias, x, weight) if out is None else torch.addmm(bias, x, weight, out=out)
+
+
+def _widths(linears: Sequence[nn.Linear]) -> list[int]:
+    return [parameter(linear, "weight").shape[0] for linear in linears]
 
 
 def _fits(linears: Sequence[nn.Linear]) -> bool:
