@@ -27,7 +27,7 @@ def pass_gpu_time(model_map: ModelMap, tokens: torch.Tensor, setting: Setting) -
     scored = [(group.name, group.count) for group in model_map.groups if group.count]
     fused = ImportancePass(model_map)
     run = fused.gate_sums if CRITERIA[setting.criterion].gradient == "second-order" else fused.score
-    with deterministic():
+    with deterministic(model_map.weight.device):
         run([batch], scored)
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as found:

@@ -60,8 +60,9 @@ def run_stages(
     _agree(model_map, keep, data, options)
     seen, unseen = hold_out(interleaved(data))
     done: list[Stage] = []
+    device = model_map.weight.device
     # Stages take gradients, whatever mode the caller is in.
-    with torch.inference_mode(False), torch.no_grad(), deterministic(), frozen(model_map.model), exact_products():
+    with torch.inference_mode(False), torch.no_grad(), deterministic(device), frozen(model_map.model), exact_products():
         student = Student(model_map, keep, max(len(ids) for ids, _ in data.rows))
         held_out = student.hold_out(unseen)
         begin = 0

@@ -4,12 +4,15 @@ other code."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextlib.contextmanager
@@ -25,20 +28,47 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Deterministic kernels; the settings as before afterwards."""
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic kernels on a device; the settings as before afterwards."""
     algorithms = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     switches: Any = torch.utils.deterministic
     fill = switches.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # Attention backward passes are deterministic only in the strict mode; a warning would not make them so.
     torch.use_deterministic_algorithms(True)
     switches.fill_uninitialized_memory = False
     try:
+        if device.type == "cuda":
+            _let_multiply(device)
         yield
     finally:
         torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
         switches.fill_uninitialized_memory = fill
+
+
+@functools.cache
+def _let_multiply(device: torch.device) -> None:
+    """Let deterministic algorithms multiply matrices, at no cost to later products.
+
+    Some versions of torch take cuBLAS for deterministic only with a certain workspace in the environment, and look for
+    it once. Up to torch 2.11 every product then reads the workspace's size out of it, by a regular expression that
+    takes the host longer than ten launches. torch hands cuBLAS a workspace of each stream. With that it is
+    deterministic, whatever the environment says.
+    """
+    if _WORKSPACE in os.environ:
+        return
+    os.environ[_WORKSPACE] = ":4096:8"
+    _multiply(device)
+    del os.environ[_WORKSPACE]
+    try:
+        _multiply(device)
+    except RuntimeError:
+        # Here it is looked for every time.
+        os.environ[_WORKSPACE] = ":4096:8"
+
+
+def _multiply(device: torch.device) -> None:
+    matrix = torch.ones(16, 16, device=device)
+    torch.mm(matrix, matrix)
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ class Context:
         """The weighted sum of the NLL of sequences, 0-dim float64 on the device."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         active: contextlib.AbstractContextManager[object] = recorder or contextlib.nullcontext()
-        with deterministic(), evaluation_mode(self.model), torch.no_grad(), active:
+        with deterministic(self.device), evaluation_mode(self.model), torch.no_grad(), active:
             for start, stop in batches:
                 ids, labels = self.data.batch(numbers[start:stop])
                 if recorder is not None:

@@ -73,7 +73,7 @@ class GradientScorer:
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
         """Scores of ``groups`` at a step."""
         rows, parts = self._rows(step)
-        with deterministic():
+        with deterministic(self._device):
             scores, loss = self._sums(groups, rows, parts, {})
             if self._kind == "second-order":
                 scores = self._loss_changes(scores, rows, step)
@@ -92,7 +92,7 @@ class GradientScorer:
             independent sequences they are sums of.
         """
         rows, parts = self._rows(step)
-        with deterministic():
+        with deterministic(self._device):
             sums, loss = self._sums(groups, rows, parts, closed)
         return sums, loss, sum(part.tokens for part in parts), rows.samples
 

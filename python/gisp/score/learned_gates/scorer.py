@@ -51,7 +51,7 @@ class LearnedGates:
             seed=config.seed + step * _SEED_STRIDE,
         )
         loss, tokens = torch.zeros((), dtype=torch.float64, device=context.device), 0
-        with deterministic(), frozen(context.model):
+        with deterministic(context.device), frozen(context.model):
             for number in track(range(config.gate_steps), "training gates"):
                 gates.values, gates.grad = budget.gates, torch.zeros_like(gates.grad)
                 part, passed = self._train(gates, (step - 1) * config.gate_steps + number + 1)
