@@ -19,7 +19,7 @@ from gisp.offload.stream import Resident, Visits, resident_or_streamed
 from gisp.score.fused.batch import plain_batch
 from gisp.score.fused.block import Wanted
 from gisp.score.fused.layers import Flow, Layers, embedded, lowest_scored
-from gisp.score.fused.memory import layers_to_recompute
+from gisp.score.fused.memory import Kept, what_layers_keep
 from gisp.score.fused.products import Products
 
 
@@ -37,7 +37,7 @@ class FusedPasses:
         count = len(self._layers)
         flows = [embedded(self._model, plain_batch(self._model.model, batch)) for batch in ids]
         with self._visits.visiting(range(count)), self._visits.entering(inside):
-            self._layers.forward(flows, count)
+            self._layers.forward(flows, count, Kept())
         ends = (self._model.model.norm(_stream(flow)) for flow in flows)
         return [end.view(*batch.shape, -1) for end, batch in zip(ends, ids, strict=True)]
 
@@ -61,13 +61,14 @@ class FusedPasses:
         """
         lowest = lowest_scored(self._layers.items, {name for of_batch in wanted for name in of_batch})
         flows = [embedded(self._model, plain_batch(self._model.model, batch)) for batch in ids]
-        recomputed = count = len(self._layers)
+        count = len(self._layers)
+        kept = Kept(count)
         if not self._visits.recomputes:
             items = self._layers.items[lowest:]
-            recomputed = layers_to_recompute([(len(ids), items)], max(batch.numel() for batch in ids), ids[0].device)
+            kept = what_layers_keep([(len(ids), items)], max(batch.numel() for batch in ids), ids[0].device)
         with self._visits.visiting([*range(count), count, *reversed(range(lowest, count))]):
             with self._visits.entering(inside):
-                self._layers.forward(flows, lowest, recomputed)
+                self._layers.forward(flows, lowest, kept)
             # The end of the model has the number after that of the last layer.
             with self._visits.visit(count):
                 grads = [

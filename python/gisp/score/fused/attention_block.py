@@ -1,12 +1,11 @@
 """Forward and backward of an attention block with its norm, without autograd around the projections.
 
 Kept for the backward pass: the block's input and its inverse RMS, and queries, keys and values. The attention output
-is recomputed, which costs little next to the projections and saves a tensor of hidden size in every layer.
+is kept where there is memory for it; else it is recomputed, which costs little next to the projections.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from gisp.model.attention import KV_INDEX
 from gisp.model.structures import LayerMap
 from gisp.score.fused.batch import PassBatch
-from gisp.score.fused.block import Block, BlockState, Wanted
+from gisp.score.fused.block import Attended, Block, BlockState, Wanted
 from gisp.score.fused.products import Products, parameter
 from gisp_kernels.ops import decoder
 
@@ -41,7 +40,10 @@ class AttentionBlock(Block):
             heads, kv_heads = self._counts()
             turned = self._by_head(state.read, 0, heads + kv_heads)
             decoder.rotary(turned, batch.cos, batch.sin, out=turned, backend=batch.backend)
-        return self._attend(self._operands(state, batch)[0])[0]
+        attended = self._attend(state, batch)
+        # Gates change the output in place.
+        state.attended = None if self._name in batch.gates else attended
+        return attended.output
 
     def backward(
         self, state: BlockState, grad: torch.Tensor, batch: PassBatch, wanted: Wanted | None, input_grad: bool
@@ -49,27 +51,28 @@ class AttentionBlock(Block):
         """As :meth:`Block.backward`."""
         if self.empty or not (input_grad or wanted is not None):
             return
-        operands, inverse_rms = self._operands(state, batch)
         grad_attended = self._products.input_grad(grad, [self._leaver])
-        attended, before = self._attend(operands)
+        attended = state.attended or self._attend(state, batch)
+        state.attended = None
         if wanted is not None and wanted.observe is not None:
-            wanted.observe(attended, grad)
+            wanted.observe(attended.output, grad)
             if not input_grad:
                 return
         if wanted is not None and wanted.gates is not None:
-            self._take_gates(wanted.gates, attended, grad_attended, batch)
+            self._take_gates(wanted.gates, attended.output, grad_attended, batch)
             if not input_grad:
                 return
         elements = None if wanted is None else wanted.elements
         if elements is not None:
-            self._score_leaver(elements, grad, attended)
+            self._score_leaver(elements, grad, attended.output)
         heads, kv_heads = self._counts()
-        grads = before(self._by_sequence(self._through_gates(grad_attended, batch), batch, 0, heads))
-        del attended, before, grad_attended, operands
+        grads = attended.before(self._by_sequence(self._through_gates(grad_attended, batch), batch, 0, heads))
+        inverse_rms = attended.inverse_rms
+        del attended, grad_attended
         index, _ = self._index(heads, kv_heads, grad.device)
         grad_qkv = decoder.unrotate_qkv(grads, batch.cos, batch.sin, index, kv_heads, backend=batch.backend)
         del grads
-        self._before_norms(grad_qkv, state, inverse_rms, batch)
+        self._before_norms(grad_qkv, state, inverse_rms)
         self._to_input(state, grad, grad_qkv, elements, input_grad, batch)
 
     def _counts(self) -> tuple[int, int]:
@@ -141,24 +144,14 @@ class AttentionBlock(Block):
             self._known = own, (heads, kv_heads, device), index, torch.cat((index, index + kv_heads))
         return self._known[2:]
 
-    def _attend(
-        self, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-        """Causal attention over each sequence.
-
-        Args:
-            operands: queries, keys and values, [rows, H, length, hd] each.
-
-        Returns:
-            The output [T, H * hd], and what turns its gradient, in the shape of ``operands``, into theirs.
-        """
+    def _attend(self, state: BlockState, batch: PassBatch) -> Attended:
+        """Causal attention over each sequence."""
+        operands, inverse_rms = self._operands(state, batch)
         out, before = decoder.attention(*operands, scale=self._module.scaling)
         rows, heads, length, size = out.shape
-        return out.transpose(1, 2).reshape(rows * length, heads * size), before
+        return Attended(out.transpose(1, 2).reshape(rows * length, heads * size), before, inverse_rms)
 
-    def _before_norms(
-        self, grad_qkv: torch.Tensor, state: BlockState, inverse_rms: list[torch.Tensor], batch: PassBatch
-    ) -> None:
+    def _before_norms(self, grad_qkv: torch.Tensor, state: BlockState, inverse_rms: list[torch.Tensor]) -> None:
         """Turn gradients of normalised queries and keys into those of what their norms read, in place."""
         start = 0
         for norm, rstd, linear in zip(self._head_norms, inverse_rms, self._readers, strict=False):

@@ -35,6 +35,21 @@ class Wanted:
     observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
 
+@dataclass(frozen=True)
+class Attended:
+    """Attention of one forward.
+
+    Attributes:
+        output: [T, H * hd], before any gate.
+        before: what turns its gradient [rows, H, length, hd] into those of queries, keys and values.
+        inverse_rms: float32, of queries and of keys where these are normalised.
+    """
+
+    output: torch.Tensor
+    before: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    inverse_rms: list[torch.Tensor]
+
+
 @dataclass
 class BlockState:
     """What a block keeps for its backward pass.
@@ -43,11 +58,13 @@ class BlockState:
         x: [T, D], input of the norm.
         rstd: float32 [T].
         read: [T, sum of O], outputs of the projections that read the norm, side by side.
+        attended: of an attention block what its backward would else compute again; let go where memory is short.
     """
 
     x: torch.Tensor
     rstd: torch.Tensor
     read: torch.Tensor
+    attended: Attended | None = None
 
 
 class Block(ABC):

@@ -22,7 +22,7 @@ from gisp.score.fused.batch import MicroBatch, PassBatch, make_batch
 from gisp.score.fused.block import Wanted
 from gisp.score.fused.layers import Flow, Layers, embedded, lowest_scored
 from gisp.score.fused.lm_head import LMHead
-from gisp.score.fused.memory import layers_to_recompute
+from gisp.score.fused.memory import Kept, what_layers_keep
 from gisp.score.fused.products import Products
 from gisp.score.fused.sums import parts_by_group, sample_sums
 from gisp_kernels import backend
@@ -82,7 +82,7 @@ class ImportancePass:
 
         count = len(self._layers)
         with self._layers.visiting(count):
-            self._layers.forward([flow], count, seen=seen)
+            self._layers.forward([flow], count, Kept(), seen)
         return {**found, count: flow.stream()}
 
     @torch.no_grad()
@@ -161,9 +161,9 @@ class ImportancePass:
     def _forward(self, batches: list[PassBatch], lowest: int) -> list[Flow]:
         """Residual streams and last outputs; layers from ``lowest`` keep what their backward needs."""
         flows = [embedded(self._model, batch) for batch in batches]
-        recomputed = len(self._layers)
+        kept = Kept(len(self._layers))
         if not self._visits.recomputes:
             tokens = batches[0].rows * batches[0].length
-            recomputed = layers_to_recompute([(1, self._layers.items[lowest:])], tokens, batches[0].ids.device)
-        self._layers.forward(flows, lowest, recomputed)
+            kept = what_layers_keep([(1, self._layers.items[lowest:])], tokens, batches[0].ids.device)
+        self._layers.forward(flows, lowest, kept)
         return flows

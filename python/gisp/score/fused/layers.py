@@ -20,6 +20,7 @@ from gisp.offload.stream import Resident, Visits
 from gisp.score.fused.attention_block import AttentionBlock
 from gisp.score.fused.batch import PassBatch
 from gisp.score.fused.block import BlockState, Wanted
+from gisp.score.fused.memory import Kept
 from gisp.score.fused.mlp_block import MLPBlock
 from gisp.score.fused.products import Products
 
@@ -81,24 +82,20 @@ class Layers:
         return self._visits.visit(len(self))
 
     def forward(
-        self,
-        flows: Sequence[Flow],
-        lowest: int,
-        recomputed: int = 0,
-        seen: Callable[[int], None] = lambda number: None,
+        self, flows: Sequence[Flow], lowest: int, kept: Kept, seen: Callable[[int], None] = lambda number: None
     ) -> None:
         """Take every flow through all layers; those from ``lowest`` keep what their backward needs.
 
         Args:
-            recomputed: how many of these keep only what their forward starts from.
+            kept: how much of that.
             seen: is told the number of every layer before the flows enter it.
         """
         for i, layer in enumerate(self._layers):
-            aside = partial(self._visits.keep, i) if i < lowest + recomputed else None
+            aside = partial(self._visits.keep, i) if i < lowest + kept.recomputed else None
             seen(i)
             with self._visits.visit(i):
                 for flow in flows:
-                    layer.take(flow, i >= lowest, aside)
+                    layer.take(flow, i >= lowest, aside, kept.attention)
 
     def backward(
         self,
@@ -129,18 +126,21 @@ class _Layer:
         self._attention = AttentionBlock(item, products)
         self._mlp = MLPBlock(item, products)
 
-    def take(self, flow: Flow, keeps: bool, aside: Callable[[torch.Tensor], Taken] | None) -> None:
+    def take(
+        self, flow: Flow, keeps: bool, aside: Callable[[torch.Tensor], Taken] | None, attention: bool = False
+    ) -> None:
         """Forward of one flow.
 
         Args:
             keeps: whether its backward follows.
             aside: keeps the input in place of the state; ``None`` for the state.
+            attention: whether the state holds the attention, too.
         """
         if keeps and aside is not None and flow.delta is not None:
             # A forward adds delta into its own memory; what is repeated later must start from the sum.
             flow.x, flow.delta = flow.delta.add_(flow.x), None
         start = flow.x
-        state, flow.delta = self._forward(flow.x, flow.delta, flow.batch)
+        state, flow.delta = self._forward(flow.x, flow.delta, flow.batch, attention and keeps and aside is None)
         flow.x = state.mlp.x
         if keeps:
             flow.kept.append(state if aside is None else aside(start))
@@ -148,7 +148,7 @@ class _Layer:
     def backward(self, flow: Flow, grad: torch.Tensor, wanted: Mapping[str, Wanted], below: bool) -> None:
         """Backward of one flow, as of the blocks; ``below``: whether anything below needs ``grad``."""
         kept, batch = flow.kept.pop(), flow.batch
-        state = kept if isinstance(kept, _LayerState) else self._forward(kept(), None, batch)[0]
+        state = kept if isinstance(kept, _LayerState) else self._forward(kept(), None, batch, True)[0]
         heads, channels = wanted.get(self._heads), wanted.get(self._channels)
         self._mlp.backward(state.mlp, grad, batch, channels, below or heads is not None)
         attention_state = state.attention
@@ -157,9 +157,11 @@ class _Layer:
         self._attention.backward(attention_state, grad, batch, heads, below)
 
     def _forward(
-        self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch
+        self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch, attended: bool
     ) -> tuple[_LayerState, torch.Tensor | None]:
         attention, output = self._attention.forward(x, delta, batch)
+        if not attended:
+            attention.attended = None
         mlp, output = self._mlp.forward(attention.x, output, batch)
         return _LayerState(attention, mlp), output
 

@@ -1,8 +1,10 @@
-"""How many layers keep only their input because the GPU could not hold what all of them keep."""
+"""What layers keep between forward and backward: the attention too where the GPU holds it, their input alone where it
+cannot hold more."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -21,22 +23,45 @@ def kept_bytes(item: LayerMap, tokens: int) -> int:
     return tokens * columns * weight.element_size()
 
 
+def attention_bytes(item: LayerMap, tokens: int) -> int:
+    """Bytes a layer keeps more with its attention: the output and float32 sums, keys and values of every query head
+    where they share them, queries and keys where these are normalised."""
+    attention = item.attention
+    weight, size = attention.q_proj.weight, int(attention.head_dim)
+    copies = 1 + 2 * (attention.k_proj.weight.shape[0] != weight.shape[0])
+    copies += 2 * (getattr(attention, "q_norm", None) is not None)
+    return tokens * weight.shape[0] * (copies * weight.element_size() * size + 4) // size
+
+
 def working_bytes(item: LayerMap, tokens: int) -> int:
     """Bytes the busiest moment of a layer's backward takes beside what layers keep: the MLP's activation and stacked
-    weight gradient, or attention's expanded heads and their gradients, beside two tensors of hidden size."""
+    weight gradient beside attention that was just recomputed, or attention's expanded heads and their gradients, beside
+    two tensors of hidden size."""
     attention, mlp = item.attention, item.layer.mlp
     weight = mlp.gate_proj.weight
     width, hidden = weight.shape
-    in_mlp = tokens * width + 2 * width * hidden
-    in_attention = 8 * tokens * attention.q_proj.weight.shape[0]
+    columns = attention.q_proj.weight.shape[0]
+    in_mlp = tokens * (width + 3 * columns) + 2 * width * hidden
+    in_attention = 8 * tokens * columns
     return (max(in_mlp, in_attention) + 3 * tokens * hidden) * weight.element_size()
 
 
-def layers_to_recompute(held: Sequence[tuple[int, Sequence[LayerMap]]], tokens: int, device: torch.device) -> int:
-    """How many of the first layers of every chunk run their forward again in the backward pass instead of keeping its
-    tensors.
+class Kept(NamedTuple):
+    """What layers keep between forward and backward. It never changes a score: the same kernels on the same operands
+    give the same bits.
 
-    It never changes a score: the same kernels on the same operands give the same bits.
+    Attributes:
+        recomputed: how many of the first layers of every chunk run their forward again in the backward pass instead of
+            keeping its tensors.
+        attention: whether the others keep attention too, instead of running it again.
+    """
+
+    recomputed: int = 0
+    attention: bool = False
+
+
+def what_layers_keep(held: Sequence[tuple[int, Sequence[LayerMap]]], tokens: int, device: torch.device) -> Kept:
+    """As much as fits.
 
     Args:
         held: of every chunk how many batches it holds at a time, and its layers that keep anything.
@@ -44,13 +69,15 @@ def layers_to_recompute(held: Sequence[tuple[int, Sequence[LayerMap]]], tokens: 
     """
     items = [item for _, layers in held for item in layers]
     if device.type != "cuda" or not items:
-        return 0
+        return Kept(attention=True)
     budget = _usable_bytes(device) - max(working_bytes(item, tokens) for item in items)
-    return recomputed_within(
-        budget,
-        [(batches, [kept_bytes(item, tokens) for item in layers]) for batches, layers in held],
-        _start_bytes(items[0], tokens),
+    bytes_kept = [(batches, [kept_bytes(item, tokens) for item in layers]) for batches, layers in held]
+    recomputed = recomputed_within(budget, bytes_kept, _start_bytes(items[0], tokens))
+    with_attention = sum(
+        batches * (sum(kept) + sum(attention_bytes(item, tokens) for item in layers))
+        for (batches, kept), (_, layers) in zip(bytes_kept, held, strict=True)
     )
+    return Kept(recomputed, with_attention <= budget)
 
 
 def recomputed_within(budget: float, held: Sequence[tuple[int, Sequence[int]]], start: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from gisp.model.modes import evaluation_mode
 from gisp.score.fused.batch import MicroBatch, make_batch
 from gisp.score.fused.layers import Flow, Layers, embedded
+from gisp.score.fused.memory import Kept
 from gisp.score.fused.support import distance_of
 from gisp.stages.group import Stages
 from gisp.stages.parted import only
@@ -42,7 +43,7 @@ def first_difference(
             x = weight.new_empty(ids.shape[1], model.config.hidden_size)
             stages.wait(stages.receive(x, placement.stage_of(chunk - 1)))
         flow = embedded(model, batch) if x is None else Flow(batch, x.clone())
-        layers.forward([flow], len(layers))
+        layers.forward([flow], len(layers), Kept())
         hidden, delta = flow.leave()
         hidden = hidden if delta is None else hidden + delta
         with (

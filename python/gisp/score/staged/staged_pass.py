@@ -18,7 +18,7 @@ from gisp.score.fused.batch import MicroBatch, PassBatch, make_batch
 from gisp.score.fused.block import Wanted
 from gisp.score.fused.layers import Flow, Layers, embedded, lowest_scored
 from gisp.score.fused.lm_head import LMHead
-from gisp.score.fused.memory import layers_to_recompute
+from gisp.score.fused.memory import what_layers_keep
 from gisp.score.fused.products import Products
 from gisp.score.fused.sums import parts_by_group, sample_sums
 from gisp.score.fused.support import why_not
@@ -238,7 +238,7 @@ class _StageRun:
         most = max(item.batch.rows * item.batch.length for item in passing)
         held = schedule.most_held(self._stages.stage)
         kept = [(held.get(c, 0), layers.items[self._lowest[c] :]) for c, layers in self._chunks.items()]
-        self._recomputed = layers_to_recompute(kept, most, weight.device)
+        self._kept = what_layers_keep(kept, most, weight.device)
 
     def all_actions(self) -> None:
         """Do what the schedule has for this stage."""
@@ -253,7 +253,7 @@ class _StageRun:
         chunk, item = action.chunk, self._passing[action.batch]
         layers, lowest = self._chunks[chunk], self._lowest[chunk]
         flow = Flow(item.batch, self._mail.take(action)) if chunk else embedded(self._model, item.batch)
-        layers.forward([flow], lowest, self._recomputed)
+        layers.forward([flow], lowest, self._kept)
         if flow.kept:
             item.flows[chunk] = flow
         if chunk == self._last:

@@ -12,8 +12,8 @@ from tiny import FAMILIES, tiny_model, tiny_tokens
 from gisp.data import Sequences
 from gisp.data.sequences import row_weights
 from gisp.model.structures import channels_name, heads_name, map_model
-from gisp.score.fused import ImportancePass, MicroBatch, differs, importance_pass, why_not
-from gisp.score.fused.memory import recomputed_within
+from gisp.score.fused import ImportancePass, MicroBatch, differs, importance_pass, memory, why_not
+from gisp.score.fused.memory import Kept, recomputed_within
 from gisp.score.gradient import GradientScorer
 from gisp.score.objectives import sequence_nll
 
@@ -74,18 +74,19 @@ def test_nothing_to_score_still_gives_the_loss():
     assert torch.equal(loss, run.score([MicroBatch(ids, ids, weights)], live(model_map))[0][1])
 
 
-@pytest.mark.parametrize("layers", [1, 3, 4])
+@pytest.mark.parametrize("kept", [Kept(), Kept(1, attention=True), Kept(3), Kept(4)], ids=str)
 @pytest.mark.parametrize("removal", REMOVALS)
-def test_recomputing_layers_changes_no_bit(monkeypatch, layers, removal):
-    _, model_map = pruned("qwen3", removal)
+@pytest.mark.parametrize("family", ["qwen3", "llama-gqa"])
+def test_what_layers_keep_changes_no_bit(monkeypatch, kept, removal, family):
+    _, model_map = pruned(family, removal)
     ids = tiny_tokens()
     weights = [1 / len(ids)] * len(ids)
     run = ImportancePass(model_map)
-    kept, loss = run.score([MicroBatch(ids, ids, weights)], live(model_map))[0]
-    monkeypatch.setattr(importance_pass, "layers_to_recompute", lambda held, tokens, device: layers)
+    everything, loss = run.score([MicroBatch(ids, ids, weights)], live(model_map))[0]
+    monkeypatch.setattr(importance_pass, "what_layers_keep", lambda held, tokens, device: kept)
     recomputed, same_loss = run.score([MicroBatch(ids, ids, weights)], live(model_map))[0]
     assert torch.equal(loss, same_loss)
-    for name, values in kept.items():
+    for name, values in everything.items():
         assert torch.equal(values, recomputed[name]), name
 
 
@@ -117,6 +118,23 @@ def test_fewest_layers_are_recomputed():
     # Two chunks of one stage, the first held by two batches.
     two = [(2, [10, 20]), (1, [30])]
     assert [recomputed_within(budget, two, 2) for budget in (90, 89, 46, 45, 0)] == [0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen3"])
+def test_attention_is_kept_where_everything_fits(monkeypatch, family):
+    _, model_map = pruned(family, "dense")
+    tokens, device, items = 64, torch.device("cuda"), model_map.layers
+    needed = sum(memory.kept_bytes(item, tokens) for item in items)
+    needed += max(memory.working_bytes(item, tokens) for item in items)
+    more = sum(memory.attention_bytes(item, tokens) for item in items)
+    for budget, expected in (
+        (needed + more, Kept(0, attention=True)),
+        (needed + more - 1, Kept(0)),
+        (needed, Kept(0)),
+        (needed - 1, Kept(1)),
+    ):
+        monkeypatch.setattr(memory, "_usable_bytes", lambda device, budget=budget: budget)
+        assert memory.what_layers_keep([(1, items)], tokens, device) == expected
 
 
 def stream_scorer(model_map, data: Sequences) -> GradientScorer:
