@@ -9,41 +9,43 @@ from typing import NamedTuple
 import torch
 
 from gisp.model.structures import LayerMap
+from gisp.score.fused.products import parameter
 
 # Share of the free memory that kept tensors may take; the rest is for fragments and what other code allocates.
 USABLE = 0.92
 
 
-def kept_bytes(item: LayerMap, tokens: int) -> int:
-    """Bytes a layer keeps between its forward and its backward: two residual streams, q, k, v, gate and up."""
-    attention, mlp = item.attention, item.layer.mlp
-    weight = mlp.gate_proj.weight
-    columns = 2 * attention.q_proj.weight.shape[1] + 2 * weight.shape[0]
-    columns += attention.q_proj.weight.shape[0] + 2 * attention.k_proj.weight.shape[0]
-    return tokens * columns * weight.element_size()
+class LayerBytes(NamedTuple):
+    """Memory of a layer in a pass over so many tokens.
 
+    Attributes:
+        start: of its input.
+        kept: between its forward and its backward: two residual streams, q, k, v, gate and up.
+        attention: kept more with its attention: the output and float32 sums, keys and values of every query head where
+            they share them, queries and keys where these are normalised.
+        working: of the busiest moment of its backward beside what layers keep: the MLP's activation and stacked weight
+            gradient beside attention that was just recomputed, or attention's expanded heads and their gradients,
+            beside two tensors of hidden size.
+    """
 
-def attention_bytes(item: LayerMap, tokens: int) -> int:
-    """Bytes a layer keeps more with its attention: the output and float32 sums, keys and values of every query head
-    where they share them, queries and keys where these are normalised."""
-    attention = item.attention
-    weight, size = attention.q_proj.weight, int(attention.head_dim)
-    copies = 1 + 2 * (attention.k_proj.weight.shape[0] != weight.shape[0])
-    copies += 2 * (getattr(attention, "q_norm", None) is not None)
-    return tokens * weight.shape[0] * (copies * weight.element_size() * size + 4) // size
+    start: int
+    kept: int
+    attention: int
+    working: int
 
-
-def working_bytes(item: LayerMap, tokens: int) -> int:
-    """Bytes the busiest moment of a layer's backward takes beside what layers keep: the MLP's activation and stacked
-    weight gradient beside attention that was just recomputed, or attention's expanded heads and their gradients, beside
-    two tensors of hidden size."""
-    attention, mlp = item.attention, item.layer.mlp
-    weight = mlp.gate_proj.weight
-    width, hidden = weight.shape
-    columns = attention.q_proj.weight.shape[0]
-    in_mlp = tokens * (width + 3 * columns) + 2 * width * hidden
-    in_attention = 8 * tokens * columns
-    return (max(in_mlp, in_attention) + 3 * tokens * hidden) * weight.element_size()
+    @classmethod
+    def of(cls, item: LayerMap, tokens: int) -> LayerBytes:
+        """At the widths it has now."""
+        # A pass asks for all layers, and nn.Module takes the host long to find what it holds.
+        parts = item.attention._modules
+        query, key = parameter(parts["q_proj"], "weight"), parameter(parts["k_proj"], "weight")
+        gate = parameter(item.layer._modules["mlp"]._modules["gate_proj"], "weight")
+        (width, hidden), columns, size = gate.shape, query.shape[0], gate.element_size()
+        kept = 2 * hidden + columns + 2 * key.shape[0] + 2 * width
+        copies = 1 + 2 * (key.shape[0] != columns) + 2 * (parts.get("q_norm") is not None)
+        attention = tokens * columns * (copies * size + 4 / int(item.attention.head_dim))
+        working = max(tokens * (width + 3 * columns) + 2 * width * hidden, 8 * tokens * columns) + 3 * tokens * hidden
+        return cls(tokens * hidden * size, tokens * kept * size, int(attention), working * size)
 
 
 class Kept(NamedTuple):
@@ -67,17 +69,15 @@ def what_layers_keep(held: Sequence[tuple[int, Sequence[LayerMap]]], tokens: int
         held: of every chunk how many batches it holds at a time, and its layers that keep anything.
         tokens: of the largest batch.
     """
-    items = [item for _, layers in held for item in layers]
-    if device.type != "cuda" or not items:
+    if device.type != "cuda" or not any(layers for _, layers in held):
         return Kept(attention=True)
-    budget = _usable_bytes(device) - max(working_bytes(item, tokens) for item in items)
-    bytes_kept = [(batches, [kept_bytes(item, tokens) for item in layers]) for batches, layers in held]
-    recomputed = recomputed_within(budget, bytes_kept, _start_bytes(items[0], tokens))
-    with_attention = sum(
-        batches * (sum(kept) + sum(attention_bytes(item, tokens) for item in layers))
-        for (batches, kept), (_, layers) in zip(bytes_kept, held, strict=True)
-    )
-    return Kept(recomputed, with_attention <= budget)
+    needed = [(batches, [LayerBytes.of(item, tokens) for item in layers]) for batches, layers in held]
+    every = [layer for _, layers in needed for layer in layers]
+    budget = _usable_bytes(device) - max(layer.working for layer in every)
+    kept = [(batches, [layer.kept for layer in layers]) for batches, layers in needed]
+    recomputed = recomputed_within(budget, kept, every[0].start)
+    total = sum(batches * sum(layer.kept + layer.attention for layer in layers) for batches, layers in needed)
+    return Kept(recomputed, total <= budget)
 
 
 def recomputed_within(budget: float, held: Sequence[tuple[int, Sequence[int]]], start: int) -> int:
@@ -98,10 +98,7 @@ def recomputed_within(budget: float, held: Sequence[tuple[int, Sequence[int]]], 
 
 def _usable_bytes(device: torch.device) -> float:
     free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # Every other way to ask torch sorts all its statistics.
+    found = torch.cuda.memory_stats_as_nested_dict(device)
+    unused: int = found["reserved_bytes"]["all"]["current"] - found["allocated_bytes"]["all"]["current"]
     return USABLE * (free + unused)
-
-
-def _start_bytes(item: LayerMap, tokens: int) -> int:
-    weight = item.layer.mlp.gate_proj.weight
-    return tokens * weight.shape[1] * weight.element_size()

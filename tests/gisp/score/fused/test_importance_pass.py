@@ -124,9 +124,9 @@ def test_fewest_layers_are_recomputed():
 def test_attention_is_kept_where_everything_fits(monkeypatch, family):
     _, model_map = pruned(family, "dense")
     tokens, device, items = 64, torch.device("cuda"), model_map.layers
-    needed = sum(memory.kept_bytes(item, tokens) for item in items)
-    needed += max(memory.working_bytes(item, tokens) for item in items)
-    more = sum(memory.attention_bytes(item, tokens) for item in items)
+    layers = [memory.LayerBytes.of(item, tokens) for item in items]
+    needed = sum(layer.kept for layer in layers) + max(layer.working for layer in layers)
+    more = sum(layer.attention for layer in layers)
     for budget, expected in (
         (needed + more, Kept(0, attention=True)),
         (needed + more - 1, Kept(0)),
