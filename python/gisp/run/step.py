@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 
 import torch
+
+# Part of the time that a thread writes at most. Of a small model a write takes as long as a step.
+_SHARE = 0.1
 
 
 class Transfer:
@@ -39,9 +43,9 @@ class StepWriter:
     """Writes finished steps, at most one at a time.
 
     With ``overlap`` a thread writes while the next steps are computed. Steps that are finished meanwhile are not
-    written one by one: the first one that is finished after the write takes those before it along. What is on disk is
-    then as many steps behind the run as end within a write, and a run killed in between repeats them when resumed, with
-    the same result.
+    written one by one: the first one that is finished after the write, and after a rest, takes those before it along.
+    What is on disk is then as many steps behind the run as end within a write and its rest, and a run killed in between
+    repeats them when resumed, with the same result.
 
     Args:
         overlap: write while the run goes on; else a step is on disk when :meth:`take` returns.
@@ -54,6 +58,7 @@ class StepWriter:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="write") if overlap else None
         self._written: concurrent.futures.Future[None] | None = None
         self._left: Callable[[], None] | None = None
+        self._rests_until = -math.inf
         self.held_up = 0.0
 
     def take(self, write: Callable[[], None]) -> None:
@@ -68,7 +73,9 @@ class StepWriter:
         """
         start = time.perf_counter()
         self._left = write
-        if self._written is None or self._written.done():
+        if self._written is not None and self._written.done():
+            self._end()
+        if self._written is None and start >= self._rests_until:
             self._begin()
         self.held_up = time.perf_counter() - start
 
@@ -79,8 +86,7 @@ class StepWriter:
             GispError: of a write.
         """
         while self._written is not None or self._left is not None:
-            if self._written is not None:
-                concurrent.futures.wait([self._written])
+            self._end()
             self._begin()
 
     def close(self) -> None:
@@ -91,15 +97,30 @@ class StepWriter:
             if self._thread is not None:
                 self._thread.shutdown()
 
-    def _begin(self) -> None:
-        """Begin to write what is left, once what was written before is known to be there."""
-        (written, self._written), (write, self._left) = (self._written, None), (self._left, None)
+    def _end(self) -> None:
+        """Wait for what is being written, and know that it is there."""
+        written, self._written = self._written, None
         if written is not None:
-            written.result()
+            try:
+                written.result()
+            except BaseException:
+                self._left = None
+                raise
+
+    def _begin(self) -> None:
+        """Begin to write what is left."""
+        write, self._left = self._left, None
         if write is None:
             return
         if self._thread is None:
             write()
         else:
             # Among the context is that this process is the folder's one writer.
-            self._written = self._thread.submit(copy_context().run, write)
+            self._written = self._thread.submit(copy_context().run, self._resting, write)
+
+    def _resting(self, write: Callable[[], None]) -> None:
+        """Write, then rest: the thread and the one that launches kernels take turns."""
+        start = time.perf_counter()
+        write()
+        end = time.perf_counter()
+        self._rests_until = end + (end - start) * (1 / _SHARE - 1)

@@ -65,6 +65,30 @@ def test_steps_that_end_within_a_write_are_written_with_the_last_of_them():
     assert disk.began == disk.ended == [1, 3, 4]
 
 
+def test_writes_rest_as_long_as_they_take_most_of_the_time(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("gisp.run.step.time.perf_counter", lambda: now)
+    written: list[int] = []
+
+    def step(number: int) -> Callable[[], None]:
+        def write() -> None:
+            nonlocal now
+            written.append(number)
+            now += 1
+
+        return write
+
+    writer = StepWriter(overlap=True)
+    for number, at in enumerate((100.0, 101.5, 109.9, 110.1), start=1):
+        if writer._written is not None:
+            concurrent.futures.wait([writer._written])
+        now = at
+        writer.take(step(number))
+    writer.close()
+    # The write from 100 to 101 rests until 110.
+    assert written == [1, 4]
+
+
 def fail() -> None:
     raise OSError("disk")
 
