@@ -86,7 +86,7 @@ def result(name: str, out: torch.Tensor | None, shape: Sequence[int], like: torc
         ValueError: shape or dtype of ``out`` does not fit.
     """
     if out is None:
-        return like.new_empty(shape)
+        return like.new_empty(*shape)
     if out.shape != tuple(shape) or out.dtype != like.dtype:
         raise ValueError(f"{name} must be {like.dtype} {tuple(shape)}, got {out.dtype} {tuple(out.shape)}")
     return out

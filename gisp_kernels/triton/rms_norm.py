@@ -137,7 +137,7 @@ def add_norm(
 ) -> torch.Tensor:
     """See :func:`gisp_kernels.ops.decoder.add_rms_norm`; fills ``total`` and ``normed``, returns the inverse RMS."""
     tokens, width = x.shape
-    rstd = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    rstd = x.new_empty(tokens, dtype=torch.float32)
     check_writable("out", normed)
     x = readable(x)
     if delta is None:
@@ -146,7 +146,7 @@ def add_norm(
         check_writable("total", total)
         delta, add = readable(delta), True
     if tokens and width:
-        strides = (x.stride(0), delta.stride(0), total.stride(0), normed.stride(0))
+        strides = (x.stride()[0], delta.stride()[0], total.stride()[0], normed.stride()[0])
         _by_rows(_add_norm_kernel, (x, delta, readable(weight), total, normed, rstd), strides, float(eps), add=(add,))
     return rstd
 
@@ -157,7 +157,7 @@ def apply_norm(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, normed
     check_writable("out", normed)
     x = readable(x)
     if tokens and width:
-        _by_rows(_apply_kernel, (x, readable(rstd), readable(weight), normed), (x.stride(0), normed.stride(0)))
+        _by_rows(_apply_kernel, (x, readable(rstd), readable(weight), normed), (x.stride()[0], normed.stride()[0]))
 
 
 def backward(
@@ -169,7 +169,7 @@ def backward(
     check_writable("normed_grad" if grad is None else "grad", out)
     normed_grad, x = readable(normed_grad), readable(x)
     if tokens and width:
-        strides = (out.stride(0), normed_grad.stride(0), x.stride(0))
+        strides = (out.stride()[0], normed_grad.stride()[0], x.stride()[0])
         operands = out, normed_grad, x, readable(rstd), readable(weight)
         _by_rows(_backward_kernel, operands, strides, add=(grad is not None,))
     return out

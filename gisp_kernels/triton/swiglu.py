@@ -163,7 +163,7 @@ def backward_gates(
     tokens, width = gate.shape
     if width == 0 or out.shape[0] == 0:
         return
-    strides = (gate.stride(0), up.stride(0), grad_act.stride(0))
+    strides = (gate.stride()[0], up.stride()[0], grad_act.stride()[0])
     run(
         _gates_kernel,
         (ceil_div(width, BLOCK_C) * (tokens // length),),
@@ -178,6 +178,6 @@ def _launch(kernel: triton.JITFunction, gate: torch.Tensor, up: torch.Tensor, ac
     tokens, width = gate.shape
     if tokens == 0 or width == 0:
         return
-    strides = (gate.stride(0), up.stride(0), act.stride(0))
+    strides = (gate.stride()[0], up.stride()[0], act.stride()[0])
     grid = (ceil_div(width, TILE) * tokens,)
     run(kernel, grid, (gate, up, act), (width, *strides), (aligned(width, *strides), TILE), num_warps=4)
