@@ -14,6 +14,8 @@ from gisp.select.selector import Ranking
 
 _BINS = 40
 PHASES = ("forward_backward", "select", "compact", "write")
+# By device the events of steps that are over: a new one takes the host as long as ten launches.
+_free: dict[torch.device, list[torch.cuda.Event]] = {}
 
 
 class PhaseClock:
@@ -52,6 +54,7 @@ class PhaseClock:
         for (_, begin), (phase, end) in itertools.pairwise(events):
             self.seconds[phase] = begin.elapsed_time(end) / 1000
             self._last += self.seconds[phase]
+        _free.setdefault(self._device, []).extend(event for _, event in events)
 
     def total(self) -> float:
         return self._last - self._start
@@ -61,7 +64,8 @@ class PhaseClock:
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
 
     def _event(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
+        free = _free.get(self._device)
+        event = free.pop() if free else torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 

@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from gisp.data.sequences import IGNORED
 from gisp.score.objectives import last_predicting, sequence_curvature
 from gisp_kernels import backend
+
+# By the module that makes them the tables of the last length.
+_tables: WeakKeyDictionary[Any, dict[tuple[int, torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]]] = (
+    WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -153,8 +159,24 @@ def plain_batch(decoder: Any, ids: torch.Tensor) -> PassBatch:
 
 def rotary_tables(decoder: Any, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of positions from 0 on, [length, hd] in the model's dtype."""
-    like = torch.empty(0, dtype=decoder.embed_tokens.weight.dtype, device=device)
-    cos, sin = decoder.rotary_emb(like, position_ids=torch.arange(length, device=device)[None])
+    rotation, dtype = decoder.rotary_emb, decoder.embed_tokens.weight.dtype
+    # Of these the frequencies follow the lengths that were seen.
+    if getattr(rotation, "rope_type", "dynamic") in ("dynamic", "longrope"):
+        return _made_tables(rotation, length, dtype, device)
+    # A step asks for every slice.
+    known = _tables.setdefault(rotation, {})
+    key = (length, dtype, device)
+    if key not in known:
+        known.clear()
+        known[key] = _made_tables(rotation, length, dtype, device)
+    return known[key]
+
+
+def _made_tables(
+    rotation: Any, length: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    like = torch.empty(0, dtype=dtype, device=device)
+    cos, sin = rotation(like, position_ids=torch.arange(length, device=device)[None])
     return cos[0].contiguous(), sin[0].contiguous()
 
 
