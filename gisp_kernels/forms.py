@@ -8,6 +8,7 @@ found once is found again by what the JIT tells forms apart by, and is launched 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -85,13 +86,45 @@ def run(
         constants: values of the ``tl.constexpr`` parameters.
         options: of the compiler, such as ``num_warps``.
     """
+    _on_device(kernel, grid, tensors, numbers, constants, options, None)
+
+
+def run_grouped(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[torch.Tensor | tuple[torch.Tensor, ...]],
+    numbers: Sequence[tuple[int, ...]],
+    constants: tuple[Any, ...],
+    **options: int,
+) -> None:
+    """The same where parameters are tuples of pointers, and all numbers are in tuples.
+
+    Args:
+        numbers: none is 1 or a multiple of 16, which have forms of their own.
+        constants: among them how long the tuples are.
+    """
+    sizes = [len(each) if isinstance(each, tuple) else 0 for each in (*tensors, *numbers)]
+    flat = [tensor for each in tensors for tensor in (each if isinstance(each, tuple) else (each,))]
+    _on_device(kernel, grid, flat, [n for each in numbers for n in each], constants, options, sizes)
+
+
+def _on_device(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[torch.Tensor],
+    numbers: Sequence[int | float],
+    constants: tuple[Any, ...],
+    options: dict[str, int],
+    sizes: list[int] | None,
+) -> None:
+    """:func:`_run` where the tensors are."""
     device = tensors[0].get_device()
     # A context costs more than a launch, and mostly there is one GPU.
     if device < 0 or device == _current_device():
-        _run(kernel, grid, tensors, numbers, constants, options, device)
+        _run(kernel, grid, tensors, numbers, constants, options, sizes, device)
     else:
         with torch.cuda.device(device):
-            _run(kernel, grid, tensors, numbers, constants, options, device)
+            _run(kernel, grid, tensors, numbers, constants, options, sizes, device)
 
 
 def _run(
@@ -101,9 +134,14 @@ def _run(
     numbers: Sequence[int | float],
     constants: tuple[Any, ...],
     options: dict[str, int],
+    sizes: list[int] | None,
     device: int,
 ) -> None:
-    """The same on the current device."""
+    """Launch on the current device.
+
+    Args:
+        sizes: of the tuples that tensors and then numbers make, 0 for one alone; ``None``: each is alone.
+    """
     addresses = [tensor.data_ptr() for tensor in tensors]
     key: list[Any] = [id(kernel), device, constants, *options.values(), *[tensor.dtype for tensor in tensors]]
     union = 0
@@ -111,11 +149,12 @@ def _run(
         union |= address
     # Mostly all are aligned, which one number says.
     key.append(union % _ALIGNED == 0 or tuple([address % _ALIGNED == 0 for address in addresses]))
-    specialised = _specialised.get(id(kernel))
-    if specialised is None:
-        specialised = _specialised[id(kernel)] = _positions(kernel, len(tensors))
-    for i in specialised:
-        key += (numbers[i] == 1, numbers[i] % _ALIGNED == 0)
+    if sizes is None:
+        specialised = _specialised.get(id(kernel))
+        if specialised is None:
+            specialised = _specialised[id(kernel)] = _positions(kernel, len(tensors))
+        for i in specialised:
+            key += (numbers[i] == 1, numbers[i] % _ALIGNED == 0)
     if max(numbers) >= _LARGE:
         key += [number >= _LARGE for number in numbers]
     for tensor in tensors:
@@ -128,18 +167,28 @@ def _run(
         if form is None:
             # What is called by several threads computes its hash in this one.
             hash(kernel)
-            lacking[found] = partial(kernel.warmup, *tensors, *numbers, *constants, grid=grid, **options)
+            arguments = _grouped([*tensors, *numbers], sizes)
+            lacking[found] = partial(kernel.warmup, *arguments, *constants, grid=grid, **options)
         return
     if form is not None:
         launch, function, metadata, stream_of, _ = form
         x, y, z = (*grid, 1, 1)[:3]
         # Hooks of Triton's profiler are called at launches by the JIT alone: to ask for them takes as long as this.
-        launch(x, y, z, stream_of(device), function, metadata, None, None, None, *addresses, *numbers, *constants)
+        arguments = _grouped([*addresses, *numbers], sizes)
+        launch(x, y, z, stream_of(device), function, metadata, None, None, None, *arguments, *constants)
         return
-    compiled = kernel[grid](*tensors, *numbers, *constants, **options)
+    compiled = kernel[grid](*_grouped([*tensors, *numbers], sizes), *constants, **options)
     # The interpreter has no forms. Operands in a CPU's memory are for the JIT to refuse.
     if compiled is not None and _CUDA and all(tensor.get_device() >= 0 for tensor in tensors):
         _forms[found] = _Form.of(compiled)
+
+
+def _grouped(flat: list[Any], sizes: list[int] | None) -> list[Any]:
+    """Arguments in tuples of these sizes."""
+    if sizes is None:
+        return flat
+    rest = iter(flat)
+    return [tuple(itertools.islice(rest, size)) if size else next(rest) for size in sizes]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from gisp_kernels.alignment import aligned, readable
+from gisp_kernels.forms import ceil_div, run_grouped
 from gisp_kernels.triton.abs_weighted_reduce import FINISH_LANES
 
 
@@ -160,7 +161,7 @@ def partial_sums(
         by_row = axis == "row"
         tall = REGION.block_o * (1 if by_row else REGION.repeats)
         wide = REGION.block_i * (REGION.repeats if by_row else 1)
-        regions_o, regions_i = triton.cdiv(height, tall), triton.cdiv(width, wide)
+        regions_o, regions_i = ceil_div(height, tall), ceil_div(width, wide)
         strips, lines = (regions_i, count * height) if by_row else (regions_o, count * width)
         numbers += [programs, total, int(by_row), count, height, width, *weight.stride()[:2], *grad.stride()[:2]]
         regions.append((total, strips))
@@ -168,21 +169,15 @@ def partial_sums(
         total += strips * lines
     partials = torch.empty(total, dtype=torch.float32, device=weights[0].device)
     extents = [n for t in (*weights, *grads) for n in (t.shape[2], *t.stride()[:2])]
-    with torch.cuda.device_of(partials):
-        _grouped_sums_kernel[(programs,)](
-            tuple(weights),
-            tuple(grads),
-            partials,
-            _told(numbers),
-            ITEMS=len(weights),
-            BLOCK_O=REGION.block_o,
-            BLOCK_I=REGION.block_i,
-            REPEATS=REGION.repeats,
-            STAGES=REGION.num_stages,
-            ALIGNED=aligned(*extents),
-            POWER=power,
-            num_warps=REGION.num_warps,
-        )
+    tile = REGION.block_o, REGION.block_i, REGION.repeats, REGION.num_stages
+    run_grouped(
+        _grouped_sums_kernel,
+        (programs,),
+        (tuple(weights), tuple(grads), partials),
+        (_told(numbers),),
+        (len(weights), *tile, aligned(*extents), power),
+        num_warps=REGION.num_warps,
+    )
     return partials, regions
 
 
@@ -267,20 +262,15 @@ def finish_group(
     for number, out in enumerate(outs):
         alone = any(block > 1 for owner, _, _, block in parts if owner == number)
         results += [programs, out.shape[0], out.stride(0), int(alone)]
-        programs += out.shape[0] if alone else triton.cdiv(out.shape[0], FINISH_LANES)
-    with torch.cuda.device_of(outs[0]):
-        _finish_group_kernel[(programs,)](
-            partials,
-            tuple(outs),
-            _told(results),
-            _told([number for part in parts for number in part]),
-            ITEMS=len(parts),
-            OUTS=len(outs),
-            ADD=add,
-            LANES=FINISH_LANES,
-            BLOCK_K=GROUP_STRIPS,
-            num_warps=4,
-        )
+        programs += out.shape[0] if alone else ceil_div(out.shape[0], FINISH_LANES)
+    run_grouped(
+        _finish_group_kernel,
+        (programs,),
+        (partials, tuple(outs)),
+        (_told(results), _told([number for part in parts for number in part])),
+        (len(parts), len(outs), add, FINISH_LANES, GROUP_STRIPS),
+        num_warps=4,
+    )
 
 
 def _told(numbers: Sequence[int]) -> tuple[int, ...]:

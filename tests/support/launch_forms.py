@@ -43,18 +43,20 @@ class Launcher:
 
     def __init__(self, src: Any, _: Any) -> None:
         self._name = src.fn.__name__
-        self._pointers = [str(kind).startswith("*") for kind in src.signature.values()]
+        self._kinds = list(src.signature.values())
 
     def __call__(self, *args: Any) -> None:
         # What Triton says of itself lies between the code and the kernel's own arguments.
         x, y, z, _, code = args[:5]
-        own = args[-len(self._pointers) :]
-        # Tuples are passed by the JIT alone.
-        values = [
-            "memory" if pointer or isinstance(value, tuple) else value
-            for value, pointer in zip(own, self._pointers, strict=True)
-        ]
+        own = args[-len(self._kinds) :]
+        values = [self._value(value, kind) for value, kind in zip(own, self._kinds, strict=True)]
         launched.append((self._name, code, x, y, z, *values))
+
+    def _value(self, value: Any, kind: Any) -> Any:
+        if isinstance(kind, tuple):
+            return tuple(map(self._value, value, kind))
+        # A descriptor of memory is passed by the JIT alone.
+        return "memory" if str(kind).startswith(("*", "tensordesc")) else value
 
 
 class LaunchTarget(Target):
