@@ -46,9 +46,11 @@ class _Form(NamedTuple):
 
     @classmethod
     def of(cls, compiled: Any) -> _Form:
-        """Of Triton's form, which is loaded if it was not."""
+        """Of Triton's form."""
         from triton.runtime import driver
 
+        # Asked how to launch it, Triton loads the form and compiles the code that passes its arguments.
+        compiled[1, 1, 1]
         launch, stream_of = compiled.run, driver.active.get_current_stream
         return cls(launch, compiled.function, compiled.packed_metadata, stream_of, compiled)
 
@@ -211,7 +213,6 @@ def compiled_ahead(device: torch.device) -> Iterator[None]:
         return
 
     def build(compile_form: Callable[[], Any]) -> _Form:
-        # Asked how to launch it, Triton loads the form and compiles the code that passes its arguments.
         return _Form.of(compile_form())
 
     with ThreadPoolExecutor(len(lacking), initializer=torch.cuda.set_device, initargs=(device,)) as pool:
