@@ -39,12 +39,13 @@ def kfac_stage(
     student: Student,
     rows: Sequence[Row],
     held_out: HeldOut,
+    start: torch.Tensor,
     *,
     begin: int,
     tokens: int,
     steps: int,
     damping: float,
-) -> Stage:
+) -> tuple[Stage, torch.Tensor]:
     """Move a student by ``steps`` steps; what lost nothing stays as it was.
 
     Every step takes the next ``tokens`` tokens behind those before it, from the start again where the rows end. Memory
@@ -54,12 +55,16 @@ def kfac_stage(
 
     Args:
         rows: calibration rows.
+        start: the student's divergences [U] on held-out text.
         begin: number of the row the first step begins with.
+
+    Returns:
+        The stage, and the divergences that it leaves behind.
 
     Raises:
         GispError: activations that are not finite.
     """
-    start = before = student.divergences(held_out)
+    before = start
     done: list[Step] = []
     size = 0.0
     for _ in track(range(steps), "K-FAC steps"):
@@ -79,7 +84,8 @@ def kfac_stage(
         raised = sum(needed > damping for needed in dampings)
         done.append(Step(size, seen, held_out.mean(before), held_out.mean(after), max(dampings), raised))
         before, begin = after, end
-    return Stage.ended("kfac", sum(step.tokens for step in done), held_out, start, before, steps=tuple(done))
+    seen = sum(step.tokens for step in done)
+    return Stage.ended("kfac", seen, held_out, start, before, steps=tuple(done)), before
 
 
 def behind(rows: Sequence[Row], begin: int, tokens: int) -> int:

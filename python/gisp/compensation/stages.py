@@ -64,7 +64,7 @@ def run_stages(
     # Stages take gradients, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad(), deterministic(device), frozen(model_map.model), exact_products():
         student = Student(model_map, keep, max(len(ids) for ids, _ in data.rows))
-        held_out = student.hold_out(unseen)
+        held_out, found = student.hold_out(unseen)
         begin = 0
         for name in options.stages:
             if not (student.movable or (student.projections and options.biases(name))):
@@ -73,12 +73,13 @@ def run_stages(
                 tokens = int(options.tokens or 0)
                 fit = Fit(name, str(options.target), options.biases(name), float(options.damping or 0))
                 rows = first_tokens(seen.rows, tokens)
-                done.append(fit_stage(model_map, student, rows, held_out, fit, on_block))
+                stage, found = fit_stage(model_map, student, rows, held_out, found, fit, on_block)
                 begin = behind(seen.rows, 0, tokens)
             elif name == "kfac":
-                done.append(_kfac(student, seen, held_out, options, begin))
+                stage, found = _kfac(student, seen, held_out, found, options, begin)
             else:
-                done.append(_trained(student, seen, held_out, options, name))
+                stage, found = _trained(student, seen, held_out, found, options, name)
+            done.append(stage)
     updates = []
     for projection in student.projections:
         if projection.changed:
@@ -108,13 +109,28 @@ def _agree(model_map: ModelMap, keep: Keep, data: Sequences, options: Compensati
     )
 
 
-def _kfac(student: Student, seen: Sequences, held_out: HeldOut, options: CompensationOptions, begin: int) -> Stage:
+def _kfac(
+    student: Student,
+    seen: Sequences,
+    held_out: HeldOut,
+    found: torch.Tensor,
+    options: CompensationOptions,
+    begin: int,
+) -> tuple[Stage, torch.Tensor]:
     tokens, damping = int(options.tokens or 0), float(options.damping or 0)
     steps = options.steps_of("kfac")
-    return kfac_stage(student, seen.rows, held_out, begin=begin, tokens=tokens, steps=steps, damping=damping)
+    return kfac_stage(student, seen.rows, held_out, found, begin=begin, tokens=tokens, steps=steps, damping=damping)
 
 
-def _trained(student: Student, seen: Sequences, held_out: HeldOut, options: CompensationOptions, name: str) -> Stage:
+def _trained(
+    student: Student,
+    seen: Sequences,
+    held_out: HeldOut,
+    found: torch.Tensor,
+    options: CompensationOptions,
+    name: str,
+) -> tuple[Stage, torch.Tensor]:
     steps, rate = options.steps_of(name), options.rate_of(name)
     rates = {"gate_rate": rate} if name == "gates" else {"weight_rate": rate}
-    return train_stage(student, seen.rows, held_out, Plan(name, steps, int(options.batch_tokens or 0), **rates))
+    plan = Plan(name, steps, int(options.batch_tokens or 0), **rates)
+    return train_stage(student, seen.rows, held_out, found, plan)

@@ -37,9 +37,10 @@ def fit_stage(
     student: Student,
     rows: Sequence[torch.Tensor],
     held_out: HeldOut,
+    before: torch.Tensor,
     fit: Fit,
     on_block: OnBlock | None = None,
-) -> Stage:
+) -> tuple[Stage, torch.Tensor]:
     """Fit every output projection of a student, and move it as far as that helps on held-out text.
 
     A block whose residual does not fall on held-out tokens keeps its weights. One size in (0, 1] on all accepted moves
@@ -52,11 +53,14 @@ def fit_stage(
 
     Args:
         rows: token ids of the rows to fit to.
+        before: the student's divergences [U] on held-out text.
+
+    Returns:
+        The stage, and the divergences that it leaves behind.
 
     Raises:
         GispError: a model built otherwise, or activations that are not finite.
     """
-    before = student.divergences(held_out)
     blocks, moves = fit_blocks(model_map, student, rows, held_out, fit, on_block)
     after, size = before, 0.0
     if any(block.accepted for block in blocks):
@@ -67,9 +71,10 @@ def fit_stage(
         size, after = search(tried, 1.0, before, most=1.0)
     tokens = sum(map(len, rows))
     stage = Stage.ended(fit.method, tokens, held_out, before, after, size=size, blocks=tuple(blocks))
-    if stage.kept:
-        student.move(moves, size)
-    return stage
+    if not stage.kept:
+        return stage, before
+    student.move(moves, size)
+    return stage, after
 
 
 @torch.no_grad()

@@ -47,7 +47,9 @@ class Plan:
     weight_rate: float = 0.0
 
 
-def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: Plan) -> Stage:
+def train_stage(
+    student: Student, rows: Sequence[Row], held_out: HeldOut, start: torch.Tensor, plan: Plan
+) -> tuple[Stage, torch.Tensor]:
     """Train a student's gates, and with a rate its weights; it keeps the point with the lowest held-out divergence.
 
     Memory beside the student: a batch's activations for a backward pass and the best weights in the dtype of the model;
@@ -55,6 +57,10 @@ def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: 
 
     Args:
         rows: calibration rows, taken in another order every time they are gone through.
+        start: the student's divergences [U] on held-out text.
+
+    Returns:
+        The stage, and the divergences that it leaves behind.
     """
     trained = _Trained(student, weights=plan.weight_rate > 0)
     optimizer = torch.optim.Adam(
@@ -63,7 +69,7 @@ def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: 
         fused=student.device.type == "cuda",
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, plan.steps))
-    start = best = student.divergences(held_out)
+    best = start
     kept, gates, count, seen = None, trained.gates, 0, 0
     every = math.ceil(plan.steps / _WATCHED)
     steps = _steps(rows, plan.batch_tokens)
@@ -85,13 +91,14 @@ def train_stage(student: Student, rows: Sequence[Row], held_out: HeldOut, plan: 
             kept, best, count = values, found, number
             gates = [factors.detach().clone() for factors in trained.gates]
     stage = Stage.ended(plan.name, seen, held_out, start, best, count=count)
-    if stage.kept and kept is not None:
-        values = [value for p, value in zip(student.projections, kept, strict=True) if len(p.columns)]
-        for projection, value, factors in zip(student.movable, values, gates, strict=True):
-            projection.factors = None if trained.weights or projection.reweighted else factors
-            projection.weight.copy_(value.weight)
-            projection.reweighted = True
-    return stage
+    if not stage.kept or kept is None:
+        return stage, start
+    values = [value for p, value in zip(student.projections, kept, strict=True) if len(p.columns)]
+    for projection, value, factors in zip(student.movable, values, gates, strict=True):
+        projection.factors = None if trained.weights or projection.reweighted else factors
+        projection.weight.copy_(value.weight)
+        projection.reweighted = True
+    return stage, best
 
 
 def rate(step: int, steps: int) -> float:

@@ -84,6 +84,18 @@ def test_every_stage_ends_below_what_it_began_with_or_is_dropped(
     assert bool(found.updates) != ("nothing is kept" in found.describe())
 
 
+def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, own = Student._measured, []
+
+    def measured(self: Any, held_out: HeldOut, value_of: Any) -> list[torch.Tensor]:
+        own.append(value_of == self._own)
+        return plain(self, held_out, value_of)
+
+    monkeypatch.setattr(Student, "_measured", measured)
+    found = fitted(tiny_model("llama-gqa"), rows(), method="gates+kfac+bias", batch_tokens=64)
+    assert len(found.stages) > 2 and own[0] and sum(own) == 1
+
+
 def test_blocks_that_do_worse_on_held_out_text_keep_their_weights() -> None:
     model = tiny_model("llama-gqa", intermediate_size=24)
     # Fewer tokens than columns: undamped least squares fits them all and fails elsewhere.
@@ -106,11 +118,9 @@ def test_the_size_of_fits_is_searched_below_one() -> None:
 
 def test_a_fit_that_raises_the_divergence_is_dropped_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Student.divergences
-    first: list[torch.Tensor] = []
 
-    def measured(self: Any, *args: Any) -> torch.Tensor:
-        first.append(plain(self, *args))
-        return first[0] * (1 if len(first) == 1 else 1.01)
+    def measured(self: Any, held_out: HeldOut, _: Any) -> torch.Tensor:
+        return plain(self, held_out, self._own) * 1.01
 
     monkeypatch.setattr(Student, "divergences", measured)
     model = tiny_model("llama-gqa")

@@ -108,8 +108,11 @@ class Student:
         """Projections that have columns left."""
         return [projection for projection in self.projections if len(projection.columns)]
 
-    def hold_out(self, data: Sequences) -> HeldOut:
-        """Held-out sequences with what the dense model makes of them, and the loss of the pruned model as it is.
+    def hold_out(self, data: Sequences) -> tuple[HeldOut, torch.Tensor]:
+        """Held-out sequences with what the dense model makes of them, limited by the pruned model's loss as it is.
+
+        Returns:
+            Beside them the pruned model's divergences, as :meth:`divergences` finds them.
 
         Raises:
             GispError: the model makes its logits otherwise.
@@ -127,8 +130,8 @@ class Student:
         dense = self._states([batches[number] for number in own])
         targets = {number: next_tokens(batches[number], data) for number in own}
         held_out = HeldOut(batches, units, tokens, dict(zip(own, dense, strict=True)), targets)
-        _, losses = self._measured(held_out, self._own)
-        return replace(held_out, most=float(losses.sum()))
+        found, losses = self._measured(held_out, self._own)
+        return replace(held_out, most=float(losses.sum())), found
 
     def groups(self, rows: Sequence[Row], *, graphs: bool = True) -> list[list[Batch]]:
         """All tokens of rows in batches, grouped by what there is room for in a backward pass.
@@ -140,15 +143,15 @@ class Student:
         batches = make_batches([ids for ids, _ in rows], self.device, per_batch=tokens)
         return [batches[first : first + count] for first in range(0, len(batches), count)]
 
-    def divergences(self, held_out: HeldOut, value_of: ValueOf | None = None) -> torch.Tensor:
+    def divergences(self, held_out: HeldOut, value_of: ValueOf) -> torch.Tensor:
         """Divergence from the dense model in nats, summed over the tokens of every held-out unit, float64 [U].
 
         It is infinite where the loss on the text is above what counts.
 
         Args:
-            value_of: None for what the projections are.
+            value_of: what the projection of a number computes with.
         """
-        found, losses = self._measured(held_out, value_of or self._own)
+        found, losses = self._measured(held_out, value_of)
         return found if held_out.counts(losses) else torch.full_like(found, math.inf)
 
     @torch.no_grad()
