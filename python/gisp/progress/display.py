@@ -15,8 +15,9 @@ from rich.progress import Progress as RichProgress
 
 from gisp.progress.track import Progress
 
-# A file gets its first line soon, so that a log shows what is under way, and later ones at growing distances.
-FIRST_SECONDS, SECONDS, GROWTH = 2.0, 10.0, 0.05
+# A file gets its first line soon, so that a log shows what is under way, and later ones at growing distances. Of what
+# nothing is done yet it hears late: that is over soon or is refused, and a refusal is one line.
+FIRST_SECONDS, SECONDS, GROWTH, UNDONE_SECONDS = 2.0, 10.0, 0.05, 30.0
 # Of a terminal: what the bar itself and the numbers beside it take.
 _BAR_WIDTH, _NUMBERS_WIDTH = 14, 30
 
@@ -103,7 +104,8 @@ class Lines:
         self._write, self._every, self._now = write or _to_stderr, every, now
         self._open: dict[str, tuple[Progress, float]] = {}
         self._said: set[str] = set()
-        self._started = self._last = now()
+        self._started = now()
+        self._last: float | None = None
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -133,17 +135,17 @@ class Lines:
         self.look()
 
     def look(self) -> None:
-        """Say how far the latest is, where it is time to."""
+        """Say how far the latest is that is under way for long enough, where it is time to."""
         with self._lock:
             now = self._now()
-            if not self._open:
+            if self._last is not None and now - self._last < max(SECONDS, GROWTH * (now - self._started)):
                 return
-            latest = list(self._open.values())[-1][0]
-            # What has no parts, as loading a model, is over soon or ends in an error's one line.
-            first = self._last == self._started and latest.total is not None
-            pause = FIRST_SECONDS if first else max(SECONDS, GROWTH * (now - self._started))
-            if now - self._last >= pause:
-                self._say(latest, now)
+            for progress, heard in reversed(self._open.values()):
+                # By its own time: on a busy machine imports alone take long.
+                least = FIRST_SECONDS if progress.done > progress.begun else UNDONE_SECONDS
+                if progress.seconds + now - heard >= least:
+                    self._say(progress, now)
+                    return
 
     def say(self, message: str) -> None:
         """One line of its own."""

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from gisp.progress import Progress, doing, phase, reporting, stage, task, track
-from gisp.progress.display import FIRST_SECONDS, SECONDS, Bar, Lines, clock, fitting
+from gisp.progress.display import FIRST_SECONDS, SECONDS, UNDONE_SECONDS, Bar, Lines, clock, fitting
 
 
 def test_a_callable_hears_every_unit_and_the_end() -> None:
@@ -79,15 +79,14 @@ def test_lines_come_soon_then_seldom_and_also_in_a_long_step() -> None:
     now = _Clock()
     lines = Lines(said.append, now=now)
     lines(Progress("pruning", 0, 200, 0.0))
-    assert not said
     now.time = FIRST_SECONDS
-    lines.look()
-    assert said == ["pruning 0/200  0:02"]
-    lines(Progress("pruning", 1, 200, 3.0, details=("sparsity 0.1",)))
+    lines(Progress("pruning", 1, 200, FIRST_SECONDS))
+    assert said == ["pruning 1/200  0:02  6:38 left"]
+    lines(Progress("pruning", 2, 200, 3.0, details=("sparsity 0.1",)))
     assert len(said) == 1
     now.time += SECONDS
     lines.look()
-    assert said[1:] == ["pruning 1/200  sparsity 0.1  0:13  9:57 left"]
+    assert said[1:] == ["pruning 2/200  sparsity 0.1  0:13  4:57 left"]
     now.time = 4000.0
     lines.look()
     now.time = 4100.0
@@ -95,6 +94,32 @@ def test_lines_come_soon_then_seldom_and_also_in_a_long_step() -> None:
     assert len(said) == 3
     lines(Progress("pruning", 200, 200, 4101.0, ended=True))
     assert said[-1] == "pruning 200/200  1:08:21"
+
+
+@pytest.mark.parametrize("total", [None, 200])
+def test_what_may_yet_be_refused_has_no_line_however_slow_the_machine(total: int | None) -> None:
+    said: list[str] = []
+    now = _Clock()
+    lines = Lines(said.append, now=now)
+    # Imports on a busy machine.
+    now.time = 10 * UNDONE_SECONDS
+    lines(Progress("starting", 0, total, 0.0))
+    now.time += UNDONE_SECONDS - 1
+    lines.look()
+    assert not said
+    now.time += 1
+    lines.look()
+    assert [line.split("  ")[-1] for line in said] == [clock(UNDONE_SECONDS)]
+
+
+def test_what_just_began_does_not_hide_what_lasts() -> None:
+    said: list[str] = []
+    now = _Clock()
+    lines = Lines(said.append, now=now)
+    lines(Progress("comparing sizes", 0, 9, 0.0))
+    now.time = UNDONE_SECONDS
+    lines(Progress("computing logits", 0, None, 0.0))
+    assert said == ["comparing sizes 0/9  0:30"]
 
 
 def test_what_was_not_spoken_of_ends_without_a_word() -> None:
