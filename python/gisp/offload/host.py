@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class HostMemory:
         self._registered: dict[int, torch.Tensor] = {}
         self._refused = device.type != "cuda"
         # The end of a process gives memory back by itself.
-        weakref.finalize(self, _unregister, self._registered).atexit = False
+        weakref.finalize(self, _unregister, self._registered, device).atexit = False
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in pages of its own, not initialised."""
@@ -61,10 +62,11 @@ class HostMemory:
         """Give up a tensor that nothing reads any more."""
         memory = self._registered.pop(tensor.data_ptr(), None)
         if memory is not None:
-            _unregister({tensor.data_ptr(): memory})
+            _unregister({tensor.data_ptr(): memory}, self._device)
 
     def _register(self, memory: torch.Tensor) -> None:
-        code = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
+        with _runtime(self._device) as runtime:
+            code = int(runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
         if not code:
             self._registered[memory.data_ptr()] = memory
             return
@@ -86,9 +88,11 @@ class _Registered:
         }
 
 
-def _unregister(registered: dict[int, torch.Tensor]) -> None:
-    for address in registered:
-        _runtime().cudaHostUnregister(address)
+def _unregister(registered: dict[int, torch.Tensor], device: torch.device) -> None:
+    if registered:
+        with _runtime(device) as runtime:
+            for address in registered:
+                runtime.cudaHostUnregister(address)
     registered.clear()
 
 
@@ -98,8 +102,11 @@ def _take_error(device: torch.device) -> None:
         torch.zeros(1, device=device)
 
 
-def _runtime() -> Any:
-    return torch.cuda.cudart()
+@contextlib.contextmanager
+def _runtime(device: torch.device) -> Iterator[Any]:
+    """CUDA, with the device as the current one: memory belongs to the one that it was registered under."""
+    with torch.cuda.device(device):
+        yield torch.cuda.cudart()
 
 
 def system_bytes() -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -174,13 +176,29 @@ def test_host_memory_lies_in_pages_of_its_own() -> None:
 
 
 class Runtime:
-    """Registers as CUDA does: no page twice, and nothing that is not registered is given back."""
+    """Registers as CUDA does: no page twice, and nothing that is not registered is given back.
 
-    def __init__(self, most: int) -> None:
+    Attributes:
+        current: the current device.
+        used: the current device at every call.
+    """
+
+    def __init__(self, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.held: dict[int, int] = {}
         self.most = most
+        self.current = torch.device("cuda", 0)
+        self.used: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "device", self._on)
+
+    @contextmanager
+    def _on(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device
+        yield
+        self.current = before
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
+        self.used.append(self.current)
         begun = any(at < address + size and address < at + held for at, held in self.held.items())
         if begun or len(self.held) == self.most:
             return 712
@@ -188,14 +206,14 @@ class Runtime:
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802 - CUDA's name
+        self.used.append(self.current)
         del self.held[address]
         return 0
 
 
 def test_memory_is_registered_once_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = Runtime(100)
-    monkeypatch.setattr("gisp.offload.host._runtime", lambda: runtime)
-    memory = HostMemory(torch.device("cuda", 0))
+    runtime = Runtime(100, monkeypatch)
+    memory = HostMemory(torch.device("cuda", 1))
     held = [memory.empty((size,), torch.bfloat16) for size in (3, 5000, 7)]
     assert [runtime.held[t.data_ptr()] for t in held] == [4096, 12288, 4096]
     memory.free(held[1])
@@ -203,12 +221,12 @@ def test_memory_is_registered_once_and_given_back(monkeypatch: pytest.MonkeyPatc
     del memory
     gc.collect()
     assert not runtime.held
+    assert runtime.used == [torch.device("cuda", 1)] * 6 and runtime.current == torch.device("cuda", 0)
 
 
 def test_memory_that_cannot_be_registered_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = Runtime(1)
+    runtime = Runtime(1, monkeypatch)
     told: list[str] = []
-    monkeypatch.setattr("gisp.offload.host._runtime", lambda: runtime)
     monkeypatch.setattr("gisp.offload.host.note", told.append)
     monkeypatch.setattr("gisp.offload.host._take_error", lambda _: None)
     memory = HostMemory(torch.device("cuda", 0))
