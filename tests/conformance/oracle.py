@@ -66,12 +66,25 @@ class Decoder:
         return sum(w.numel() for name, w in self.weights.items() if ".layers." in name)
 
     @property
-    def head_parameters(self) -> int:
+    def head_weights(self) -> int:
         return (4 if self.multi_head else 2) * self.head_dim * self.hidden
 
     @property
-    def channel_parameters(self) -> int:
+    def head_parameters(self) -> int:
+        """Weights and biases that a removed head takes along: all that its rows and columns hold."""
+        rows = ("q_proj", "k_proj", "v_proj") if self.multi_head else ("q_proj",)
+        return self.head_weights + self.head_dim * sum(self._biased(f"self_attn.{name}") for name in rows)
+
+    @property
+    def channel_weights(self) -> int:
         return 3 * self.hidden
+
+    @property
+    def channel_parameters(self) -> int:
+        return self.channel_weights + sum(self._biased(f"mlp.{name}") for name in ("gate_proj", "up_proj"))
+
+    def _biased(self, name: str) -> bool:
+        return f"model.layers.0.{name}.bias" in self.weights
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
@@ -253,7 +266,7 @@ def prune(
     structures = [("head", i, h) for i in range(decoder.layers) for h in range(decoder.heads)]
     structures += [("channel", i, c) for i in range(decoder.layers) for c in range(decoder.channels)]
     size = {"head": decoder.head_parameters, "channel": decoder.channel_parameters}
-    divisor = dict(size)
+    divisor = {"head": decoder.head_weights, "channel": decoder.channel_weights}
     if preset == "official":
         divisor = {"head": 4 * decoder.head_dim * decoder.hidden, "channel": 3 * decoder.channels}
     protected = protected_layers(decoder.layers)

@@ -67,11 +67,14 @@ class ModelMap:
     Attributes:
         gqa: what is removed where query heads share key/value heads (:data:`gisp.config.options.GQA_MODES`); ``query``
             where none do.
-        head_parameters: parameters of a removed head: 4*head_dim*hidden, with shared key/value heads 2*head_dim*hidden.
-        kv_group_parameters: parameters of a key/value head with all its query heads.
-        channel_parameters: parameters of a removed channel: 3*hidden.
         decoder_parameters: all parameters of the decoder layers, norms included.
         parameters: all parameters of the model (tied ones once).
+        biased: names of the projections whose rows have biases.
+        head_weights, kv_group_weights, channel_weights: weights of a scored head (4*head_dim*hidden, with shared
+            key/value heads 2*head_dim*hidden), of a key/value head with all its query heads, of a channel (3*hidden).
+        query_parameters, kv_parameters: parameters of a query head alone and of a key/value head alone, with the biases
+            of their rows.
+        head_parameters, kv_group_parameters, channel_parameters: parameters of what is removed, with these biases.
     """
 
     model: Any
@@ -86,6 +89,7 @@ class ModelMap:
     decoder_parameters: int
     parameters: int
     gqa: str = "query"
+    biased: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"<ModelMap of {self.model_type}: {len(self.layers)} layers, {self.parameters:,} parameters>"
@@ -105,8 +109,20 @@ class ModelMap:
         return self.num_kv_heads != self.num_heads
 
     @property
-    def head_parameters(self) -> int:
+    def head_weights(self) -> int:
         return (2 if self.shares_kv else 4) * self.head_dim * self.hidden_size
+
+    @property
+    def query_parameters(self) -> int:
+        return self.head_dim * (2 * self.hidden_size + self._biases("q_proj"))
+
+    @property
+    def kv_parameters(self) -> int:
+        return self.head_dim * (2 * self.hidden_size + self._biases("k_proj", "v_proj"))
+
+    @property
+    def head_parameters(self) -> int:
+        return self.query_parameters + (0 if self.shares_kv else self.kv_parameters)
 
     @property
     def heads_per_kv(self) -> int:
@@ -114,8 +130,12 @@ class ModelMap:
         return self.num_heads // self.num_kv_heads
 
     @property
-    def kv_group_parameters(self) -> int:
+    def kv_group_weights(self) -> int:
         return (2 * self.heads_per_kv + 2) * self.head_dim * self.hidden_size
+
+    @property
+    def kv_group_parameters(self) -> int:
+        return self.heads_per_kv * self.query_parameters + self.kv_parameters
 
     @property
     def heads_per_structure(self) -> int:
@@ -127,8 +147,12 @@ class ModelMap:
         return self.heads_per_structure if group.kind == "heads" else 1
 
     @property
-    def channel_parameters(self) -> int:
+    def channel_weights(self) -> int:
         return 3 * self.hidden_size
+
+    @property
+    def channel_parameters(self) -> int:
+        return self.channel_weights + self._biases("gate_proj", "up_proj")
 
     @property
     def outputs(self) -> dict[str, tuple[nn.Linear, int]]:
@@ -156,6 +180,9 @@ class ModelMap:
             "decoder_parameters": self.decoder_parameters,
             "parameters": self.parameters,
         }
+
+    def _biases(self, *projections: str) -> int:
+        return sum(name in self.biased for name in projections)
 
 
 def map_model(model: Any, gqa: str = "query") -> ModelMap:
@@ -209,7 +236,13 @@ def map_model(model: Any, gqa: str = "query") -> ModelMap:
         decoder_parameters=sum(p.numel() for p in layers.parameters()),
         parameters=sum(p.numel() for p in model.parameters()),
         gqa=gqa,
+        biased=_biased(maps[0].layer),
     )
+
+
+def _biased(layer: Any) -> frozenset[str]:
+    rows = (item for item in PROJECTIONS if item.axis == "row")
+    return frozenset(item.name for item in rows if getattr(getattr(layer, item.module), item.name).bias is not None)
 
 
 def _with_kv_groups(item: LayerMap) -> LayerMap:

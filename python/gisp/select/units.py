@@ -57,14 +57,14 @@ def group_units(
     :class:`gisp.select.selector.Selector`."""
     width, per_kv, kv_heads = model_map.intermediate_size, model_map.heads_per_kv, model_map.num_kv_heads
     head, channel = model_map.head_parameters, model_map.channel_parameters
-    # Units of a layer, structures and query heads of a unit, parameters of a unit.
-    count, structures, heads, cost = {
-        "query": (model_map.num_heads, 1, 1, head),
-        "balanced": (per_kv, kv_heads, kv_heads, kv_heads * head),
-        "group": (kv_heads, 1, per_kv, model_map.kv_group_parameters),
+    # Units of a layer, structures and query heads of a unit, parameters and scored weights of a unit.
+    count, structures, heads, cost, weights = {
+        "query": (model_map.num_heads, 1, 1, head, model_map.head_weights),
+        "balanced": (per_kv, kv_heads, kv_heads, kv_heads * head, kv_heads * model_map.head_weights),
+        "group": (kv_heads, 1, per_kv, model_map.kv_group_parameters, model_map.kv_group_weights),
     }[model_map.gqa]
     head_norm, channel_norm = {
-        "params": (cost, channel),
+        "params": (weights, model_map.channel_weights),
         "official": (heads * 4 * model_map.head_dim * model_map.hidden_size, 3 * width),
         "none": (1, 1),
         # A unit of several structures has the mean of their scores.

@@ -61,7 +61,9 @@ def test_a_rounded_export_equals_the_masked_model_with_those_channels(family: st
     assert float((got - narrow).abs().max()) > 1e-3 * float(wanted.abs().max())
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| options | `--round-mlp 16 --align-heads 4` |" in card
-    assert "| MLP widths rounded up to multiples of 16 | 41 channels of the dense model are back: 7,872 param" in card
+    biases = 2 if family == "llama-bias" else 0  # of gate and up
+    back = f"41 channels of the dense model are back: {41 * (3 * 64 + biases):,} param"
+    assert f"| MLP widths rounded up to multiples of 16 | {back}" in card
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["gisp"]["options"] == {"round_mlp": 16, "align_heads": 4}
     assert config["gisp"]["sparsity"] == spec.sparsity < 0.5

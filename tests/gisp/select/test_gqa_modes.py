@@ -84,7 +84,7 @@ def test_a_key_value_head_scores_the_sum_over_all_its_projections(kind: str) -> 
 
 
 @pytest.mark.parametrize("gqa", GQA_MODES)
-@pytest.mark.parametrize("family", ["llama-gqa", "qwen3"])
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-bias", "qwen2", "qwen3"])
 def test_records_speak_of_the_model_that_is_left(gqa: str, family: str) -> None:
     model = gqa_model(family=family)
     dense = sum(p.numel() for p in model.parameters())

@@ -13,14 +13,14 @@ from gisp.model.structures import ModelMap
 
 
 def kept_parameters(model_map: ModelMap, heads: Sequence[int], channels: int) -> int:
-    """Weight matrix parameters of one layer that its kept query heads and channels need.
+    """Parameters of one layer that its kept query heads and channels need.
 
     A query head needs its rows of q and columns of o, a key/value head that a kept query head reads needs its rows of k
-    and v, a channel its rows of gate and up and its column of down.
+    and v, a channel its rows of gate and up and its column of down. Biases of rows go with them.
     """
-    block = 2 * model_map.head_dim * model_map.hidden_size
     read = kv_heads(heads, model_map.heads_per_kv)
-    return block * (len(heads) + len(read)) + model_map.channel_parameters * channels
+    of_heads = model_map.query_parameters * len(heads) + model_map.kv_parameters * len(read)
+    return of_heads + model_map.channel_parameters * channels
 
 
 def require_ranking(spec: PrunedSpec, what: str) -> None:
