@@ -149,8 +149,10 @@ def _check_places(sparsity: float | None, sparsities: str | None, plot: Path | N
     """Refuse points and files that do not go together, and files that cannot be written."""
     if sparsities is not None and sparsity is not None:
         raise GispError("--sparsity and --sparsities are both given: leave one out")
-    if plot is not None and (sparsities is None or plot.suffix.lower() != ".png"):
-        raise GispError(f"--plot {plot} is a .png file and needs --sparsities: give both")
+    if plot is not None and sparsities is None:
+        raise GispError(f"--plot {plot} draws several points: give --sparsities too, or leave it out")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise GispError(f"--plot is {plot}: give a .png file")
     if out is not None and out.suffix.lower() != ".json":
         raise GispError(f"--out is {out}: give a .json file")
     for path in (out, plot):

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gisp.report.style import LIGHT, Theme, draw_lines, log_where_wide, new_panels, sparsity_axis, themed, to_png
-from gisp.run.evaluations import Evaluation, figures
+from gisp.run.evaluations import Evaluation, figures, method_text
 
 # What is of one kind shares axes; figures of another kind (lm-eval has many) get axes of their own.
 _SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "f1")
@@ -60,7 +60,7 @@ class _Labels:
         self._conditions = len({(e.source, e.conditions) for e in evaluations}) > len({e.source for e in evaluations})
 
     def of(self, evaluation: Evaluation, name: str) -> str:
-        parts = [evaluation.label + (f" + {evaluation.method}" if evaluation.method else "")]
+        parts = [method_text(evaluation)]
         if _kind(name) != name:
             parts.append(name)
         if self._sources and evaluation.data:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ EVALUATIONS = "evaluations.json"
 THIS_RUN = "gisp"
 """Label of the points of the run itself; any other label is a method it is compared with."""
 
+# As a compensation's line begins each of its stages.
+_STAGE = re.compile(r"(?:^|; )([a-z]+) \(")
 _METRICS = ("perplexity", "acc", "acc_norm", "exact_match")
 _TEXTS = ("data", "compensation", "fingerprint")
 _COUNTS = ("step", "window", "stride", "tokens", "examples")
@@ -82,8 +85,10 @@ class Evaluation:
 
     @property
     def method(self) -> str:
-        """The compensation's method, its first word."""
-        return self.compensation.split(maxsplit=1)[0].rstrip(",") if self.compensation else ""
+        """The compensation's stages, joined by ``+``; the first word of a text that tells none."""
+        stages, _, _ = self.compensation.partition("; divergence")
+        found = _STAGE.findall(stages) or self.compensation.split(maxsplit=1)[:1]
+        return "+".join(found).rstrip(",:")
 
     @property
     def conditions(self) -> str:

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from gisp.compensation import Compensation, CompensationOptions
+from gisp.compensation.acceptance import Stage
+from gisp.compensation.request import CompensationRequest
 from gisp.errors import GispError
 from gisp.report.evaluations import evaluation_rows
 from gisp.run.evaluations import EVALUATIONS, Figure, add_evaluations, read_evaluations
@@ -37,6 +40,17 @@ def test_every_figure_and_condition_comes_back(tmp_path: Path) -> None:
     assert Figure("arc acc,none", 0.25, 0.02) in second.figures
     assert second.source == "lm-eval"
     assert ("gisp + lsq", "30.00 %", "acc", "0.5000 ± 0.1000") in [row[:4] for row in evaluation_rows([first])]
+
+
+@pytest.mark.parametrize("method", ["lsq", "gates", "gates+kfac", "lsq+gates+bias"])
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_compensation_is_named_by_all_its_stages(method: str, removed: bool, tmp_path: Path) -> None:
+    stages = [Stage(name, 1024, 0.5, 0.4, 0.1, name == "gates") for name in method.split("+")]
+    done = Compensation(CompensationOptions(method), (), tuple(stages) if removed else (), 8, 512)
+    line = CompensationRequest(done.options, "text (gates).jsonl").describe(done)
+    add_evaluations(tmp_path, [entry(compensation=line)])
+    (found,) = read_evaluations(tmp_path, MODEL)
+    assert found.method == method and evaluation_rows([found])[0][0] == f"gisp + {method}"
 
 
 def test_equal_conditions_replace_and_others_add(tmp_path: Path) -> None:
