@@ -55,8 +55,8 @@ def dependency_groups(
         options: further ones of ``build_dependency`` (``output_transform``, ``customized_pruners``).
 
     Raises:
-        ValueError: indices leave a layer, structures own different numbers of its lines, or a group holds a parameter
-            that is no vector of a layer; the message names it.
+        ValueError: indices leave a layer, structures own different numbers of its lines, or a group holds a layer or
+            parameter that cannot be cut; the message names it.
     """
     graph = tp.DependencyGraph().build_dependency(model, example_inputs, **{"verbose": False, **options})
     update_index_mapping(graph)
@@ -116,7 +116,11 @@ def _walk(
                     f"{type(line[0]).__name__}, whose outputs and inputs the dependency graph does not know"
                 )
                 continue
-            width = Projection(*line).width
+            try:
+                width = Projection(*line).width
+            except (TypeError, ValueError) as error:
+                problem = f"the outputs of {name!r} go with a {type(line[0]).__name__}: {error}"
+                continue
             if any(item.root_idx is None or not 0 <= item.idx < width for item in found):
                 raise ValueError(
                     f"the dependency graph of the outputs of {name!r} leaves the {width} {line[1]}s of a "

@@ -190,6 +190,38 @@ def test_parameters_that_the_graph_does_not_know_are_refused() -> None:
         )
 
 
+class _Scaled(nn.Module):
+    """Scales by a vector of its own between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 16)
+        self.scale = nn.Parameter(torch.ones(16))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(x) * self.scale)
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 16)
+        self.lstm = nn.LSTM(16, 12, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.inner(x))[0])
+
+
+@pytest.mark.parametrize(("model", "kind"), [(_Scaled(), "_Scaled"), (_Recurrent(), "LSTM")])
+def test_layers_that_cannot_be_cut_are_refused_by_name(model: Any, kind: str) -> None:
+    inputs = torch.randn(2, 5, 8)
+    with pytest.raises(ValueError, match=rf"outputs of 'inner' go with a {kind}: .*Name layers .* in ignored_layers"):
+        dependency_groups(model, inputs, ignored_layers=[model.head])
+    assert dependency_groups(model, inputs, ignored_layers=[model.head, model.inner]) == []
+
+
 def test_groups_of_a_vision_transformer() -> None:
     config = ViTConfig(
         hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=6, patch_size=3
