@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from gisp.cli.output import output, shows_progress
+from gisp.cli.output import output, plain_console, shows_progress
 
 
 @shows_progress
@@ -31,6 +30,6 @@ def demo(
     for row in result.rows:
         one_shot = "" if row.one_shot is None else f"{row.one_shot:.2f}"
         table.add_row(f"{row.sparsity:.3f}", f"{row.parameters:,}", f"{row.perplexity:.2f}", one_shot)
-    Console(highlight=False).print(table)
+    plain_console().print(table)
     print(f"exports: {', '.join(str(path) for path in result.exports)}")
     print(f"report:  {result.report}")

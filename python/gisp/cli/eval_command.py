@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from gisp.cli.flags import flag, numbers, with_flags
 from gisp.cli.options.compensation import COMPENSATION, compensation_request
 from gisp.cli.options.gpus import GPUS, STAGES, processes, start_processes
-from gisp.cli.output import output, shows_progress
+from gisp.cli.output import output, plain_console, shows_progress
 from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.files import check_writable, write_atomic
 from gisp.replicas.environment import launched, rank
 
-_PIPE_WIDTH = 400
 _ROWS = "Choices, prompts and completions"
 _HARNESS = "lm-eval"
 _ALONG = "Along a run"
@@ -238,5 +235,4 @@ def _print_points(points: list[dict[str, Any]]) -> None:
             "-" if kv is None else f"{kv:,}",
             *(_number(value, error) for _, value, error in figures(point)),
         )
-    # A file or pipe has no width to keep to.
-    Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH).print(table)
+    plain_console().print(table)

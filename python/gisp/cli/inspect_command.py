@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from gisp.cli.output import plain_console
+
+if TYPE_CHECKING:
+    from gisp.run.evaluations import Evaluation
 
 # More steps are shown evenly spaced.
 _POINTS = 21
@@ -32,7 +38,7 @@ def inspect(
     from gisp.model.paths import check_model_path
     from gisp.target.check import is_run
 
-    console = Console(highlight=False)
+    console = plain_console()
     if is_nested(target):
         _show_nested(console, target)
     elif is_run(target):
@@ -58,11 +64,13 @@ def _show_model(console: Console, target: str) -> None:
 
 
 def _show_run(console: Console, folder: Path) -> None:
-    """A line about the run, its points and its layers; read without torch."""
+    """A line about the run, its points, its layers and its evaluations; read without torch."""
+    from gisp.run.evaluations import read_evaluations
     from gisp.run.record import read_trajectory
 
     record, removed_at = read_trajectory(folder)
-    steps = record["steps"]
+    evaluations = read_evaluations(folder, str(record["base_model"]["fingerprint"]))
+    run, steps = shlex.quote(str(folder)), record["steps"]
     state = "complete" if record["complete"] else "unfinished"
     console.print(
         f"{record['base_model']['path'] or 'model in memory'}: preset {record['config']['preset']}, "
@@ -71,7 +79,7 @@ def _show_run(console: Console, folder: Path) -> None:
     )
     console.print(_points_table(record, removed_at))
     console.print(
-        f"gisp export {folder} --sparsity S --out DIR takes the nearest of all {len(steps)} steps; stored is what its "
+        f"gisp export {run} --sparsity S --out DIR takes the nearest of all {len(steps)} steps; stored is what its "
         "export holds, with the heads that unevenly shared keys and values need",
         soft_wrap=True,
     )
@@ -82,22 +90,20 @@ def _show_run(console: Console, folder: Path) -> None:
         cells = [f"{int((at == 0).sum())} / {len(at)}" for at in removed]
         table.add_row(str(layer), *cells, str(min(first)) if first else "-")
     console.print(table)
-    _show_evaluations(console, folder, str(record["base_model"]["fingerprint"]))
-
-
-def _show_evaluations(console: Console, run: Path, fingerprint: str) -> None:
-    """What was measured on points of the run."""
-    from gisp.report.evaluations import HEADER, evaluation_rows
-    from gisp.run.evaluations import read_evaluations
-
-    rows = evaluation_rows(read_evaluations(run, fingerprint))
-    if not rows:
+    if evaluations:
+        console.print(_evaluations_table(evaluations))
+    else:
         console.print(f"not evaluated yet: gisp eval {run} --sparsities 0.2,0.3 --data HELDOUT", soft_wrap=True)
-        return
+
+
+def _evaluations_table(evaluations: list[Evaluation]) -> Table:
+    """What was measured on points of a run."""
+    from gisp.report.evaluations import HEADER, evaluation_rows
+
     table = Table(*HEADER, title="evaluations")
-    for row in rows:
+    for row in evaluation_rows(evaluations):
         table.add_row(*row)
-    console.print(table)
+    return table
 
 
 def _points_table(record: dict[str, Any], removed_at: dict[str, Any]) -> Table:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
+from rich.console import Console
+
 from gisp.cli.flags import flag
 from gisp.errors import GispError
 from gisp.progress import reporting
@@ -18,6 +20,16 @@ _FLAGS = (
     flag("quiet", "Say nothing but the result.", kind=bool, names=("--quiet", "-q")),
     flag("verbose", "A line for every step, and remarks of the libraries.", kind=bool, names=("--verbose", "-v")),
 )
+
+
+# A file or pipe has no width to keep to.
+_PIPE_WIDTH = 1000
+
+
+def plain_console() -> Console:
+    """Prints tables and lines of a result; names of files are no markup."""
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 class Output:

@@ -44,13 +44,14 @@ class Bar:
     """Shows what is under way as bars, as wide as the terminal allows; they vanish when it ends."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        # What is under way may be named after a file, and names of files are no markup.
+        self.console = console or Console(stderr=True, highlight=False, emoji=False)
         columns: list[ProgressColumn] = [
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=_BAR_WIDTH),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[details]}"),
-            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[details]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
         ]
         self._bars = RichProgress(*columns, console=self.console, transient=True)
         self._tasks: dict[str, TaskID] = {}

@@ -153,6 +153,18 @@ def test_a_bar_fits_its_terminal(width: int) -> None:
     assert ("sparsity 0.4998" in shown) == (width >= 80) and ("tokens/s" in shown) == (width >= 120)
 
 
+@pytest.mark.parametrize("name", ["a[red]b", "[/b]", "c :smile:"])
+def test_names_are_no_markup(name: str) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=80, highlight=False, emoji=False, color_system=None)
+    with Bar(console) as bar:
+        bar(Progress(f"loading {name}", 0, None, 0.0))
+        assert any(f"loading {name}" in line for line in _last_frame(bar, console))
+        bar.say(f"{name} is loaded")
+    assert f"{name} is loaded" in text.getvalue()
+    assert Bar().console.render_str(name, markup=False).plain == name
+
+
 def _last_frame(bar: Bar, console: Console) -> list[str]:
     lines: Any = console.render_lines(bar._bars.get_renderable())
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
