@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -65,6 +66,8 @@ def themed(theme: Theme) -> Iterator[None]:
     }
     shape: dict[str, Any] = {
         "font.size": 10,
+        # Labels hold names of files, in which a dollar begins no formula.
+        "text.parse_math": False,
         "axes.titlesize": 11,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
@@ -139,5 +142,8 @@ def sparsity_axis(ax: Axes) -> None:
 def to_png(figure: Figure) -> bytes:
     """PNG bytes, the same for the same figure."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # Of a name in a script that the font lacks boxes are drawn; the page has its letters.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()
