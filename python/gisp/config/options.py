@@ -331,13 +331,15 @@ def without_defaults(stored: dict[str, Any], given: dict[str, Any]) -> dict[str,
 def read_yaml(path: Path) -> dict[str, Any]:
     """Options from a YAML file of ``option: value`` lines (dashes and underscores are the same)."""
     try:
-        loaded = yaml.safe_load(path.read_text())
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise GispError(f"cannot read config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         # Beside its own errors PyYAML lets those of converting tagged values and of deep nesting through.
         where = " ".join(str(error).split())
         raise GispError(f"config {path} is not valid YAML: {where}") from None
+    if loaded is None:
+        return {}
     if not isinstance(loaded, dict):
         raise GispError(f"config {path} must map options to values, it holds {type(loaded).__name__}")
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}

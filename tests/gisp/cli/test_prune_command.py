@@ -135,6 +135,13 @@ def test_bad_config_files_are_one_line(tmp_path, model_folder, token_file, text,
     assert not (tmp_path / "r").exists()
 
 
+def test_a_config_file_without_options_changes_nothing(tmp_path, model_folder, token_file):
+    (tmp_path / "c.yaml").write_text("# steps: 3\n")
+    arguments = ["--data", str(token_file), "--out", str(tmp_path / "r"), "--config", str(tmp_path / "c.yaml")]
+    assert main(["prune", str(model_folder), *arguments, "--preset", "paper", "--steps", "2", "-q"]) == 0
+    assert len(gisp.Trajectory.load(tmp_path / "r").steps) == 2
+
+
 def test_what_a_command_ignores_or_cannot_do_is_said(tmp_path, model_folder, token_file, capsys):
     given = ["prune", str(model_folder), "--data", str(token_file)]
     official = ["--preset", "official", "--ratio", "0.3", "--sparsity", "0.2", "--steps", "2"]
