@@ -137,6 +137,10 @@ def _with_value(error: Any, argv: list[str]) -> str:
             value = following if given == option else given.removeprefix(f"{option}=")
             if given.startswith(option) and value not in message:
                 return f"{message}: {option} is {quoted(value)}"
+    if message.startswith(("Got unexpected extra argument", "No such ")):
+        # Of which command the help tells, where one is known.
+        known = [name for name in argv[:1] if not name.startswith("-") and "command" not in message]
+        return f"{message.rstrip('.')}: {' '.join(['gisp', *known, '--help'])} tells what there is"
     return message
 
 

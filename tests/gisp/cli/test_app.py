@@ -44,6 +44,23 @@ def test_a_bad_option_is_refused_before_torch_is_imported():
     assert code == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "help"),
+    [
+        (["prune", "model", "--offload", "sometimes", "--data", "x", "--out", "y"], "gisp prune --help"),
+        (["eval", "run", "--stagess", "2"], "gisp eval --help"),
+        (["prun", "model"], "gisp --help"),
+        (["--quiet"], "gisp --help"),
+    ],
+)
+def test_words_that_no_command_knows_lead_to_help(command: list[str], help: str, capsys: Any) -> None:
+    from gisp.cli import main
+
+    assert main(command) == 2
+    line = capsys.readouterr().err
+    assert len(line.splitlines()) == 1 and line.endswith(f"{help} tells what there is\n")
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, model_folder, token_file) -> Path:
     out = tmp_path_factory.mktemp("quick") / "run"
