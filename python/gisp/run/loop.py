@@ -81,7 +81,12 @@ class PruningLoop:
         self._removed_at = {name: np.zeros(count, dtype=np.int32) for name, count in counts.items()}
         self.trajectory = Trajectory(
             removed_at={name: torch.from_numpy(at) for name, at in self._removed_at.items()},
-            base_model={"path": base_path, "fingerprint": self.shrinkable.fingerprint, **model_map.describe()},
+            base_model={
+                "path": base_path,
+                "fingerprint": self.shrinkable.fingerprint,
+                **model_map.describe(),
+                "biases": sorted(model_map.biased),
+            },
             config=config.to_dict(),
             data=_describe(data, spec),
             versions=library_versions(),

@@ -232,6 +232,9 @@ def _check_base(base: dict[str, Any], structures: Any) -> None:
         require(isinstance(base[name], str), f"base_model.{name} is {quoted(base[name])}")
     for name in _BASE_INTEGERS:
         require(is_count(base[name], 1), f"base_model.{name} is {quoted(base[name])}")
+    biases = base.get("biases", [])
+    named = isinstance(biases, list) and all(isinstance(name, str) for name in biases)
+    require(named, f"base_model.biases is {quoted(biases)}")
     heads, kv_heads = base["num_attention_heads"], base["num_key_value_heads"]
     require(heads % kv_heads == 0, f"{heads} heads do not share {kv_heads} key/value heads evenly")
     whole, decoder = base["parameters"], base["decoder_parameters"]

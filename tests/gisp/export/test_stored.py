@@ -17,16 +17,17 @@ from gisp.target.open import open_target, stored_at
 
 CASES = [("llama-gqa", "query"), ("llama-gqa", "group"), ("llama-gqa", "balanced"), ("llama-mha", "query")]
 CASES += [("llama-bias", "query"), ("qwen2", "query"), ("qwen2", "group"), ("qwen3", "query")]
+# Three query heads to a key/value head: kept heads are spread unevenly as soon as one goes.
+UNEVEN = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 48}
+SHAPED = [(family, gqa, {} if family == "llama-mha" else UNEVEN) for family, gqa in CASES]
+# As many parameters as these biases would biases of the MLP and norms of queries and keys have.
+SHAPED += [("qwen2", "query", {"num_key_value_heads": 4})]
 
 
-@pytest.mark.parametrize(("family", "gqa"), CASES)
-def test_the_sizes_of_a_point_are_those_of_its_export(family: str, gqa: str, tmp_path: Path) -> None:
-    # Three query heads to a key/value head: kept heads are spread unevenly as soon as one goes.
-    heads = (
-        {}
-        if family == "llama-mha"
-        else {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 48}
-    )
+@pytest.mark.parametrize(("family", "gqa", "heads"), SHAPED)
+def test_the_sizes_of_a_point_are_those_of_its_export(
+    family: str, gqa: str, heads: dict[str, int], tmp_path: Path
+) -> None:
     tiny_model(family, layers=3, **heads).save_pretrained(tmp_path / "model")
     run = tmp_path / "run"
     options: dict[str, Any] = {

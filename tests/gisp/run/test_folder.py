@@ -119,6 +119,8 @@ def _set(record, path, value):
         ("steps.1.sparsity", 0.9),
         ("steps.0.sparsity", -0.2),
         ("steps.0.removed_parameters", 10**9),
+        ("base_model.biases", 3),
+        ("base_model.biases", [3]),
         ("steps.1.loss", float("nan")),
         ("steps.0.step", 2),
         ("complete", "yes"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -69,21 +68,14 @@ def stored_sizes(
 
 
 def _costs(base: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Parameters of a query head (rows of q, columns of o), of a key/value head and of a channel, with biases.
+    """Parameters of a query head (rows of q, columns of o), of a key/value head and of a channel, with biases."""
+    hidden, head_dim, biased = int(base["hidden_size"]), int(base["head_dim"]), base.get("biases", ())
 
-    A record does not say which projections have biases. What a layer has beside its seven matrices does: two or four
-    norms, biases of the attention's inputs, of its output and of the MLP, norms of queries and keys.
-    """
-    hidden, head_dim, width = (int(base[name]) for name in ("hidden_size", "head_dim", "intermediate_size"))
-    num_heads, num_kv_heads = int(base["num_attention_heads"]), int(base["num_key_value_heads"])
-    block = 2 * head_dim * hidden
-    matrices = block * (num_heads + num_kv_heads) + 3 * hidden * width
-    rest = int(base["decoder_parameters"]) / int(base["layers"]) - matrices
-    for norms, qkv, mlp, output, qk_norm in product((2, 4), (0, 1), (0, 1), (0, 1), (0, 1)):
-        biases = qkv * (num_heads + 2 * num_kv_heads) * head_dim + output * hidden + mlp * (2 * width + hidden)
-        if rest == norms * hidden + biases + qk_norm * 2 * head_dim:
-            return block + qkv * head_dim, block + 2 * qkv * head_dim, 3 * hidden + 2 * mlp
-    return block, block, 3 * hidden
+    def biases(*projections: str) -> int:
+        return sum(name in biased for name in projections)
+
+    query, kv = (head_dim * (2 * hidden + biases(*rows)) for rows in (("q_proj",), ("k_proj", "v_proj")))
+    return query, kv, 3 * hidden + biases("gate_proj", "up_proj")
 
 
 def element_bytes(
