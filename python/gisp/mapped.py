@@ -12,14 +12,12 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     import torch
 
 _PAGE = mmap.PAGESIZE
 # Of an entry of /proc/self/pagemap, which has 64 bits a page: it is in memory, it was swapped out, a file backs it.
-_PRESENT, _SWAPPED, _BACKED = (np.uint64(1 << bit) for bit in (63, 62, 61))
+_PRESENT, _SWAPPED, _BACKED = (1 << bit for bit in (63, 62, 61))
 _DONT_NEED = 4
 
 
@@ -54,13 +52,16 @@ def _of_file(begin: int, end: int) -> bool:
 
 def _as_in_file(begin: int, end: int) -> bool:
     """Whether no page of these numbers is a copy of this process, which holds what was written."""
+    # Commands import this module before they look at their options.
+    import numpy as np
+
     with open("/proc/self/pagemap", "rb", buffering=0) as table:  # noqa: PTH123
         table.seek(begin * 8)
         entries = np.frombuffer(table.read((end - begin) * 8), dtype=np.uint64)
     if len(entries) != end - begin:
         return False
-    copied = (entries & _PRESENT).astype(bool) & ~(entries & _BACKED).astype(bool)
-    return not bool((copied | (entries & _SWAPPED).astype(bool)).any())
+    present, swapped, backed = ((entries & np.uint64(bit)).astype(bool) for bit in (_PRESENT, _SWAPPED, _BACKED))
+    return not bool(((present & ~backed) | swapped).any())
 
 
 @cache
