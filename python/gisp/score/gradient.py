@@ -15,6 +15,7 @@ from gisp.errors import GispError
 from gisp.model.modes import deterministic, evaluation_mode, frozen
 from gisp.offload.passes import LayerwisePasses
 from gisp.offload.stream import LayerStream
+from gisp.progress import note
 from gisp.score.base import StepScores
 from gisp.score.context import Context
 from gisp.score.first_order import averaged_batches, first_order_weights
@@ -163,6 +164,8 @@ class GradientScorer:
                     self.refused = differs(self._model, candidate.streams(ids), ids)
                 if self.refused is None:
                     self._fused = ImportancePass(model_map, Float8Products()) if self._config.fp8 else candidate
+            if self.refused is not None:
+                note(f"gradients come from autograd, which takes more time and memory: {self.refused}")
         return self._fused
 
     def _compared(self, rows: StepRows) -> StepRows:

@@ -9,9 +9,11 @@ import torch
 from score_cases import REMOVALS, autograd_scores, gradient_scorer, live, pruned, ragged
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
+import gisp
 from gisp.data import Sequences
 from gisp.data.sequences import row_weights
 from gisp.model.structures import channels_name, heads_name, map_model
+from gisp.progress import Progress, reporting
 from gisp.score.fused import ImportancePass, MicroBatch, differs, importance_pass, memory, why_not
 from gisp.score.fused.memory import Kept, recomputed_within
 from gisp.score.gradient import GradientScorer
@@ -173,6 +175,24 @@ def test_a_model_that_computes_something_else_is_scored_by_autograd():
 
     model.model.layers[1].self_attn.__class__ = Scaled
     assert "hidden state after layer 3 is off by" in str(refused(model))
+
+
+def test_a_slower_pass_is_told_once():
+    class Heard:
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def __call__(self, _: Progress) -> None: ...
+
+        def say(self, message: str) -> None:
+            self.said.append(message)
+
+    for activation, told in (("gelu", ["GELU"]), ("silu", [])):
+        hears = Heard()
+        with reporting(hears):
+            gisp.prune(tiny_model("llama-mha", hidden_act=activation), tiny_tokens(), steps=3, sparsity=0.2)
+        slower = [line for line in hears.said if line.startswith("gradients come from autograd")]
+        assert len(slower) == len(told) and all(name in line for name, line in zip(told, slower, strict=True))
 
 
 def test_hooks_windows_and_other_activations_are_seen():
