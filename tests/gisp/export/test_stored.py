@@ -55,6 +55,17 @@ def test_the_sizes_of_a_point_are_those_of_its_export(
     assert more > 0 or (family, gqa) != ("llama-gqa", "query")
 
 
+@pytest.mark.parametrize("family", ["llama-gqa", "qwen2"])
+def test_records_that_do_not_tell_biases_have_those_of_the_model_type(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"preset": "paper", "criterion": "random", "dtype": "float32", "device": "cpu"}
+    gisp.prune(tmp_path / "model", tiny_tokens(2, 8), out=tmp_path / "run", steps=2, sparsity=0.4, **options)
+    trajectory = gisp.Trajectory.load(tmp_path / "run")
+    told = stored_at(trajectory, range(3))
+    assert trajectory.base_model.pop("biases") == ([] if family == "llama-gqa" else ["k_proj", "q_proj", "v_proj"])
+    assert stored_at(trajectory, range(3)) == told
+
+
 def test_numbers_of_a_cache_have_the_bytes_of_the_run(tmp_path: Path) -> None:
     tiny_model("llama-gqa").bfloat16().save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {"preset": "paper", "criterion": "random", "dtype": "bfloat16", "device": "cpu"}

@@ -17,6 +17,8 @@ import numpy as np
 from gisp.export.sizes.layout import plan_attention
 
 _DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Biases of records of before these told them, by model type; of other types hardly a model has any.
+_BIASED = {"qwen2": ("q_proj", "k_proj", "v_proj")}
 _plan = lru_cache(maxsize=65536)(plan_attention)
 
 
@@ -69,7 +71,8 @@ def stored_sizes(
 
 def _costs(base: Mapping[str, Any]) -> tuple[int, int, int]:
     """Parameters of a query head (rows of q, columns of o), of a key/value head and of a channel, with biases."""
-    hidden, head_dim, biased = int(base["hidden_size"]), int(base["head_dim"]), base.get("biases", ())
+    hidden, head_dim = int(base["hidden_size"]), int(base["head_dim"])
+    biased = base.get("biases", _BIASED.get(base["model_type"], ()))
 
     def biases(*projections: str) -> int:
         return sum(name in biased for name in projections)
