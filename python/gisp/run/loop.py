@@ -114,6 +114,9 @@ class PruningLoop:
         for step in range(1, len(done.steps) + 1):
             self.selector.apply(*self.selector.given(done.removal(step)))
         move_to(self.shrinkable, self.trajectory, len(done.steps))
+        if "biases" not in done.base_model:
+            # Versions that did not record biases did not count them.
+            self._correct_sizes()
 
     def _check_same(self, done: Trajectory, path: Path) -> None:
         """Refuse a run of another model, other data or other options."""
@@ -245,10 +248,7 @@ class PruningLoop:
         found = self.regrowth.round(step - self.config.steps)
         clock.mark("forward_backward")
         if found.returned:
-            starts = self.selector.structures_at(self.trajectory.removed_at)
-            for number, record in enumerate(self.trajectory.steps, start=1):
-                sizes = self._sizes((starts > 0) & (starts <= number))
-                self.trajectory.steps[number - 1] = dataclasses.replace(record, **sizes)
+            self._correct_sizes()
         record = StepRecord(
             step=step,
             target=float(self.config.sparsity or 0),
@@ -263,6 +263,13 @@ class PruningLoop:
         metrics = self._metrics(record, found.threshold, histogram, clock)
         metrics |= {"returned": found.returned, "judged": found.judged}
         return record, metrics, self.average.state(self.average.average.cpu())
+
+    def _correct_sizes(self) -> None:
+        """Let the records of all steps say what is removed at them."""
+        starts = self.selector.structures_at(self.trajectory.removed_at)
+        for number, record in enumerate(self.trajectory.steps, start=1):
+            sizes = self._sizes((starts > 0) & (starts <= number))
+            self.trajectory.steps[number - 1] = dataclasses.replace(record, **sizes)
 
     def _metrics(
         self, record: StepRecord, threshold: float | None, histogram: dict[str, Any], clock: PhaseClock

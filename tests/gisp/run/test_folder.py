@@ -54,6 +54,26 @@ def test_a_run_without_its_record_is_not_begun_anew(tmp_path, model_folder, toke
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == left
 
 
+def test_a_run_that_did_not_count_biases_goes_on_with_sizes_that_do(tmp_path, token_file):
+    tiny_model("qwen2").save_pretrained(tmp_path / "model")
+    whole = run_into(tmp_path / "whole", tmp_path / "model", token_file)
+    with pytest.raises(KeyboardInterrupt):
+        run_into(tmp_path / "r", tmp_path / "model", token_file, on_step=cut_after(2))
+    path = tmp_path / "r" / "trajectory.json"
+    record = json.loads(path.read_text())
+    assert record["base_model"].pop("biases") == ["k_proj", "q_proj", "v_proj"]
+    for step in record["steps"]:
+        step["removed_parameters"] -= 8
+        step["sparsity"] = step["removed_parameters"] / record["base_model"]["decoder_parameters"]
+        step["model_sparsity"] = step["removed_parameters"] / record["base_model"]["parameters"]
+    path.write_text(json.dumps(record))
+    run_into(tmp_path / "r", tmp_path / "model", token_file, resume=True)
+    done = gisp.Trajectory.load(tmp_path / "r")
+    assert done.base_model["biases"] == ["k_proj", "q_proj", "v_proj"]
+    assert [step.sparsity for step in done.steps] == [step.sparsity for step in whole.steps]
+    assert [step.removed_parameters for step in done.steps] == [step.removed_parameters for step in whole.steps]
+
+
 @pytest.mark.parametrize("value", [float("nan"), 1.0])
 @pytest.mark.parametrize("checksums", [True, False])
 def test_a_state_the_run_did_not_write_is_not_resumed(tmp_path, model_folder, token_file, value, checksums):
