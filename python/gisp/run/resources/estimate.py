@@ -70,6 +70,9 @@ def memory(model_map: ModelMap, data: Sequences, config: PruneConfig) -> int:
     tokens = pass_tokens(model_map, data, config, weight.device)
     heads = (model_map.num_heads + 2 * model_map.num_kv_heads) * model_map.head_dim
     layer = 2 * model_map.hidden_size + heads + 2 * model_map.intermediate_size
+    if weight.device.type == "cpu":
+        # Attention is kept as well, which a GPU does where there is room; of shared heads with a key and a value each.
+        layer += (3 if model_map.shares_kv else 1) * model_map.num_heads * model_map.head_dim
     # Of a pass without a backward one layer is there at a time.
     kept = tokens * layer * size * (_held_layers(model_map) if passes > 1 else 1)
     logits = 2 * tokens * model_map.vocab_size * 4
