@@ -90,22 +90,29 @@ class StepWriter:
             self._begin()
 
     def close(self) -> None:
-        """:meth:`flush`, and end the thread."""
+        """:meth:`flush`, also where Ctrl-C comes meanwhile, and end the thread."""
         try:
             self.flush()
+        except KeyboardInterrupt:
+            self.flush()
+            raise
         finally:
             if self._thread is not None:
                 self._thread.shutdown()
 
     def _end(self) -> None:
         """Wait for what is being written, and know that it is there."""
-        written, self._written = self._written, None
-        if written is not None:
-            try:
-                written.result()
-            except BaseException:
-                self._left = None
-                raise
+        written = self._written
+        if written is None:
+            return
+        # Ctrl-C may end this, and all is still to be written then.
+        concurrent.futures.wait([written])
+        self._written = None
+        try:
+            written.result()
+        except BaseException:
+            self._left = None
+            raise
 
     def _begin(self) -> None:
         """Begin to write what is left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,6 +88,25 @@ def test_writes_rest_as_long_as_they_take_most_of_the_time(monkeypatch):
     writer.close()
     # The write from 100 to 101 rests until 110.
     assert written == [1, 4]
+
+
+@pytest.mark.parametrize("end", ["flush", "close"])
+def test_ctrl_c_within_a_write_loses_no_step(end):
+    disk = SlowDisk()
+    writer = StepWriter(overlap=True)
+    for number in (1, 2):
+        writer.take(disk.step(number))
+
+    def interrupt() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        disk.free.set()
+
+    # The main thread waits by then, or is interrupted as it begins to.
+    threading.Timer(0.2, interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        getattr(writer, end)()
+    writer.close()
+    assert disk.ended == [1, 2]
 
 
 def fail() -> None:
