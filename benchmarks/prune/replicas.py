@@ -51,7 +51,8 @@ def check_shared(args: argparse.Namespace) -> None:
         if getattr(args, option):
             raise GispError(f"--{option} does not go with --gpus, which times whole runs of preset fast: leave it out")
     slices = args.slices or SLICES
-    if slices < max(args.gpus):
+    # Stages hand slices on to one another, and need none each.
+    if not args.stages and slices < max(args.gpus):
         raise GispError(f"--slices {slices} is less than {max(args.gpus)} GPUs: each needs one, give more")
     check_processes(max(args.gpus), args.device)
 
