@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from peak import Peak
 from run_cases import EXACT_OPTIONS
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokens
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import gisp
 from gisp.cli import main
 from gisp.compensation import make_request
 from gisp.errors import GispError
+from gisp.export import check
 from gisp.export.quality.plans import make_plans
 from gisp.export.run import export_run
 from gisp.export.sizes.options import SizeOptions
@@ -113,6 +116,43 @@ def test_layers_stay_in_host_memory_or_in_their_files(places: Path, tmp_path: Pa
     assert [options["mapped"] for _, options in found] == [False, True]
     # Fitted to, checked once, and measured on held-out text again and again.
     assert all(stream is not None and stream.traffic.bytes > 0 for stream, _ in found)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_check_of_an_export_is_planned(tmp_path: Path, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models visit the device while it runs, and compare in float64 where float32 is not near enough."""
+    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=2, vocab_size=4096)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokens = tmp_path / "tokens.safetensors"
+    save_file({"input_ids": torch.randint(0, 4096, (2, 16))}, tokens)
+    kind: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16"}
+    gisp.prune(tmp_path / "model", tokens, out=tmp_path / "run", sparsity=0.2, steps=1, batch_tokens=32, **kind)
+    taken: list[int] = []
+    compared, place_of = check.checked_report, LayerStream.__init__
+    slots: list[int] = []
+
+    def placed(self: LayerStream, *given: Any, **options: Any) -> None:
+        place_of(self, *given, **options)
+        slots.append(sum(slot.memory.nbytes for slot in self._slots) + self._beside.nbytes)
+
+    def measured(base: Any, *given: Any) -> Any:
+        ends = {id(p): p.nbytes for end in (base.get_input_embeddings(), base.lm_head) for p in end.parameters()}
+        with Peak() as peak:
+            found = compared(base, *given)
+        # A CPU has them where they were read to.
+        taken.append(slots[0] + 2 * sum(ends.values()) + peak.most)
+        return found
+
+    monkeypatch.setattr(LayerStream, "__init__", placed)
+    monkeypatch.setattr(check, "checked_report", measured)
+    if exact:
+        monkeypatch.setattr(check, "TOLERANCE", 0.0)
+        monkeypatch.setattr(check, "ROUNDING", 1e6)
+    export_run(tmp_path / "run", 0.2, tmp_path / "out", device="cpu", offload=True)
+    planned = plan_of(tmp_path / "run").device
+    assert len(slots) == 2 and 0.6 * planned < taken[0] <= planned
 
 
 def test_plans_are_told(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,12 +99,16 @@ def _mapped(trajectory: Trajectory) -> bool:
 
 
 def _writing(model_map: ModelMap, keep: Keep, *, compensated: bool) -> Demand:
-    """What an export asks of memory beside the files it maps: one file of it, and what a compensation changed."""
+    """What an export asks of memory beside the files it maps: one file of it, and what a compensation changed.
+
+    While it is checked the exported model visits the device beside the base model, as large as that at most.
+    """
     weights = weights_of(model_map)
     hidden, size = model_map.hidden_size, next(model_map.model.parameters()).element_size()
     largest = max(p.numel() for p in model_map.model.parameters())
     working = max(_WIDE * largest, _MASKED * weights.largest // size)
     working += CHECKED_TOKENS * _WIDE * (16 * hidden + 4 * model_map.intermediate_size + 2 * model_map.vocab_size)
+    working += weights.rest + 2 * max(weights.layers) + weights.largest
     beside = int(_WRITING * min(sum(weights.layers) + weights.rest, max(SHARD_BYTES, largest * size)))
     if compensated:
         outputs = sum(linear.weight.numel() for linear, _ in model_map.outputs.values())

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import weakref
 from typing import Any
 
 import pytest
 import torch
+from peak import Peak
 from tiny import tiny_model, tiny_tokens
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import gisp
 from gisp.config.options import make_config
@@ -18,32 +16,6 @@ from gisp.data import load_sequences
 from gisp.model.structures import map_model
 from gisp.progress import Progress, reporting
 from gisp.run.resources.estimate import estimate, lines, memory
-
-
-class _Peak(TorchDispatchMode):
-    """Most bytes of storages that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self._known:
-                    self._known.add(key)
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self._gone, key, storage.nbytes())
-        return result
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 @pytest.mark.parametrize(
@@ -65,7 +37,7 @@ def test_the_memory_of_a_run_is_about_what_is_told(options: dict[str, Any]) -> N
     config = make_config(steps=1, sparsity=0.1, dtype="float32", device="cpu", **options)
     told = memory(model_map, data, config)
     weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
-    with _Peak() as peak:
+    with Peak() as peak:
         gisp.prune(model, tokens, steps=1, sparsity=0.1, device="cpu", dtype="float32", **options)
     assert 0.5 < told / (peak.most + weights) < 2
 
