@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -276,5 +277,7 @@ def _milestones(
 
 def _base_of(trajectory: Trajectory, place: BasePlace, plans: Plans = UNPLANNED) -> tuple[Any, Path | None]:
     """The base model of a run in its own dtype, and its folder or file if it has one."""
+    # One that was measured goes first: a model and what shrinks it hold one another.
+    gc.collect()
     base = place.load(trajectory, dtype="auto", plan=plans.writing)
     return base, base_folder(str(trajectory.base_model["path"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,31 @@ def test_the_check_of_an_export_is_planned(tmp_path: Path, exact: bool, monkeypa
     export_run(tmp_path / "run", 0.2, tmp_path / "out", device="cpu", offload=True)
     planned = plan_of(tmp_path / "run").device
     assert len(slots) == 2 and 0.6 * planned < taken[0] <= planned
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_measured_model_is_gone_before_the_next_is_there(
+    places: Path, tmp_path: Path, offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    load = BasePlace.load
+
+    def watched(self: BasePlace, *given: Any, **options: Any) -> Any:
+        assert all(model() is None for model in loaded)
+        model = load(self, *given, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(BasePlace, "load", watched)
+    tokens = str(places / "tokens.safetensors")
+    request = make_request("lsq", tokens, tokens=200)
+    given: dict[str, Any] = {"data": tokens, "window": 8, "device": "cpu", "offload": offload}
+    gc.disable()
+    try:
+        export_run(places / "llama-gqa", 0.4, tmp_path / "out", compensation=request, **given)
+    finally:
+        gc.enable()
+    assert len(loaded) == 2
 
 
 def test_plans_are_told(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
