@@ -11,10 +11,11 @@ thread of its own makes those that ask.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,7 +165,8 @@ class _Host:
 
     Attributes:
         steps: wake-ups of the thread, and pages that the process had to wait for.
-        processor: seconds of the processor, those of the thread beside left out.
+        processor: seconds of the processor, those of the thread beside left out and those of children that live, as
+            compilers, counted.
         bytes: read from and written to disks.
         taken: when, by the monotonic clock.
         at_disk: whether a thread waits for a disk or a driver, in which nothing wakes it.
@@ -186,7 +188,7 @@ class _Host:
         except (OSError, IndexError):
             return None
         wakes = sum(int(line.split()[1]) for line in status if "ctxt_switches" in line)
-        processor = time.process_time() - time.thread_time()
+        processor = time.process_time() - time.thread_time() + _children_seconds(thread)
         # Of /proc/PID/stat, by its manual: pages brought in, and time of children that have ended.
         steps = wakes + int(stat[9]) + int(stat[13]) + int(stat[14])
         return cls(steps, processor, _disk_bytes(), time.monotonic(), "D" in states)
@@ -198,6 +200,19 @@ class _Host:
             or self.processor - before.processor > _IDLE_CORE * (self.taken - before.taken)
             or self.bytes - before.bytes > _FEW_BYTES
         )
+
+
+def _children_seconds(thread: int) -> float:
+    """Of the processor, used so far by the processes that a thread has started, and by those that these have."""
+    seconds, waiting = 0.0, [f"/proc/self/task/{thread}"]
+    while waiting:
+        # Kernels without this file tell of children when they have ended.
+        with suppress(OSError, IndexError):
+            for child in Path(waiting.pop(), "children").read_text(encoding="utf-8").split():
+                stat = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+                seconds += (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+                waiting.append(f"/proc/{child}/task/{child}")
+    return seconds
 
 
 def _state(task: Path) -> str:

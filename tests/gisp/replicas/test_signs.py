@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -87,6 +88,19 @@ def children(_: Signs, stop: threading.Event) -> None:
         subprocess.run([sys.executable, "-IS", "-c", "sum(range(10**6))"], check=True)
 
 
+def a_long_child(_: Signs, stop: threading.Event) -> None:
+    """As a compiler that a compiler driver has called."""
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-IS', '-c', 'while True: pass'])"
+    child = subprocess.Popen([sys.executable, "-IS", "-c", code], start_new_session=True)
+
+    def end() -> None:
+        stop.wait()
+        os.killpg(child.pid, signal.SIGKILL)
+
+    threading.Thread(target=end).start()
+    child.wait()
+
+
 def another_writes(_: Signs, stop: threading.Event) -> None:
     def write() -> None:
         with Path("written").open("wb") as file:
@@ -110,7 +124,8 @@ def elsewhere(own: Signs, stop: threading.Event) -> None:
 
 
 @pytest.mark.parametrize(
-    "work", [computing, polling, another_computes, children, another_writes, waiting_for_others, elsewhere]
+    "work",
+    [computing, polling, another_computes, children, a_long_child, another_writes, waiting_for_others, elsewhere],
 )
 def test_one_that_gets_on_is_never_stuck(
     work: Callable[[Signs, threading.Event], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
