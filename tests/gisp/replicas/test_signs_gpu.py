@@ -13,13 +13,18 @@ from gisp.replicas import signs
 from gisp.replicas.signs import GpuCells, Sight, Signs
 
 pytestmark = pytest.mark.gpu
-# Of a kernel that does nothing, several times the limit.
-CYCLES, LIMIT = 8 * 10**9, 1.0
+# Of a kernel that does nothing, several times the limit. The limit is many times what stands in a full queue of small
+# products, also on a GPU that others use.
+CYCLES, LIMIT = 16 * 10**9, 2.0
 
 
 def watched(work: Callable[[Signs], None]) -> list[Sight]:
     """What is seen of this thread while it works; a look every 0.1 s."""
     device = torch.device("cuda", torch.cuda.current_device())
+    # What CUDA loads at first use may take longer than the limit where many processes do.
+    data = torch.ones(16, 16, device=device)
+    torch.cuda._sleep(1)
+    (data @ data).cpu()
     own, stop = Signs(GpuCells(device)), threading.Event()
     seen: list[Sight] = []
 
@@ -53,11 +58,9 @@ def test_a_kernel_that_does_not_end_is_seen(copies: bool) -> None:
         # A copy to pageable memory keeps other threads out of the driver.
         data.cpu() if copies else torch.cuda.synchronize()
 
-    begin = time.monotonic()
     seen = watched(work)
-    assert any(sight.stuck.startswith("its GPU") for sight in seen)
-    # Half of the looks that fit into the time: none waits for the kernel.
-    assert len(seen) > 5 * (time.monotonic() - begin)
+    # None waits for the kernel: one that did would be the only one to see it.
+    assert sum(sight.stuck.startswith("its GPU") for sight in seen) > 5
 
 
 @pytest.mark.parametrize("copies", [False, True])
@@ -76,7 +79,7 @@ def test_one_that_waits_for_others_is_not_stuck(copies: bool) -> None:
 
 def test_a_busy_gpu_is_not_stuck() -> None:
     def work(_: Signs) -> None:
-        data = torch.randn(4096, 4096, device="cuda")
+        data = torch.randn(1024, 1024, device="cuda")
         end = time.monotonic() + 3 * LIMIT
         while time.monotonic() < end:
             data @ data
