@@ -6,7 +6,7 @@ import concurrent.futures
 import json
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -90,6 +90,15 @@ def test_writes_rest_as_long_as_they_take_most_of_the_time(monkeypatch):
     assert written == [1, 4]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises; a launcher of processes that ran in this one before leaves a handler of its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("end", ["flush", "close"])
 def test_ctrl_c_within_a_write_loses_no_step(end):
     disk = SlowDisk()
