@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from huggingface_hub import constants, utils
 
@@ -47,5 +49,7 @@ def test_offline_mode_asks_nothing(monkeypatch):
 
 def test_a_name_that_is_not_cached_is_one_line(monkeypatch):
     monkeypatch.setattr(utils, "get_session", lambda: Session(OSError("no network")))
+    # Without a network every file is asked for again and again, after longer and longer waits.
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(GispError, match=r"model org/name is not in the cache and .* cannot be reached"):
         gisp.load("org/name")

@@ -219,6 +219,8 @@ def test_nearer_to_a_worse_model_is_not_better(method: str, monkeypatch: pytest.
     size = model.config.vocab_size
     text, calibration = demo_text("heldout.jsonl", 16, size), demo_text("calibration.jsonl", 48, size)
     options: dict[str, Any] = {"steps": 12, "batch_tokens": 512} if method in ("gates", "distil") else {}
+    if method == "kfac":
+        options = {"steps": 1}
     before = perplexity(model, text, 128).perplexity
     found = gisp.compensate(model, calibration, method=method, **options)
     assert perplexity(model, text, 128).perplexity <= 1.005 * before
