@@ -88,7 +88,7 @@ def run(
         constants: values of the ``tl.constexpr`` parameters.
         options: of the compiler, such as ``num_warps``.
     """
-    _on_device(kernel, grid, tensors, numbers, constants, options, None)
+    _run(kernel, grid, tensors, numbers, constants, options, None)
 
 
 def run_grouped(
@@ -107,26 +107,7 @@ def run_grouped(
     """
     sizes = [len(each) if isinstance(each, tuple) else 0 for each in (*tensors, *numbers)]
     flat = [tensor for each in tensors for tensor in (each if isinstance(each, tuple) else (each,))]
-    _on_device(kernel, grid, flat, [n for each in numbers for n in each], constants, options, sizes)
-
-
-def _on_device(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tensors: Sequence[torch.Tensor],
-    numbers: Sequence[int | float],
-    constants: tuple[Any, ...],
-    options: dict[str, int],
-    sizes: list[int] | None,
-) -> None:
-    """:func:`_run` where the tensors are."""
-    device = tensors[0].get_device()
-    # A context costs more than a launch, and mostly there is one GPU.
-    if device < 0 or device == _current_device():
-        _run(kernel, grid, tensors, numbers, constants, options, sizes, device)
-    else:
-        with torch.cuda.device(device):
-            _run(kernel, grid, tensors, numbers, constants, options, sizes, device)
+    _run(kernel, grid, flat, [n for each in numbers for n in each], constants, options, sizes)
 
 
 def _run(
@@ -137,13 +118,18 @@ def _run(
     constants: tuple[Any, ...],
     options: dict[str, int],
     sizes: list[int] | None,
-    device: int,
 ) -> None:
-    """Launch on the current device.
+    """Launch where the tensors are.
 
     Args:
         sizes: of the tuples that tensors and then numbers make, 0 for one alone; ``None``: each is alone.
     """
+    device = tensors[0].get_device()
+    # A context costs more than a launch, and mostly there is one GPU.
+    if device >= 0 and device != _current_device():
+        with torch.cuda.device(device):
+            _run(kernel, grid, tensors, numbers, constants, options, sizes)
+        return
     addresses = [tensor.data_ptr() for tensor in tensors]
     key: list[Any] = [id(kernel), device, constants, *options.values(), *[tensor.dtype for tensor in tensors]]
     union = 0
