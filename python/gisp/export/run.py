@@ -172,10 +172,8 @@ def _measured(
     together: Together,
 ) -> tuple[PrunedSpec, Quality | None, Compensation | None, Plans]:
     """The point of a run, its perplexity and a compensation of what is made of it, as far as asked for, and plans."""
-    point, rounded = (
-        point_of(trajectory, run, trajectory.step_for(sparsity)),
-        partial(_rounded, format=format, sizes=sizes),
-    )
+    point = point_of(trajectory, run, trajectory.step_for(sparsity))
+    rounded = partial(_rounded, format=format, sizes=sizes)
     plans = make_plans(trajectory, place, point, rounded, data=data, request=compensation, format=format)
     if data is None and compensation is None:
         return point, None, None, plans
