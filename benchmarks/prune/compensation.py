@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gisp import compensate
-from gisp.compensation import CompensationOptions, Stage
+from gisp.compensation import CompensationOptions, MethodResult
 
 
 def timed_compensation(model: Any, tokens: torch.Tensor, options: CompensationOptions) -> dict[str, Any]:
@@ -28,22 +28,22 @@ def timed_compensation(model: Any, tokens: torch.Tensor, options: CompensationOp
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    fits = [stage for stage in done.stages if stage.blocks]
-    blocks = [block.after / block.before for stage in fits for block in stage.blocks if block.before > 0]
+    fits = [result for result in done.results if result.blocks]
+    blocks = [block.after / block.before for result in fits for block in result.blocks if block.before > 0]
     return {
         "method": options.method,
         "seconds": seconds,
         "fit_seconds": ends[-1] - start if ends else seconds,
-        "fit_tokens": sum(stage.tokens for stage in fits),
+        "fit_tokens": sum(result.tokens for result in fits),
         "blocks": len(done.updates),
         "squares_left": sum(blocks) / len(blocks) if blocks else None,
-        "steps": [step for stage in done.stages if stage not in fits for step in _steps(stage)],
+        "steps": [step for result in done.results if result not in fits for step in _steps(result)],
         "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
     }
 
 
-def _steps(stage: Stage) -> list[dict[str, Any]]:
+def _steps(result: MethodResult) -> list[dict[str, Any]]:
     """Steps on the loss; of training all of them as one."""
-    if not stage.steps:
-        return [{"tokens": stage.tokens, "size": float(stage.kept), "before": stage.before, "after": stage.after}]
-    return [{"tokens": s.tokens, "size": s.size, "before": s.before, "after": s.after} for s in stage.steps]
+    if not result.steps:
+        return [{"tokens": result.tokens, "size": float(result.kept), "before": result.before, "after": result.after}]
+    return [{"tokens": s.tokens, "size": s.size, "before": s.before, "after": s.after} for s in result.steps]

@@ -96,10 +96,10 @@ def _described(done: Compensation) -> dict[str, Any]:
     return {
         "method": options.method,
         "target": options.target,
-        "intercept": any(map(options.biases, options.stages)),
+        "intercept": any(map(options.biases, options.methods)),
         "damping": options.damping,
         "calibration_tokens": done.seen,
-        "kept": [stage.name for stage in done.stages if stage.kept],
+        "kept": [result.name for result in done.results if result.kept],
     }
 
 

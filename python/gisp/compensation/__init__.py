@@ -12,7 +12,7 @@ from gisp.compensation.request import CompensationRequest, make_request
 from gisp.lazy import lazy
 
 if TYPE_CHECKING:
-    from gisp.compensation.acceptance import BlockFit, Stage, Step
+    from gisp.compensation.acceptance import BlockFit, MethodResult, Step
     from gisp.compensation.apply import (
         Compensation,
         compensate,
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         fold_into_dense,
         fold_into_pruned,
     )
-    from gisp.compensation.stages import BlockUpdate
+    from gisp.compensation.methods import BlockUpdate
 
 __all__ = [
     "METHODS",
@@ -30,7 +30,7 @@ __all__ = [
     "Compensation",
     "CompensationOptions",
     "CompensationRequest",
-    "Stage",
+    "MethodResult",
     "Step",
     "compensate",
     "fit_compensation",
@@ -46,7 +46,7 @@ __getattr__ = lazy(
             ("Compensation", "compensate", "fit_compensation", "fold_into_dense", "fold_into_pruned"),
             "gisp.compensation.apply",
         ),
-        "BlockUpdate": "gisp.compensation.stages",
-        **dict.fromkeys(("BlockFit", "Stage", "Step"), "gisp.compensation.acceptance"),
+        "BlockUpdate": "gisp.compensation.methods",
+        **dict.fromkeys(("BlockFit", "MethodResult", "Step"), "gisp.compensation.acceptance"),
     },
 )

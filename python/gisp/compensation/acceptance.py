@@ -30,7 +30,7 @@ _GROWTH, _SHRINKING, _TRIALS = 1.5, 0.5, 12
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Calibration text no stage fits to.
+    """Calibration text no method fits to.
 
     Attributes:
         batches: of its sequences.
@@ -168,13 +168,13 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What one stage of a compensation did.
+class MethodResult:
+    """What one method of a compensation did.
 
     Attributes:
         name: of its method.
         tokens: calibration tokens it saw, one seen twice counts twice.
-        before: divergence from the dense model in nats a token on held-out text, as the stage found it.
+        before: divergence from the dense model in nats a token on held-out text, as the method found it.
         reached: the lowest divergence it reached without a higher loss; ``kept`` says whether that is a fall.
         error: standard error of the difference.
         kept: whether its result stays.
@@ -197,13 +197,13 @@ class Stage:
 
     @property
     def after(self) -> float:
-        """Divergence the stage leaves behind."""
+        """Divergence the method leaves behind."""
         return self.reached if self.kept else self.before
 
     @classmethod
     def ended(
         cls, name: str, tokens: int, held_out: HeldOut, before: torch.Tensor, after: torch.Tensor, **more: object
-    ) -> Stage:
-        """A stage that found ``before`` and reached ``after``, divergences [U] summed over units."""
+    ) -> MethodResult:
+        """A method that found ``before`` and reached ``after``, divergences [U] summed over units."""
         found = difference(before, after, held_out.tokens)
         return cls(name, tokens, held_out.mean(before), held_out.mean(after), found.error, found.falls, **more)  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from gisp.compensation.acceptance import Stage
+from gisp.compensation.acceptance import MethodResult
+from gisp.compensation.methods import BlockUpdate, run_methods
 from gisp.compensation.options import ONLY, TRAINED, CompensationOptions, make_options
-from gisp.compensation.stages import BlockUpdate, run_stages
 from gisp.compensation.sweep import OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
 from gisp.errors import GispError
@@ -33,69 +33,69 @@ class Compensation:
 
     Attributes:
         updates: of every output projection that changes, in the order of the layers.
-        stages: what every stage did; none where nothing was removed.
+        results: what every method did; none where nothing was removed.
         texts, tokens: of what is held out; a text is a document, a question or, where there are few, a sequence.
     """
 
     options: CompensationOptions
     updates: tuple[BlockUpdate, ...]
-    stages: tuple[Stage, ...]
+    results: tuple[MethodResult, ...]
     texts: int
     tokens: int
 
     @property
     def seen(self) -> int:
-        """Calibration tokens of all stages; one seen twice counts twice."""
-        return sum(stage.tokens for stage in self.stages)
+        """Calibration tokens of all methods; one seen twice counts twice."""
+        return sum(result.tokens for result in self.results)
 
     def describe(self) -> str:
-        """Every stage with its options and what was kept of it, in one line."""
-        if not self.stages:
+        """Every method with its options and what was kept of it, in one line."""
+        if not self.results:
             return f"{self.options.method}: nothing was removed, nothing is changed"
-        parts = [_described(stage, self.options) for stage in self.stages]
-        first, last = self.stages[0].before, self.stages[-1].after
+        parts = [_described(result, self.options) for result in self.results]
+        first, last = self.results[0].before, self.results[-1].after
         fell = f"{first:.4g} to {last:.4g}" if self.updates else f"stays {first:.4g}"
         held_out = f"{self.tokens:,} held-out tokens of {self.texts} texts"
         end = "" if self.updates else "; nothing is kept, the weights stay as they were"
         return "; ".join([*parts, f"divergence from the dense model {fell} nats a token on {held_out}"]) + end
 
 
-def _described(stage: Stage, options: CompensationOptions) -> str:
+def _described(result: MethodResult, options: CompensationOptions) -> str:
     facts = []
-    if stage.name in ONLY["target"]:
+    if result.name in ONLY["target"]:
         facts.append(f"target {options.target}")
-    if stage.name in ONLY["damping"]:
-        facts.append(f"damping {options.damping:g}" + _raised(stage, float(options.damping or 0)))
-    if stage.name in ("affine", "lsq") and options.biases(stage.name) != (stage.name == "affine"):
-        facts.append("with biases" if options.biases(stage.name) else "without biases")
-    if stage.name in TRAINED:
-        facts.append(f"learning rate {options.rate_of(stage.name):g}")
-    if stage.kept:
-        if stage.blocks:
-            accepted = sum(block.accepted for block in stage.blocks)
-            facts.append(f"size {stage.size:.3g} in {accepted} of {len(stage.blocks)} blocks")
-        elif stage.steps:
-            facts.append(f"{sum(step.size > 0 for step in stage.steps)} of {len(stage.steps)} steps taken")
+    if result.name in ONLY["damping"]:
+        facts.append(f"damping {options.damping:g}" + _raised(result, float(options.damping or 0)))
+    if result.name in ("affine", "lsq") and options.biases(result.name) != (result.name == "affine"):
+        facts.append("with biases" if options.biases(result.name) else "without biases")
+    if result.name in TRAINED:
+        facts.append(f"learning rate {options.rate_of(result.name):g}")
+    if result.kept:
+        if result.blocks:
+            accepted = sum(block.accepted for block in result.blocks)
+            facts.append(f"size {result.size:.3g} in {accepted} of {len(result.blocks)} blocks")
+        elif result.steps:
+            facts.append(f"{sum(step.size > 0 for step in result.steps)} of {len(result.steps)} steps taken")
         else:
-            facts.append(f"best after {stage.count} of {options.steps_of(stage.name)} steps")
-    facts.append(f"{stage.tokens:,} calibration tokens")
-    if not stage.kept:
-        gain = stage.before - stage.reached
+            facts.append(f"best after {result.count} of {options.steps_of(result.name)} steps")
+    facts.append(f"{result.tokens:,} calibration tokens")
+    if not result.kept:
+        gain = result.before - result.reached
         facts.append(
-            f"dropped as the fall of {gain:.2g} nats does not exceed its standard error {stage.error:.2g}"
+            f"dropped as the fall of {gain:.2g} nats does not exceed its standard error {result.error:.2g}"
             if gain
             else "dropped as nothing brought the model nearer to the dense one without raising its loss"
         )
-    return f"{stage.name} ({', '.join(facts)})"
+    return f"{result.name} ({', '.join(facts)})"
 
 
-def _raised(stage: Stage, damping: float) -> str:
-    """Where a stage needed more damping than was asked for."""
-    raised = [block.damping for block in stage.blocks if block.damping > damping]
+def _raised(result: MethodResult, damping: float) -> str:
+    """Where a method needed more damping than was asked for."""
+    raised = [block.damping for block in result.blocks if block.damping > damping]
     if raised:
         return f" (raised up to {max(raised):g} in {len(raised)} blocks that were not solvable with it)"
-    most = max((step.raised for step in stage.steps), default=0)
-    return f" (raised up to {max(step.damping for step in stage.steps):g} in {most} blocks)" if most else ""
+    most = max((step.raised for step in result.steps), default=0)
+    return f" (raised up to {max(step.damping for step in result.steps):g} in {most} blocks)" if most else ""
 
 
 def fit_compensation(
@@ -119,9 +119,9 @@ def fit_compensation(
         GispError: unreadable data, too few sequences, a model built otherwise, or activations that are not finite.
     """
     sequences = calibration_sequences(model_map, data, tokenizer_from)
-    updates, stages, held_out = run_stages(model_map, keep, sequences, options, on_block)
+    updates, results, held_out = run_methods(model_map, keep, sequences, options, on_block)
     tokens = int(held_out.tokens.sum())
-    return Compensation(options, tuple(updates), tuple(stages), len(held_out.tokens), tokens)
+    return Compensation(options, tuple(updates), tuple(results), len(held_out.tokens), tokens)
 
 
 def calibration_sequences(model_map: ModelMap, data: Any, tokenizer_from: str | None) -> Sequences:

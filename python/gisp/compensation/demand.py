@@ -56,7 +56,7 @@ def demand(
     waiting = 2 * held * hidden * size
     busiest, beside = logits_bytes(model_map, total + held, device), 0
     inputs = 0
-    for name in options.stages:
+    for name in options.methods:
         if name in FITS:
             busiest = max(busiest, _fit(model_map, name, options, widest, fitted + held, held, device))
             beside = max(beside, _FLOAT * hidden * sum(widths))

@@ -21,7 +21,7 @@ from itertools import islice
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, Stage, Step, difference, search
+from gisp.compensation.acceptance import HeldOut, MethodResult, Step, difference, search
 from gisp.compensation.fits import ridge
 from gisp.compensation.pruned.projections import NO_MOVE, Move, Observer, Projection, Traced
 from gisp.compensation.pruned.student import Student
@@ -35,7 +35,7 @@ from gisp_kernels.ops.products import add_product, product_total
 _FIRST_SIZE = 0.5
 
 
-def kfac_stage(
+def run_kfac(
     student: Student,
     rows: Sequence[Row],
     held_out: HeldOut,
@@ -45,7 +45,7 @@ def kfac_stage(
     tokens: int,
     steps: int,
     damping: float,
-) -> tuple[Stage, torch.Tensor]:
+) -> tuple[MethodResult, torch.Tensor]:
     """Move a student by ``steps`` steps; what lost nothing stays as it was.
 
     Every step takes the next ``tokens`` tokens behind those before it, from the start again where the rows end. Memory
@@ -59,7 +59,7 @@ def kfac_stage(
         begin: number of the row the first step begins with.
 
     Returns:
-        The stage, and the divergences that it leaves behind.
+        The result, and the divergences that it leaves behind.
 
     Raises:
         GispError: activations that are not finite.
@@ -85,7 +85,7 @@ def kfac_stage(
         done.append(Step(size, seen, held_out.mean(before), held_out.mean(after), max(dampings), raised))
         before, begin = after, end
     seen = sum(step.tokens for step in done)
-    return Stage.ended("kfac", seen, held_out, start, before, steps=tuple(done)), before
+    return MethodResult.ended("kfac", seen, held_out, start, before, steps=tuple(done)), before
 
 
 def behind(rows: Sequence[Row], begin: int, tokens: int) -> int:

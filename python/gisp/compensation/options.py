@@ -11,7 +11,7 @@ from gisp.errors import GispError, quoted
 FITS = ("bias", "affine", "rescale", "lsq")
 TRAINED = ("gates", "distil")
 METHODS = (*FITS, "kfac", *TRAINED)
-# Stages an option is for.
+# Methods an option is for.
 ONLY = {
     "target": FITS,
     "damping": ("lsq", "kfac"),
@@ -21,7 +21,7 @@ ONLY = {
     "learning_rate": TRAINED,
     "batch_tokens": TRAINED,
 }
-# What differs from stage to stage can be given for one.
+# What differs from method to method can be given for one.
 SINGLE = ("steps", "learning_rate")
 TARGETS = ("local", "dense")
 DEFAULTS = {"target": "local", "damping": 0.5, "tokens": 131072, "batch_tokens": 8192}
@@ -46,7 +46,7 @@ class CompensationOptions:
     """Options of one compensation; one that changes nothing in its method is refused.
 
     Attributes:
-        method: a stage or several joined by ``+``, which follow each other: ``bias``, ``affine``, ``rescale`` and
+        method: a method or several joined by ``+``, which follow each other: ``bias``, ``affine``, ``rescale`` and
             ``lsq``, see :mod:`gisp.compensation.fits`; ``kfac``, see :mod:`gisp.compensation.kfac`; ``gates`` and
             ``distil``, see :mod:`gisp.compensation.train`. A ``kfac`` that comes first begins with ``lsq``.
         target: output a block is fitted to: ``local`` (the default), that of the unpruned block on the same input;
@@ -84,33 +84,33 @@ class CompensationOptions:
                 object.__setattr__(self, name, value)
 
     @property
-    def stages(self) -> tuple[str, ...]:
+    def methods(self) -> tuple[str, ...]:
         """What is done in turn."""
         names = tuple(self.method.split("+"))
         return ("lsq", *names) if names[0] == "kfac" else names
 
-    def biases(self, stage: str) -> bool:
-        """Whether a stage fits output biases."""
-        if stage not in ONLY["intercept"]:
+    def biases(self, method: str) -> bool:
+        """Whether a method fits output biases."""
+        if method not in ONLY["intercept"]:
             return False
-        return stage != "lsq" if self.intercept is None else self.intercept
+        return method != "lsq" if self.intercept is None else self.intercept
 
-    def steps_of(self, stage: str) -> int:
-        """Steps of a stage that has some."""
-        return STEPS[stage] if self.steps is None else self.steps
+    def steps_of(self, method: str) -> int:
+        """Steps of a method that has some."""
+        return STEPS[method] if self.steps is None else self.steps
 
-    def rate_of(self, stage: str) -> float:
-        """Highest learning rate of a stage that trains."""
-        return RATES[stage] if self.learning_rate is None else self.learning_rate
+    def rate_of(self, method: str) -> float:
+        """Highest learning rate of a method that trains."""
+        return RATES[method] if self.learning_rate is None else self.learning_rate
 
     def check_streamed(self) -> None:
         """Refuse what layers in host memory do not go with: training, and biases, which they have no place for.
 
         Raises:
-            GispError: a stage that trains or fits biases.
+            GispError: a method that trains or fits biases.
         """
-        for stage in self.stages:
-            what = "trains" if stage in TRAINED else "adds biases to" if self.biases(stage) else None
+        for method in self.methods:
+            what = "trains" if method in TRAINED else "adds biases to" if self.biases(method) else None
             if what:
                 raise GispError(
                     f"--compensate {self.method} {what} layers that --offload leaves in host memory: choose lsq, "
@@ -118,7 +118,7 @@ class CompensationOptions:
                 )
 
     def _users(self, option: str) -> list[str]:
-        return sorted({stage for stage in self.stages if stage in ONLY[option]})
+        return sorted({method for method in self.methods if method in ONLY[option]})
 
     def _check_values(self) -> None:
         if self.target not in (None, *TARGETS):
@@ -140,7 +140,7 @@ class CompensationOptions:
     def _check_use(self) -> None:
         for name, methods in ONLY.items():
             value = getattr(self, name)
-            if value is None or (name == "intercept" and not value and "bias" not in self.stages):
+            if value is None or (name == "intercept" and not value and "bias" not in self.methods):
                 continue
             users = self._users(name)
             if name == "intercept" and not value:

@@ -32,9 +32,9 @@ class CompensationRequest:
         """
         has_biases = all(linear.bias is not None for linear, _ in model_map.outputs.values())
         options = self.options
-        if format in ADDS_BIASES or has_biases or not any(map(options.biases, options.stages)):
+        if format in ADDS_BIASES or has_biases or not any(map(options.biases, options.methods)):
             return options
-        if "bias" in options.stages:
+        if "bias" in options.methods:
             raise GispError(
                 f"--compensate {options.method} needs output biases, which format {format} of this model has not: "
                 "give --compensate lsq, or --format hf"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from gisp.compensation.acceptance import BlockFit, HeldOut, Stage, difference, search
+from gisp.compensation.acceptance import BlockFit, HeldOut, MethodResult, difference, search
 from gisp.compensation.fits import Solution, make_fit
 from gisp.compensation.pruned.projections import NO_MOVE, Move, Projection
 from gisp.compensation.pruned.student import Student
@@ -24,7 +24,7 @@ OnBlock = Callable[[BlockFit], None]
 
 @dataclass(frozen=True)
 class Fit:
-    """How a stage fits: a method of :mod:`gisp.compensation.fits`, its target and its options."""
+    """How a method fits: one of :mod:`gisp.compensation.fits`, its target and its options."""
 
     method: str
     target: str
@@ -32,7 +32,7 @@ class Fit:
     damping: float
 
 
-def fit_stage(
+def run_fit(
     model_map: ModelMap,
     student: Student,
     rows: Sequence[torch.Tensor],
@@ -40,7 +40,7 @@ def fit_stage(
     before: torch.Tensor,
     fit: Fit,
     on_block: OnBlock | None = None,
-) -> tuple[Stage, torch.Tensor]:
+) -> tuple[MethodResult, torch.Tensor]:
     """Fit every output projection of a student, and move it as far as that helps on held-out text.
 
     A block whose residual does not fall on held-out tokens keeps its weights. One size in (0, 1] on all accepted moves
@@ -56,7 +56,7 @@ def fit_stage(
         before: the student's divergences [U] on held-out text.
 
     Returns:
-        The stage, and the divergences that it leaves behind.
+        The result, and the divergences that it leaves behind.
 
     Raises:
         GispError: a model built otherwise, or activations that are not finite.
@@ -70,11 +70,11 @@ def fit_stage(
 
         size, after = search(tried, 1.0, before, most=1.0)
     tokens = sum(map(len, rows))
-    stage = Stage.ended(fit.method, tokens, held_out, before, after, size=size, blocks=tuple(blocks))
-    if not stage.kept:
-        return stage, before
+    result = MethodResult.ended(fit.method, tokens, held_out, before, after, size=size, blocks=tuple(blocks))
+    if not result.kept:
+        return result, before
     student.move(moves, size)
-    return stage, after
+    return result, after
 
 
 @torch.no_grad()

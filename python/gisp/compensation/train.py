@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, Stage
+from gisp.compensation.acceptance import HeldOut, MethodResult
 from gisp.compensation.options import RATES
 from gisp.compensation.pruned.projections import Projection, Traced, Value
 from gisp.compensation.pruned.student import Student
@@ -24,13 +24,13 @@ from gisp.progress import track
 from gisp.replicas.sharing import in_slices, sharers
 
 _WARM_UP = 10
-# So many times a stage the held-out divergence is measured.
+# So many times a method the held-out divergence is measured.
 _WATCHED = 10
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a stage trains.
+    """How a method trains.
 
     Attributes:
         name: ``gates`` or ``distil``.
@@ -47,9 +47,9 @@ class Plan:
     weight_rate: float = 0.0
 
 
-def train_stage(
+def run_training(
     student: Student, rows: Sequence[Row], held_out: HeldOut, start: torch.Tensor, plan: Plan
-) -> tuple[Stage, torch.Tensor]:
+) -> tuple[MethodResult, torch.Tensor]:
     """Train a student's gates, and with a rate its weights; it keeps the point with the lowest held-out divergence.
 
     Memory beside the student: a batch's activations for a backward pass and the best weights in the dtype of the model;
@@ -60,7 +60,7 @@ def train_stage(
         start: the student's divergences [U] on held-out text.
 
     Returns:
-        The stage, and the divergences that it leaves behind.
+        The result, and the divergences that it leaves behind.
     """
     trained = _Trained(student, weights=plan.weight_rate > 0)
     optimizer = torch.optim.Adam(
@@ -90,15 +90,15 @@ def train_stage(
         if float(found.sum()) < float(best.sum()):
             kept, best, count = values, found, number
             gates = [factors.detach().clone() for factors in trained.gates]
-    stage = Stage.ended(plan.name, seen, held_out, start, best, count=count)
-    if not stage.kept or kept is None:
-        return stage, start
+    result = MethodResult.ended(plan.name, seen, held_out, start, best, count=count)
+    if not result.kept or kept is None:
+        return result, start
     values = [value for p, value in zip(student.projections, kept, strict=True) if len(p.columns)]
     for projection, value, factors in zip(student.movable, values, gates, strict=True):
         projection.factors = None if trained.weights or projection.reweighted else factors
         projection.weight.copy_(value.weight)
         projection.reweighted = True
-    return stage, best
+    return result, best
 
 
 def rate(step: int, steps: int) -> float:

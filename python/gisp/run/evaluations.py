@@ -30,8 +30,8 @@ EVALUATIONS = "evaluations.json"
 THIS_RUN = "gisp"
 """Label of the points of the run itself; any other label is a method it is compared with."""
 
-# As a compensation's line begins each of its stages.
-_STAGE = re.compile(r"(?:^|; )([a-z]+) \(")
+# As a compensation's line begins each of its methods.
+_METHOD = re.compile(r"(?:^|; )([a-z]+) \(")
 _METRICS = ("perplexity", "acc", "acc_norm", "exact_match")
 _TEXTS = ("data", "compensation", "fingerprint")
 _COUNTS = ("step", "window", "stride", "tokens", "examples")
@@ -85,9 +85,9 @@ class Evaluation:
 
     @property
     def method(self) -> str:
-        """The compensation's stages, joined by ``+``; the first word of a text that tells none."""
-        stages, _, _ = self.compensation.partition("; divergence")
-        found = _STAGE.findall(stages) or self.compensation.split(maxsplit=1)[:1]
+        """The compensation's methods, joined by ``+``; the first word of a text that tells none."""
+        methods, _, _ = self.compensation.partition("; divergence")
+        found = _METHOD.findall(methods) or self.compensation.split(maxsplit=1)[:1]
         return "+".join(found).rstrip(",:")
 
     @property

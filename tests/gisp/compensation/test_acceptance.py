@@ -73,14 +73,14 @@ def test_every_stage_ends_below_what_it_began_with_or_is_dropped(
         if update.bias is not None:
             linear.bias = torch.nn.Parameter(update.bias.double())
     first, last = (float(divergence(dense, m, held_out).detach()) / 43 for m in (bare, after))
-    assert found.stages[0].before == pytest.approx(first, rel=1e-4)
-    assert found.stages[-1].after == pytest.approx(last, rel=1e-4)
-    for stage, following in zip(found.stages, found.stages[1:], strict=False):
-        assert following.before == pytest.approx(stage.after, rel=1e-6)
-    for stage in found.stages:
-        assert stage.kept == (stage.before - stage.reached > stage.error)
-        assert (f"{stage.name} (" in found.describe()) and ("dropped" in found.describe() or stage.kept)
-    assert bool(found.updates) == any(stage.kept for stage in found.stages)
+    assert found.results[0].before == pytest.approx(first, rel=1e-4)
+    assert found.results[-1].after == pytest.approx(last, rel=1e-4)
+    for result, following in zip(found.results, found.results[1:], strict=False):
+        assert following.before == pytest.approx(result.after, rel=1e-6)
+    for result in found.results:
+        assert result.kept == (result.before - result.reached > result.error)
+        assert (f"{result.name} (" in found.describe()) and ("dropped" in found.describe() or result.kept)
+    assert bool(found.updates) == any(result.kept for result in found.results)
     assert bool(found.updates) != ("nothing is kept" in found.describe())
 
 
@@ -93,25 +93,25 @@ def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Student, "_measured", measured)
     found = fitted(tiny_model("llama-gqa"), rows(), method="gates+kfac+bias", batch_tokens=64)
-    assert len(found.stages) > 2 and own[0] and sum(own) == 1
+    assert len(found.results) > 2 and own[0] and sum(own) == 1
 
 
 def test_blocks_that_do_worse_on_held_out_text_keep_their_weights() -> None:
     model = tiny_model("llama-gqa", intermediate_size=24)
     # Fewer tokens than columns: undamped least squares fits them all and fails elsewhere.
     found = fitted(model, rows(), tokens=12, damping=1e-6)
-    (stage,) = found.stages
-    assert all(block.after < 0.5 * block.before for block in stage.blocks)
-    refused = {block.name for block in stage.blocks if not block.accepted}
+    (result,) = found.results
+    assert all(block.after < 0.5 * block.before for block in result.blocks)
+    refused = {block.name for block in result.blocks if not block.accepted}
     assert refused and not refused & {update.name for update in found.updates}
 
 
 def test_the_size_of_fits_is_searched_below_one() -> None:
     model = tiny_model("llama-gqa")
-    sizes = [fitted(model, rows(), tokens=tokens).stages[0] for tokens in (30, 100)]
-    assert all(0 < stage.size <= 1 for stage in sizes if stage.kept)
-    stage, (update, *_) = sizes[1], fitted(model, rows(), tokens=100).updates
-    assert stage.kept
+    sizes = [fitted(model, rows(), tokens=tokens).results[0] for tokens in (30, 100)]
+    assert all(0 < result.size <= 1 for result in sizes if result.kept)
+    result, (update, *_) = sizes[1], fitted(model, rows(), tokens=100).updates
+    assert result.kept
     old = projection(model, update.name)[0].weight.detach()[:, update.columns]
     assert not torch.equal(weight_of(update), old)
 
@@ -125,7 +125,7 @@ def test_a_fit_that_raises_the_divergence_is_dropped_whole(monkeypatch: pytest.M
     monkeypatch.setattr(Student, "divergences", measured)
     model = tiny_model("llama-gqa")
     found = fitted(model, rows(), tokens=100)
-    assert found.updates == () and found.stages[0].size == 0 and not found.stages[0].kept
+    assert found.updates == () and found.results[0].size == 0 and not found.results[0].kept
     assert found.describe().endswith("; nothing is kept, the weights stay as they were")
     assert torch.equal(
         masked(model, found)(tiny_tokens(1, 8)).logits, deepcopy(model).double()(tiny_tokens(1, 8)).logits
@@ -160,8 +160,8 @@ def test_options_that_change_nothing_are_refused(options: dict[str, Any], messag
 
 
 def test_stages_of_a_name() -> None:
-    assert CompensationOptions("kfac").stages == ("lsq", "kfac") == CompensationOptions("lsq+kfac").stages
-    assert CompensationOptions("gates+kfac").stages == ("gates", "kfac")
+    assert CompensationOptions("kfac").methods == ("lsq", "kfac") == CompensationOptions("lsq+kfac").methods
+    assert CompensationOptions("gates+kfac").methods == ("gates", "kfac")
     assert CompensationOptions("gates").target is None and CompensationOptions("kfac").target == "local"
 
 
@@ -227,7 +227,7 @@ def test_nearer_to_a_worse_model_is_not_better(method: str, monkeypatch: pytest.
     monkeypatch.setattr(HeldOut, "counts", lambda *_: True)
     model, _ = worsened_by_its_channels()
     found = gisp.compensate(model, calibration, method=method, **options)
-    assert found.stages[-1].after < found.stages[0].before
+    assert found.results[-1].after < found.results[0].before
     assert perplexity(model, text, 128).perplexity > 1.02 * before
 
 

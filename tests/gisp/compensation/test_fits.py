@@ -15,7 +15,7 @@ from gisp.compensation import (
     BlockFit,
     Compensation,
     CompensationOptions,
-    Stage,
+    MethodResult,
     compensate,
     fit_compensation,
     fold_into_dense,
@@ -105,7 +105,7 @@ def test_empty_blocks(family: str) -> None:
     empty = [u for u in found.updates if len(u.columns) == 0]
     assert [u.name for u in empty] == ["layers.1.heads", "layers.2.channels"]
     assert all(weight_of(u).shape[1] == 0 and u.bias is not None for u in empty)
-    fits = {fit.name: fit for fit in found.stages[0].blocks}
+    fits = {fit.name: fit for fit in found.results[0].blocks}
     assert all(fits[u.name].after < fits[u.name].before for u in empty)
     assert torch.isfinite(logits(model)).all()
     shrinkable.rollback(0)
@@ -113,7 +113,7 @@ def test_empty_blocks(family: str) -> None:
     # Without an intercept there is nothing an empty block could change.
     for options in ({"method": "lsq", "damping": 0.1}, {"method": "rescale"}):
         found = compensate(model, TOKENS, target="local", **options)
-        fits = {fit.name: fit for fit in found.stages[0].blocks}
+        fits = {fit.name: fit for fit in found.results[0].blocks}
         assert all(fits[u.name].before == pytest.approx(fits[u.name].after) for u in empty)
 
 
@@ -123,7 +123,7 @@ def test_least_squares_is_the_best_fit() -> None:
         # One block only: later ones see other inputs.
         pruned(model, {"layers.1.channels": REMOVED["layers.1.channels"]})
         found = compensate(model, TOKENS, method=method, target="local", **options)
-        return {"before": found.stages[0].blocks[0].before, "after": found.stages[0].blocks[0].after}
+        return {"before": found.results[0].blocks[0].before, "after": found.results[0].blocks[0].after}
 
     bias, affine = left("bias"), left("affine")
     lsq = left("lsq", damping=0, intercept=True)
@@ -175,7 +175,7 @@ def test_the_reported_errors_are_those_of_the_activations(options: dict[str, Any
     wanted = after - before
     pruned(model, removed)
     found = compensate(model, TOKENS, target="local", **options)
-    (update,), (fit,) = found.updates, found.stages[0].blocks
+    (update,), (fit,) = found.updates, found.results[0].blocks
     linear, _ = projection(masked.dense, name)
     plain = wanted - x[:, update.columns] @ linear.weight[:, update.columns].detach().T
     rest = wanted - x[:, update.columns] @ weight_of(update).double().T
@@ -316,8 +316,8 @@ def test_damping_rises_until_the_matrix_can_be_factored() -> None:
     with pytest.raises(ArithmeticError, match="no Cholesky"):
         ridge(torch.diag(torch.tensor([3.0, -1.0], dtype=torch.float64)), torch.ones(1, 2, dtype=torch.float64), 0.0)
     fit = BlockFit("layers.0.heads", 1.0, 0.5, damping, True)
-    stage = Stage("lsq", 9, 1.0, 0.5, 0.1, True, 1.0, (fit,))
-    note = Compensation(CompensationOptions(damping=0.0), (), (stage,), 4, 9).describe()
+    result = MethodResult("lsq", 9, 1.0, 0.5, 0.1, True, 1.0, (fit,))
+    note = Compensation(CompensationOptions(damping=0.0), (), (result,), 4, 9).describe()
     assert note.startswith(f"lsq (target local, damping 0 (raised up to {damping:g} in 1 blocks")
     silent = LeastSquaresFit(torch.ones(2, 3), damping=0.1)
     silent.add(torch.zeros(5, 3), torch.ones(5, 2))

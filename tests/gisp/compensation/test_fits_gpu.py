@@ -36,16 +36,16 @@ def test_weights_are_those_of_the_cpu(options: dict[str, Any]) -> None:
     for a, b in zip(here.updates, there.updates, strict=True):
         assert weight_of(b).is_cuda and torch.equal(a.columns, b.columns.cpu())
         assert float((weight_of(a) - weight_of(b).cpu()).abs().max()) < 2e-3 * float(weight_of(a).abs().max())
-    for stage, same in zip(here.stages, there.stages, strict=True):
-        assert (stage.kept, stage.tokens, stage.count) == (same.kept, same.tokens, same.count)
-        assert (stage.before, stage.reached) == pytest.approx((same.before, same.reached), rel=1e-3)
+    for result, same in zip(here.results, there.results, strict=True):
+        assert (result.kept, result.tokens, result.count) == (same.kept, same.tokens, same.count)
+        assert (result.before, result.reached) == pytest.approx((same.before, same.reached), rel=1e-3)
 
 
 @pytest.mark.parametrize("options", [{"method": "kfac", "steps": 2, "tokens": 256}, *TRAINED])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_repeat_bit_for_bit(dtype: torch.dtype, options: dict[str, Any]) -> None:
     one, other = (fitted(tiny_model("llama-gqa").to("cuda", dtype), **options) for _ in range(2))
-    assert one.stages == other.stages
+    assert one.results == other.results
     assert all(weight_of(update).dtype == dtype for update in one.updates)
     assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(one.updates, other.updates, strict=True))
 

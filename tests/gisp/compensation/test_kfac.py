@@ -32,7 +32,7 @@ def fitted(model: Any, data: Sequences, removed: dict[str, torch.Tensor] | None 
 
 
 def steps_of(found: Compensation) -> tuple[Step, ...]:
-    return found.stages[-1].steps
+    return found.results[-1].steps
 
 
 @pytest.mark.usefixtures("accept_all")
@@ -88,19 +88,19 @@ def test_a_step_is_its_formula(family: str, number: int, refused: str | None, mo
 def test_steps_follow_each_other_through_the_data() -> None:
     model, data = tiny_model("llama-gqa"), rows()
     found = fitted(model, data, method="kfac", steps=3, tokens=40)
-    fit, stage = found.stages
+    fit, result = found.results
     # Rows 5, 6, 8 and 9, then 11, 0 and 2, then 3, 5 and 6.
-    assert [step.tokens for step in stage.steps] == [50, 44, 43] and stage.tokens == 137
-    assert stage.steps[0].before == stage.before == fit.after and stage.steps[-1].after == stage.after
-    assert all(b.before == a.after for a, b in zip(stage.steps, stage.steps[1:], strict=False))
-    assert all(step.after <= step.before for step in stage.steps)
+    assert [step.tokens for step in result.steps] == [50, 44, 43] and result.tokens == 137
+    assert result.steps[0].before == result.before == fit.after and result.steps[-1].after == result.after
+    assert all(b.before == a.after for a, b in zip(result.steps, result.steps[1:], strict=False))
+    assert all(step.after <= step.before for step in result.steps)
     again = fitted(model, data, method="kfac", steps=3, tokens=40)
     assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(found.updates, again.updates, strict=True))
-    taken = sum(step.size > 0 for step in stage.steps)
+    taken = sum(step.size > 0 for step in result.steps)
     assert found.describe() == (
         "lsq (target local, damping 0.5, size 1 in 4 of 4 blocks, 40 calibration tokens); "
         f"kfac (damping 0.5, {taken} of 3 steps taken, 137 calibration tokens); divergence from the dense model "
-        f"{fit.before:.4g} to {stage.after:.4g} nats a token on 43 held-out tokens of 4 texts"
+        f"{fit.before:.4g} to {result.after:.4g} nats a token on 43 held-out tokens of 4 texts"
     )
 
 
@@ -120,7 +120,7 @@ def test_empty_blocks_and_a_model_pruned_in_place(family: str) -> None:
     with torch.no_grad():
         plain = model(tiny_tokens(4, 16, seed=9)).logits
     found = compensate(model, data, method="kfac", steps=2, tokens=64)
-    assert found.stages == wanted.stages
+    assert found.results == wanted.results
     with torch.no_grad():
         logits = model(tiny_tokens(4, 16, seed=9)).logits
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_a_direction_that_is_not_finite_moves_nothing(monkeypatch: pytest.Monkey
     monkeypatch.setattr(kfac._Moments, "direction", lambda self, *_: (torch.full_like(self.cross, math.inf), 0.5))
     found = fitted(model, rows(), method="kfac", steps=2, tokens=64)
     start = fitted(model, rows(), method="lsq", tokens=64)
-    assert [step.size for step in steps_of(found)] == [0, 0] and not found.stages[-1].kept
+    assert [step.size for step in steps_of(found)] == [0, 0] and not found.results[-1].kept
     assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(found.updates, start.updates, strict=True))
     assert "dropped as nothing brought the model nearer" in found.describe()
 
@@ -263,7 +263,7 @@ def test_the_target_is_that_of_the_least_squares_it_starts_from(target: str) -> 
     options: dict[str, Any] = {"tokens": 64, "target": target}
     start = fitted(tiny_model("llama-gqa"), rows(), method="lsq", **options)
     found = fitted(tiny_model("llama-gqa"), rows(), method="kfac", steps=1, **options)
-    assert found.stages[0] == start.stages[0] and f"lsq (target {target}, " in found.describe()
+    assert found.results[0] == start.results[0] and f"lsq (target {target}, " in found.describe()
 
 
 def test_any_mode_of_the_caller() -> None:
@@ -272,7 +272,7 @@ def test_any_mode_of_the_caller() -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             found = fitted(model, rows(), method="kfac", steps=1, tokens=64)
-        assert found.stages == wanted.stages
+        assert found.results == wanted.results
         assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(found.updates, wanted.updates, strict=True))
 
 

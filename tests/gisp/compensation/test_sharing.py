@@ -77,7 +77,7 @@ def told(found: Compensation) -> list[str]:
         for tensor in (update.weight, update.bias, update.factors):
             digest.update(b"-" if tensor is None else tensor.detach().contiguous().numpy().tobytes())
     assert found.updates
-    return [digest.hexdigest(), repr(found.stages), found.describe()]
+    return [digest.hexdigest(), repr(found.results), found.describe()]
 
 
 def fit_all(folder: str) -> None:

@@ -43,7 +43,7 @@ def fitted(model: Any, removed: dict[str, torch.Tensor], method: str, **options:
 
 
 def assert_same(found: Compensation, wanted: Compensation) -> None:
-    assert found.stages == wanted.stages and len(found.updates) == len(wanted.updates) > 0
+    assert found.results == wanted.results and len(found.updates) == len(wanted.updates) > 0
     for a, b in zip(found.updates, wanted.updates, strict=True):
         assert torch.equal(a.columns, b.columns) and torch.equal(weight_of(a), weight_of(b))
 

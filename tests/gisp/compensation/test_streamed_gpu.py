@@ -44,7 +44,7 @@ def test_the_bits_are_those_of_the_resident_model(
     apart = tiny_model(family).to(dtype)
     stream = stream_layers(apart, torch.device("cuda"))
     found = fitted(apart, method)
-    assert stream.traffic.bytes > 0 and found.stages == wanted.stages and found.updates
+    assert stream.traffic.bytes > 0 and found.results == wanted.results and found.updates
     for a, b in zip(found.updates, wanted.updates, strict=True):
         assert not weight_of(a).is_cuda and torch.equal(weight_of(a), weight_of(b).cpu())
     assert all(p.device.type == "cpu" for layer in apart.model.layers for p in layer.parameters())
@@ -57,7 +57,7 @@ def test_both_engines_take_the_same_steps(dtype: torch.dtype, monkeypatch: pytes
     monkeypatch.setattr(student, "why_not", lambda *_: "a test says so")
     found = fitted(tiny_model("llama-gqa").to("cuda", dtype), "kfac")
     near = 2e-3 if dtype == torch.float32 else 0.05
-    for stage, same in zip(found.stages, wanted.stages, strict=True):
-        assert stage.kept == same.kept and stage.after == pytest.approx(same.after, rel=near)
+    for result, same in zip(found.results, wanted.results, strict=True):
+        assert result.kept == same.kept and result.after == pytest.approx(same.after, rel=near)
     for a, b in zip(found.updates, wanted.updates, strict=True):
         assert float((weight_of(a) - weight_of(b)).abs().max()) < near * float(weight_of(b).abs().max())

@@ -75,8 +75,8 @@ def test_training_lowers_the_divergence(family: str, method: str) -> None:
     model = tiny_model(family)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     found = fitted(model, MANY, method=method, steps=20, batch_tokens=128)
-    (stage,) = found.stages
-    assert stage.kept and stage.after < 0.98 * stage.before
+    (result,) = found.results
+    assert result.kept and result.after < 0.98 * result.before
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
     for update in found.updates:
@@ -92,11 +92,11 @@ def test_training_lowers_the_divergence(family: str, method: str) -> None:
 def test_the_divergence_told_is_that_of_the_weights() -> None:
     model = tiny_model("llama-gqa")
     found = fitted(model, rows(), method="gates", steps=10, batch_tokens=64)
-    assert found.stages[0].kept
+    assert found.results[0].kept
     held_out = [rows().rows[number][0] for number in (1, 4, 7, 10)]
     apart = float(divergence(deepcopy(model).double(), masked(model, found), held_out).detach()) / 43
-    assert found.stages[0].after == pytest.approx(apart, rel=1e-4)
-    assert found.describe().startswith(f"gates (learning rate 0.01, best after {found.stages[0].count} of 10 steps, ")
+    assert found.results[0].after == pytest.approx(apart, rel=1e-4)
+    assert found.describe().startswith(f"gates (learning rate 0.01, best after {found.results[0].count} of 10 steps, ")
 
 
 @pytest.mark.parametrize("method", ["gates", "distil"])
@@ -104,7 +104,7 @@ def test_batches_do_not_matter_and_runs_repeat(monkeypatch: pytest.MonkeyPatch, 
     options: dict[str, Any] = {"method": method, "steps": 4, "batch_tokens": 100}
     model = tiny_model("llama-gqa")
     whole, again = (fitted(model, MANY, EMPTY, **options) for _ in range(2))
-    assert whole.stages == again.stages
+    assert whole.results == again.results
     assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(whole.updates, again.updates, strict=True))
     monkeypatch.setattr(student, "_TOKENS_PER_BATCH", 16)
     monkeypatch.setattr(student, "_LOGITS", {"cpu": 5 * 96})
@@ -118,7 +118,7 @@ def test_a_rate_that_destroys_leaves_what_was_there(method: str) -> None:
     model = tiny_model("llama-gqa")
     found = fitted(model, rows(), method=f"lsq+{method}", steps=3, learning_rate=1e4, tokens=64)
     start = fitted(model, rows(), method="lsq", tokens=64)
-    assert not found.stages[1].kept and found.stages[0] == start.stages[0]
+    assert not found.results[1].kept and found.results[0] == start.results[0]
     assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(found.updates, start.updates, strict=True))
     assert f"{method} (learning rate 10000, " in found.describe() and "dropped as" in found.describe()
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gisp.compensation import Compensation, CompensationOptions
-from gisp.compensation.acceptance import Stage
+from gisp.compensation.acceptance import MethodResult
 from gisp.compensation.request import CompensationRequest
 from gisp.errors import GispError
 from gisp.report.evaluations import evaluation_rows
@@ -45,8 +45,8 @@ def test_every_figure_and_condition_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["lsq", "gates", "gates+kfac", "lsq+gates+bias"])
 @pytest.mark.parametrize("removed", [True, False])
 def test_a_compensation_is_named_by_all_its_stages(method: str, removed: bool, tmp_path: Path) -> None:
-    stages = [Stage(name, 1024, 0.5, 0.4, 0.1, name == "gates") for name in method.split("+")]
-    done = Compensation(CompensationOptions(method), (), tuple(stages) if removed else (), 8, 512)
+    results = [MethodResult(name, 1024, 0.5, 0.4, 0.1, name == "gates") for name in method.split("+")]
+    done = Compensation(CompensationOptions(method), (), tuple(results) if removed else (), 8, 512)
     line = CompensationRequest(done.options, "text (gates).jsonl").describe(done)
     add_evaluations(tmp_path, [entry(compensation=line)])
     (found,) = read_evaluations(tmp_path, MODEL)

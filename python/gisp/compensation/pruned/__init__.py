@@ -1,1 +1,1 @@
-"""The pruned model inside the dense one, which every stage measures and some differentiate."""
+"""The pruned model inside the dense one, which every method measures and some differentiate."""

@@ -126,7 +126,7 @@ class Projection:
         weight: of the kept columns, float32 [D, K], where the layer's weights lie; the model computes with it rounded
             to its dtype.
         bias: float32 [D], None for that of the dense model.
-        reweighted: whether a stage has changed the weight.
+        reweighted: whether a method has changed the weight.
         factors: float32 [K / block], where the weight is that of the dense model times one factor a structure.
     """
 
@@ -157,7 +157,7 @@ class Projection:
 
     @property
     def changed(self) -> bool:
-        """Whether a stage has changed it."""
+        """Whether a method has changed it."""
         return self.reweighted or self.bias is not None
 
     @property

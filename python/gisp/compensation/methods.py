@@ -1,4 +1,4 @@
-"""The stages of a compensation in turn, each held against the one before it on the same held-out text."""
+"""The methods of a compensation in turn, each held against the one before it on the same held-out text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from hashlib import sha256
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, Stage
+from gisp.compensation.acceptance import HeldOut, MethodResult
 from gisp.compensation.held_out import hold_out, interleaved
-from gisp.compensation.kfac import behind, kfac_stage
+from gisp.compensation.kfac import behind, run_kfac
 from gisp.compensation.options import FITS, CompensationOptions
 from gisp.compensation.pruned.student import Student
 from gisp.compensation.streams import first_tokens
-from gisp.compensation.sweep import Fit, OnBlock, fit_stage
-from gisp.compensation.train import Plan, train_stage
+from gisp.compensation.sweep import Fit, OnBlock, run_fit
+from gisp.compensation.train import Plan, run_training
 from gisp.data import Sequences
 from gisp.model.keep import Keep
 from gisp.model.modes import deterministic, exact_products, frozen
@@ -44,10 +44,10 @@ class BlockUpdate:
     factors: torch.Tensor | None = None
 
 
-def run_stages(
+def run_methods(
     model_map: ModelMap, keep: Keep, data: Sequences, options: CompensationOptions, on_block: OnBlock | None = None
-) -> tuple[list[BlockUpdate], list[Stage], HeldOut]:
-    """What the output projections become, what every stage did, and the text it was held against.
+) -> tuple[list[BlockUpdate], list[MethodResult], HeldOut]:
+    """What the output projections become, what every method did, and the text it was held against.
 
     Args:
         model_map: map of the dense model, which is left as it was.
@@ -59,27 +59,27 @@ def run_stages(
     """
     _agree(model_map, keep, data, options)
     seen, unseen = hold_out(interleaved(data))
-    done: list[Stage] = []
+    done: list[MethodResult] = []
     device = model_map.weight.device
-    # Stages take gradients, whatever mode the caller is in.
+    # Methods take gradients, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad(), deterministic(device), frozen(model_map.model), exact_products():
         student = Student(model_map, keep, max(len(ids) for ids, _ in data.rows))
         held_out, found = student.hold_out(unseen)
         begin = 0
-        for name in options.stages:
+        for name in options.methods:
             if not (student.movable or (student.projections and options.biases(name))):
                 continue
             if name in FITS:
                 tokens = int(options.tokens or 0)
                 fit = Fit(name, str(options.target), options.biases(name), float(options.damping or 0))
                 rows = first_tokens(seen.rows, tokens)
-                stage, found = fit_stage(model_map, student, rows, held_out, found, fit, on_block)
+                result, found = run_fit(model_map, student, rows, held_out, found, fit, on_block)
                 begin = behind(seen.rows, 0, tokens)
             elif name == "kfac":
-                stage, found = _kfac(student, seen, held_out, found, options, begin)
+                result, found = _kfac(student, seen, held_out, found, options, begin)
             else:
-                stage, found = _trained(student, seen, held_out, found, options, name)
-            done.append(stage)
+                result, found = _trained(student, seen, held_out, found, options, name)
+            done.append(result)
     updates = []
     for projection in student.projections:
         if projection.changed:
@@ -116,10 +116,10 @@ def _kfac(
     found: torch.Tensor,
     options: CompensationOptions,
     begin: int,
-) -> tuple[Stage, torch.Tensor]:
+) -> tuple[MethodResult, torch.Tensor]:
     tokens, damping = int(options.tokens or 0), float(options.damping or 0)
     steps = options.steps_of("kfac")
-    return kfac_stage(student, seen.rows, held_out, found, begin=begin, tokens=tokens, steps=steps, damping=damping)
+    return run_kfac(student, seen.rows, held_out, found, begin=begin, tokens=tokens, steps=steps, damping=damping)
 
 
 def _trained(
@@ -129,8 +129,8 @@ def _trained(
     found: torch.Tensor,
     options: CompensationOptions,
     name: str,
-) -> tuple[Stage, torch.Tensor]:
+) -> tuple[MethodResult, torch.Tensor]:
     steps, rate = options.steps_of(name), options.rate_of(name)
     rates = {"gate_rate": rate} if name == "gates" else {"weight_rate": rate}
     plan = Plan(name, steps, int(options.batch_tokens or 0), **rates)
-    return train_stage(student, seen.rows, held_out, found, plan)
+    return run_training(student, seen.rows, held_out, found, plan)
