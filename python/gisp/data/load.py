@@ -22,7 +22,7 @@ from gisp.data.token_files import from_token_file, from_tokens
 from gisp.data.tokenise import tokenise
 from gisp.errors import GispError
 from gisp.files import check_names
-from gisp.progress import stage
+from gisp.progress import task
 
 DEFAULT_SEQ_LEN = 256
 
@@ -103,7 +103,7 @@ def _from_rows(
     entry = cache_entry(rows, kind, tokenizer, seq_len, objective)
     sequences = read_entry(entry)
     if sequences is None:
-        with stage(f"tokenising {Path(spec).name}"):
+        with task(f"tokenising {Path(spec).name}"):
             sequences = tokenise(rows, kind, PairEncoder(tokenizer), seq_len, objective, spec)
         write_entry(entry, sequences)
     check_vocabulary(max(int(ids.max()) for ids, _ in sequences.rows), vocab_size, spec)

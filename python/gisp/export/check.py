@@ -29,7 +29,7 @@ from gisp.model.keep import Keep, block_columns
 from gisp.model.modes import evaluation_mode, exact_products
 from gisp.model.structures import ModelMap
 from gisp.offload.place import placed_like
-from gisp.progress import stage
+from gisp.progress import task
 from gisp.stages.parted import only
 
 ROUNDING = 2
@@ -82,7 +82,7 @@ def checked_report(base: Any, model_map: ModelMap, keep: Keep, folder: Path, out
     Raises:
         GispError: the folder does not load, or the logits do not agree.
     """
-    with stage("computing the logits to compare with"):
+    with task("computing the logits to compare with"):
         reference = Reference(base, model_map, keep)
     dtype = weight_dtype(base)
     reloaded = placed_like(load(folder, dtype=dtype), base)

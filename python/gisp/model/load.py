@@ -18,7 +18,7 @@ from gisp.model.gguf import dense_options, made_dense, pretrained
 from gisp.model.paths import HUB_NAME, check_model_path
 from gisp.model.stored import check_stored, left_out
 from gisp.model.structures import first_bad_parameter
-from gisp.progress import stage
+from gisp.progress import task
 
 
 def resolve_device(device: str) -> torch.device:
@@ -60,7 +60,7 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     try:
         source, options = pretrained(path)
         # A hub that does not answer ends in one line; nothing is said before it.
-        with contextlib.nullcontext() if limits else stage(f"loading {Path(path).name}"):
+        with contextlib.nullcontext() if limits else task(f"loading {Path(path).name}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,

@@ -103,7 +103,7 @@ def hears_notes() -> bool:
 
 @contextmanager
 def task(what: str, total: int | None = None, begun: int = 0) -> Iterator[Task]:
-    """Something under way of ``total`` units, to be told how far it is."""
+    """Something under way of ``total`` units, ``None`` where it has none, to be told how far it is."""
     running = Task(what, total, begun)
     _under_way.append(running)
     try:
@@ -122,13 +122,6 @@ def phase(name: str) -> None:
 def doing() -> str:
     """What this process is at, empty where nothing was told; for any thread."""
     return "; ".join(running.words() for running in [*_under_way])
-
-
-@contextmanager
-def stage(what: str) -> Iterator[None]:
-    """Something under way that has no parts."""
-    with task(what):
-        yield
 
 
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:

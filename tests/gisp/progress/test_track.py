@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gisp.progress import Progress, doing, phase, reporting, stage, task, track
+from gisp.progress import Progress, doing, phase, reporting, task, track
 from gisp.progress.display import FIRST_SECONDS, SECONDS, UNDONE_SECONDS, Bar, Lines, clock, fitting
 
 
@@ -16,7 +16,7 @@ def test_a_callable_hears_every_unit_and_the_end() -> None:
     heard: list[Progress] = []
     with reporting(heard.append):
         assert list(track("abc", "spelling")) == ["a", "b", "c"]
-        with stage("thinking"):
+        with task("thinking"):
             pass
     assert [(p.what, p.done, p.total, p.ended) for p in heard] == [
         *(("spelling", done, 3, False) for done in range(4)),
@@ -34,7 +34,7 @@ def test_what_is_under_way_is_known_to_all_threads() -> None:
         running.advance()
         phase("select")
         assert doing() == "pruning, 1 of 4 done, select"
-        with stage("loading a model"):
+        with task("loading a model"):
             assert doing() == "pruning, 1 of 4 done, select; loading a model"
         with pytest.raises(ValueError, match="bad"), task("evaluating", 2):
             raise ValueError("bad")
