@@ -14,8 +14,8 @@ from gisp.lazy import lazy
 
 if TYPE_CHECKING:
     from gisp.compensation import compensate
+    from gisp.export.in_memory import export_model
     from gisp.export.load import load
-    from gisp.export.memory import export_model
     from gisp.export.run import export_run
     from gisp.model.fuse import fuse
     from gisp.run.prune import prune
@@ -39,7 +39,7 @@ __getattr__ = lazy(
     {
         "Trajectory": "gisp.run.trajectory",
         "compensate": "gisp.compensation",
-        "export_model": "gisp.export.memory",
+        "export_model": "gisp.export.in_memory",
         "export_run": "gisp.export.run",
         "fuse": "gisp.model.fuse",
         "load": "gisp.export.load",
