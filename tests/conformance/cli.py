@@ -73,9 +73,9 @@ def _environment() -> dict[str, str]:
 
 
 def spawn_cli(*argv: object) -> Outcome:
-    """Run ``python -m gisp.cli`` in a new interpreter, as a user's shell would."""
+    """Run ``python -m gisp`` in a new interpreter, as a user's shell would."""
     done = subprocess.run(
-        [sys.executable, "-m", "gisp.cli", *(str(a) for a in argv)],
+        [sys.executable, "-m", "gisp", *(str(a) for a in argv)],
         capture_output=True, text=True, timeout=120, env=_environment(), check=False,
     )  # fmt: skip
     return Outcome(done.returncode, done.stdout, done.stderr)

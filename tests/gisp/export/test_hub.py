@@ -56,7 +56,7 @@ def test_the_command_pushes_all_files_to_a_private_repository(run: Path, tmp_pat
         settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         settings |= {"HF_HUB_DISABLE_XET": "1"}
         env = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, "-m", "gisp.cli", *command], capture_output=True, text=True, env=env)
+        done = subprocess.run([sys.executable, "-m", "gisp", *command], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert f"  pushed to {hub.url}/{REPO}\n" in done.stdout
     assert hub.repos[REPO]["private"] is True

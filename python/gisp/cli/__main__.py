@@ -1,5 +1,0 @@
-import sys
-
-from gisp.cli import main
-
-sys.exit(main())
