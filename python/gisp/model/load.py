@@ -16,8 +16,8 @@ from gisp.hub import hub_options, unreachable
 from gisp.model.checks import other_attention
 from gisp.model.gguf import dense_options, made_dense, pretrained
 from gisp.model.paths import HUB_NAME, check_model_path
-from gisp.model.stored import check_stored, left_out
 from gisp.model.structures import first_bad_parameter
+from gisp.model.weight_files import check_unquantised, left_out
 from gisp.progress import task
 
 
@@ -53,7 +53,7 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     Raises:
         GispError: missing, foreign, incomplete or broken model.
     """
-    kind = _check_stored(path)
+    kind = _check_dense(path)
     from transformers import AutoModelForCausalLM
 
     limits = hub_options(path)
@@ -87,7 +87,7 @@ def load_dense(path: str, device: torch.device, dtype: torch.dtype | str) -> Any
     folder = None if Path(path).exists() else snapshot(path)
     if folder is not None:
         # Of a hub name the files are known now.
-        check_stored(folder, path, stored_config(str(folder)))
+        check_unquantised(folder, path, stored_config(str(folder)))
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         keys = sorted(map(str, info.get(problem) or ()))
         if problem == "unexpected_keys":
@@ -110,7 +110,7 @@ def skeleton(path: str, dtype: torch.dtype | str) -> Any:
     Raises:
         GispError: no model there, or one whose configuration cannot be read.
     """
-    _check_stored(path)
+    _check_dense(path)
     limits = hub_options(path)
     try:
         source, options = pretrained(path)
@@ -138,7 +138,7 @@ def on_meta(source: Any, dtype: torch.dtype | str, attention: str | None = None,
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **chosen)
 
 
-def _check_stored(path: str) -> str:
+def _check_dense(path: str) -> str:
     """Refuse what is no dense model, by its files; the model type that they name."""
     check_model_path(path)
     quiet()
@@ -148,7 +148,7 @@ def _check_stored(path: str) -> str:
     kind = str(stored.get("model_type"))
     if kind.startswith("gisp_") and kind not in CONFIG_MAPPING:
         raise GispError(f"model {path} is already pruned ({kind}): give its dense base model")
-    check_stored(Path(path), path, stored)
+    check_unquantised(Path(path), path, stored)
     return kind
 
 

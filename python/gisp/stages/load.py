@@ -16,7 +16,7 @@ from gisp.errors import GispError
 from gisp.mapped import give_back
 from gisp.model.load import on_meta, quiet, snapshot, stored_config
 from gisp.model.paths import check_model_path
-from gisp.model.stored import check_stored, left_out
+from gisp.model.weight_files import check_unquantised, left_out
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Of every file with weights, to tell it from another one of the same shapes.
@@ -35,7 +35,7 @@ def skeleton(path: str, dtype: torch.dtype | None) -> Any:
     check_model_path(path)
     quiet()
     folder = folder_of(path)
-    check_stored(folder, path, stored_config(str(folder)))
+    check_unquantised(folder, path, stored_config(str(folder)))
     try:
         model = on_meta(folder, dtype or "auto", attention="sdpa")
     except Exception as error:  # transformers raises many types for folders it cannot read

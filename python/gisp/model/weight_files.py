@@ -30,7 +30,7 @@ _QUANTISER = re.compile(
 _BUFFERS = re.compile(r"(inv_freq|masked_bias|position_ids|(attn|attention|self_attn)\.bias)$")
 
 
-def check_stored(folder: Path, shown: str, config: dict[str, Any]) -> None:
+def check_unquantised(folder: Path, shown: str, config: dict[str, Any]) -> None:
     """Refuse a folder of quantised weights.
 
     Args:
