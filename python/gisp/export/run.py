@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,41 +94,50 @@ def export_run(
             model, unreadable data, a compensation the format cannot hold, logits that do not agree, a model that does
             not fit, or a hub that does not take the export, which then stays at ``out``.
     """
-    sizes, base = sizes or SizeOptions(), BasePlace(device, offload, gpu_memory)
+    sizes = sizes or SizeOptions()
     check_options(format, sizes, dtype)
     if format == "gguf":
         require_gguf()  # before a large model is loaded
     if push_to_hub is not None:
         check_push(push_to_hub, private)
     with export_place(Path(out)) as place:
-        found = _export(run, sparsity, place, format, base, sizes, data, window, dtype, compensation, together)
+        base = BasePlace(device, offload, gpu_memory)
+        wanted = _Wanted(Path(run), sparsity, format, base, sizes, data, window, compensation, together)
+        found = _export(wanted, place, dtype)
         return found if push_to_hub is None else replace(found, url=push_folder(place, push_to_hub, private))
 
 
-def _export(
-    run: str | Path,
-    sparsity: float | None,
-    out: Path,
-    format: str,
-    place: BasePlace,
-    sizes: SizeOptions,
-    data: str | None,
-    window: int | None,
-    dtype: str | None,
-    compensation: CompensationRequest | None,
-    together: Together,
-) -> RunExport:
+@dataclass(frozen=True)
+class _Wanted:
+    """What is exported of a run and by which processes, as :func:`export_run` and :func:`take_part` were told."""
+
+    run: Path
+    sparsity: float | None
+    format: str
+    place: BasePlace
+    sizes: SizeOptions
+    data: str | None
+    window: int | None
+    compensation: CompensationRequest | None
+    together: Together
+
+    def rounded(self, base: Any, spec: PrunedSpec) -> PrunedSpec:
+        """What is exported of a point."""
+        if self.format == "uniform":
+            return uniform_spec(base, spec, self.sizes)
+        return spec if self.sizes.round_mlp is None else round_mlp(map_model(base), spec, self.sizes.round_mlp)
+
+
+def _export(wanted: _Wanted, out: Path, dtype: str | None) -> RunExport:
     """:func:`export_run` with its options checked and ``out`` reserved."""
-    trajectory = Trajectory.load(run)
-    point, quality, fitted, plans = _measured(
-        trajectory, Path(run), sparsity, format, place, sizes, data, window, compensation, together
-    )
-    base, source = _base_of(trajectory, place, plans)
-    spec = _rounded(base, point, format, sizes)
-    if compensation is not None and fitted is not None:
+    trajectory, format, sizes = Trajectory.load(wanted.run), wanted.format, wanted.sizes
+    point, quality, fitted, plans = _measured(trajectory, wanted)
+    base, source = _base_of(trajectory, wanted.place, plans)
+    spec = wanted.rounded(base, point)
+    if wanted.compensation is not None and fitted is not None:
         # Exporters see a base model with other output projections, and compare with it masked.
         fold_into_dense(map_model(base), fitted)
-        spec = replace(spec, compensation=compensation.describe(fitted))
+        spec = replace(spec, compensation=wanted.compensation.describe(fitted))
         del fitted
     notes = quality.notes() if quality else (UNMEASURED,) if format == "uniform" else ()
     spec = replace(spec, notes=(*spec.notes, *notes))
@@ -154,51 +162,33 @@ def take_part(
     compensation: CompensationRequest | None = None,
 ) -> None:
     """Measure and fit with the process that calls :func:`export_run` with the same arguments."""
-    trajectory = Trajectory.load(run)
-    chosen, place = sizes or SizeOptions(), BasePlace(device)
-    _measured(trajectory, Path(run), sparsity, format, place, chosen, data, window, compensation, together)
+    sizes = sizes or SizeOptions()
+    wanted = _Wanted(Path(run), sparsity, format, BasePlace(device), sizes, data, window, compensation, together)
+    _measured(Trajectory.load(run), wanted)
 
 
-def _measured(
-    trajectory: Trajectory,
-    run: Path,
-    sparsity: float | None,
-    format: str,
-    place: BasePlace,
-    sizes: SizeOptions,
-    data: str | None,
-    window: int | None,
-    compensation: CompensationRequest | None,
-    together: Together,
-) -> tuple[PrunedSpec, Quality | None, Compensation | None, Plans]:
+def _measured(trajectory: Trajectory, wanted: _Wanted) -> tuple[PrunedSpec, Quality | None, Compensation | None, Plans]:
     """The point of a run, its perplexity and a compensation of what is made of it, as far as asked for, and plans."""
-    point = point_of(trajectory, run, trajectory.step_for(sparsity))
-    rounded = partial(_rounded, format=format, sizes=sizes)
-    plans = make_plans(trajectory, place, point, rounded, data=data, request=compensation, format=format)
-    if data is None and compensation is None:
+    place, data, request, format = wanted.place, wanted.data, wanted.compensation, wanted.format
+    point = point_of(trajectory, wanted.run, trajectory.step_for(wanted.sparsity))
+    plans = make_plans(trajectory, place, point, wanted.rounded, data=data, request=request, format=format)
+    if data is None and request is None:
         return point, None, None, plans
-    with together() as replicas, sharing(replicas) as sharers:
+    with wanted.together() as replicas, sharing(replicas) as sharers:
         if place.offload:
             check_sharing(Sharing(sharers.size, offload="always"))
         quality, fitted = measure_quality(
             trajectory,
             point,
-            rounded,
+            wanted.rounded,
             data,
-            window=window,
+            window=wanted.window,
             place=place,
             plans=plans,
-            request=compensation,
+            request=request,
             format=format,
         )
     return point, quality, fitted, plans
-
-
-def _rounded(base: Any, spec: PrunedSpec, format: str, sizes: SizeOptions) -> PrunedSpec:
-    """What is exported of a point."""
-    if format == "uniform":
-        return uniform_spec(base, spec, sizes)
-    return spec if sizes.round_mlp is None else round_mlp(map_model(base), spec, sizes.round_mlp)
 
 
 def point_of(trajectory: Trajectory, run: Path, step: int) -> PrunedSpec:
