@@ -101,6 +101,7 @@ class Trajectory:
 
     @property
     def layers(self) -> int:
+        """Number of decoder layers."""
         return int(self.base_model["layers"])
 
     def step_for(self, sparsity: float | None) -> int:
@@ -116,9 +117,11 @@ class Trajectory:
         return goal_of(self.config, len(self.steps))
 
     def sparsity_at(self, step: int) -> float:
+        """Removed / all parameters of the decoder layers after ``step``; 0 is dense."""
         return self.steps[step - 1].sparsity if step else 0.0
 
     def model_sparsity_at(self, step: int) -> float:
+        """Removed / all parameters of the model after ``step``; 0 is dense."""
         return self.steps[step - 1].model_sparsity if step else 0.0
 
     def keep(self, step: int) -> Keep:

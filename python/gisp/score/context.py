@@ -60,10 +60,12 @@ class Context:
 
     @property
     def model(self) -> Any:
+        """The model, a causal language model of transformers."""
         return self.map.model
 
     @property
     def device(self) -> torch.device:
+        """Where scores are expected; layers may lie in host memory."""
         return self.weight.device
 
     @property

@@ -59,6 +59,9 @@ def evaluate_target(
 
     Returns:
         ``sparsity, model_sparsity, step, parameters, kv_bytes_per_token, data`` and what was measured.
+
+    Raises:
+        GispError: no such target, unreadable data, options that do not belong together, or a sparsity of a dense model.
     """
     check_count(stages)
     chosen = _checked(target, data, options, window, lm_eval, compensation, offload)
