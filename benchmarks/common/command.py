@@ -127,7 +127,7 @@ def add_result_options(options: argparse.ArgumentParser, *, plots: bool) -> None
         "--compare",
         type=Path,
         metavar="FILE",
-        help="hold every ratio against an earlier result of this card, or 'last', the one in benchmarks/results: "
+        help="compare every ratio with an earlier result of this GPU model, or 'last', the one in benchmarks/results: "
         "exit code 1 where one is worse by more than the noise of both",
     )
     if plots:

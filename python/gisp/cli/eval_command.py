@@ -25,12 +25,12 @@ _ALONG = "Along a run"
 _HOW = (
     flag("window", "Longest input in tokens (text 128; choices and completions the model's limit).", kind=int),
     flag("stride", "Tokens between the starts of windows of text and tokens (the window).", kind=int),
-    flag("limit", "Use the first rows, or examples of each task, only.", kind=int),
+    flag("limit", "Use only the first N rows, or examples of each task.", kind=int),
     flag("batch_size", "Sequences per forward pass.", kind=int),
     flag("generate", "Exact match of generated completions.", kind=bool, names=("--generate",), panel=_ROWS),
-    flag("until", r"Text that ends an answer; may be repeated (\n, \t).", kind=list[str], panel=_ROWS),
+    flag("until", r"Text that ends an answer; repeatable (\n, \t).", kind=list[str], panel=_ROWS),
     flag("max_new_tokens", "Longest answer in tokens (256).", kind=int, panel=_ROWS),
-    flag("extract", "Regular expression: compare what it finds, its first group.", panel=_ROWS),
+    flag("extract", "Regular expression: compare its first match, or the first group of it.", panel=_ROWS),
 )
 
 
@@ -49,17 +49,17 @@ def evaluate(
             "completions the completions' perplexity."
         ),
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Point of a run; the nearest step is taken.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Sparsity of the run; the nearest step is taken.")] = None,
     lm_eval: Annotated[
-        str | None, typer.Option(help="lm-eval tasks, with commas between them.", rich_help_panel=_HARNESS)
+        str | None, typer.Option(help="lm-eval tasks, separated by commas.", rich_help_panel=_HARNESS)
     ] = None,
     lm_eval_include: Annotated[
-        Path | None, typer.Option(help="Folder of further lm-eval task files.", rich_help_panel=_HARNESS)
+        Path | None, typer.Option(help="Folder of more lm-eval task files.", rich_help_panel=_HARNESS)
     ] = None,
     sparsities: Annotated[
-        str | None, typer.Option(help="Dense and these points of a run, as 0.2,0.3,0.5.", rich_help_panel=_ALONG)
+        str | None, typer.Option(help="Dense and these sparsities of a run, as 0.2,0.3,0.5.", rich_help_panel=_ALONG)
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file to draw the figures in.", rich_help_panel=_ALONG)] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file: plot of the figures.", rich_help_panel=_ALONG)] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,

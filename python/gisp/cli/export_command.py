@@ -22,10 +22,10 @@ from gisp.export.sizes.options import SizeOptions, check_options, option_text
 from gisp.replicas.environment import launched, rank
 
 _HUB = "Hub"
-_STAGES = flag("stages", "Processes that each read, write and check a part of the layers; hf alone.", kind=int, min=1)
+_STAGES = flag("stages", "Stages that the layers are split into, one process each; format hf only.", kind=int, min=1)
 _OFFLOAD = (
-    flag("offload", "Leave layers in host memory; they visit the GPU.", kind=bool, names=("--offload",)),
-    flag("gpu_memory", "Most memory to take of the GPU, as 24GB; with --offload only."),
+    flag("offload", "Keep layers in host memory and copy them to the GPU in turn.", kind=bool, names=("--offload",)),
+    flag("gpu_memory", "Most GPU memory to take, as 24GB; with --offload only."),
 )
 
 
@@ -34,19 +34,19 @@ _OFFLOAD = (
 def export(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    sparsity: Annotated[float | None, typer.Option(help="Sparsity to export; the nearest step is taken.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Sparsity of the run; the nearest step is taken.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     nested: Annotated[
         Path | None, typer.Option(help="Folder to write all sparsities to, in one set of weights; instead of --out.")
     ] = None,
     sparsities: Annotated[
-        str | None, typer.Option(help="Sizes of --nested that --compensate fits, as 0.2,0.3,0.5; others stay plain.")
+        str | None, typer.Option(help="Sparsities of --nested that --compensate fits, as 0.2,0.3,0.5.")
     ] = None,
     format: Annotated[str, typer.Option(help="hf (default), gguf (llama.cpp), uniform or masked.")] = "hf",
-    round_mlp: Annotated[int | None, typer.Option(help="Round MLP widths up to multiples, with real weights.")] = None,
-    align_heads: Annotated[int | None, typer.Option(help="Query heads per layer: a multiple of it.")] = None,
-    min_heads: Annotated[int | None, typer.Option(help="Fewest query heads per layer.")] = None,
-    data: Annotated[str | None, typer.Option(help="Evaluation data: measure perplexity for the model card.")] = None,
+    round_mlp: Annotated[int | None, typer.Option(help="Round MLP widths up to multiples of this.")] = None,
+    align_heads: Annotated[int | None, typer.Option(help="Query heads per layer: a multiple of this.")] = None,
+    min_heads: Annotated[int | None, typer.Option(help="Fewest query heads of a layer.")] = None,
+    data: Annotated[str | None, typer.Option(help="Evaluation data; its perplexity goes into the model card.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per window of the evaluation, as for eval.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
@@ -55,11 +55,11 @@ def export(
         typer.Option(help="Repository of the Hugging Face hub to upload the export to.", rich_help_panel=_HUB),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="Let everyone read it; else it is private.", rich_help_panel=_HUB)
+        bool, typer.Option("--public", help="Make a public repository, not a private one.", rich_help_panel=_HUB)
     ] = False,
     **compensation: Any,
 ) -> None:
-    """Write a pruned model as a checkpoint that loads elsewhere, its logits checked."""
+    """Write a pruned model as a checkpoint that loads elsewhere, and check its logits."""
     hub = _hub(push_to_hub, public)
     sizes = SizeOptions(round_mlp, align_heads, min_heads)
     given: dict[str, Any] = {"dtype": dtype, **vars(sizes), "data": data, "window": window}

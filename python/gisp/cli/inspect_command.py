@@ -20,7 +20,7 @@ _POINTS = 21
 
 
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
-    """Write report.html and its pictures into the run folder."""
+    """Write report.html and its plots into the run folder."""
     from gisp.target.check import check_run
 
     check_run(run)

@@ -17,8 +17,8 @@ from gisp.replicas.environment import rank
 
 Command = TypeVar("Command", bound=Callable[..., None])
 _FLAGS = (
-    flag("quiet", "Say nothing but the result.", kind=bool, names=("--quiet", "-q")),
-    flag("verbose", "A line for every step, and remarks of the libraries.", kind=bool, names=("--verbose", "-v")),
+    flag("quiet", "Print only the result.", kind=bool, names=("--quiet", "-q")),
+    flag("verbose", "Print a line for every step, and remarks of the libraries.", kind=bool, names=("--verbose", "-v")),
 )
 
 

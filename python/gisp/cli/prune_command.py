@@ -67,21 +67,21 @@ def prune(
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run in --out if there is one. `gisp prune --resume RUN` takes the rest from RUN.",
+            help="Continue the run in --out if there is one. `gisp prune --resume RUN` takes all options from RUN.",
         ),
     ] = False,
     log: Annotated[str | None, typer.Option(help="Also log steps to tensorboard, wandb or trackio.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags override it.")] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of this host that score together; the result is that of one.")
+        int | None, typer.Option(min=1, help="GPUs of this host that share each step; the result is that of one.")
     ] = None,
     stages: Annotated[
         int,
-        typer.Option(min=1, help="Parts of whole layers that the model lies in, each on a GPU of its own; see --gpus."),
+        typer.Option(min=1, help="Stages that the layers of the model are split into, each on one GPU; needs --gpus."),
     ] = 1,
     **flags: Any,
 ) -> None:
-    """Prune a model step by step; every sparsity passed on the way stays available."""
+    """Prune a model step by step. Every sparsity on the way can be exported."""
     options: dict[str, Any] = read_yaml(config) if config else {}
     if resume and model is not None and (out, data, config) == (None, None, None):
         out, model = Path(model), None

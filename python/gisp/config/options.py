@@ -107,7 +107,7 @@ _REGROWING = {
 }
 
 _SCORES = "Scores"
-_LIMITS = "What may go"
+_LIMITS = "What may be removed"
 _COMPUTE = "Compute"
 
 
@@ -135,9 +135,9 @@ class PruneConfig:
     batch_size: int | None = option("Sequences per backward pass", None, auto=True, unset="auto", least=1)
     batch_tokens: int = option("Tokens of a step; with engine stream only", 8192, least=2, group=_COMPUTE)
     slices: int | None = option(
-        "Parts of a step that are summed by themselves, so that any number of GPUs up to it gives the same run",
+        "Parts of a step that are summed separately, so that any number of GPUs up to it gives the same run",
         None,
-        unset=f"the step is one; {SLICES} on several GPUs, {STAGE_SLICES} in stages",
+        unset=f"no parts; {SLICES} on several GPUs, {STAGE_SLICES} in stages",
         least=1,
         below=1025,
         group=_COMPUTE,
@@ -145,7 +145,7 @@ class PruneConfig:
     objective: str = option("Loss whose change scores measure", "lm", choices=OBJECTIVES, open=True, group=_SCORES)
     criterion: str = option("Where scores come from", choices=CRITERIA, group=_SCORES)
     allocator: str = option(
-        "How layers compete", choices=ALLOCATORS, unset="as the criterion was published", group=_SCORES
+        "How much each layer loses", choices=ALLOCATORS, unset="as the criterion was published", group=_SCORES
     )
     first_order: str = option(
         "First-order term of second-order scores",
@@ -156,14 +156,14 @@ class PruneConfig:
     gate_steps: int | None = option(
         "Training steps of gates, each on one batch",
         None,
-        unset=f"{GATE_DEFAULTS['gate_steps']} with criterion learned-gates, which alone takes it",
+        unset=f"{GATE_DEFAULTS['gate_steps']}; with criterion learned-gates only",
         least=1,
         group=_SCORES,
     )
     gate_rate: float | None = option(
         "Learning rate of gates",
         None,
-        unset=f"{GATE_DEFAULTS['gate_rate']} with criterion learned-gates, which alone takes it",
+        unset=f"{GATE_DEFAULTS['gate_rate']}; with criterion learned-gates only",
         above=0,
         group=_SCORES,
     )
@@ -173,7 +173,7 @@ class PruneConfig:
     regrow: int = option(
         "Rounds after the last step that bring removed structures back for others", 0, least=0, group=_SCORES
     )
-    schedule: str = option("What goes in equal steps", choices=SCHEDULES, group=_LIMITS)
+    schedule: str = option("What is removed in equal steps", choices=SCHEDULES, group=_LIMITS)
     protect_first: float = option("Part of the layers protected at the input end", 0.1, least=0, below=1, group=_LIMITS)
     protect_last: int = option("Layers protected at the output end", least=0, group=_LIMITS)
     align: int = option("Kept MLP widths are multiples of this", least=1, group=_LIMITS)
@@ -187,14 +187,14 @@ class PruneConfig:
     )
     fp8: bool = option("8-bit products in the importance pass", False, group=_COMPUTE)
     offload: str = option(
-        "Decoder layers that lie in host memory and visit the GPU; without a value always",
+        "Decoder layers kept in host memory and copied to the GPU in turn; without a value always",
         "never",
         choices=OFFLOAD,
         bare="always",
         group=_COMPUTE,
     )
     gpu_memory: str | None = option(
-        "Most memory to take of the GPU, as 24GB; with offload only", None, unset="what is free", group=_COMPUTE
+        "Most GPU memory to take, as 24GB; with offload only", None, unset="what is free", group=_COMPUTE
     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from gisp.replicas.environment import joined, launched, rank
 if TYPE_CHECKING:
     from gisp.replicas.group import Replicas
 
-GPUS = flag("gpus", "GPUs of this host that share the work; the result does not follow their number.", kind=int, min=1)
+GPUS = flag("gpus", "GPUs of this host that share the work; their number does not change the result.", kind=int, min=1)
 
 STAGES = flag(
     "stages",
-    "Parts of whole layers that a run lies in, each in a process and on a GPU of its own.",
+    "Stages that the layers of a run are split into, each in a process on one GPU.",
     kind=int,
     min=1,
 )
