@@ -29,9 +29,9 @@ from gisp.progress.track import Report
 from gisp.replicas.group import Replicas
 from gisp.run.folder import RunFolder
 from gisp.run.loop import OnStep, PruningLoop
+from gisp.run.processes import check_alike, restore_all
 from gisp.run.record import read_record
 from gisp.run.resources.placement import plan_of, skeleton_of
-from gisp.run.together import check_alike, take_up
 from gisp.run.trajectory import Trajectory
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
 from gisp.score.questions import check_objective
@@ -160,7 +160,7 @@ def _run(
     with folder.writing(resume) if folder else nullcontext(False) as resuming:
         loop = start()
         check_alike(loop, replicas)
-        take_up(loop, folder, resuming, replicas)
+        restore_all(loop, folder, resuming, replicas)
         return loop.run(folder, on_step)
 
 

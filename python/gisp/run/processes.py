@@ -44,7 +44,7 @@ def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
     )
 
 
-def take_up(loop: PruningLoop, folder: RunFolder | None, resuming: bool, replicas: Replicas) -> None:
+def restore_all(loop: PruningLoop, folder: RunFolder | None, resuming: bool, replicas: Replicas) -> None:
     """Restore a cut run in every process, from the files of the first one's folder.
 
     Args:
