@@ -64,4 +64,4 @@ def _unwound() -> list[int]:
     """Numbers of the signals, none where this thread cannot receive any."""
     if threading.current_thread() is not threading.main_thread():
         return []
-    return [getattr(signal, name) for name in _UNWOUND if hasattr(signal, name)]
+    return [number for number in signal.Signals if number.name in _UNWOUND]

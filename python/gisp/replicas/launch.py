@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from gisp.errors import GispError
 
 # Exit codes of a command that has said why, or of Python where it shows a traceback.
-_TELLING = {1, 2, *(128 + number for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM))}
+# By name: Windows has no SIGHUP.
+_TELLING = {1, 2, *(128 + number for number in signal.Signals if number.name in ("SIGHUP", "SIGINT", "SIGTERM"))}
 # What sends a signal that nobody sent by hand.
 _CAUSES = {
     "SIGKILL": " (Linux does that where the memory of the host runs out)",
