@@ -31,15 +31,17 @@ def perplexities() -> tuple[float, dict[tuple[str, str], Line]]:
     dense = next(row["dense"]["ppl1024"] for row in h100 if "dense" in row)
     fast = [row for row in rows_of("h200/real-smollm2-runs.jsonl") if row["name"] == "200x8"]
     paper = [row for row in h100 if row["name"] == "paper"]
+    varied = rows_of("h200/real-smollm2-more-text-1024.jsonl")
     distil = [
         (100 * row["asked"], row["perplexity wikitext2-test 1024"])
-        for row in rows_of("h200/real-smollm2-compensation.jsonl")
-        if row["method"] == "distil"
+        for row in rows_of("h200/real-smollm2-distil-more-text.jsonl")
+        if row.get("method") == "distil"
     ]
     return dense, {
         ("preset paper (one seed)", "#7a7a7a"): mean_of_seeds(paper, "ppl1024"),
         ("preset fast", "#1f5fa8"): mean_of_seeds(fast, "perplexity wikitext2-test 1024"),
-        ("trained by distil (one seed)", "#d1661b"): distil,
+        ("fast on varied text", "#2f9bb5"): mean_of_seeds(varied, "perplexity wikitext2-test 1024"),
+        ("then trained by distil (one seed)", "#d1661b"): distil,
     }
 
 
