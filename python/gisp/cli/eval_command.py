@@ -12,8 +12,10 @@ from rich.table import Table
 from gisp.cli.flags import flag, numbers, with_flags
 from gisp.cli.options.compensation import COMPENSATION, compensation_request
 from gisp.cli.options.gpus import GPUS, STAGES, processes, start_processes
+from gisp.cli.options.offload import OFFLOAD
 from gisp.cli.output import output, plain_console, shows_progress
 from gisp.config.evaluation import EvalOptions, LmEvalTasks
+from gisp.config.memory import check_gpu_memory
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.files import check_writable, write_atomic
@@ -35,7 +37,7 @@ _HOW = (
 
 
 @shows_progress
-@with_flags((*_HOW, GPUS, STAGES, *COMPENSATION))
+@with_flags((*_HOW, GPUS, STAGES, *OFFLOAD, *COMPENSATION))
 def evaluate(
     context: typer.Context,
     target: Annotated[
@@ -63,22 +65,21 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Leave layers in host memory; they visit the GPU.")
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     **flags: Any,
 ) -> None:
     """Perplexity, choice accuracy, exact match or lm-eval tasks of a model, of a run at a sparsity, or along it."""
     _check_data(data, lm_eval, lm_eval_include, flags)
     _check_places(sparsity, sparsities, plot, out)
+    check_gpu_memory(flags["gpu_memory"], bool(flags["offload"]))
     points = None if sparsities is None else numbers(sparsities)
 
     common = {
         **_what(lm_eval, lm_eval_include, flags),
         "device": device,
         "dtype": dtype,
-        "offload": offload,
+        "offload": bool(flags["offload"]),
+        "gpu_memory": flags["gpu_memory"],
         "compensation": compensation_request(flags),
     }
     _check_given(target, data, sparsity, points, flags["calibration"])

@@ -12,6 +12,7 @@ import typer
 from gisp.cli.flags import flag, flag_text, numbers, with_flags
 from gisp.cli.options.compensation import COMPENSATION, compensation_request
 from gisp.cli.options.gpus import GPUS, processes, run_as_processes, start_processes
+from gisp.cli.options.offload import OFFLOAD
 from gisp.cli.output import shows_progress
 from gisp.config.memory import check_gpu_memory
 from gisp.data.sources import check_spec
@@ -23,14 +24,10 @@ from gisp.replicas.environment import launched, rank
 
 _HUB = "Hub"
 _STAGES = flag("stages", "Stages that the layers are split into, one process each; format hf only.", kind=int, min=1)
-_OFFLOAD = (
-    flag("offload", "Keep layers in host memory and copy them to the GPU in turn.", kind=bool, names=("--offload",)),
-    flag("gpu_memory", "Most GPU memory to take, as 24GB; with --offload only."),
-)
 
 
 @shows_progress
-@with_flags((GPUS, _STAGES, *_OFFLOAD, *COMPENSATION))
+@with_flags((GPUS, _STAGES, *OFFLOAD, *COMPENSATION))
 def export(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder.")],

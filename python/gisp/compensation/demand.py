@@ -70,7 +70,7 @@ def demand(
             beside = max(beside, _FLOAT * sum(moments))
     # Output projections of pruned blocks, and either what moves them or what they become.
     beside = _FLOAT * hidden * sum(widths) + max(beside, size * hidden * sum(widths))
-    return replace(weights_of(model_map), inputs=inputs, working=waiting + busiest, beside=beside)
+    return replace(weights_of(model_map.model), inputs=inputs, working=waiting + busiest, beside=beside)
 
 
 def _fit(

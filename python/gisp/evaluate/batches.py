@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from gisp.model.structures import ModelMap
 from gisp.progress import task
 from gisp.replicas.sharing import sharers
 
@@ -37,16 +36,6 @@ def length_batches(
         size = min(batch_size or _TOKENS_PER_BATCH[kind] // longest, _LOGITS_PER_BATCH[kind] // (vocab_size * longest))
         yield order[start : start + max(1, size)]
         start += max(1, size)
-
-
-def batch_bytes(model_map: ModelMap, device: torch.device) -> int:
-    """Memory that a batch takes beside the weights at its fullest moment, where no sequence is longer than a batch."""
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    tokens = min(_TOKENS_PER_BATCH[kind], _LOGITS_PER_BATCH[kind] // model_map.vocab_size)
-    size = next(model_map.model.parameters()).element_size()
-    of_layer = (16 * model_map.hidden_size + 4 * model_map.intermediate_size) * size
-    # Logits in their own dtype, and what a loss makes of them in float32.
-    return tokens * (of_layer + (size + 2 * 4) * model_map.vocab_size)
 
 
 def each_batch(what: str, batches: Iterable[list[int]], work: Callable[[list[int]], Result]) -> list[Result]:

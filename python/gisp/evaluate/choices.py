@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from gisp.data.rows import check_messages
 from gisp.errors import GispError, quoted
-from gisp.evaluate.pairs import Request, RequestEncoder, log_likelihoods
+from gisp.evaluate.pairs import Request, RequestEncoder, likelihood_bytes, log_likelihoods
 from gisp.evaluate.perplexity import from_total
 
 FORMAT = "context or messages, choices and answer, or contexts, continuation and answer"
@@ -69,6 +70,10 @@ class ChoiceAccuracy:
             "truncated": sum(any(r.truncated for r in question.requests) for question in self._questions),
             **asdict(gold),
         }
+
+    def working(self, model: nn.Module, device: torch.device) -> int:
+        """As of :class:`gisp.evaluate.data.Measure`."""
+        return likelihood_bytes(model, self._requests, device, self._batch_size)
 
 
 def mean_with_error(name: str, hits: Sequence[bool]) -> dict[str, float | None]:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from gisp.errors import GispError
 from gisp.evaluate.choices import mean_with_error
-from gisp.evaluate.generation import generate_greedily
-from gisp.evaluate.pairs import Request, RequestEncoder, log_likelihoods
+from gisp.evaluate.generation import generate_greedily, generation_bytes
+from gisp.evaluate.pairs import Request, RequestEncoder, likelihood_bytes, log_likelihoods
 from gisp.evaluate.perplexity import from_total
 
 
@@ -47,6 +48,10 @@ class CompletionPerplexity:
             "examples": len(self._requests),
             "truncated": sum(request.truncated for request in self._requests),
         }
+
+    def working(self, model: nn.Module, device: torch.device) -> int:
+        """As of :class:`gisp.evaluate.data.Measure`."""
+        return likelihood_bytes(model, self._requests, device, self._batch_size)
 
 
 class ExactMatch:
@@ -90,6 +95,10 @@ class ExactMatch:
         )
         hits = [compared(a, self._extract) == w for a, w in zip(answers, self._wanted, strict=True)]
         return {**mean_with_error("exact_match", hits), "prompts_truncated": self._cut}
+
+    def working(self, model: nn.Module, device: torch.device) -> int:
+        """As of :class:`gisp.evaluate.data.Measure`."""
+        return generation_bytes(model, self._prompts, self._max_new_tokens, device, self._batch_size)
 
 
 def compared(text: str, extract: re.Pattern[str] | None) -> str | None:

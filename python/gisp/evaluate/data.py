@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from gisp.config.evaluation import DEFAULT_WINDOW, EvalOptions, check_stride
 from gisp.data import Sequences, load_sequences, read_rows
@@ -16,15 +17,57 @@ from gisp.evaluate.choices import ChoiceAccuracy, read_question
 from gisp.evaluate.completions import CompletionPerplexity, ExactMatch, read_completion
 from gisp.evaluate.pairs import RequestEncoder
 from gisp.evaluate.parted import PartedLoss
-from gisp.evaluate.perplexity import perplexity
+from gisp.evaluate.perplexity import perplexity, perplexity_bytes
 from gisp.model.checks import warn_beyond_positions
 
 _DEFAULT_MAX_LENGTH = 2048
 # Rows of text come as one stream where windows overlap.
 _WHOLE = 2**40
 
-Measure = Callable[[Any], dict[str, Any]]
-"""Figures of a model, ``perplexity``, ``tokens`` and ``window`` among them."""
+
+class Measure(Protocol):
+    """What is measured, ready for any number of prunings of one model."""
+
+    def __call__(self, model: Any, /) -> dict[str, Any]:
+        """Figures of a model."""
+
+    def working(self, model: Any, device: torch.device, /) -> int:
+        """Bytes it takes of a device at most, beside the weights of a model, which may be its shapes alone."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Several of them, one after the other."""
+
+    parts: tuple[Measure, ...]
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        return {name: value for measure in self.parts for name, value in measure(model).items()}
+
+    def working(self, model: Any, device: torch.device) -> int:
+        """As of :class:`Measure`."""
+        return max(measure.working(model, device) for measure in self.parts)
+
+
+@dataclass(frozen=True)
+class TextPerplexity:
+    """Perplexity of sequences; arguments as of :func:`gisp.evaluate.perplexity.perplexity`."""
+
+    sequences: Sequences
+    window: int
+    stride: int
+    batch_size: int | None
+    parts: PartedLoss | None
+
+    def __call__(self, model: Any) -> dict[str, Any]:
+        sequences, window = self.sequences, self.window
+        warn_beyond_positions(model.config, min(window, max(len(ids) for ids, _ in sequences.rows)))
+        found = perplexity(model, sequences, window, self.stride, batch_size=self.batch_size, parts=self.parts)
+        return {**asdict(found), "stride": self.stride}
+
+    def working(self, model: Any, device: torch.device) -> int:
+        """As of :class:`Measure`."""
+        return perplexity_bytes(model, self.sequences, self.window, self.stride, device, self.batch_size)
 
 
 def prepare(
@@ -36,7 +79,7 @@ def prepare(
     else perplexity.
 
     Args:
-        model: gives the vocabulary and the longest input.
+        model: gives the vocabulary and the longest input; its weights are not read.
         tokenizer_from: model folder or name whose tokenizer reads text.
         parts: as of :func:`gisp.evaluate.perplexity.perplexity`.
 
@@ -76,7 +119,7 @@ def prepare(
         extract=pattern,
         batch_size=batch_size,
     )
-    return lambda pruned: {**likelihood(pruned), **match(pruned)}
+    return Measures((likelihood, match))
 
 
 def _kind(row: dict[str, Any]) -> str:
@@ -109,13 +152,7 @@ def _perplexity(
         sequences = Sequences.plain([(ids[:end], labels[:end]) for ids, labels in sequences.rows])
     else:
         sequences = sequences.first(options.limit)
-
-    def measure(model: Any) -> dict[str, Any]:
-        warn_beyond_positions(model.config, min(window, max(len(ids) for ids, _ in sequences.rows)))
-        found = perplexity(model, sequences, window, stride, batch_size=options.batch_size, parts=parts)
-        return {**asdict(found), "stride": stride}
-
-    return measure
+    return TextPerplexity(sequences, window, stride, options.batch_size, parts)
 
 
 def max_length(model: Any) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from gisp.evaluate.batches import each_batch, length_batches
+from gisp.evaluate.memory import generating_bytes
 from gisp.model.modes import evaluation_mode
 from gisp.replicas.sharing import agree_on
 
@@ -81,11 +82,30 @@ def generate_greedily(
             texts.append((i, _before_first(tokenizer.decode(new[:end], skip_special_tokens=True), until)))
         return texts
 
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    lengths = _lengths(prompts, max_new_tokens)
     with evaluation_mode(model), _no_settings(model), torch.no_grad():
         of_batches = each_batch("generating", length_batches(lengths, device, batch_size), answered)
     answers = {i: text for batch in of_batches for i, text in batch}
     return [answers[i] for i in range(len(prompts))]
+
+
+def generation_bytes(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    device: torch.device,
+    batch_size: int | None = None,
+) -> int:
+    """Memory that :func:`generate_greedily` takes of a device beside the weights, at most."""
+    batches = length_batches(_lengths(prompts, max_new_tokens), device, batch_size)
+    return max(
+        (generating_bytes(model, len(batch), max(len(prompts[i]) for i in batch), max_new_tokens) for batch in batches),
+        default=0,
+    )
+
+
+def _lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    return [len(prompt) + max_new_tokens for prompt in prompts]
 
 
 @contextmanager

@@ -6,12 +6,17 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest import mock
+
+import torch
 
 from gisp.config.evaluation import LmEvalTasks
 from gisp.data.encode import load_tokenizer
 from gisp.errors import GispError, is_out_of_memory, quoted
+from gisp.evaluate.batches import vocabulary
+from gisp.evaluate.memory import generating_bytes, scoring_bytes
 from gisp.replicas.errors import ReplicaError
 from gisp.replicas.sharing import in_slices, shared_slices, sharers
 
@@ -47,19 +52,41 @@ class Harness:
         Raises:
             GispError: a task whose data cannot be read.
         """
+        found = self._run(_wrapped, model)
+        # Other processes than the first get none.
+        results = found["results"] if found else {}
+        return {"lm_eval": {task: _figures(values) for task, values in sorted(results.items())}}
+
+    def working(self, model: Any, device: torch.device) -> int:
+        """As of :class:`gisp.evaluate.data.Measure`: the tasks are asked once of a model that answers nothing.
+
+        Raises:
+            GispError: a task whose data cannot be read.
+        """
+        taken: list[int] = []
+        try:
+            self._run(partial(_asked, taken), model, bootstrap_iters=0)
+        except GispError:
+            # Figures of no answer may not exist.
+            if not taken:
+                raise
+        return max(taken, default=0)
+
+    def _run(self, wrapper: Callable[[Any, Any, int], Any], model: Any, **options: Any) -> Any:
+        """What lm-eval finds of a model in such a wrapper."""
         import lm_eval
 
         size = self._tasks.batch_size or _BATCH_SIZE
         # lm-eval asks git for the commit of the folder it runs in, and git complains where that is no checkout.
         with _quiet(), mock.patch("lm_eval.evaluator.get_git_commit_hash", return_value=None, create=True):
             try:
-                wrapped = _wrapped(model, self._tokenizer, size)
-                found: Any = lm_eval.simple_evaluate(
-                    model=wrapped,
+                return lm_eval.simple_evaluate(
+                    model=wrapper(model, self._tokenizer, size),
                     tasks=self._names,
                     task_manager=self._manager,
                     limit=self._tasks.limit,
                     log_samples=False,
+                    **options,
                 )
             except ReplicaError:
                 raise
@@ -69,9 +96,6 @@ class Harness:
                 names = ", ".join(self._tasks.names)
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise GispError(f"lm-eval cannot run {names}: {reason}") from None
-        # Other processes than the first get none.
-        results = found["results"] if found else {}
-        return {"lm_eval": {task: _figures(values) for task, values in sorted(results.items())}}
 
 
 def _wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
@@ -97,6 +121,32 @@ def _wrapped(model: Any, tokenizer: Any, batch_size: int) -> Any:
 
     kind = HFLM if shared_slices() == 1 else Shared
     return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
+
+
+def _asked(taken: list[int], model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's own wrapper of a model that is not run; ``taken`` gets the bytes of the largest batches asked for."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    class Asked(HFLM):
+        def _loglikelihood_tokens(self, requests: Any, *given: Any, **options: Any) -> list[tuple[float, bool]]:
+            longest = max((len(context) + len(rest) for _, context, rest in requests), default=0)
+            tokens = min(len(requests), batch_size) * min(longest, int(self.max_length))
+            # Logarithms are there beside all logits of a batch and wait for those of the next one, in their dtype. The
+            # cache is not turned off.
+            logarithms = 2 * tokens * vocabulary(model) * next(model.parameters()).element_size()
+            taken.append(scoring_bytes(model, tokens, logarithms, cached=True))
+            return [(0.0, False)] * len(requests)
+
+        def generate_until(self, requests: Any, *given: Any, **options: Any) -> list[str]:
+            for request in requests:
+                context, settings = request.args
+                new = int(normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"])
+                prompt = min(len(self.tok_encode(context)), int(self.max_length) - new)
+                taken.append(generating_bytes(model, min(len(requests), batch_size), prompt, new))
+            return [""] * len(requests)
+
+    return Asked(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, trust_remote_code=False)
 
 
 def _find(tasks: LmEvalTasks) -> Any:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from gisp.data.encode import PairEncoder, check_vocabulary
 from gisp.errors import GispError
 from gisp.evaluate.batches import each_batch, length_batches, vocabulary
+from gisp.evaluate.memory import batch_tokens, losses_bytes, scoring_bytes
 from gisp.model.modes import evaluation_mode
 from gisp.replicas.sharing import agree_on
 
@@ -84,9 +85,7 @@ def log_likelihoods(model: nn.Module, requests: Sequence[Request], batch_size: i
     """
     agree_on("evaluation data", lambda: sha256(repr([(r.inputs, r.targets) for r in requests]).encode()).hexdigest())
     device = next(model.parameters()).device
-    numbers: dict[tuple[int, ...], list[int]] = {}
-    for number, request in enumerate(requests):
-        numbers.setdefault(request.inputs, []).append(number)
+    numbers = _by_inputs(requests)
     inputs = list(numbers)
 
     def scored(batch: list[int]) -> list[tuple[int, float]]:
@@ -98,8 +97,10 @@ def log_likelihoods(model: nn.Module, requests: Sequence[Request], batch_size: i
         for row, number in asked:
             targets = torch.tensor(requests[number].targets, device=device)
             end = len(requests[number].inputs)
-            scores = functional.log_softmax(logits[row, end - len(targets) : end].float(), dim=-1)
-            sums.append(scores.gather(1, targets[:, None]).double().sum())
+            behind = logits[row, end - len(targets) : end]
+            # All logarithms have no name: they are gone before the next ones are there.
+            found = functional.log_softmax(behind.float(), dim=-1).gather(1, targets[:, None])
+            sums.append(found.double().sum())
         return [(number, value) for (_, number), value in zip(asked, torch.stack(sums).tolist(), strict=True)]
 
     batches = length_batches([len(ids) for ids in inputs], device, batch_size, vocabulary(model))
@@ -110,3 +111,23 @@ def log_likelihoods(model: nn.Module, requests: Sequence[Request], batch_size: i
     if any(value != value for value in found):
         raise GispError("a log-probability on the evaluation data is NaN: check the weights, or use --dtype float32")
     return found
+
+
+def likelihood_bytes(
+    model: nn.Module, requests: Sequence[Request], device: torch.device, batch_size: int | None = None
+) -> int:
+    """Memory that :func:`log_likelihoods` of such a model takes of a device beside the weights, at most."""
+    inputs = list(_by_inputs(requests))
+    batches = length_batches([len(ids) for ids in inputs], device, batch_size, vocabulary(model))
+    tokens = max((batch_tokens([len(inputs[i]) for i in batch]) for batch in batches), default=0)
+    # Losses are those of one continuation at a time.
+    longest = max((len(request.targets) for request in requests), default=0)
+    return scoring_bytes(model, tokens, losses_bytes(model, longest))
+
+
+def _by_inputs(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
+    """Numbers of the requests that have the same inputs."""
+    numbers: dict[tuple[int, ...], list[int]] = {}
+    for number, request in enumerate(requests):
+        numbers.setdefault(request.inputs, []).append(number)
+    return numbers

@@ -15,6 +15,7 @@ from gisp.data import Sequences
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate.batches import each_batch, length_batches, vocabulary
+from gisp.evaluate.memory import batch_tokens, losses_bytes, scoring_bytes
 from gisp.evaluate.parted import PartedLoss
 from gisp.model.modes import evaluation_mode
 from gisp.replicas.sharing import agree_on
@@ -58,12 +59,7 @@ def perplexity(
     agree_on("evaluation data", data.digest, parts.processes if parts else None)
     nll_of = parts or partial(sequence_nll, model)
     device = next(p.device for p in model.parameters() if not p.is_meta)
-    pieces = [
-        (row, *piece)
-        for row, (ids, labels) in enumerate(data.rows)
-        for piece in windows(len(ids), window, stride)
-        if _predicts(labels, *piece)
-    ]
+    pieces = _pieces(data, window, stride)
     lengths = [end - begin for _, begin, _, end in pieces]
 
     def measured(numbers: list[int]) -> tuple[float, int]:
@@ -97,6 +93,26 @@ def from_total(total: float, tokens: int, window: int) -> Perplexity:
     if math.isnan(mean):
         raise GispError("the loss on the evaluation data is NaN: check the weights, or use --dtype float32")
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, tokens, window)
+
+
+def perplexity_bytes(
+    model: nn.Module, data: Sequences, window: int, stride: int, device: torch.device, batch_size: int | None = None
+) -> int:
+    """Memory that :func:`perplexity` of such a model takes of a device beside the weights, at most."""
+    lengths = [end - begin for _, begin, _, end in _pieces(data, window, stride)]
+    batches = length_batches(lengths, device, batch_size, vocabulary(model))
+    tokens = max((batch_tokens([lengths[i] for i in batch]) for batch in batches), default=0)
+    return scoring_bytes(model, tokens, losses_bytes(model, tokens))
+
+
+def _pieces(data: Sequences, window: int, stride: int) -> list[tuple[int, int, int, int]]:
+    """Row, begin, first token to score and end of every window that predicts something."""
+    return [
+        (row, *piece)
+        for row, (ids, labels) in enumerate(data.rows)
+        for piece in windows(len(ids), window, stride)
+        if _predicts(labels, *piece)
+    ]
 
 
 def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

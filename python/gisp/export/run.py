@@ -171,7 +171,8 @@ def _measured(trajectory: Trajectory, wanted: _Wanted) -> tuple[PrunedSpec, Qual
     """The point of a run, its perplexity and a compensation of what is made of it, as far as asked for, and plans."""
     place, data, request, format = wanted.place, wanted.data, wanted.compensation, wanted.format
     point = point_of(trajectory, wanted.run, trajectory.step_for(wanted.sparsity))
-    plans = make_plans(trajectory, place, point, wanted.rounded, data=data, request=request, format=format)
+    asked: dict[str, Any] = {"data": data, "window": wanted.window, "request": request, "format": format}
+    plans = make_plans(trajectory, place, point, wanted.rounded, **asked)
     if data is None and request is None:
         return point, None, None, plans
     with wanted.together() as replicas, sharing(replicas) as sharers:

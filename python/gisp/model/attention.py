@@ -99,3 +99,21 @@ class NoHeads(nn.Module):
         bias = self.attention.o_proj.bias
         output = torch.zeros_like(hidden_states)
         return (output if bias is None else output + bias), None
+
+
+def kv_bytes_per_token(model: Any) -> int | None:
+    """Bytes of keys and values a token needs, all layers, in the model's dtype; ``None`` for an unknown layout.
+
+    Key/value heads that no query head is left to read are not counted.
+    """
+    total = 0
+    for layer in getattr(getattr(model, "model", None), "layers", ()):
+        attention: Any = getattr(layer, "self_attn", None)
+        if isinstance(attention, NoHeads):
+            continue
+        if not hasattr(attention, "k_proj") or not hasattr(attention, "head_dim"):
+            return None
+        index = getattr(attention, KV_INDEX, None)
+        width = attention.k_proj.out_features if index is None else len(index.unique()) * attention.head_dim
+        total += 2 * int(width) * next(model.parameters()).element_size()
+    return total or None

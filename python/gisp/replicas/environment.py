@@ -34,6 +34,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if launched() else 0
 
 
+def processes_here() -> int:
+    """Processes that a launcher started on this host."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if launched() and os.environ.get("LOCAL_WORLD_SIZE") else 1
+
+
 def first_to_refuse(message: str) -> bool:
     """Whether this process is the one to tell what several may refuse alike, before they watch over one another.
 
@@ -60,8 +65,7 @@ def share_cores() -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes_here()))
 
 
 @contextmanager

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gisp.compensation import CompensationRequest
 from gisp.config.evaluation import EvalOptions, LmEvalTasks
+from gisp.data import Sequences
 from gisp.errors import GispError
-from gisp.evaluate.data import Measure, prepare
+from gisp.evaluate.data import Measure, Measures, prepare
 from gisp.evaluate.harness import Harness
 from gisp.evaluate.parted import PartedLoss
 from gisp.model.structures import fingerprint
@@ -20,10 +21,12 @@ from gisp.replicas.agreement import agree, machine
 from gisp.replicas.group import Replicas
 from gisp.replicas.sharing import sharing
 from gisp.run.record import library_versions
+from gisp.run.resources.base import BasePlace
 from gisp.stages.group import Stages
 from gisp.stages.rules import check_count
 from gisp.target.check import check_along, check_parted, is_run
 from gisp.target.open import Target, open_target
+from gisp.target.plan import Outline
 from gisp.target.record import EvaluationRecorder
 
 
@@ -41,6 +44,7 @@ def evaluate_target(
     compensation: CompensationRequest | None = None,
     replicas: Replicas | None = None,
     offload: bool = False,
+    gpu_memory: str | None = None,
     stages: int = 1,
 ) -> dict[str, Any]:
     """Figures of one model with their conditions; those of a run are also recorded in its folder.
@@ -54,28 +58,24 @@ def evaluate_target(
         compensation: done to the pruned model first; only for a run.
         replicas: processes that share the work, each with the whole model; ``None``: this one alone. The figures are
             those of one; only a compensation and lm-eval tasks are summed and batched in slices then.
-        offload: as for :func:`gisp.target.open.open_target`; with compensations that neither train nor add biases.
+        offload: leave the decoder layers in host memory, from which they visit the device; with compensations that
+            neither train nor add biases, and not of a nested checkpoint. Memory is planned before anything is loaded.
+        gpu_memory: most memory to take of the GPU, as ``24GB``; only with ``offload``.
         stages: parts that the layers of a run lie in, as many as there are ``replicas``; perplexity alone.
 
     Returns:
         ``sparsity, model_sparsity, step, parameters, kv_bytes_per_token, data`` and what was measured.
 
     Raises:
-        GispError: no such target, unreadable data, options that do not belong together, or a sparsity of a dense model.
+        GispError: no such target, unreadable data, options that do not belong together, a sparsity of a dense model, or
+            a model that does not fit.
     """
-    check_count(stages)
-    chosen = _checked(target, data, options, window, lm_eval, compensation, offload)
-    check_parted(stages, lm_eval, compensation, offload, chosen.generate)
+    asked = _checked(target, data, options, window, lm_eval, compensation, device, dtype, offload, gpu_memory, stages)
     with _processes(replicas, stages) as (sharers, parted):
-        opened = open_target(target, sparsity=sparsity, device=device, dtype=dtype, offload=offload, stages=parted)
-        _agree(sharers, opened, chosen, lm_eval)
-        recorder = _recorder(target, opened, data, chosen, lm_eval) if sharers.first else None
-        measure = _measure(opened, data, chosen, lm_eval, parted)
-        if compensation is not None:
-            opened.compensate(compensation)
-        point = {**measure(opened.model), **opened.describe(), "data": data}
-        if recorder is not None:
-            recorder.add(point)
+        opened = asked.open([sparsity], sharers, parted)
+        opened.compensate()
+        point = {**opened.measure(), **opened.target.describe(), "data": data}
+        opened.record(point)
         return point
 
 
@@ -94,6 +94,7 @@ def evaluate_along(
     on_point: Callable[[dict[str, Any]], None] | None = None,
     replicas: Replicas | None = None,
     offload: bool = False,
+    gpu_memory: str | None = None,
     stages: int = 1,
 ) -> dict[str, Any]:
     """The same for the dense model and each sparsity of a run or nested checkpoint, moving one model.
@@ -104,7 +105,7 @@ def evaluate_along(
         sparsities: of each the nearest step is taken, every step once.
         compensation: done anew at each point of a run.
         on_point: called with each point when it is measured.
-        replicas, offload, stages: as of :func:`evaluate_target`.
+        replicas, offload, gpu_memory, stages: as of :func:`evaluate_target`.
 
     Returns:
         ``target, data`` and ``points``, dense first, then by sparsity.
@@ -112,29 +113,90 @@ def evaluate_along(
     Raises:
         GispError: a target of one size, or a sparsity beyond the run.
     """
-    check_count(stages)
-    chosen = _checked(target, data, options, window, lm_eval, compensation, offload)
-    check_parted(stages, lm_eval, compensation, offload, chosen.generate)
+    asked = _checked(target, data, options, window, lm_eval, compensation, device, dtype, offload, gpu_memory, stages)
     if not sparsities:
         raise GispError("--sparsities is empty: give numbers with commas between them")
-    check_along(target)
+    check_along(target, sparsities)
     with _processes(replicas, stages) as (sharers, parted):
-        opened = open_target(target, sparsity=0.0, device=device, dtype=dtype, offload=offload, stages=parted)
-        wanted = {0: opened.points[0]} | {p.step or 0: p for p in map(opened.nearest, sparsities)}
-        _agree(sharers, opened, chosen, lm_eval)
-        recorder = _recorder(target, opened, data, chosen, lm_eval) if sharers.first else None
-        measure = _measure(opened, data, chosen, lm_eval, parted)
+        opened = asked.open([0.0, *sparsities], sharers, parted)
+        moved = opened.target
+        wanted = {0: moved.points[0]} | {p.step or 0: p for p in map(moved.nearest, sparsities)}
         points = []
         for _, point in sorted(wanted.items()):
-            opened.move(point)
-            if compensation is not None:
-                opened.compensate(compensation)
-            points.append({**opened.describe(), **measure(opened.model)})
-            if recorder is not None:
-                recorder.add(points[-1])
+            moved.move(point)
+            opened.compensate()
+            points.append({**moved.describe(), **opened.measure()})
+            opened.record(points[-1])
             if on_point is not None:
                 on_point(points[-1])
     return {"target": target, "data": data, "points": points}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What to measure of what, and where; arguments as of :func:`evaluate_target`."""
+
+    target: str
+    data: str | None
+    options: EvalOptions
+    lm_eval: LmEvalTasks | None
+    compensation: CompensationRequest | None
+    place: BasePlace
+    dtype: str | None
+
+    def open(self, sparsities: Sequence[float | None], sharers: Replicas, stages: Stages | None) -> _Opened:
+        """The model at the first of these points, and what measures all of them."""
+        measure = plan = calibration = None
+        if self.place.offload:
+            outline = Outline.of(self.target, self.place, self.dtype)
+            measure = self._measure(outline.model, outline.source)
+            plan, calibration = outline.plan(self.place, measure, self.compensation, sparsities)
+            # Others look at memory that is free before this process takes some.
+            sharers.exchange(b"")
+        opened = open_target(
+            self.target, sparsity=sparsities[0], place=self.place, dtype=self.dtype, plan=plan, stages=stages
+        )
+        _agree(sharers, opened, self.options, self.lm_eval)
+        recorder = self._recorder(opened) if sharers.first else None
+        if measure is None:
+            parts = PartedLoss(opened.model, stages, opened.placement) if stages and opened.placement else None
+            measure = self._measure(opened.model, opened.source, parts)
+        return _Opened(opened, measure, recorder, self.compensation, calibration)
+
+    def _measure(self, model: Any, source: str, parts: PartedLoss | None = None) -> Measure:
+        # The harness checks its names first: reading data may take long.
+        harness = None if self.lm_eval is None else Harness(self.lm_eval, source)
+        prepared = None if self.data is None else prepare(self.data, self.options, model, source, parts)
+        return Measures(tuple(measure for measure in (prepared, harness) if measure is not None))
+
+    def _recorder(self, opened: Target) -> EvaluationRecorder | None:
+        """What records the figures of a run; a target that is none has no place for them."""
+        if not is_run(self.target):
+            return None
+        dtype = str(opened.model.dtype).removeprefix("torch.")
+        return EvaluationRecorder(Path(self.target), self.data, self.options, self.lm_eval, dtype)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model in memory, and what is done at every point of it."""
+
+    target: Target
+    measures: Measure
+    recorder: EvaluationRecorder | None
+    compensation: CompensationRequest | None
+    calibration: Sequences | None
+
+    def compensate(self) -> None:
+        if self.compensation is not None:
+            self.target.compensate(self.compensation, self.calibration)
+
+    def measure(self) -> dict[str, Any]:
+        return self.measures(self.target.model)
+
+    def record(self, point: dict[str, Any]) -> None:
+        if self.recorder is not None:
+            self.recorder.add(point)
 
 
 def _checked(
@@ -144,9 +206,14 @@ def _checked(
     window: int | None,
     lm_eval: LmEvalTasks | None,
     compensation: CompensationRequest | None,
+    device: str,
+    dtype: str | None,
     offload: bool,
-) -> EvalOptions:
-    """How to evaluate, where what is given goes together."""
+    gpu_memory: str | None,
+    stages: int,
+) -> _Asked:
+    """What is asked for, where what is given goes together."""
+    check_count(stages)
     if options is not None and window is not None:
         raise GispError("window and options are both given: set options.window")
     if data is None and lm_eval is None:
@@ -155,7 +222,10 @@ def _checked(
         compensation.options.check_streamed()
     if compensation is not None and not is_run(target):
         raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
-    return options or EvalOptions(window=window)
+    chosen = options or EvalOptions(window=window)
+    check_parted(stages, lm_eval, compensation, offload, chosen.generate)
+    place = BasePlace(device, offload, gpu_memory)
+    return _Asked(target, data, chosen, lm_eval, compensation, place, dtype)
 
 
 @contextmanager
@@ -192,23 +262,3 @@ def _agree(sharers: Replicas, opened: Target, options: EvalOptions, lm_eval: LmE
             "weights of": str(weight.dtype),
         },
     )
-
-
-def _measure(
-    opened: Target, data: str | None, options: EvalOptions, lm_eval: LmEvalTasks | None, stages: Stages | None
-) -> Measure:
-    parts = PartedLoss(opened.model, stages, opened.placement) if stages and opened.placement else None
-    # The harness checks its names first: reading data may take long.
-    harness = None if lm_eval is None else Harness(lm_eval, opened.source)
-    prepared = None if data is None else prepare(data, options, opened.model, opened.source, parts)
-    measures = [measure for measure in (prepared, harness) if measure is not None]
-    return lambda model: {name: value for measure in measures for name, value in measure(model).items()}
-
-
-def _recorder(
-    target: str, opened: Target, data: str | None, options: EvalOptions, lm_eval: LmEvalTasks | None
-) -> EvaluationRecorder | None:
-    """What records the figures of a run; a target that is none has no place for them."""
-    if not is_run(target):
-        return None
-    return EvaluationRecorder(Path(target), data, options, lm_eval, str(opened.model.dtype).removeprefix("torch."))

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from gisp.compensation import CompensationRequest, compensate
+from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.export.load import load
 from gisp.export.nested.files import NestedFiles
 from gisp.export.nested.place import is_nested
 from gisp.export.sizes.stored import StoredSize, stored_sizes
-from gisp.model.attention import KV_INDEX, NoHeads
+from gisp.model.attention import kv_bytes_per_token
 from gisp.model.load import resolve_device, resolve_dtype
 from gisp.model.structures import channels_name, heads_name
-from gisp.offload.place import stream_layers
+from gisp.offload.place import place as place_layers
+from gisp.offload.plan import Plan
 from gisp.run.parted import base_part
 from gisp.run.resources.base import BasePlace
 from gisp.run.trajectory import Trajectory, move_to
@@ -72,11 +74,15 @@ class Target:
         # Biases a compensation adds.
         self._added = 0
 
-    def compensate(self, request: CompensationRequest) -> None:
-        """Compensate a run's model where it is; moving takes that back."""
+    def compensate(self, request: CompensationRequest, calibration: Sequences | None = None) -> None:
+        """Compensate a run's model where it is; moving takes that back.
+
+        Args:
+            calibration: data of the request where it was read already.
+        """
         if self.point.step:
             before = parameters(self.model)
-            done = compensate(self.model, request.calibration, **asdict(request.options))
+            done = compensate(self.model, calibration or request.calibration, **asdict(request.options))
             self._added = parameters(self.model) - before
             self._compensation = request.describe(done)
 
@@ -125,9 +131,9 @@ def open_target(
     target: str,
     *,
     sparsity: float | None = None,
-    device: str = "auto",
+    place: BasePlace,
     dtype: str | None = None,
-    offload: bool = False,
+    plan: Plan | None = None,
     stages: Stages | None = None,
 ) -> Target:
     """The model a path names, at one sparsity.
@@ -135,24 +141,23 @@ def open_target(
     Args:
         target: dense model or exported folder, hub name, nested checkpoint or run folder.
         sparsity: point of a run or nested checkpoint (``None`` = its end); only for these.
-        offload: leave the decoder layers in host memory, from which they visit the device.
+        place: where the model computes.
+        plan: where layers lie, if ``place`` leaves them in host memory.
         stages: of a run alone: processes that each hold a part of the layers; the others lie on ``meta``.
 
     Raises:
-        GispError: nothing usable there, a nested checkpoint whose layers should lie in host memory, or anything but a
-            run in stages.
+        GispError: nothing usable there, or anything but a run in stages.
     """
-    place = resolve_device(device)
     if is_run(target):
-        return _open_run(Trajectory.load(target), sparsity, device, dtype, offload, stages)
+        return _open_run(Trajectory.load(target), sparsity, place, dtype, plan, stages)
     if stages is not None:
         raise GispError(f"--stages {stages.count} takes a run, {target} is none: leave it out, --offload may do")
     check_target(target, sparsity)
-    if offload and is_nested(target):
-        raise GispError(f"--offload takes a model or a run, {target} is a nested checkpoint: leave it out")
-    model = load(target, sparsity=sparsity, device="cpu" if offload else str(place), dtype=resolve_dtype(dtype, place))
-    if offload:
-        stream_layers(model, place)
+    device = resolve_device(place.device)
+    kind = resolve_dtype(dtype, device)
+    model = load(target, sparsity=sparsity, device="cpu" if place.offload else str(device), dtype=kind)
+    if plan is not None:
+        place_layers(model, plan.streamed, device, **plan.places)
     record = getattr(model.config, "gisp", None) or {}
     step = int(record["step"]) if is_nested(target) else None
     here = Point(float(record.get("sparsity", 0.0)), float(record.get("model_sparsity", 0.0)), step)
@@ -167,18 +172,18 @@ def open_target(
 def _open_run(
     trajectory: Trajectory,
     sparsity: float | None,
-    device: str,
+    place: BasePlace,
     dtype: str | None,
-    offload: bool,
+    plan: Plan | None,
     stages: Stages | None,
 ) -> Target:
     step, placement = trajectory.step_for(sparsity), None
     if stages is not None:
-        place = resolve_device(device)
-        kind = resolve_dtype(dtype or trajectory.config.get("dtype"), place)
-        model, placement = base_part(trajectory, stages, place, kind if isinstance(kind, torch.dtype) else None)
+        device = resolve_device(place.device)
+        kind = resolve_dtype(dtype or trajectory.config.get("dtype"), device)
+        model, placement = base_part(trajectory, stages, device, kind if isinstance(kind, torch.dtype) else None)
     else:
-        model = BasePlace(device, offload).load(trajectory, dtype=dtype)
+        model = place.load(trajectory, dtype=dtype, plan=plan)
     shrinkable = trajectory.shrinkable(model)
     points = [
         Point(trajectory.sparsity_at(t), trajectory.model_sparsity_at(t), t) for t in range(len(trajectory.steps) + 1)
@@ -208,21 +213,3 @@ def stored_at(trajectory: Trajectory, steps: Sequence[int]) -> list[StoredSize]:
 def parameters(model: Any) -> int:
     """Parameters of a model, tied ones once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def kv_bytes_per_token(model: Any) -> int | None:
-    """Bytes of keys and values a token needs, all layers, in the model's dtype; ``None`` for an unknown layout.
-
-    Key/value heads that no query head is left to read are not counted.
-    """
-    total = 0
-    for layer in getattr(getattr(model, "model", None), "layers", ()):
-        attention: Any = getattr(layer, "self_attn", None)
-        if isinstance(attention, NoHeads):
-            continue
-        if not hasattr(attention, "k_proj") or not hasattr(attention, "head_dim"):
-            return None
-        index = getattr(attention, KV_INDEX, None)
-        width = attention.k_proj.out_features if index is None else len(index.unique()) * attention.head_dim
-        total += 2 * int(width) * next(model.parameters()).element_size()
-    return total or None

@@ -13,6 +13,7 @@ from gisp.export.formats.hf import export_hf
 from gisp.export.sizes.stored import element_bytes
 from gisp.export.spec import PrunedSpec
 from gisp.report.data import read_run
+from gisp.run.resources.base import BasePlace
 from gisp.target.open import open_target, stored_at
 
 CASES = [("llama-gqa", "query"), ("llama-gqa", "group"), ("llama-gqa", "balanced"), ("llama-mha", "query")]
@@ -47,7 +48,7 @@ def test_the_sizes_of_a_point_are_those_of_its_export(
         base = trajectory.load_base(device="cpu")
         report = export_hf(base, PrunedSpec.at(trajectory, step), tmp_path / f"export-{step}")
         assert (size.parameters, size.kv_bytes_per_token(4)) == (report.parameters_pruned, report.kv_bytes_per_token)
-        point = open_target(str(run), sparsity=trajectory.sparsity_at(step), device="cpu").describe()
+        point = open_target(str(run), sparsity=trajectory.sparsity_at(step), place=BasePlace("cpu")).describe()
         assert point["parameters"] == report.parameters_pruned
         assert point["kv_bytes_per_token"] == report.kv_bytes_per_token
         removed = trajectory.steps[step - 1].removed_parameters if step else 0

@@ -79,7 +79,9 @@ def measure_quality(
     model_map = map_model(model)
     source = str(trajectory.base_model["path"])
     # Data that cannot be read is found before anything costly.
-    measure = None if data is None else prepare(data, EvalOptions(window=window), model, source)
+    measure = plans.measure
+    if data is not None and measure is None:
+        measure = prepare(data, EvalOptions(window=window), model, source)
     exported = rounded(model, point)
     compensation = None
     if request is not None:

@@ -11,7 +11,8 @@ from gisp.compensation.apply import calibration_sequences
 from gisp.compensation.demand import COMPENSATING, demand
 from gisp.compensation.request import CompensationRequest
 from gisp.data import Sequences
-from gisp.evaluate.batches import batch_bytes
+from gisp.evaluate import EvalOptions
+from gisp.evaluate.data import Measure, prepare
 from gisp.export.beside import base_folder
 from gisp.export.check import CHECKED_TOKENS
 from gisp.export.folder import SHARD_BYTES
@@ -38,11 +39,13 @@ class Plans:
     Attributes:
         measuring: while a compensation is fitted and perplexities are measured; ``None`` if neither is.
         writing: while files are written and checked.
+        measure: what measures perplexity, ready for its plan.
         calibration: data of the compensation, read for its plan.
     """
 
     measuring: Plan | None = None
     writing: Plan | None = None
+    measure: Measure | None = None
     calibration: Sequences | None = None
 
 
@@ -56,6 +59,7 @@ def make_plans(
     rounded: Callable[[nn.Module, PrunedSpec], PrunedSpec],
     *,
     data: str | None,
+    window: int | None = None,
     request: CompensationRequest | None,
     format: str,
 ) -> Plans:
@@ -63,25 +67,26 @@ def make_plans(
 
     Args:
         rounded: the exported spec, from the dense base model and the point.
-        data: evaluation data, ``None`` to measure nothing.
+        data, window: evaluation data, ``None`` to measure nothing, and the longest input.
 
     Raises:
-        GispError: it does not fit, or a compensation that layers in host memory have no place for.
+        GispError: data cannot be read, it does not fit, or a compensation that layers in host memory have no place for.
     """
     if not place.offload:
         return UNPLANNED
-    calibration = measuring = None
+    calibration = measuring = measure = None
+    source = str(trajectory.base_model["path"])
     if request is not None or data is not None:
         outline, device = place.outline(trajectory), resolve_device(place.device)
-        asked = weights_of(outline)
+        asked = weights_of(outline.model)
         if request is not None:
             request.options.check_streamed()
             options = request.for_format(format, outline)
-            source = str(trajectory.base_model["path"])
             calibration = calibration_sequences(outline, request.calibration, source)
             asked = demand(outline, rounded(outline.model, point).keep, options, calibration, device)
         if data is not None:
-            asked = replace(asked, working=max(asked.working, batch_bytes(outline, device)))
+            measure = prepare(data, EvalOptions(window=window), outline.model, source)
+            asked = replace(asked, working=max(asked.working, measure.working(outline.model, device)))
         measuring = place.plan(asked, COMPENSATING if request else _EXPORTING)
     outline = place.outline(trajectory, dtype="auto")
     keep = rounded(outline.model, point).keep
@@ -89,7 +94,7 @@ def make_plans(
     if not _mapped(trajectory):
         asked = replace(asked, beside=asked.beside + sum(asked.layers))
     writing = place.plan(asked, _EXPORTING)
-    return Plans(measuring, writing, calibration)
+    return Plans(measuring, writing, measure, calibration)
 
 
 def _mapped(trajectory: Trajectory) -> bool:
@@ -103,7 +108,7 @@ def _writing(model_map: ModelMap, keep: Keep, *, compensated: bool) -> Demand:
 
     While it is checked the exported model visits the device beside the base model, as large as that at most.
     """
-    weights = weights_of(model_map)
+    weights = weights_of(model_map.model)
     hidden, size = model_map.hidden_size, next(model_map.model.parameters()).element_size()
     largest = max(p.numel() for p in model_map.model.parameters())
     working = max(_WIDE * largest, _MASKED * weights.largest // size)

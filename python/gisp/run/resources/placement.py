@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from gisp.config.criteria import CRITERIA
 from gisp.config.memory import bytes_of, gigabytes
@@ -17,6 +18,7 @@ from gisp.offload.host import available_bytes, numbered
 from gisp.offload.place import untied_ends
 from gisp.offload.plan import PRUNING, Advice, Demand, Plan, make_plan
 from gisp.progress import note
+from gisp.replicas.environment import processes_here
 from gisp.run.resources.estimate import pass_tokens, step_tokens
 from gisp.score.fused import why_not
 from gisp.score.fused.lm_head import CHUNK_ELEMENTS
@@ -65,7 +67,9 @@ def told_plan(found: Demand, limit: int | None, *, everything: bool, advice: Adv
     Raises:
         GispError: it does not fit.
     """
-    plan = make_plan(found, everything=everything, limit=limit, host=available_bytes(), advice=advice)
+    free = available_bytes()
+    host = None if free is None else free // processes_here()
+    plan = make_plan(found, everything=everything, limit=limit, host=host, advice=advice)
     if plan is None:
         note(f"offload: the model fits, nothing is in host memory ({gigabytes(sum(found.layers) + found.rest)})")
         return None
@@ -87,7 +91,7 @@ def demand(model_map: ModelMap, data: Sequences, config: PruneConfig) -> Demand:
         # Gradients of gates of every sequence and structure.
         structures = sum(group.count for group in model_map.groups)
         working += 4 * structures * max(1, tokens // longest)
-    weights = weights_of(model_map)
+    weights = weights_of(model)
     if CRITERIA[config.criterion].gradient == "absolute":
         working += 4 * max(weights.layers) // size
     fused = why_not(model_map, longest) is None
@@ -96,23 +100,27 @@ def demand(model_map: ModelMap, data: Sequences, config: PruneConfig) -> Demand:
     return replace(weights, inputs=tokens * hidden * size, working=working)
 
 
-def weights_of(model_map: ModelMap) -> Demand:
+def weights_of(model: Any) -> Demand:
     """What the weights of a model ask of memory, layers of which lie in host memory."""
-    model = model_map.model
-    size, hidden = next(model.parameters()).element_size(), model_map.hidden_size
-    layers = tuple(sum(p.numel() * p.element_size() for p in item.layer.parameters()) for item in model_map.layers)
-    embedding, head = (sum(p.numel() * size for p in end.parameters()) if end else 0 for end in untied_ends(model))
+    layers = tuple(_bytes(layer) for layer in model.model.layers)
+    matrices = (p for p in model.model.layers.parameters() if p.dim() == 2)
+    embedding, head = (_bytes(end) if end else 0 for end in untied_ends(model))
     return Demand(
         layers=layers,
-        rest=model_map.parameters * size - sum(layers),
-        largest=size * hidden * max(model_map.intermediate_size, model_map.num_heads * model_map.head_dim),
+        rest=_bytes(model) - sum(layers),
+        largest=max((p.numel() * p.element_size() for p in matrices), default=0),
         inputs=0,
         working=0,
         # Files are mapped, and copied layer by layer; weights of another dtype are converted all at once.
-        loading=model_map.parameters * size if _converted(model) else 0,
+        loading=_bytes(model) if _converted(model) else 0,
         embedding=embedding,
         head=head,
     )
+
+
+def _bytes(module: nn.Module) -> int:
+    """Of all parameters, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _converted(model: Any) -> bool:
