@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 
@@ -25,7 +25,7 @@ class StepRows:
         weights: weight of each sequence's mean NLL in the loss.
         questions: those of the positions whose answers are compared.
         leaders: of every position the one whose pass it may share (see :mod:`gisp.score.fused.batch`).
-        batches: stretches of positions that pass through the model together.
+        parted: makes ``batches``, which takes milliseconds of sequences of many lengths; once, when they are asked for.
         correction: what the weighted sum of NLL lacks to the loss.
     """
 
@@ -34,7 +34,7 @@ class StepRows:
     weights: list[float]
     questions: Questions
     leaders: list[int]
-    batches: list[tuple[int, int]]
+    parted: Callable[[], list[tuple[int, int]]]
     correction: float = 0.0
 
     @classmethod
@@ -43,7 +43,7 @@ class StepRows:
         data, numbers, weights, places = steps.data, steps.numbers(step), steps.weights(step), steps.questions(step)
         questions = Questions.of(places, [data.signs[i] for i in numbers], weights)
         leaders = steps.leaders(step)
-        return cls(data, numbers, weights, questions, leaders, _batches(steps, numbers, places, leaders))
+        return cls(data, numbers, weights, questions, leaders, _parted(steps, numbers, places, leaders))
 
     def part(self, steps: StepBatches, start: int, stop: int) -> StepRows:
         """The rows from one position to another, between examples; weights stay those in the loss of the step."""
@@ -60,8 +60,13 @@ class StepRows:
             self.weights[start:stop],
             questions,
             leaders,
-            _batches(steps, numbers, questions.places, leaders) if numbers else [],
+            _parted(steps, numbers, questions.places, leaders),
         )
+
+    @property
+    def batches(self) -> list[tuple[int, int]]:
+        """Stretches of positions that pass through the model together."""
+        return self.parted()
 
     @property
     def tokens(self) -> int:
@@ -115,9 +120,14 @@ class StepRows:
         return found
 
 
-def _batches(
+def _parted(
     steps: StepBatches, numbers: list[int], places: Sequence[range], leaders: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Batches of a step's sequences: neither questions are parted nor those that share a pass."""
-    sharing = [range(leader, i + 1) for i, leader in enumerate(leaders) if leader != i]
-    return list(steps.batches(numbers, [*places, *sharing]))
+) -> Callable[[], list[tuple[int, int]]]:
+    """Makes batches of a step's sequences: neither questions are parted nor those that share a pass."""
+
+    @cache
+    def batches() -> list[tuple[int, int]]:
+        sharing = [range(leader, i + 1) for i, leader in enumerate(leaders) if leader != i]
+        return list(steps.batches(numbers, [*places, *sharing])) if numbers else []
+
+    return batches

@@ -91,3 +91,28 @@ def test_only_sums_that_add_up_are_parted(criterion: str) -> None:
     assert make_config(slices=4).slices == 4 and make_config().slices is None
     with pytest.raises(GispError, match="--slices is 0"):
         make_config(slices=0)
+
+
+@pytest.mark.parametrize("make", [ragged, mixed])
+def test_passes_of_what_is_not_passed_are_not_made(
+    make: Callable[[], Sequences], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parting a step takes milliseconds, and slices pass by themselves."""
+    asked: list[tuple[int, ...]] = []
+    parted = StepBatches.batches
+
+    def counted(self: StepBatches, numbers: list[int], *given: Any, **options: Any) -> Any:
+        asked.append(tuple(numbers))
+        return parted(self, numbers, *given, **options)
+
+    monkeypatch.setattr(StepBatches, "batches", counted)
+    data, model_map = make(), map_model(tiny_model())
+    for slices in (None, 2):
+        asked.clear()
+        scorer = gradient_scorer(
+            model_map, data, **OPTIONS, criterion="second-order", first_order="plain", slices=slices
+        )
+        scorer.score(1, model_map.groups)
+        # Every sequence once: neither the whole step beside its slices, nor a slice again for its tokens or weights.
+        assert len(asked) == (slices or 1)
+        assert sorted(number for numbers in asked for number in numbers) == list(range(len(data.rows)))
