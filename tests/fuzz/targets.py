@@ -19,6 +19,8 @@ import gisp
 from gisp.config.options import make_config, read_yaml
 from gisp.data import load_sequences
 from gisp.data.cache import read_entry, write_entry
+from gisp.export.provenance import card_facts
+from gisp.export.sizes.written import written_export
 from gisp.report.data import read_run
 from gisp.run.folder import RunFolder
 
@@ -155,6 +157,11 @@ def _export(folder: Path) -> None:
     _weights(gisp.load(folder))
 
 
+def _written(folder: Path) -> None:
+    written_export(str(folder))
+    card_facts(folder)
+
+
 TARGETS = (
     Target("trajectory.json", "run/trajectory.json", (damaged_json,), _trajectory),
     Target("trajectory.safetensors", "run/trajectory.safetensors", (damaged_tensors,), _trajectory),
@@ -179,4 +186,7 @@ TARGETS = (
     ),
     Target("export config", "export/config.json", (damaged_json,), _export, share=2),
     Target("export weights", "export/model.safetensors", (damaged_tensors,), _export, share=1),
+    Target("export told", "export/config.json", (damaged_json,), _written),
+    Target("export card", "export/README.md", (), _written),
+    Target("export sizes", "export/model.safetensors", (damaged_tensors,), _written),
 )

@@ -13,10 +13,30 @@ from rich.table import Table
 from gisp.cli.output import plain_console
 
 if TYPE_CHECKING:
+    from gisp.export.sizes.written import WrittenExport
     from gisp.run.evaluations import Evaluation
 
 # More steps are shown evenly spaced.
 _POINTS = 21
+_FORMATS = {
+    "hf": "layers differ in size",
+    "uniform": "one size for all layers, a stock checkpoint",
+    "masked": "dense shapes, removed structures are zero",
+    "gguf": "for llama.cpp, layers differ in size",
+}
+_STOCK = ("load: AutoModelForCausalLM.from_pretrained({path}), as any model of its kind",)
+_LOADING = {
+    "hf": (
+        "load: gisp.load({path})",
+        "load without gisp: AutoModelForCausalLM.from_pretrained({path}, trust_remote_code=True), transformers 5.14",
+    ),
+    "uniform": _STOCK,
+    "masked": _STOCK,
+    "gguf": ("load: llama-cli -m {file}",),
+    "nested": ("load: gisp.load({path}, sparsity=S)",),
+}
+# What the card of an export says of the run, and of sizes that were changed.
+_OF_RUN = ("calibration data", "preset", "criterion", "size of every layer", "made from")
 
 
 def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
@@ -31,21 +51,43 @@ def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 
 def inspect(
-    target: Annotated[str, typer.Argument(help="Run folder, nested checkpoint or dense model.", metavar="RUN|MODEL")],
+    target: Annotated[
+        str,
+        typer.Argument(help="Run folder, export, nested checkpoint or dense model.", metavar="RUN|EXPORT|MODEL"),
+    ],
 ) -> None:
-    """Show the sizes a run can be exported at, those a nested checkpoint holds, or what could go of a model."""
+    """Show the sizes a run can be exported at, what an export or a nested checkpoint holds, or what could go of a
+    model."""
     from gisp.export.nested.place import is_nested
-    from gisp.model.paths import check_model_path
+    from gisp.model.gguf import EXPORTED
     from gisp.target.check import is_run
 
     console = plain_console()
     if is_nested(target):
         _show_nested(console, target)
-    elif is_run(target):
+    elif is_run(target) and not (Path(target) / EXPORTED).is_file():
         _show_run(console, Path(target))
     else:
+        _show_files(console, target)
+
+
+def _show_files(console: Console, target: str) -> None:
+    """What is neither a run nor nested: an export or a dense model."""
+    from gisp.model.gguf import EXPORTED
+    from gisp.model.paths import check_model_path
+
+    if not (Path(target) / EXPORTED).is_file():
+        # Before torch is imported.
         check_model_path(target)
-        _show_model(console, target)
+
+    from gisp.export.sizes.written import written_export
+
+    found = written_export(target)
+    if found is not None:
+        _show_export(console, target, found)
+        return
+    check_model_path(target)
+    _show_model(console, target)
 
 
 def _show_model(console: Console, target: str) -> None:
@@ -133,18 +175,74 @@ def _points_table(record: dict[str, Any], removed_at: dict[str, Any]) -> Table:
     return table
 
 
+def _show_export(console: Console, target: str, found: WrittenExport) -> None:
+    """What an export is, how it loads, and what every layer stores."""
+    from gisp.export.sizes.options import option_text
+
+    record, options = found.record, found.record.get("options")
+    told = [
+        ("format", f"{found.format}, {_FORMATS[found.format]}"),
+        ("sparsity", f"{record['sparsity']:.4f} of the decoder layers, step {record['step']}"),
+        ("sparsity of the whole model", f"{record['model_sparsity']:.4f}"),
+        *([("options", option_text(options))] if options else []),
+        ("compensation", record.get("compensation") or "none"),
+        ("parameters stored", f"{found.parameters:,}"),
+        ("bytes of the weights", f"{found.bytes:,} ({found.dtype})"),
+        ("KV bytes/token", f"{found.kv_bytes_per_token:,}"),
+    ]
+    _show_facts(console, target, [*_origin(target, str(record["base_fingerprint"])), *told])
+    table = Table("layer", "query heads", "key/value heads", "MLP channels", "bytes")
+    for number, layer in enumerate(found.layers):
+        counts = (layer.query_heads, layer.kv_heads, layer.channels, layer.bytes)
+        table.add_row(str(number), *(f"{count:,}" for count in counts))
+    console.print(table)
+    _show_loading(console, found.format, target)
+
+
 def _show_nested(console: Console, folder: str) -> None:
+    """What a nested checkpoint is, how it loads, and what every size of it takes."""
     from gisp.export.nested.files import NestedFiles
-    from gisp.export.nested.sizes import own_bytes, shared_bytes
+    from gisp.export.nested.sizes import kv_bytes, own_bytes, shared_bytes
 
     files = NestedFiles.open(folder)
+    told = ("format", f"nested, {len(files.sparsities) - 1} sizes beside the dense one")
+    _show_facts(console, folder, [*_origin(folder, str(files.record["base_model"]["fingerprint"])), told])
     own = {step: own_bytes(files, step) for step in files.milestones}
     beside = ("own bytes",) if own else ()
-    table = Table("sparsity", "query heads", "key/value heads", "MLP channels", "bytes", *beside, title=folder)
-    rows = zip(files.sparsities, files.nesting.prefixes.sum(1).tolist(), shared_bytes(files), strict=True)
-    for step, (sparsity, counts, shared) in enumerate(rows):
+    table = Table("sparsity", "query heads", "key/value heads", "MLP channels", "bytes", "KV B/token", *beside)
+    sizes = zip(files.nesting.prefixes.sum(1).tolist(), shared_bytes(files), kv_bytes(files), strict=True)
+    for step, (sparsity, (counts, shared, cache)) in enumerate(zip(files.sparsities, sizes, strict=True)):
         stored = (f"{own[step]:,}" if step in own else "-",) if own else ()
-        table.add_row(f"{sparsity:.4f}", *(f"{count:,}" for count in (*counts, shared)), *stored)
+        table.add_row(f"{sparsity:.4f}", *(f"{count:,}" for count in (*counts, shared, cache)), *stored)
     console.print(table)
     for step, text in files.milestones.items():
         console.print(f"sparsity {files.sparsities[step]:.4f}, compensation: {text}", soft_wrap=True)
+    _show_loading(console, "nested", folder)
+
+
+def _origin(target: str, fingerprint: str) -> list[tuple[str, str]]:
+    """Where an export comes from, as its card says; the fingerprint tells a base model even without one."""
+    from gisp.export.provenance import card_facts
+
+    folder = Path(target)
+    card = card_facts(folder if folder.is_dir() else folder.parent)
+    base = card.get("base model", "not told: the folder has no model card")
+    rows = [("base model", base), ("its fingerprint", fingerprint)]
+    return rows + [(name, card[name]) for name in _OF_RUN if name in card]
+
+
+def _show_facts(console: Console, title: str, facts: list[tuple[str, str]]) -> None:
+    table = Table("property", "value", title=title)
+    for row in facts:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _show_loading(console: Console, format: str, target: str) -> None:
+    """Code or a command that loads it."""
+    from gisp.model.gguf import EXPORTED
+
+    path = Path(target)
+    for line in _LOADING[format]:
+        file = path if path.is_file() else path / EXPORTED
+        console.print(line.format(path=repr(target), file=shlex.quote(str(file))), soft_wrap=True)

@@ -20,6 +20,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # A snapshot in the hub's cache.
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\][0-9a-f]+")
 _SECONDS = 5
+# Of a table of two columns.
+_ROW = re.compile(r"\| ([^|]+?) \| (.+) \|")
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,17 @@ class BaseCard:
             ("training data of the base model", ", ".join(self.datasets) or _NOT_KNOWN),
             ("calibration data", _calibration(calibration)),
         ]
+
+
+def card_facts(folder: Path) -> dict[str, str]:
+    """``base model``, and the table of facts, of the card that an export was written with; what is gone is left out."""
+    front = _card(str(folder), False)
+    found = {"base model": str(front["base_model"])} if front.get("base_model") else {}
+    with contextlib.suppress(OSError, ValueError):
+        _, _, table = (folder / _CARD).read_text(encoding="utf-8").partition("\n| | |\n|---|---|\n")
+        rows = (_ROW.fullmatch(line) for line in table.partition("\n\n")[0].splitlines())
+        found = {row[1]: row[2].replace("`", "") for row in rows if row} | found
+    return found
 
 
 def base_name(base: Any, path: str) -> tuple[str, bool]:

@@ -12,6 +12,8 @@ from typing import Any
 
 from gisp.errors import GispError
 
+EXPORTED = "model.gguf"
+"""The file of an export of format ``gguf``."""
 _LOG = logging.getLogger(__name__)
 
 

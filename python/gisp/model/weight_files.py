@@ -73,17 +73,17 @@ def _is_quantised(name: str, dtype: str) -> bool:
 
 def _tensors(folder: Path) -> Iterator[tuple[str, str]]:
     """Name and dtype of every tensor of the weight files that transformers reads; unreadable ones are left to it."""
-    for path in _weight_files(folder, "model.safetensors"):
+    for path in weight_files(folder, "model.safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no mapping
                     yield name, str(file.get_slice(name).get_dtype())
         except (SafetensorError, OSError):
             continue
-    if _weight_files(folder, "model.safetensors"):
+    if weight_files(folder, "model.safetensors"):
         return
     dtypes = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    for path in _weight_files(folder, "pytorch_model.bin"):
+    for path in weight_files(folder, "pytorch_model.bin"):
         try:
             state = torch.load(path, map_location="meta", weights_only=True)
         except Exception:  # whatever is wrong with the file, the loader tells
@@ -93,7 +93,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, str]]:
                 yield str(name), dtypes.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
-def _weight_files(folder: Path, name: str) -> list[Path]:
+def weight_files(folder: Path, name: str) -> list[Path]:
     """The single file, or the shards its index names."""
     if (folder / name).is_file():
         return [folder / name]

@@ -29,3 +29,13 @@ def own_bytes(files: NestedFiles, step: int) -> int:
     """Bytes that a milestone stores beside the shared weights."""
     names = files.record["tensors"]
     return sum(files.bytes_of(name) for name in names if name.startswith(f"{MILESTONES}{step}."))
+
+
+def kv_bytes(files: NestedFiles) -> list[int]:
+    """Bytes of keys and values that a token needs at every step, in the dtype of the weights, the dense model first."""
+    base, numbers = files.record["base_model"], files.nesting.prefixes.long()[:, :, KINDS.index("kv_heads")].sum(1)
+    return (2 * int(base["head_dim"]) * _element_size(files) * numbers).tolist()
+
+
+def _element_size(files: NestedFiles) -> int:
+    return files.rows(next(iter(files.record["tensors"])), 0, 0).element_size()

@@ -24,9 +24,9 @@ from gisp.export.formats.gguf.tokenizer import Vocabulary, read_vocabulary
 from gisp.export.formats.hf import pruned_state
 from gisp.export.relayout import plan_layers
 from gisp.export.spec import ExportReport, PrunedSpec, map_checked
+from gisp.model.gguf import EXPORTED
 from gisp.model.structures import ModelMap
 
-FILE = "model.gguf"
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 _ROPE_TYPES = ("default", "linear", "llama3")
 _INSTEAD = "use --format hf"
@@ -59,8 +59,8 @@ def export_gguf(
     layouts = plan_layers(model_map, spec.keep)
     with new_folder(out) as folder:
         state = pruned_state(base, model_map, spec.keep, layouts)
-        write_gguf(folder / FILE, base, model_map, spec, state, kind, vocabulary)
-        report, facts = checked_gguf_report(base, model_map, spec, layouts, folder / FILE, out, kind, vocabulary)
+        write_gguf(folder / EXPORTED, base, model_map, spec, state, kind, vocabulary)
+        report, facts = checked_gguf_report(base, model_map, spec, layouts, folder / EXPORTED, out, kind, vocabulary)
         write_card(folder, base, spec, report, _card(vocabulary, facts))
     return report
 
