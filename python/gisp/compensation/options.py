@@ -109,13 +109,31 @@ class CompensationOptions:
         Raises:
             GispError: a method that trains or fits biases.
         """
+        what = self._unstreamed()
+        if what:
+            raise GispError(
+                f"--compensate {self.method} {what} layers that --offload leaves in host memory: choose lsq, "
+                "rescale or kfac, or leave --offload out"
+            )
+
+    def check_parted(self, stages: int) -> None:
+        """Refuse more than one stage, each of which holds a part of the layers.
+
+        Raises:
+            GispError: names the way that there is.
+        """
+        if stages > 1:
+            instead = "give --offload in place of --stages"
+            if self._unstreamed():
+                instead = "leave --stages out, on a GPU that holds the model or with --device cpu"
+            raise GispError(f"--stages {stages} parts the model, --compensate {self.method} needs all of it: {instead}")
+
+    def _unstreamed(self) -> str | None:
+        """What of the method layers in host memory do not go with."""
         for method in self.methods:
-            what = "trains" if method in TRAINED else "adds biases to" if self.biases(method) else None
-            if what:
-                raise GispError(
-                    f"--compensate {self.method} {what} layers that --offload leaves in host memory: choose lsq, "
-                    "rescale or kfac, or leave --offload out"
-                )
+            if method in TRAINED or self.biases(method):
+                return "trains" if method in TRAINED else "adds biases to"
+        return None
 
     def _users(self, option: str) -> list[str]:
         return sorted({method for method in self.methods if method in ONLY[option]})

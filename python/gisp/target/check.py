@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gisp.compensation.request import CompensationRequest
 from gisp.errors import GispError
 from gisp.export.nested.place import RECORD as NESTED
 from gisp.export.nested.place import is_nested
@@ -90,7 +91,9 @@ def check_along(target: str, sparsities: Sequence[Any] = ()) -> None:
         check_target(target, sparsity, "--sparsities holds")
 
 
-def check_parted(stages: int, lm_eval: object, compensation: object, offload: bool, generate: bool) -> None:
+def check_parted(
+    stages: int, lm_eval: object, compensation: CompensationRequest | None, offload: bool, generate: bool
+) -> None:
     """Refuse what needs the whole model in one process, where its layers are parted.
 
     Args:
@@ -99,7 +102,10 @@ def check_parted(stages: int, lm_eval: object, compensation: object, offload: bo
     Raises:
         GispError: names the option.
     """
-    asked = {"--lm-eval": lm_eval, "--compensate": compensation, "--offload": offload, "--generate": generate}
+    if stages > 1 and compensation is not None:
+        compensation.options.check_parted(stages)
+    asked = {"--offload": offload, "--lm-eval": lm_eval, "--generate": generate}
     given = next((name for name, value in asked.items() if value), None)
     if stages > 1 and given:
-        raise GispError(f"--stages {stages} parts the model over processes, {given} needs all of it: leave one out")
+        instead = "leave one out" if offload else "give --offload in place of --stages"
+        raise GispError(f"--stages {stages} parts the model over processes, {given} needs all of it: {instead}")

@@ -216,6 +216,11 @@ def test_what_cannot_be_is_one_line(
         (["--offload", "--compensate", "bias", "--calibration", tokens], "--compensate bias adds biases to layers"),
         (["--offload", *lsq, "--gpus", "2"], "--offload always is for one GPU, 2 processes share this run"),
         (["--offload", "--stages", "2"], "--stages 2 writes the point of the run as hf: leave --offload out"),
+        (["--stages", "2", *lsq], "--compensate lsq needs all of it: give --offload in place of --stages"),
+        (
+            ["--stages", "2", "--compensate", "lsq+gates", "--calibration", tokens],
+            "--stages 2 parts the model, --compensate lsq+gates needs all of it: leave --stages out, on a GPU that",
+        ),
     ]
     for given, words in refused:
         point = ["export", str(places / "llama-gqa"), "--sparsity", "0.4", "--out", str(out), "--device", "cpu"]

@@ -85,7 +85,11 @@ def test_the_command_starts_them(
         (["--stages", "9"], "--stages 9 is more than the 5 layers of this model"),
         (["--stages", "2", "--gpus", "4"], "--gpus is 4, --stages 2 starts as many processes"),
         (["--stages", "2", "--offload"], "--offload needs all of it"),
-        (["--stages", "2", "--lm-eval", "piqa"], "--lm-eval needs all of it"),
+        (["--stages", "2", "--lm-eval", "piqa"], "--lm-eval needs all of it: give --offload in place of --stages"),
+        (
+            ["--stages", "2", "--compensate", "lsq", "--calibration", "wikitext2"],
+            "--stages 2 parts the model, --compensate lsq needs all of it: give --offload in place of --stages",
+        ),
         (["--stages", "2", "--generate"], "--generate needs all of it"),
         (["--stages", "2", "--device", "cuda:1"], "leave --device cuda:1 out"),
     ],
