@@ -24,7 +24,7 @@ from gisp.cli.prune_command import prune
 from gisp.cli.stop import InterruptError, unwinding
 from gisp.config.options import OPTIONS
 from gisp.errors import GispError, is_out_of_memory, quoted, shortened
-from gisp.replicas.environment import first_to_refuse, launched, rank
+from gisp.replicas.environment import check_launched, first_to_refuse, launched, rank
 from gisp.replicas.errors import ReplicaError
 
 app = typer.Typer(
@@ -101,6 +101,7 @@ def _run(argv: list[str] | None) -> int:
     if arguments[:1] == ["prune"]:
         arguments = with_bare_values(arguments, OPTIONS.values())
     try:
+        check_launched()
         # Commands that start processes give them their own arguments.
         code = app(args=arguments, standalone_mode=False, obj=[*arguments])
     except ReplicaError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 from gisp.replicas.errors import ReplicaError
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 # stuck ones are told by the watch.
 _MEETING, _PATIENCE = timedelta(minutes=10), timedelta(days=7)
 _ASKING = timedelta(seconds=5)
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+_VARIABLES = (*_NUMBERS, "MASTER_ADDR")
+_UNSET = "start the processes by torchrun, or unset it"
 
 
 def launched() -> bool:
@@ -27,6 +30,25 @@ def launched() -> bool:
     if not all(os.environ.get(name) for name in _VARIABLES):
         return False
     return "TORCHELASTIC_RUN_ID" in os.environ or os.environ["WORLD_SIZE"] != "1"
+
+
+def check_launched() -> None:
+    """Refuse what no launcher says: processes that count themselves otherwise would wait for one another in vain.
+
+    Raises:
+        ReplicaError: names the variable. This process tells it, as others may have a sound one.
+    """
+    if not launched():
+        return
+    for name in _NUMBERS:
+        value = os.environ[name]
+        if not re.fullmatch("[0-9]{1,9}", value):
+            raise ReplicaError(f"{name} is {quoted(value)} in the environment, no number: {_UNSET}", told=False)
+    size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+    if rank() >= size:
+        raise ReplicaError(f"RANK is {rank()} in the environment, of WORLD_SIZE {size}: {_UNSET}", told=False)
+    if not 0 < port < 2**16:
+        raise ReplicaError(f"MASTER_PORT is {port} in the environment, no port: {_UNSET}", told=False)
 
 
 def rank() -> int:

@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 
+from gisp.cli import main
 from gisp.errors import GispError
 from gisp.replicas import environment
 from gisp.replicas.environment import joined, share_cores
@@ -64,3 +65,31 @@ def test_others_that_do_not_come_are_told(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(environment, "_MEETING", timedelta(seconds=1))
     with pytest.raises(GispError, match=r"did not come together: .*1/2"), joined("cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("RANK", "x", "RANK is 'x' in the environment, no number"),
+        ("RANK", "-1", "RANK is '-1' in the environment, no number"),
+        ("RANK", "2", "RANK is 2 in the environment, of WORLD_SIZE 2"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two' in the environment, no number"),
+        ("WORLD_SIZE", "0", "RANK is 0 in the environment, of WORLD_SIZE 0"),
+        ("LOCAL_RANK", "0x1", "LOCAL_RANK is '0x1' in the environment, no number"),
+        ("MASTER_PORT", "http", "MASTER_PORT is 'http' in the environment, no number"),
+        ("MASTER_PORT", "70000", "MASTER_PORT is 70000 in the environment, no port"),
+    ],
+)
+@pytest.mark.parametrize("command", [["prune", "m", "--data", "d", "--out", "o"], ["eval", "m", "--data", "d"]])
+def test_what_no_launcher_says_is_refused(
+    command: list[str],
+    name: str,
+    value: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    as_launched(monkeypatch, 2)
+    monkeypatch.setenv(name, value)
+    assert main(command) == 2
+    assert capsys.readouterr().err == f"error: {words}: start the processes by torchrun, or unset it\n"
