@@ -7,10 +7,14 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 from gisp.errors import GispError
+from gisp.replicas.siblings import children
 
 # Exit codes of a command that has said why, or of Python where it shows a traceback.
 # By name: Windows has no SIGHUP.
@@ -75,7 +79,8 @@ def launch(count: int, module: str, arguments: Sequence[str], again: str) -> int
                 max_restarts=0,
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
             )
-            elastic_launch(config, sys.executable)("-m", module, *arguments)
+            with _stopped_together():
+                elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         # What ended by itself has told why; a signal may have ended another one for that reason.
         codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode in _TELLING]
@@ -95,3 +100,40 @@ def launch(count: int, module: str, arguments: Sequence[str], again: str) -> int
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+@contextmanager
+def _stopped_together() -> Iterator[None]:
+    """Let Ctrl-Z stop the processes as well, and what continues this one continue them.
+
+    The launcher gives each a session of its own, which a terminal does not reach. They would go on, lose the store that
+    lives here, and end.
+    """
+
+    def stop(_: int, __: FrameType | None) -> None:
+        started = children()
+        _signal(started, signal.SIGSTOP)
+        try:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        finally:
+            # Also where a signal that ends this one has come meanwhile: one that is stopped does not hear of it.
+            _signal(started, signal.SIGCONT)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTSTP, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+
+
+def _signal(processes: Sequence[int], number: int) -> None:
+    """Send a signal to processes and all that they have started in their sessions."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            if os.getpgid(process) == process:
+                os.killpg(process, number)
+            else:
+                os.kill(process, number)

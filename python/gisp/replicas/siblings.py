@@ -1,4 +1,4 @@
-"""Looks at another process of this host, and ends one of the same launcher that no longer listens.
+"""Looks at other processes of this host, and ends one of the same launcher that no longer listens.
 
 One that is stopped, or waits inside a driver, does not hear the launcher's TERM. The launcher of ``torch.distributed``
 sends KILL half a minute later, and nothing makes it wait for less.
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def state_of(process: Mapping[str, Any]) -> str:
     if found[19] != process["start"] or found[0] in "ZX":
         return "gone"
     return "stopped" if found[0] in "Tt" else "runs"
+
+
+def children() -> list[int]:
+    """Numbers of the processes that this one has started and that are there; none where the system does not tell."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, IndexError):
+            if int(path.read_text(encoding="utf-8").rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(path.parent.name))
+    return found
 
 
 def end_sibling(process: Mapping[str, Any], seconds: float) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,17 @@ with joined("cpu") as group:
     options = {"sparsity": 0.3, "steps": 4, "align": 4, "batch_tokens": 64}
     gisp.prune(tiny_model(), tiny_tokens(16, 16), process_group=group, progress=False, **options)
 """
+_RUNS = """
+import os, sys, time
+from pathlib import Path
+place, own = Path(sys.argv[1]), Path(sys.argv[1]) / os.environ["RANK"]
+own.write_text(str(os.getpid()))
+while not (place / "end").exists():
+    time.sleep(0.05)
+"""
+_LAUNCHES = (
+    "import sys; from gisp.replicas.launch import launch; sys.exit(launch(2, 'running', sys.argv[1:], 'begin anew'))"
+)
 OPTIONS = ("--device=cpu", "--dtype=float32", "--steps=3", "--align=4", "--batch-tokens=128", "--sparsity=0.3")
 
 
@@ -80,6 +94,37 @@ def test_the_first_failure_is_the_result(ending: str) -> None:
         GispError, match=r"rank 1 \(process \d+\) was ended by SIGKILL \(.*memory.*\), so the others.*: begin anew"
     ):
         launch(2, ending, ["SIGKILL"], "begin anew")
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what is to come; a minute is too long."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def _states(processes: list[int]) -> set[str]:
+    return {Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in processes}
+
+
+def test_what_stops_the_command_stops_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z, and then fg: a terminal reaches the command alone."""
+    (tmp_path / "running.py").write_text(_RUNS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *(path for path in sys.path if path)]))
+    command = subprocess.Popen([sys.executable, "-c", _LAUNCHES, str(tmp_path)])
+    try:
+        started = [tmp_path / "0", tmp_path / "1"]
+        until(lambda: all(path.exists() and path.read_text() for path in started))
+        processes = [command.pid, *(int(path.read_text()) for path in started)]
+        command.send_signal(signal.SIGTSTP)
+        until(lambda: _states(processes) == {"T"})
+        command.send_signal(signal.SIGCONT)
+        until(lambda: "T" not in _states(processes))
+        (tmp_path / "end").touch()
+        assert command.wait() == 0
+    finally:
+        command.kill()
 
 
 @pytest.mark.parametrize("who", ["all", "second"])
