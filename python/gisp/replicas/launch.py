@@ -16,9 +16,10 @@ from types import FrameType
 from gisp.errors import GispError
 from gisp.replicas.siblings import children
 
-# Exit codes of a command that has said why, or of Python where it shows a traceback.
+# Exit codes of a command that has said why, or of Python where it shows a traceback; and of one that a signal unwound.
 # By name: Windows has no SIGHUP.
-_TELLING = {1, 2, *(128 + number for number in signal.Signals if number.name in ("SIGHUP", "SIGINT", "SIGTERM"))}
+_TELLING = {1, 2}
+_UNWOUND = {128 + number for number in signal.Signals if number.name in ("SIGHUP", "SIGTERM")}
 # What sends a signal that nobody sent by hand.
 _CAUSES = {
     "SIGKILL": " (Linux does that where the memory of the host runs out)",
@@ -57,7 +58,7 @@ def launch(count: int, module: str, arguments: Sequence[str], again: str) -> int
 
     Raises:
         GispError: a process ended without a word.
-        KeyboardInterrupt: Ctrl-C, which a terminal sends to all of them.
+        KeyboardInterrupt: Ctrl-C, in the terminal or of one process.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -82,11 +83,16 @@ def launch(count: int, module: str, arguments: Sequence[str], again: str) -> int
             with _stopped_together():
                 elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
-        # What ended by itself has told why; a signal may have ended another one for that reason.
+        # What refuses or fails has told why, whatever ended before it.
         codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode in _TELLING]
         if codes:
             return int(codes[0])
+        # Those that follow the first were ended by the launcher for it.
         rank, failure = error.get_first_failure()
+        if failure.exitcode == 128 + signal.SIGINT:
+            raise KeyboardInterrupt from None
+        if failure.exitcode in _UNWOUND:
+            return int(failure.exitcode)
         if failure.exitcode >= 0:
             how = f"ended with exit code {failure.exitcode} and without a word"
         else:

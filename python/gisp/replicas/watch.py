@@ -226,6 +226,8 @@ class Watch:
         """What it means that the store cannot be reached, which lives in the first process or its launcher."""
         if self._rank and state_of(self._processes[0]) == "stopped":
             return f"{self._names[0]} was stopped by a signal; it {_last_at(self._beats[0])}"
+        # Nobody can be asked who tells it: the first one that lives does.
+        self._other_tells = any(state_of(before) == "runs" for before in self._processes[: self._rank])
         return "the store of this run is gone: the process of rank 0, or its launcher, has ended or was stopped"
 
     def _end(self) -> None:

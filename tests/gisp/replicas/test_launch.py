@@ -22,6 +22,8 @@ from gisp.replicas.launch import launch
 
 _ENDS = """
 import os, signal, sys, time
+# As a command unwinds.
+signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 if os.environ["RANK"] == "1":
     sys.exit(int(sys.argv[1])) if sys.argv[1].isdigit() else os.kill(os.getpid(), getattr(signal, sys.argv[1]))
 time.sleep(0 if sys.argv[1] == "0" else 60)
@@ -87,6 +89,10 @@ def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_first_failure_is_the_result(ending: str) -> None:
     assert launch(2, ending, ["0"], "begin anew") == 0
     assert launch(2, ending, ["2"], "begin anew") == 2
+    # By hand; the command has said how to go on.
+    assert launch(2, ending, ["SIGTERM"], "begin anew") == 143
+    with pytest.raises(KeyboardInterrupt):
+        launch(2, ending, ["130"], "begin anew")
     # As a library does that calls exit.
     with pytest.raises(GispError, match=r"rank 1 \(process \d+\) ended with exit code 3 and without a word, so the o"):
         launch(2, ending, ["3"], "begin anew")

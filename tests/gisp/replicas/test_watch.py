@@ -70,8 +70,9 @@ def test_a_killed_process_is_named(tmp_path: Path, broken: int) -> None:
 
 
 def test_a_process_that_takes_the_store_with_it_is_named(tmp_path: Path) -> None:
-    found = ends(tmp_path, 2, "killed", 0, store="tcp")
+    found = ends(tmp_path, 3, "killed", 0, store="tcp")
     assert "telling: the store of this run is gone: the process of rank 0" in found[1].text
+    assert "telling: " not in found[2].text and "the store of this run is gone" in found[2].text
 
 
 def test_one_of_several_tells_of_a_killed_one(tmp_path: Path) -> None:
