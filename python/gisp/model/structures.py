@@ -312,7 +312,8 @@ def fingerprint_of(parts: Mapping[str, bytes]) -> str:
 
 
 def _fingerprint_part(name: str, parameter: torch.Tensor) -> bytes:
-    flat = parameter.detach().reshape(-1).to(torch.bfloat16).view(torch.int16)
+    # A weight that one column is kept of is a view with gaps even when it is flat.
+    flat = parameter.detach().reshape(-1).to(torch.bfloat16).contiguous().view(torch.int16)
     count = min(_FINGERPRINT_SAMPLES, flat.numel())
     index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
     values = flat[index].cpu().numpy().tobytes() + _checksum(flat).cpu().numpy().tobytes()

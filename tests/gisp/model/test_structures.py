@@ -16,7 +16,7 @@ import gisp
 from gisp.errors import GispError
 from gisp.export.formats.hf import export_hf
 from gisp.export.formats.masked import export_masked
-from gisp.model.structures import map_model, structure_parameters
+from gisp.model.structures import fingerprint, map_model, structure_parameters
 
 
 def bitnet() -> Any:
@@ -86,3 +86,14 @@ def test_exports_of_pruned_shapes_are_not_mapped_and_dense_ones_are(tmp_path: Pa
     with pytest.raises(GispError, match="is not pruned again: give its dense base model"):
         map_model(gisp.load(tmp_path / "hf"))
     assert map_model(gisp.load(tmp_path / "masked")).num_heads == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kept", [0, 1, 2, 7])
+def test_weights_that_are_views_have_the_fingerprint_of_tight_ones(kept: int, dtype: torch.dtype) -> None:
+    """As those that compaction leaves, of any width."""
+    dense_weight = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    view, tight = nn.Linear(kept, 9, bias=False), nn.Linear(kept, 9, bias=False)
+    view.weight = nn.Parameter(dense_weight[:, :kept])
+    tight.weight = nn.Parameter(dense_weight[:, :kept].clone(memory_format=torch.contiguous_format))
+    assert fingerprint(view) == fingerprint(tight)
