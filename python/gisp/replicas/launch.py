@@ -125,7 +125,9 @@ def _stopped_together() -> Iterator[None]:
             # Also where a signal that ends this one has come meanwhile: one that is stopped does not hear of it.
             _signal(started, signal.SIGCONT)
 
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL
+    # Windows has no such signal, and only the first thread may handle one.
+    able = hasattr(signal, "SIGTSTP") and threading.current_thread() is threading.main_thread()
+    ours = able and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL
     if ours:
         signal.signal(signal.SIGTSTP, stop)
     try:
