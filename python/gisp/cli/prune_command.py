@@ -192,7 +192,11 @@ def _recorded(run: Path, places: dict[str, Any]) -> dict[str, Any]:
     """
     if not _has_begun(run):
         return {}
+    from gisp.run.record import read_record
+
     stored = read_yaml(run / CONFIG_FILE) if (run / CONFIG_FILE).is_file() else {}
+    # Exports and evaluations read the path from there too, and who moves a model corrects it there.
+    stored["model"] = read_record(run)["base_model"]["path"]
     for name, shown in (("model", "MODEL"), ("data", "--data")):
         if not places[name] and stored.get(name) in (None, "", IN_MEMORY):
             raise GispError(

@@ -42,6 +42,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._clean = False
+        self._described = False
         # Of steps that are not written yet, with their numbers.
         self._lines: deque[tuple[int, str]] = deque()
 
@@ -126,7 +127,10 @@ class RunFolder:
             write_atomic(self._state(step), stored)
             if step == 1:
                 (self.path / METRICS).unlink(missing_ok=True)
+            if not self._described:
+                # A run that goes on may have its model, its data and its device elsewhere than before.
                 write_atomic(self.path / CONFIG_FILE, self._config(trajectory))
+                self._described = True
             with (self.path / METRICS).open("a") as file:
                 while self._lines and self._lines[0][0] <= step:
                     file.write(self._lines.popleft()[1])

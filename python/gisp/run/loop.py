@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gisp.config.options import OFFICIAL_RATIO, OPTIONS, PLACE_OPTIONS, PruneConfig
+from gisp.config.options import IN_MEMORY, OFFICIAL_RATIO, OPTIONS, PLACE_OPTIONS, PruneConfig
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
@@ -107,6 +107,7 @@ class PruningLoop:
         """
         self._check_same(done, folder.path)
         self.average.load(folder.load_state(len(done.steps), done.state_sha256))
+        self._keep_places(done)
         self.trajectory.steps = done.steps
         self.trajectory.complete, self.trajectory.state_sha256 = done.complete, done.state_sha256
         for name, at in done.removed_at.items():
@@ -117,6 +118,13 @@ class PruningLoop:
         if "biases" not in done.base_model:
             # Versions that did not record biases did not count them.
             self._correct_sizes()
+
+    def _keep_places(self, done: Trajectory) -> None:
+        """Leave it said where model and data lie to a run that goes on with those of this process's memory."""
+        now = self.trajectory
+        now.base_model["path"] = now.base_model["path"] or done.base_model["path"]
+        if now.data["spec"] == IN_MEMORY:
+            now.data["spec"] = done.data["spec"]
 
     def _check_same(self, done: Trajectory, path: Path) -> None:
         """Refuse a run of another model, other data or other options."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,6 +188,38 @@ def test_a_run_folder_is_all_that_resuming_takes(tmp_path, model_folder, token_f
     assert gisp.Trajectory.load(tmp_path / "b").complete
 
 
+def move_model(run: Path, to: str) -> None:
+    """Correct a record as docs/files.md tells who moved a base model."""
+    record = json.loads((run / "trajectory.json").read_text())
+    record["base_model"]["path"] = to
+    (run / "trajectory.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("again", ["corrected", "given"])
+def test_a_run_goes_on_with_a_model_that_was_moved(tmp_path, model_folder, token_file, again):
+    shutil.copytree(model_folder, tmp_path / "old")
+    begun(tmp_path / "r", tmp_path / "old", token_file)
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert main(["prune", "--resume", str(tmp_path / "r")]) == 2
+    if again == "corrected":
+        move_model(tmp_path / "r", str(tmp_path / "new"))
+        assert main(["prune", "--resume", str(tmp_path / "r")]) == 0
+    else:
+        assert main(["prune", str(tmp_path / "new"), "--out", str(tmp_path / "r"), "--resume"]) == 0
+    assert main(["prune", "--resume", str(tmp_path / "r")]) == 0
+    assert main(["prune", "--config", str(tmp_path / "r" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert gisp.Trajectory.load(tmp_path / "r").base_path == str(tmp_path / "new")
+
+
+def test_a_run_that_goes_on_in_memory_still_says_where_its_model_and_data_lie(tmp_path, model_folder, token_file):
+    begun(tmp_path / "r", model_folder, token_file)
+    cut = gisp.Trajectory.load(tmp_path / "r")
+    tokens = load_file(token_file)["input_ids"]
+    gisp.prune(cut.load_base(device="cpu"), tokens, out=tmp_path / "r", resume=True, **cut.config)
+    assert gisp.Trajectory.load(tmp_path / "r").base_path == str(model_folder.resolve())
+    assert main(["prune", "--config", str(tmp_path / "r" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -201,10 +236,11 @@ def test_what_cannot_be_resumed_is_one_line(tmp_path, model_folder, token_file, 
     monkeypatch.chdir(tmp_path)
     begun(tmp_path / "r", model_folder, token_file)
     begun(tmp_path / "memory", tiny_model(), token_file)
-    for name, key, value in (("moved", "model", "gone/model"), ("changed", "data", str(tmp_path / "t.safetensors"))):
-        begun(tmp_path / name, model_folder, token_file)
-        config = tmp_path / name / "config.yaml"
-        config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), key: value}))
+    begun(tmp_path / "moved", model_folder, token_file)
+    move_model(tmp_path / "moved", "gone/model")
+    begun(tmp_path / "changed", model_folder, token_file)
+    config = tmp_path / "changed" / "config.yaml"
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "data": str(tmp_path / "t.safetensors")}))
     save_file({"input_ids": tiny_tokens(16, 16, seed=5)}, tmp_path / "t.safetensors")
     # The environment was read when the library was imported.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
