@@ -12,6 +12,7 @@ from run_cases import OPTIONS, cut_after, logits, run_into
 from tiny import tiny_model, tiny_tokens
 
 import gisp
+from gisp.cli import main
 from gisp.errors import GispError
 from gisp.files import write_atomic
 from gisp.run import regrow, trajectory
@@ -88,6 +89,19 @@ def test_points_are_nested_aligned_and_of_the_recorded_size(tmp_path, model_fold
     loaded = gisp.Trajectory.load(tmp_path / "r")
     assert loaded.steps == run.steps
     assert all(torch.equal(loaded.removed_at[name], at) for name, at in run.removed_at.items())
+
+
+@pytest.mark.usefixtures("exchanging")
+def test_what_reads_a_run_folder_reads_one_whose_sizes_rounds_corrected(tmp_path, model_folder, token_file):
+    out = tmp_path / "r"
+    run = run_into(out, model_folder, token_file, **ROUNDS)
+    measured = [json.loads(line)["sparsity"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert measured != [step.sparsity for step in run.steps]
+    assert main(["eval", str(out), "--sparsities", "0.2,0.3", "--data", str(token_file), "--device", "cpu"]) == 0
+    assert main(["inspect", str(out)]) == 0
+    assert main(["report", str(out)]) == 0
+    assert main(["export", str(out), "--nested", str(tmp_path / "nested"), "--device", "cpu"]) == 0
+    assert main(["export", str(out), "--sparsity", "0.2", "--out", str(tmp_path / "hf"), "--device", "cpu"]) == 0
 
 
 @pytest.mark.usefixtures("exchanging")
