@@ -186,7 +186,7 @@ TARGETS = (
     ),
     Target("export config", "export/config.json", (damaged_json,), _export, share=2),
     Target("export weights", "export/model.safetensors", (damaged_tensors,), _export, share=1),
-    Target("export told", "export/config.json", (damaged_json,), _written),
-    Target("export card", "export/README.md", (), _written),
-    Target("export sizes", "export/model.safetensors", (damaged_tensors,), _written),
+    Target("export told", "export/config.json", (damaged_json,), _written, share=4),
+    Target("export card", "export/README.md", (), _written, share=4),
+    Target("export sizes", "export/model.safetensors", (damaged_tensors,), _written, share=4),
 )

@@ -14,8 +14,9 @@ def test_damaged_files_end_in_the_sound_result_or_one_line(tmp_path: Path) -> No
     result = campaign.run(tmp_path, 1500, seed=0)
     assert not result.failures, "\n".join(result.failures)
     assert set(result.outcomes) == {target.name for target in TARGETS}
-    # Damage that no reader notices would test nothing.
-    assert all(counts["refused"] for name, counts in result.outcomes.items() if name != "cache")
+    # Damage that no reader notices would test nothing; a cache is made anew, a card is for people.
+    lenient = ("cache", "export card")
+    assert all(counts["refused"] for name, counts in result.outcomes.items() if name not in lenient)
 
 
 @pytest.mark.parametrize(

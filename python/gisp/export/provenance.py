@@ -133,7 +133,7 @@ def _card(path: str, on_hub: bool) -> dict[str, Any]:
             return {}
     try:
         return dict(ModelCard(Path(file).read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict())
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return {}
 
 
