@@ -19,14 +19,14 @@ from gisp_kernels.testing import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows, columns, tokens, block: aligned, ragged on all three axes, several tiles and strips, single lines.
+# Rows, columns, tokens, block: aligned, ragged on all three axes, several tiles and strips each way, a row longer than
+# a step, structures of more lines than a program adds at once, a single element. Each just passes a limit.
 SHAPES = (
     (32, 48, 16, 8),
     (33, 70, 17, 1),
-    (130, 66, 65, 2),
-    (12, 2100, 5, 4),
-    (150, 520, 3, 1),
-    (600, 40, 2, 150),
+    (130, 266, 65, 2),
+    (12, 1100, 5, 4),
+    (258, 40, 2, 129),
     (1, 1, 1, 1),
 )
 BACKENDS = ("reference", "triton")
@@ -80,7 +80,8 @@ def test_values_by_hand(backend: str) -> None:
 def test_reduce_adds_only_float32_rounding(
     backend: str, axis: str, dtype: torch.dtype, grad_dtype: torch.dtype
 ) -> None:
-    for shape in SHAPES:
+    # How a value is read has nothing to do with where it lies: mixed dtypes take an aligned and a ragged shape.
+    for shape in SHAPES if dtype == grad_dtype else SHAPES[:2]:
         rows, width, _, _ = shape
         block = block_for(shape, axis)
         weight, grad = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(grad_dtype)
