@@ -111,7 +111,7 @@ def _show_run(console: Console, folder: Path) -> None:
     from gisp.run.record import read_trajectory
 
     record, removed_at = read_trajectory(folder)
-    evaluations = read_evaluations(folder, str(record["base_model"]["fingerprint"]))
+    evaluations = read_evaluations(folder, str(record["base_model"]["fingerprint"]), removed_at)
     run, steps = shlex.quote(str(folder)), record["steps"]
     state = "complete" if record["complete"] else "unfinished"
     console.print(

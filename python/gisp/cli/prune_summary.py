@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gisp.errors import GispError
@@ -29,9 +30,14 @@ def closing_lines(trajectory: Any, out: str, data: str, stages: int) -> Iterator
     )
     yield quality_line(trajectory, data)
     sparsity = f"{last.sparsity:.4f}"
-    run = shlex.quote(out)
+    run, beside = shlex.quote(out), shlex.quote(f"{_named(Path(out))}-{sparsity}")
     yield f"next: gisp eval {run} --sparsity {sparsity} --data TEXT{parts}"
-    yield f"      gisp export {run} --sparsity {sparsity} --out {shlex.quote(out.rstrip('/') + '-' + sparsity)}{parts}"
+    yield f"      gisp export {run} --sparsity {sparsity} --out {beside}{parts}"
+
+
+def _named(folder: Path) -> Path:
+    """A folder by a path that ends in its name: what is written beside ``.`` would lie in it."""
+    return folder if folder.name not in ("", "..") else folder.resolve()
 
 
 def quality_line(trajectory: Any, data: str) -> str:

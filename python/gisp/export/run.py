@@ -194,7 +194,8 @@ def _measured(trajectory: Trajectory, wanted: _Wanted) -> tuple[PrunedSpec, Qual
 
 def point_of(trajectory: Trajectory, run: Path, step: int) -> PrunedSpec:
     """A point of a run with what was measured there and on the dense model."""
-    measured = read_evaluations(run, str(trajectory.base_model["fingerprint"]))
+    removed_at = {name: at.numpy() for name, at in trajectory.removed_at.items()}
+    measured = read_evaluations(run, str(trajectory.base_model["fingerprint"]), removed_at)
     here = tuple(e for e in measured if e.step in (0, step) or e.sparsity in (0.0, trajectory.sparsity_at(step)))
     return replace(PrunedSpec.at(trajectory, step), evaluations=here)
 

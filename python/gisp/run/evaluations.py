@@ -1,7 +1,7 @@
 """What was measured on the points of a run: ``evaluations.json`` in its folder, read, checked and added to.
 
 The file is a list of objects. An object holds the figures of one point as ``gisp eval --json`` prints them, beside
-what they were measured under. numpy and torch are not needed.
+what they were measured under. torch is not needed.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gisp.errors import quoted
 from gisp.files import write_atomic
-from gisp.run.record import corrupt, is_count, is_finite, load_json, require
+from gisp.run.record import corrupt, is_count, is_finite, load_json, point_digest, require
 
 try:
     import fcntl
@@ -29,6 +31,8 @@ except ImportError:  # pragma: no cover
 EVALUATIONS = "evaluations.json"
 THIS_RUN = "gisp"
 """Label of the points of the run itself; any other label is a method it is compared with."""
+STRUCTURES = "structures_sha256"
+"""What of an entry says which structures were gone, by :func:`gisp.run.record.point_digest`."""
 
 # As a compensation's line begins each of its methods.
 _METHOD = re.compile(r"(?:^|; )([a-z]+) \(")
@@ -133,17 +137,30 @@ def amount_text(evaluation: Evaluation) -> str:
     return ", ".join([evaluation.source, *(f"{count:,} {what}" for what, count in counts if count is not None)])
 
 
-def read_evaluations(run: Path, fingerprint: str) -> list[Evaluation]:
+def read_evaluations(run: Path, fingerprint: str, removed_at: Mapping[str, np.ndarray]) -> list[Evaluation]:
     """The evaluations of a run, in the order they were made; empty where there are none.
+
+    What was measured on a step that has lost other structures since, in a round of ``--regrow``, is left out.
 
     Args:
         fingerprint: of the run's base model.
+        removed_at: of the run, group name -> int32 [original count].
 
     Raises:
         GispError: the file is corrupt, or holds evaluations of another model.
     """
     path = run / EVALUATIONS
-    return [_evaluation(path, number, entry, fingerprint) for number, entry in enumerate(_entries(path), start=1)]
+    now: dict[int, str] = {}
+    found = []
+    for number, entry in enumerate(_entries(path), start=1):
+        evaluation = _evaluation(path, number, entry, fingerprint)
+        measured, step = entry.get(STRUCTURES), evaluation.step
+        if measured is not None and step is not None:
+            now[step] = now.get(step) or point_digest(removed_at, step)
+            if measured != now[step]:
+                continue
+        found.append(evaluation)
+    return found
 
 
 def add_evaluations(run: Path, entries: Sequence[dict[str, Any]]) -> None:

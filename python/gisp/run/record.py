@@ -85,6 +85,15 @@ def removed_at_digest(removed_at: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def point_digest(removed_at: Mapping[str, np.ndarray], step: int) -> str:
+    """SHA-256 of which structures are gone at ``step``: two points of equal digest are one pruned model.
+
+    Args:
+        removed_at: group name -> [original count], 0 = kept.
+    """
+    return removed_at_digest({name: (at > 0) & (at <= step) for name, at in removed_at.items()})
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """``trajectory.json`` of a run folder.
 

@@ -171,10 +171,10 @@ class _Asked:
 
     def _recorder(self, opened: Target) -> EvaluationRecorder | None:
         """What records the figures of a run; a target that is none has no place for them."""
-        if not is_run(self.target):
+        if opened.trajectory is None:
             return None
         dtype = str(opened.model.dtype).removeprefix("torch.")
-        return EvaluationRecorder(Path(self.target), self.data, self.options, self.lm_eval, dtype)
+        return EvaluationRecorder(Path(self.target), opened.trajectory, self.data, self.options, self.lm_eval, dtype)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Target:
         point: where the model is.
         goal: sparsity that names the last point, see :func:`gisp.select.schedule.goal_of`.
         placement: which layers lie where, if several processes hold them.
+        trajectory: the run it is a point of, if it is of one.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class Target:
         stored: Callable[[int], StoredSize] | None = None,
         goal: float | None = None,
         placement: Placement | None = None,
+        trajectory: Trajectory | None = None,
     ) -> None:
-        self.goal, self.placement = goal, placement
+        self.goal, self.placement, self.trajectory = goal, placement, trajectory
         self.model, self.source, self.points, self.point = model, source, points, point
         self._move, self._stored = move, stored
         self._compensation: str | None = None
@@ -198,6 +200,7 @@ def _open_run(
         lambda step: stored_at(trajectory, [step])[0],
         trajectory.goal,
         placement,
+        trajectory,
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from gisp.config.evaluation import EvalOptions, LmEvalTasks
 from gisp.errors import GispError
-from gisp.run.evaluations import THIS_RUN, add_evaluations, read_evaluations
-from gisp.run.record import library_versions
+from gisp.run.evaluations import STRUCTURES, THIS_RUN, add_evaluations, read_evaluations
+from gisp.run.record import library_versions, point_digest
 from gisp.run.trajectory import Trajectory
 
 # Stated by every measure itself, or without influence on a figure.
@@ -22,6 +22,7 @@ class EvaluationRecorder:
 
     Args:
         run: the run folder.
+        trajectory: the run as it is measured; its folder may go on meanwhile.
         data, options, lm_eval: what is measured, and how.
         dtype: of the weights.
 
@@ -30,10 +31,17 @@ class EvaluationRecorder:
     """
 
     def __init__(
-        self, run: Path, data: str | None, options: EvalOptions, lm_eval: LmEvalTasks | None, dtype: str
+        self,
+        run: Path,
+        trajectory: Trajectory,
+        data: str | None,
+        options: EvalOptions,
+        lm_eval: LmEvalTasks | None,
+        dtype: str,
     ) -> None:
-        fingerprint = str(Trajectory.load(run).base_model["fingerprint"])
-        read_evaluations(run, fingerprint)
+        fingerprint = str(trajectory.base_model["fingerprint"])
+        self._removed_at = {name: at.numpy() for name, at in trajectory.removed_at.items()}
+        read_evaluations(run, fingerprint, self._removed_at)
         given = {field.name: getattr(options, field.name) for field in fields(options) if data is not None}
         defaults = {field.name: field.default for field in fields(options)}
         protocol = {n: v for n, v in given.items() if n not in _NOT_PROTOCOL and v != defaults[n]}
@@ -54,8 +62,9 @@ class EvaluationRecorder:
 
         A folder that cannot be written to is a warning.
         """
+        structures = point_digest(self._removed_at, int(point["step"]))
         try:
-            add_evaluations(self._run, [{**point, **self._conditions}])
+            add_evaluations(self._run, [{**point, **self._conditions, STRUCTURES: structures}])
         except GispError as error:
             warnings.warn(f"the figures are not recorded: {error}", stacklevel=3)
 

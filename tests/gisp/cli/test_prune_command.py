@@ -293,6 +293,18 @@ def test_the_end_says_quality_and_what_comes_next(tmp_path, model_folder, token_
     assert f"quality not measured: the run has seen all of {token_file}" in capsys.readouterr().err
 
 
+def test_the_next_export_lies_beside_a_run_in_the_working_folder(
+    tmp_path, model_folder, token_file, monkeypatch, capsys
+):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    given = ["--preset", "paper", "--steps", "1", "--sparsity", "0.4", "--device", "cpu"]
+    assert main(["prune", str(model_folder), "--data", str(token_file), "--out", ".", *given]) == 0
+    (command,) = [line for line in capsys.readouterr().err.splitlines() if "gisp export" in line]
+    assert main([*command.split()[1:], "--device", "cpu"]) == 0
+    assert len(list(tmp_path.glob("run-0.*"))) == 1
+
+
 def test_sequences_no_step_has_drawn_are_unseen(model_folder, token_file):
     options: dict[str, Any] = {"steps": 2, "sparsity": 0.2, "batch_tokens": 32, "device": "cpu", "dtype": "float32"}
     trajectory = gisp.prune(model_folder, token_file, **options)

@@ -32,7 +32,7 @@ def test_every_figure_and_condition_comes_back(tmp_path: Path) -> None:
     del tasks["perplexity"]
     add_evaluations(tmp_path, [choices])
     add_evaluations(tmp_path, [tasks])
-    first, second = read_evaluations(tmp_path, MODEL)
+    first, second = read_evaluations(tmp_path, MODEL, {})
     assert first.figures == (Figure("perplexity", 12.5), Figure("acc", 0.5, 0.1))
     assert (first.step, first.tokens, first.examples) == (3, 1000, 20)
     assert (first.source, first.method) == ("held.jsonl", "lsq")
@@ -49,14 +49,14 @@ def test_a_compensation_is_named_by_all_its_stages(method: str, removed: bool, t
     done = Compensation(CompensationOptions(method), (), tuple(results) if removed else (), 8, 512)
     line = CompensationRequest(done.options, "text (gates).jsonl").describe(done)
     add_evaluations(tmp_path, [entry(compensation=line)])
-    (found,) = read_evaluations(tmp_path, MODEL)
+    (found,) = read_evaluations(tmp_path, MODEL, {})
     assert found.method == method and evaluation_rows([found])[0][0] == f"gisp + {method}"
 
 
 def test_equal_conditions_replace_and_others_add(tmp_path: Path) -> None:
     add_evaluations(tmp_path, [entry()])
     add_evaluations(tmp_path, [entry(perplexity=13.0, versions={"torch": "x"})])
-    assert [e.figures[0].value for e in read_evaluations(tmp_path, MODEL)] == [13.0]
+    assert [e.figures[0].value for e in read_evaluations(tmp_path, MODEL, {})] == [13.0]
     others = (
         {"sparsity": 0.4, "step": 4},
         {"label": "one-shot"},
@@ -67,7 +67,7 @@ def test_equal_conditions_replace_and_others_add(tmp_path: Path) -> None:
     )
     for changes in others:
         add_evaluations(tmp_path, [entry(**changes)])
-    assert len(read_evaluations(tmp_path, MODEL)) == 1 + len(others)
+    assert len(read_evaluations(tmp_path, MODEL, {})) == 1 + len(others)
 
 
 def test_evaluations_that_end_together_all_arrive(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_evaluations_that_end_together_all_arrive(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(e.step or 0 for e in read_evaluations(tmp_path, MODEL)) == list(range(24))
+    assert sorted(e.step or 0 for e in read_evaluations(tmp_path, MODEL, {})) == list(range(24))
     assert [path.name for path in tmp_path.iterdir()] == [EVALUATIONS]
 
 
@@ -87,7 +87,7 @@ def test_what_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
     add_evaluations(tmp_path, [entry(perplexity=math.inf)])
     text = (tmp_path / EVALUATIONS).read_text()
     assert json.loads(text, parse_constant=pytest.fail)[0]["perplexity"] is None
-    (evaluation,) = read_evaluations(tmp_path, MODEL)
+    (evaluation,) = read_evaluations(tmp_path, MODEL, {})
     assert evaluation.figures == (Figure("perplexity", None),)
     assert evaluation_rows([evaluation])[0][3] == "not finite"
 
@@ -114,7 +114,7 @@ def test_a_damaged_file_is_one_line_and_stays(tmp_path: Path, damage: dict[str, 
     path.write_text(json.dumps([entry(), entry(**damage)]))
     before = path.read_bytes()
     with pytest.raises(GispError, match=expected) as caught:
-        read_evaluations(tmp_path, MODEL)
+        read_evaluations(tmp_path, MODEL, {})
     assert str(path) in str(caught.value)
     assert "entry 2" in str(caught.value)
     assert "\n" not in str(caught.value)

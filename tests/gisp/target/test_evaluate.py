@@ -22,7 +22,8 @@ from gisp.errors import GispError
 from gisp.export.nested.export import export_nested
 from gisp.report.points import draw_points
 from gisp.report.write import write_report
-from gisp.run.evaluations import EVALUATIONS, read_evaluations
+from gisp.run.evaluations import EVALUATIONS, Evaluation, read_evaluations
+from gisp.run.record import read_trajectory
 from gisp.target import evaluate_along, evaluate_target
 from gisp.target.open import stored_at
 
@@ -217,7 +218,7 @@ def test_what_is_measured_on_a_run_reaches_its_folder(
     choices = json.loads(capfd.readouterr().out)
     assert set(choices) == set(evaluate_target(str(run), rows, sparsity=0.2, device="cpu")), "what is printed stays"
     fingerprint = gisp.Trajectory.load(run).base_model["fingerprint"]
-    found = read_evaluations(run, fingerprint)
+    found = evaluations_of(run)
     for point, evaluation in zip(points, found, strict=False):
         assert (evaluation.step, evaluation.sparsity) == (point["step"], point["sparsity"])
         assert evaluation.figures[0].value == pytest.approx(point["perplexity"])
@@ -242,6 +243,35 @@ def test_what_is_measured_on_a_run_reaches_its_folder(
     assert main(["eval", str(run), "--data", tokens, *CPU]) == 2
     assert "evaluations.json is corrupt" in capfd.readouterr().err
     (run / EVALUATIONS).write_text(before)
+
+
+def evaluations_of(run: Path) -> list[Evaluation]:
+    record, removed_at = read_trajectory(run)
+    return read_evaluations(run, record["base_model"]["fingerprint"], removed_at)
+
+
+def test_a_step_that_lost_others_since_is_not_shown_with_its_old_figures(
+    places: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, tokens = tmp_path / "run", str(places / "tokens.safetensors")
+    shutil.copytree(places / "run", run)
+    (run / EVALUATIONS).unlink(missing_ok=True)
+    evaluate_along(str(run), tokens, sparsities=[0.1, 0.9 * gisp.Trajectory.load(run).steps[-1].sparsity], device="cpu")
+    dense, first, last = evaluations_of(run)
+    figure = f"{last.figures[0].value:,.4f}"
+    gisp.export_run(run, last.sparsity, tmp_path / "before", device="cpu")
+    assert figure in (tmp_path / "before" / "README.md").read_text()
+    # As a round of --regrow exchanges structures: one of the last step for one that was kept.
+    trajectory = gisp.Trajectory.load(run)
+    at = next(at for at in trajectory.removed_at.values() if (at == last.step).any() and (at == 0).any())
+    gone, kept = int((at == last.step).nonzero()[0]), int((at == 0).nonzero()[0])
+    at[gone], at[kept] = 0, int(last.step or 0)
+    trajectory.save(run)
+    assert evaluations_of(run) == [dense, first]
+    gisp.export_run(run, last.sparsity, tmp_path / "after", device="cpu")
+    assert figure not in (tmp_path / "after" / "README.md").read_text()
+    evaluate_target(str(run), tokens, sparsity=last.sparsity, device="cpu")
+    assert len(evaluations_of(run)) == 3
 
 
 def test_figures_are_given_where_they_cannot_be_recorded(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
