@@ -181,16 +181,18 @@ class PruningLoop:
                             on_step(record, steps)
             finally:
                 writer.close()
-        trajectory.unseen = self._unseen(len(trajectory.steps))
+        trajectory.unseen = self._unseen()
         return trajectory
 
-    def _unseen(self, steps: int) -> Sequences | None:
+    def _unseen(self) -> Sequences | None:
         """Sequences the run has not seen: left out of its samples, or never drawn; ``None`` of a mixture."""
         context = self.setup.context
         if context.data.tasks or self.spare is not None:
             return self.spare
-        drawn = context.steps.unseen(steps)
-        return context.data.chosen(drawn) if drawn else None
+        # A step that trains gates draws a batch for each of its training steps.
+        batches = len(self.trajectory.steps) * (self.config.gate_steps or 1)
+        left = context.steps.unseen(self.regrowth.last_batch or batches)
+        return context.data.chosen(left) if left else None
 
     def _step(
         self, step: int, steps: int, clock: PhaseClock

@@ -68,6 +68,12 @@ class Regrowth:
         self._share = {group.name: model_map.members(group) for group in model_map.groups}
         self._best: float | None = None
 
+    @property
+    def last_batch(self) -> int:
+        """Number of the last batch that rounds draw, in the count of the steps; 0 without rounds."""
+        rounds = int(self._config.regrow)
+        return self._config.steps + JUDGED + rounds * SCORED if rounds else 0
+
     def round(self, number: int) -> Round:
         """Round ``number`` (1-based), the step of the trajectory after those it has.
 

@@ -20,6 +20,7 @@ import gisp
 from gisp.cli import main
 from gisp.config.options import OPTIONS
 from gisp.data import Sequences
+from gisp.data.batches import StepBatches
 from gisp.evaluate import perplexity
 from gisp.evaluate.unseen import measure_unseen
 from gisp.score.objectives import sequence_nll
@@ -314,6 +315,24 @@ def test_sequences_no_step_has_drawn_are_unseen(model_folder, token_file):
     assert 0 < drawn == sum(step.tokens for step in trajectory.steps) // len(rows[0])
     assert all(ids.tolist() in rows for ids, _ in trajectory.unseen.rows)
     assert len(repr(trajectory)) < 120 and "2 steps to sparsity" in repr(trajectory)
+
+
+@pytest.mark.parametrize("own", [{"regrow": 1}, {"criterion": "learned-gates", "gate_steps": 5}])
+def test_batches_that_are_not_of_a_step_are_seen_too(model_folder, monkeypatch, own):
+    drawn: set[int] = set()
+    numbers = StepBatches.numbers
+
+    def noted(self: StepBatches, step: int) -> list[int]:
+        drawn.update(found := numbers(self, step))
+        return found
+
+    monkeypatch.setattr(StepBatches, "numbers", noted)
+    tokens = tiny_tokens(40, 16)
+    options = {"steps": 2, "sparsity": 0.2, "batch_tokens": 16, "align": 4, "device": "cpu", "dtype": "float32"}
+    trajectory = gisp.prune(model_folder, tokens, **options, **own)
+    assert trajectory.unseen is not None
+    left = [ids.tolist() for ids, _ in trajectory.unseen.rows]
+    assert left == [row for number, row in enumerate(tokens.tolist()) if number not in drawn]
 
 
 def test_questions_are_told_by_their_accuracy():
