@@ -148,7 +148,13 @@ def _quality(spec: PrunedSpec, kind: CardKind) -> list[str]:
         return [_NOT_EVALUATED]
     changed = spec.options or not kind.exact
     about = "the exact point of the run; sizes were changed for this export" if changed else "this size"
-    return [f"Figures of {about}, measured by `gisp eval` on the run.", "", *table]
+    notes = [f"Figures of {about}, measured by `gisp eval` on the run."]
+    methods = {bool(e.compensation) for e in spec.evaluations if e.label == THIS_RUN and e.sparsity}
+    if spec.compensation and False in methods:
+        notes.append("This export is compensated, what a row without `+` was measured on was not.")
+    if not spec.compensation and True in methods:
+        notes.append("What a row with `+` was measured on was compensated, this export is not.")
+    return [" ".join(notes), "", *table]
 
 
 def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[tuple[str, Any]]:

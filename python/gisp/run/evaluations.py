@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ class Evaluation:
         window, stride, tokens, examples: of the data, where they apply.
         compensation: what was done to the pruned model first; empty for nothing.
         protocol: further options of the evaluation by name, those that were given.
+        place: end of the data's path that tells it from other data of the run with the same last part; else empty.
     """
 
     label: str
@@ -77,15 +78,12 @@ class Evaluation:
     examples: int | None = None
     compensation: str = ""
     protocol: tuple[tuple[str, str], ...] = ()
+    place: str = ""
 
     @property
     def source(self) -> str:
-        """The data in a word: the last part of a path, or a name."""
-        if not self.data:
-            return "lm-eval"
-        # A name of the hub has a slash, too.
-        is_path = self.data.startswith("/") or "\\" in self.data
-        return self.data.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1] if is_path else self.data
+        """The data in a word, one for each: the last part of a path, or a name."""
+        return self.place or _end(self.data, 1) or "lm-eval"
 
     @property
     def method(self) -> str:
@@ -160,7 +158,7 @@ def read_evaluations(run: Path, fingerprint: str, removed_at: Mapping[str, np.nd
             if measured != now[step]:
                 continue
         found.append(evaluation)
-    return found
+    return [replace(item, place=place) for item, place in zip(found, _places([e.data for e in found]), strict=True)]
 
 
 def add_evaluations(run: Path, entries: Sequence[dict[str, Any]]) -> None:
@@ -187,6 +185,25 @@ def finite_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _end(data: str, parts: int) -> str:
+    """So many last parts of a path; a name, of the hub too, whole."""
+    if not data.startswith("/") and "\\" not in data:
+        return data
+    return "/".join(data.replace("\\", "/").rstrip("/").split("/")[-parts:])
+
+
+def _places(data: Sequence[str]) -> list[str]:
+    """Ends of paths that differ where the paths do; empty where the last part alone tells them apart."""
+
+    def alone(path: str, parts: int) -> bool:
+        return all(_end(other, parts) != _end(path, parts) for other in several - {path})
+
+    several = set(data)
+    ends = {path: range(1, len(Path(path).parts) + 1) for path in several}
+    parts = {path: next((count for count in ends[path] if alone(path, count)), len(ends[path])) for path in several}
+    return [_end(path, parts[path]) if parts[path] > 1 else "" for path in data]
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,11 @@ from run_cases import run_into
 from tiny import tiny_model
 from word_tokenizer import save_tokenizer
 
+import gisp
+from gisp.export.card import PRUNED, _quality
 from gisp.export.provenance import BaseCard
-from gisp.export.run import export_nested_run, export_run
+from gisp.export.run import export_nested_run, export_run, point_of
+from gisp.run.evaluations import add_evaluations
 from gisp.target import evaluate_along
 
 BASE_CARD = """---
@@ -154,7 +158,13 @@ def test_the_quality_of_the_size_is_on_the_card(run: Path, token_file: Path, tmp
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| gisp | perplexity | {here} | {dense_value} | t.safetensors, " in card
     assert other not in card
-    assert "Figures of this size" in card
+    assert "Figures of this size" in card and "compensated" not in card
+    add_evaluations(run, [{**points[-1], "label": "gisp", "data": "x.jsonl", "compensation": "lsq (damping 0.5)"}])
+    export_run(run, 0.3, tmp_path / "beside", device="cpu")
+    card = (tmp_path / "beside" / "README.md").read_text()
+    assert "| gisp + lsq | perplexity |" in card and "was compensated, this export is not" in card
+    spec = replace(point_of(gisp.Trajectory.load(run), run, points[-1]["step"]), compensation="lsq (damping 0.5)")
+    assert "This export is compensated, what a row without `+`" in "".join(_quality(spec, PRUNED))
     export_run(run, 0.3, tmp_path / "one-size", format="uniform", device="cpu")
     assert (
         "Figures of the exact point of the run; sizes were changed" in (tmp_path / "one-size" / "README.md").read_text()

@@ -14,6 +14,7 @@ from gisp.compensation import Compensation, CompensationOptions
 from gisp.compensation.acceptance import MethodResult
 from gisp.compensation.request import CompensationRequest
 from gisp.errors import GispError
+from gisp.export.card import quality_table
 from gisp.report.evaluations import evaluation_rows
 from gisp.run.evaluations import EVALUATIONS, Figure, add_evaluations, read_evaluations
 
@@ -24,6 +25,30 @@ def entry(**changes: Any) -> dict[str, Any]:
     conditions = {"label": "gisp", "fingerprint": MODEL, "step": 3, "sparsity": 0.3, "data": "/x/held.jsonl"}
     measured = {"perplexity": 12.5, "tokens": 1000, "window": 128, "stride": 128}
     return {**conditions, **measured, "protocol": {"dtype": "float32"}, **changes}
+
+
+def test_data_of_one_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    places = [
+        "/a/en/held.jsonl",
+        "/a/de/held.jsonl",
+        "/b/de/held.jsonl",
+        "/c/other.jsonl",
+        "/c/x",
+        "/c/x/",
+        "me/held.jsonl",
+    ]
+    add_evaluations(
+        tmp_path,
+        [entry(data=data, perplexity=n + 1.0, sparsity=s) for n, data in enumerate(places) for s in (0.0, 0.3)],
+    )
+    found = read_evaluations(tmp_path, MODEL, {})
+    names = ["en/held.jsonl", "a/de/held.jsonl", "b/de/held.jsonl", "other.jsonl"]
+    assert [evaluation.source for evaluation in found][:8:2] == names
+    assert len({evaluation.source for evaluation in found if evaluation.data in places[:4]}) == 4
+    rows = quality_table([evaluation for evaluation in found if evaluation.data in places[:4]])[2:]
+    assert len(rows) == 4
+    # Beside every figure stands the dense model's on the same data.
+    assert all(row.split(" | ")[2] == row.split(" | ")[3] for row in rows)
 
 
 def test_every_figure_and_condition_comes_back(tmp_path: Path) -> None:
