@@ -17,6 +17,7 @@ from gisp.compensation.options import ONLY, TRAINED, CompensationOptions, make_o
 from gisp.compensation.sweep import OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
 from gisp.errors import GispError
+from gisp.model.checks import check_autocast
 from gisp.model.keep import Keep, block_columns
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
@@ -160,6 +161,7 @@ def compensate(
             layers may not lie in host memory.
     """
     chosen = make_options(**options)
+    check_autocast("compensation")
     if LayerStream.of(model) is not None:
         chosen.check_streamed()
     shrinkable = ShrinkableModel.of(model)

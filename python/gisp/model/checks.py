@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,6 +52,35 @@ def check_writable(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise GispError(f"{name} was made in torch.inference_mode and cannot be changed: load the model outside it")
+
+
+def check_autocast(what: str) -> None:
+    """Refuse a caller's autocast, under which products have another dtype than the weights.
+
+    Args:
+        what: does not go with it.
+
+    Raises:
+        GispError: it is on.
+    """
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            raise GispError(f"torch.autocast is on for {kind}, {what} computes in the dtype of the weights: leave it")
+
+
+def check_unshared(layers: Iterable[nn.Module]) -> None:
+    """Refuse weights that stand in a model's layers twice: what one place loses the other would lose too.
+
+    Raises:
+        GispError: names both places.
+    """
+    places: dict[int, str] = {}
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters(remove_duplicate=False):
+            place = f"{name} of layer {index}"
+            first = places.setdefault(id(parameter), place)
+            if first != place:
+                raise GispError(f"{place} is {first}: give a model whose layers share no weights")
 
 
 def check_linear(linear: nn.Linear, where: str) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from gisp.errors import GispError
 from gisp.mapped import give_back
-from gisp.model.checks import SUPPORTED, check_layer, check_linear, check_model
+from gisp.model.checks import SUPPORTED, check_layer, check_linear, check_model, check_unshared
 from gisp_kernels.groups import (
     PROJECTIONS,
     LayerProjection,
@@ -208,6 +208,7 @@ def map_model(model: Any, gqa: str = "query") -> ModelMap:
     maps = tuple(_map_layer(i, layer, model_type) for i, layer in enumerate(layers))
     for item in maps:
         check_layer(item.layer, f"layer {item.index} of model type {model_type!r}")
+    check_unshared(layers)
     first = maps[0].attention
     head_dim = int(first.head_dim)
     num_heads = first.q_proj.out_features // head_dim

@@ -226,8 +226,8 @@ def _evaluation(path: Path, number: int, entry: dict[str, Any], fingerprint: str
         require(isinstance(entry["label"], str), f"label is {quoted(entry['label'])}")
         for name in _TEXTS:
             require(isinstance(entry.get(name), (str, type(None))), f"{name} is {quoted(entry.get(name))}")
-        for name in _COUNTS:
-            value = entry.get(name)
+        counts: dict[str, Any] = {name: entry.get(name) for name in _COUNTS}
+        for name, value in counts.items():
             require(value is None or is_count(value), f"{name} is {quoted(value)}")
         given = entry.get("fingerprint")
         require(given in (None, fingerprint), "it holds evaluations of another base model")
@@ -240,7 +240,7 @@ def _evaluation(path: Path, number: int, entry: dict[str, Any], fingerprint: str
             data=entry.get("data") or "",
             compensation=entry.get("compensation") or "",
             protocol=tuple((str(name), str(value)) for name, value in protocol.items()),
-            **{name: entry.get(name) for name in _COUNTS},
+            **counts,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise corrupt(path, error, where=f", entry {number},") from None

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from gisp.config.options import IN_MEMORY, OPTIONS, SLICES, STAGE_SLICES, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
-from gisp.model.checks import check_writable, warn_beyond_positions
+from gisp.model.checks import check_autocast, check_writable, warn_beyond_positions
 from gisp.model.load import load_dense, resolve_device, resolve_dtype
 from gisp.model.paths import check_model_path
 from gisp.model.probe import PROVEN
@@ -139,6 +139,7 @@ def _config(options: dict[str, Any]) -> tuple[PruneConfig, SequenceLoss | None]:
     """Resolved options, and a user's own loss."""
     if torch.is_inference_mode_enabled():
         raise GispError("torch.inference_mode is on, in which no gradient is computed: prune outside of it")
+    check_autocast("pruning")
     loss = options["objective"] if callable(options["objective"]) else None
     if loss is not None:
         options["objective"] = objective_name(loss)

@@ -328,8 +328,8 @@ def test_batches_that_are_not_of_a_step_are_seen_too(model_folder, monkeypatch, 
 
     monkeypatch.setattr(StepBatches, "numbers", noted)
     tokens = tiny_tokens(40, 16)
-    options = {"steps": 2, "sparsity": 0.2, "batch_tokens": 16, "align": 4, "device": "cpu", "dtype": "float32"}
-    trajectory = gisp.prune(model_folder, tokens, **options, **own)
+    options: dict[str, Any] = {"steps": 2, "sparsity": 0.2, "batch_tokens": 16, "align": 4, "device": "cpu", **own}
+    trajectory = gisp.prune(model_folder, tokens, dtype="float32", **options)
     assert trajectory.unseen is not None
     left = [ids.tolist() for ids, _ in trajectory.unseen.rows]
     assert left == [row for number, row in enumerate(tokens.tolist()) if number not in drawn]

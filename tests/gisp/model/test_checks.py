@@ -71,6 +71,32 @@ def test_inference_mode_is_named() -> None:
         gisp.prune(made_inside, tiny_tokens(), **PRUNE)
 
 
+def test_autocast_is_named() -> None:
+    model = tiny_model()
+    bf16 = torch.bfloat16
+    with torch.autocast("cpu", bf16), pytest.raises(GispError, match="autocast is on for cpu, pruning computes"):
+        gisp.prune(model, tiny_tokens(), **PRUNE)
+    gisp.prune(model, tiny_tokens(), **PRUNE)
+    with torch.autocast("cpu", bf16), pytest.raises(GispError, match="autocast is on for cpu, compensation computes"):
+        gisp.compensate(model, tiny_tokens())
+
+
+def test_weights_that_stand_twice_are_named() -> None:
+    twice = tiny_model()
+    twice.model.layers[2] = twice.model.layers[1]
+    one = tiny_model()
+    one.model.layers[2].mlp.up_proj.weight = one.model.layers[1].mlp.up_proj.weight
+    within = tiny_model()
+    within.model.layers[1].mlp.up_proj.weight = within.model.layers[1].mlp.gate_proj.weight
+    for model, place in (
+        (twice, "self_attn.q_proj.weight of layer 2 is self_attn.q_proj.weight of layer 1"),
+        (one, "mlp.up_proj.weight of layer 2 is mlp.up_proj.weight of layer 1"),
+        (within, "mlp.up_proj.weight of layer 1 is mlp.gate_proj.weight of layer 1"),
+    ):
+        with pytest.raises(GispError, match=f"{place}: give a model whose layers share no weights"):
+            gisp.prune(model, tiny_tokens(), **PRUNE)
+
+
 @pytest.mark.parametrize("model_type", ["gemma2", "vaultgemma"])
 def test_capped_attention_is_named(model_type: str, tmp_path: Path) -> None:
     model = model_of(model_type, head_dim=8)
