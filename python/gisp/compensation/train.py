@@ -130,7 +130,8 @@ class _Trained:
     def __init__(self, student: Student, *, weights: bool) -> None:
         self._projections = student.projections
         self.gates = [
-            torch.ones(len(p.columns) // p.block, device=student.device, requires_grad=True) for p in student.movable
+            torch.ones(len(p.columns) // p.block, dtype=torch.float32, device=student.device, requires_grad=True)
+            for p in student.movable
         ]
         self.weights = [p.weight.clone().requires_grad_() for p in student.movable] if weights else []
 

@@ -240,7 +240,8 @@ class GradientScorer:
         if self._stream is not None:
             return self._by_layers(self._stream, groups, rows, mode, closed)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        with frozen(self._model), record_importance(groups, mode=mode, closed=closed or None) as recorder:
+        recorded = record_importance(groups, mode=mode, closed=closed or None)
+        with frozen(self._model), torch.enable_grad(), recorded as recorder:
             for micro in rows.micro_batches():
                 self._set_samples(recorder, micro)
                 loss = self._loss(micro)

@@ -28,7 +28,9 @@ class Random:
         # Of the dense model, whatever is left of it by now.
         per_layer = model_map.num_heads // model_map.heads_per_structure + model_map.intermediate_size
         generator = torch.Generator().manual_seed(context.config.seed)
-        self._drawn = torch.rand(len(model_map.layers) * per_layer, generator=generator).to(context.device)
+        self._drawn = torch.rand(len(model_map.layers) * per_layer, dtype=torch.float32, generator=generator).to(
+            context.device
+        )
 
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
         """Scores of ``groups`` at a step; the forward pass is for the loss of the record."""

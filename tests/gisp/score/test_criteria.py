@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from criteria_oracle import Oracle
 from score_cases import ragged
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokens
 
+import gisp
+from gisp.config.criteria import CRITERIA
 from gisp.config.options import make_config
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
@@ -57,6 +61,31 @@ def test_every_criterion_is_its_formula(family: str, gqa: str, batch_size: int |
     for engine in ("exact", "stream"):
         found = scored(tiny_model(family), criterion="signed", gqa=gqa, batch_size=batch_size, engine=engine)
         assert_scores(found, signed, atol=1e-5 * largest)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_what_the_caller_has_set_changes_no_run(criterion: str) -> None:
+    options: dict[str, Any] = {"criterion": criterion, "sparsity": 0.3, "protect_first": 0.0, "protect_last": 0}
+    if criterion == "learned-gates":
+        options |= {"gate_steps": 3, "gate_rate": 0.5}
+    elif criterion != "block-influence":
+        options |= {"steps": 2, "align": 4}
+    wanted = gisp.prune(tiny_model("llama-gqa"), tiny_tokens(), **options).removed_at
+    for setting in (torch.no_grad(), default_dtype(torch.float64)):
+        model = tiny_model("llama-gqa")
+        with setting:
+            found = gisp.prune(model, tiny_tokens(), **options).removed_at
+        assert all(torch.equal(found[name], at) for name, at in wanted.items())
 
 
 def test_flap_with_another_norm_is_not_standardised() -> None:

@@ -38,12 +38,13 @@ class Budget:
     """
 
     def __init__(self, costs: torch.Tensor, target: float, *, steps: int, rate: float, seed: int) -> None:
-        noise = torch.randn(len(costs), generator=torch.Generator().manual_seed(seed)) * _NOISE
+        drawn = torch.randn(len(costs), dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
+        noise = drawn * _NOISE
         self.z = (1 + noise).to(costs.device).requires_grad_()
         self.costs, self.target = costs, target
         self._steps, self._done = steps, 0
         # Of the violation, of its square, and of gates between open and closed.
-        self._multipliers = [torch.zeros((), device=costs.device, requires_grad=True) for _ in range(3)]
+        self._multipliers = [torch.zeros_like(self.z[0], requires_grad=True) for _ in range(3)]
         linear, quadratic, binary = self._multipliers
         scale = _RATE_STEPS / steps
         self._optimizer = torch.optim.Adam(

@@ -33,8 +33,8 @@ class Gates:
             self.spans[group.name] = slice(start, start + group.count)
             self._outputs[group.name] = gate_projection(group)
             start += group.count
-        self.values = torch.ones(start, device=device)
-        self.grad = torch.zeros(start, device=device)
+        self.values = torch.ones(start, dtype=torch.float32, device=device)
+        self.grad = torch.zeros(start, dtype=torch.float32, device=device)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Gates:

@@ -41,17 +41,17 @@ class LearnedGates:
         assert config.gate_steps is not None and config.gate_rate is not None
         gates = Gates(groups)
         parameters = context.map.decoder_parameters
-        parts = [torch.full((g.count,), self._cost(g) / parameters, device=context.device) for g in groups]
+        costs = [torch.tensor(self._cost(g) / parameters, dtype=torch.float32).expand(g.count) for g in groups]
         goal = float(config.sparsity or 0) * step / config.steps
         budget = Budget(
-            torch.cat(parts),
+            torch.cat(costs).to(context.device),
             goal - self._removed() / parameters,
             steps=config.gate_steps,
             rate=config.gate_rate,
             seed=config.seed + step * _SEED_STRIDE,
         )
         loss, tokens = torch.zeros((), dtype=torch.float64, device=context.device), 0
-        with deterministic(context.device), frozen(context.model):
+        with deterministic(context.device), frozen(context.model), torch.enable_grad():
             for number in track(range(config.gate_steps), "training gates"):
                 gates.values, gates.grad = budget.gates, torch.zeros_like(gates.grad)
                 part, passed = self._train(gates, (step - 1) * config.gate_steps + number + 1)
@@ -80,7 +80,7 @@ class LearnedGates:
                 dense = model(input_ids=ids, use_cache=False).logits
             with gates:
                 logits = model(input_ids=ids, use_cache=False).logits
-            share = torch.tensor(weights[start:stop], device=context.device)
+            share = torch.tensor(weights[start:stop], dtype=torch.float32, device=context.device)
             found = distilled(logits, dense, labels, share, DIVERGENCE)
             logits.backward(found.grad)
             loss += found.dense_nll
