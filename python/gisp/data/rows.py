@@ -17,16 +17,21 @@ def kind_of_rows(rows: Iterable[dict[str, Any]], spec: str) -> Kind:
     """The one kind all rows are of.
 
     Raises:
-        GispError: no row, one of no known kind or with an answer that is none of its choices, or rows of two kinds.
+        GispError: no row, one of no known kind or with an answer that is none of its choices, rows of two kinds, or
+            texts that are all empty.
     """
     kind: Kind | None = None
+    blank = True
     for number, row in enumerate(rows):
         found = _kind(row, spec, number)
         if kind is not None and found != kind:
             raise GispError(f"{spec}: row {number} is not of the same kind as row 0 ({kind})")
         kind = found
+        blank = blank and found == "text" and not row["text"].strip()
     if kind is None:
         raise GispError(f"{spec} holds no rows: give rows of {FORMATS}")
+    if blank:
+        raise GispError(f"{spec} holds no text: its rows are empty, give text")
     return kind
 
 

@@ -109,6 +109,9 @@ def _file_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         if path.suffix == ".txt":
             text = path.read_text(encoding="utf-8-sig")
+            # Latin letters of UTF-16 are UTF-8 too, with a NUL beside each.
+            if 4 * text.count("\0") > len(text):
+                raise GispError(f"{path} is no text, or of UTF-16: save it as UTF-8")
             yield from ([{"text": text}] if text.strip() else [])
         elif path.suffix == ".jsonl":
             yield from _json_rows(path)

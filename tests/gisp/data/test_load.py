@@ -121,6 +121,7 @@ def test_parquet_equals_jsonl(tmp_path, tokenizer_folder):
     ("text", "message"),
     [
         ("", "holds no rows"),
+        ('{"text": ""}\n{"text": " \\n"}', "holds no text: its rows are empty"),
         ('{"text": "the cat', "line 1 is not JSON"),
         ('["the cat"]', "line 1 holds a list"),
         ('{"body": "the cat"}', "row 0 has keys body"),
@@ -133,6 +134,15 @@ def test_bad_text_names_the_row(tmp_path, tokenizer_folder, text, message):
     path = tmp_path / "t.jsonl"
     path.write_text(text)
     with pytest.raises(GispError, match=message):
+        read(str(path), tokenizer_folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_text_of_another_encoding_is_refused(tmp_path, tokenizer_folder, encoding, kind):
+    path = tmp_path / f"t.{kind}"
+    path.write_bytes(('{"text": "the cat sat"}' if kind == "jsonl" else "the cat sat\n").encode(encoding))
+    with pytest.raises(GispError, match=r"is not UTF-8 text|save it as UTF-8|is not JSON"):
         read(str(path), tokenizer_folder)
 
 
