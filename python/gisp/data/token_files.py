@@ -18,13 +18,16 @@ def from_token_file(path: Path, vocab_size: int, seq_len: int | None) -> Sequenc
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-            found = {key: file.get_tensor(key) for key in ("input_ids", "labels") if key in keys}
+            found = {key: file.get_tensor(key) for key in ("input_ids", "labels", "attention_mask") if key in keys}
     except (SafetensorError, OSError, ValueError) as error:
         where = " ".join(str(error).split())
         raise GispError(f"{path} is not a readable safetensors file: {where}") from None
     if "input_ids" not in found:
         raise GispError(f"{path} holds {', '.join(keys) or 'nothing'}: it must hold input_ids")
-    return from_tokens(found["input_ids"], found.get("labels"), str(path), vocab_size, seq_len)
+    sequences = from_tokens(found["input_ids"], found.get("labels"), str(path), vocab_size, seq_len)
+    if "attention_mask" in found:
+        _check_mask(found["attention_mask"], found["input_ids"], found.get("labels"), str(path))
+    return sequences
 
 
 def from_tokens(
@@ -67,6 +70,20 @@ def cut(ids: torch.Tensor, labels: torch.Tensor, seq_len: int | None) -> list[Ro
 def _check_integers(values: torch.Tensor, name: str, where: str) -> None:
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise GispError(f"{where}: {name} is {values.dtype}, it must hold integers")
+
+
+def _check_mask(mask: torch.Tensor, ids: torch.Tensor, labels: torch.Tensor | None, where: str) -> None:
+    """Refuse padding that would be read as text: only what is on the right and not scored changes no loss."""
+    if mask.shape != ids.shape:
+        raise GispError(f"{where}: attention_mask {tuple(mask.shape)} and input_ids {tuple(ids.shape)} differ in shape")
+    padding = mask.cpu() == 0
+    inside = padding[:, :-1] & ~padding[:, 1:]
+    scored = padding if labels is None else padding & (labels.cpu() != IGNORED)
+    if bool(inside.any()) or bool(scored.any()):
+        raise GispError(
+            f"{where}: attention_mask leaves out tokens that are scored or stand before others: "
+            "pad on the right and give these tokens the label -100, or give the rows as text"
+        )
 
 
 def _check_range(values: torch.Tensor, name: str, where: str, vocab_size: int) -> None:

@@ -146,6 +146,30 @@ def test_text_of_another_encoding_is_refused(tmp_path, tokenizer_folder, encodin
         read(str(path), tokenizer_folder)
 
 
+def test_padding_in_a_token_file_is_right_and_not_scored_or_refused(tmp_path):
+    path = tmp_path / "t.safetensors"
+    ids = torch.tensor([[1, 2, 3, 0], [1, 2, 3, 4]])
+    mask = (ids > 0).long()
+    labels = torch.where(mask > 0, ids, IGNORED)
+    save_file({"input_ids": ids, "labels": labels, "attention_mask": mask}, path)
+    assert lists(read(str(path)))[0] == ([1, 2, 3, 0], [1, 2, 3, IGNORED])
+    save_file({"input_ids": ids, "attention_mask": torch.ones_like(mask)}, path)
+    assert len(lists(read(str(path)))) == 2
+    left = {
+        "input_ids": ids.flip(1),
+        "labels": labels.flip(1).contiguous(),
+        "attention_mask": mask.flip(1).contiguous(),
+    }
+    scored = {"input_ids": ids, "attention_mask": mask}
+    for bad in (left, scored):
+        save_file({name: tensor.contiguous() for name, tensor in bad.items()}, path)
+        with pytest.raises(GispError, match="attention_mask leaves out tokens that are scored or stand before others"):
+            read(str(path))
+    save_file({"input_ids": ids, "attention_mask": mask[:1].contiguous()}, path)
+    with pytest.raises(GispError, match="differ in shape"):
+        read(str(path))
+
+
 def test_text_without_a_tokenizer_and_unknown_names_are_refused(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("the cat")
