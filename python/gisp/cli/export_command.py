@@ -74,7 +74,7 @@ def export(
         _export_nested(run, nested, sparsities, compensation, start, hub, **common)
         return
     sparsity, out = _one_size(sparsity, out, sparsities)
-    check_options(format, sizes, dtype)
+    check_options(format, sizes, dtype, data, window)
     request = compensation_request(compensation)
     _check_given(run, sparsity, out, (data, compensation["calibration"]))
     start()

@@ -42,8 +42,11 @@ class EvalOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise GispError(f"--{name.replace('_', '-')} is {value}: give at least 1")
-        if not self.generate and (self.until or self.extract is not None):
-            raise GispError(f"{'--until' if self.until else '--extract'} belongs to --generate: add it")
+        longest = self.max_new_tokens != type(self).max_new_tokens
+        given = {"until": self.until, "extract": self.extract is not None, "max-new-tokens": longest}
+        about = next((name for name, value in given.items() if value), None)
+        if not self.generate and about:
+            raise GispError(f"--{about} belongs to --generate: add it")
         if "" in self.until:
             raise GispError("--until is empty: give the text that ends an answer")
         self.pattern()

@@ -95,7 +95,7 @@ def export_run(
             not fit, or a hub that does not take the export, which then stays at ``out``.
     """
     sizes = sizes or SizeOptions()
-    check_options(format, sizes, dtype)
+    check_options(format, sizes, dtype, data, window)
     if format == "gguf":
         require_gguf()  # before a large model is loaded
     if push_to_hub is not None:

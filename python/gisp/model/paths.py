@@ -17,6 +17,8 @@ def check_model_path(path: str) -> None:
     check_names(path, "model")
     folder = Path(path)
     if folder.is_dir():
+        if (folder / "trajectory.json").is_file():
+            raise GispError(f"{path} is a run: export one of its sizes, or gisp.Trajectory.load(RUN).at(SPARSITY)")
         if not (folder / "config.json").is_file():
             raise GispError(f"{path} is not a model folder: it has no config.json")
     elif folder.is_file() and is_gguf(folder):

@@ -257,6 +257,7 @@ def test_malformed_completions_and_options(model_folder: Path) -> None:
         ({"generate": True, "extract": "("}, [good], "no regular expression"),
         ({"until": ("x",)}, [good], "--until belongs to --generate"),
         ({"extract": "x"}, [good], "--extract belongs to --generate"),
+        ({"max_new_tokens": 8}, [good], "--max-new-tokens belongs to --generate"),
         ({"generate": True}, ROWS, "--generate needs rows of prompt and completion"),
         ({"stride": 2}, ROWS, "--stride is for text and tokens"),
         ({"limit": 0}, ROWS, "--limit is 0"),

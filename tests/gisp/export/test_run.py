@@ -126,6 +126,7 @@ def test_rounded_widths_reach_a_gguf_file(places: tuple[Path, Path], tmp_path: P
     ("options", "message"),
     [
         (["--format", "masked", "--round-mlp", "16"], "--round-mlp 16 changes nothing in format masked"),
+        (["--window", "64"], "--window 64 is about --data: give --data SPEC or leave it out"),
         (["--format", "masked", "--align-heads", "2"], "leave it out, or --format hf or uniform"),
         (["--round-mlp", "0"], "--round-mlp 0: give 1 or more"),
         (["--align-heads", "-1"], "--align-heads -1: give 1 or more"),

@@ -17,6 +17,13 @@ from gisp.model.structures import fingerprint
 from gisp.target import evaluate_target
 
 
+def test_a_run_is_no_model(tmp_path, model_folder, token_file):
+    run_into(tmp_path / "r", model_folder, token_file)
+    for use in (gisp.load, lambda path: gisp.prune(path, token_file)):
+        with pytest.raises(GispError, match=r"is a run: export one of its sizes, or gisp\.Trajectory\.load"):
+            use(tmp_path / "r")
+
+
 def test_a_model_moves_down_and_up_bit_for_bit():
     model = tiny_model()
     dense = logits(model)

@@ -70,8 +70,11 @@ FORMATS = {
 }
 
 
-def check_options(format: str, sizes: SizeOptions, dtype: str | None) -> None:
+def check_options(format: str, sizes: SizeOptions, dtype: str | None, data: str | None, window: int | None) -> None:
     """Refuse what does not go together.
+
+    Args:
+        data, window: what is measured, and the longest input.
 
     Raises:
         GispError: an unknown format, or an option it does not follow.
@@ -80,6 +83,8 @@ def check_options(format: str, sizes: SizeOptions, dtype: str | None) -> None:
         raise GispError(f"format {quoted(format)} is not available: choose one of {', '.join(FORMATS)}")
     if format != "gguf" and dtype is not None:
         raise GispError(f"--dtype {dtype} is for --format gguf: {format} keeps the dtype of the base model")
+    if window is not None and data is None:
+        raise GispError(f"--window {window} is about --data: give --data SPEC or leave it out")
     for name, value in sizes.given().items():
         if name not in FORMATS[format].sizes:
             formats = " or ".join(other for other, each in FORMATS.items() if name in each.sizes)
