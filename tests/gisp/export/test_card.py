@@ -149,6 +149,17 @@ def test_calibration_data_of_the_hub_are_named(tmp_path: Path) -> None:
     assert dict(source.facts(tasks))["calibration data"] == "`c/d`, `rows.jsonl`, `a/b`"
 
 
+def test_cards_of_one_size_and_of_all_tell_the_run_alike(run: Path, tmp_path: Path) -> None:
+    export_run(run, 0.3, tmp_path / "one", device="cpu")
+    export_nested_run(run, tmp_path / "all", device="cpu")
+    told = [
+        [line for line in (tmp_path / name / "README.md").read_text().splitlines() if line.startswith(facts)]
+        for name in ("one", "all")
+        for facts in [("| base model", "| licence", "| preset", "| criterion", "| versions")]
+    ]
+    assert told[0] == told[1] and len(told[0]) == 5
+
+
 def test_the_quality_of_the_size_is_on_the_card(run: Path, token_file: Path, tmp_path: Path) -> None:
     export_run(run, 0.3, tmp_path / "before", device="cpu")
     assert "Not measured: `gisp eval RUN" in (tmp_path / "before" / "README.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gisp.config.options import criterion_text
 from gisp.export.card import facts_table, head, load_text
 from gisp.export.nested.files import NestedFiles
 from gisp.export.nested.sizes import shared_bytes
@@ -30,7 +31,7 @@ def write_nested_card(
         ("sparsities", f"0 to {trajectory.sparsity_at(last):.4f} of the decoder layers, {report.steps} steps"),
         ("weight files", f"{report.bytes / 1e6:,.1f} MB"),
         ("preset", trajectory.config.get("preset", "not recorded")),
-        ("criterion", trajectory.config.get("criterion", "not recorded")),
+        ("criterion", criterion_text(trajectory.config)),
         ("versions", versions),
         (
             "logits against the masked dense model (float32)",
