@@ -224,6 +224,9 @@ def _shortfalls(trajectory: Any) -> list[str]:
     goal, lines = config["sparsity"], []
     if config["schedule"] == "structures" and goal is not None and last.sparsity < goal:
         lines.append(f"the schedule ended at {last.sparsity:.4f}, short of {goal}: give a higher --ratio")
+    # One unit may be more than a step: a key/value head of a small model, a whole layer.
+    if config["schedule"] == "parameters" and goal - last.sparsity > goal / config["steps"] and last.sparsity:
+        lines.append(f"the run ended at {last.sparsity:.4f}, short of {goal}: what would go next is more than was left")
     if not last.removed_parameters:
         wanted = f"--ratio {config['ratio']}" if goal is None else f"{goal} of the decoder parameters"
         lines.append(

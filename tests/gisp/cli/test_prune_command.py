@@ -159,6 +159,17 @@ def test_what_a_command_ignores_or_cannot_do_is_said(tmp_path, model_folder, tok
     assert "nothing was removed: --ratio 0.01 is less" in "".join(capsys.readouterr())
 
 
+def test_a_run_that_ends_short_of_what_was_asked_says_so(tmp_path, model_folder, token_file, capsys):
+    given = ["prune", str(model_folder), "--data", str(token_file), "--device", "cpu", "--protect-first", "0"]
+    layers = [*given, "--criterion", "block-influence", "--steps", "4", "--sparsity", "0.45"]
+    assert main([*layers, "--out", str(tmp_path / "short")]) == 0
+    reached = gisp.Trajectory.load(tmp_path / "short").steps[-1].sparsity
+    assert f"the run ended at {reached:.4f}, short of 0.45: what would go next" in capsys.readouterr().err
+    channels = [*given, "--criterion", "magnitude", "--steps", "4", "--sparsity", "0.45", "--align", "1"]
+    assert main([*channels, "--out", str(tmp_path / "near")]) == 0
+    assert "short of" not in capsys.readouterr().err
+
+
 def begun(run, model, data):
     """A run of five steps cut after the second, by the command line's options."""
     with pytest.raises(KeyboardInterrupt):
