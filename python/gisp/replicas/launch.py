@@ -12,9 +12,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from gisp.errors import GispError
 from gisp.replicas.siblings import children
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 # Exit codes of a command that has said why, or of Python where it shows a traceback; and of one that a signal unwound.
 # By name: Windows has no SIGHUP.
@@ -83,22 +87,7 @@ def launch(count: int, module: str, arguments: Sequence[str], again: str) -> int
             with _stopped_together():
                 elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
-        # What refuses or fails has told why, whatever ended before it.
-        codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode in _TELLING]
-        if codes:
-            return int(codes[0])
-        # Those that follow the first were ended by the launcher for it.
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == 128 + signal.SIGINT:
-            raise KeyboardInterrupt from None
-        if failure.exitcode in _UNWOUND:
-            return int(failure.exitcode)
-        if failure.exitcode >= 0:
-            how = f"ended with exit code {failure.exitcode} and without a word"
-        else:
-            name = signal.Signals(-failure.exitcode).name
-            how = f"was ended by {name}{_CAUSES.get(name, '')}"
-        raise GispError(f"rank {rank} (process {failure.pid}) {how}, so the others were too: {again}") from None
+        return _code_of(error, again)
     except SignalException as stopped:
         if stopped.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -106,6 +95,26 @@ def launch(count: int, module: str, arguments: Sequence[str], again: str) -> int
     finally:
         logging.disable(logging.NOTSET)
     return 0
+
+
+def _code_of(error: ChildFailedError, again: str) -> int:
+    """The exit code of a command whose processes have failed; what it raises as :func:`launch`."""
+    # What refuses or fails has told why, whatever ended before it.
+    codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode in _TELLING]
+    if codes:
+        return int(codes[0])
+    # Those that follow the first were ended by the launcher for it.
+    rank, failure = error.get_first_failure()
+    if failure.exitcode == 128 + signal.SIGINT:
+        raise KeyboardInterrupt from None
+    if failure.exitcode in _UNWOUND:
+        return int(failure.exitcode)
+    if failure.exitcode >= 0:
+        how = f"ended with exit code {failure.exitcode} and without a word"
+    else:
+        name = signal.Signals(-failure.exitcode).name
+        how = f"was ended by {name}{_CAUSES.get(name, '')}"
+    raise GispError(f"rank {rank} (process {failure.pid}) {how}, so the others were too: {again}") from None
 
 
 @contextmanager
