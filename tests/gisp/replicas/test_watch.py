@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ from gisp.run.trajectory import StepRecord
 def prune(out: str, how: str, broken: int) -> None:
     """A run in which the process of one rank fails in its second step; the others say what they are told."""
     watch.BEAT, watch.SILENCE, watch.GRACE = 0.1, 4.0, 1.0
-    rank = distributed.get_rank()
+    rank, beats, beat = distributed.get_rank(), [0], watch._beat
+
+    def counted(*given: Any) -> dict[str, Any]:
+        beats[0] += 1
+        return beat(*given)
+
+    watch._beat = counted  # type: ignore[assignment]
 
     def fail(record: StepRecord, steps: int) -> None:
         if record.step != 2:
@@ -32,6 +39,10 @@ def prune(out: str, how: str, broken: int) -> None:
                 raise gisp.GispError("the disk is full")
             if how == "memory":
                 raise MemoryError
+            # The next beat says what it is at now, and it is out when the one after it is made.
+            heard = beats[0] + 2
+            while beats[0] < heard:
+                time.sleep(watch.BEAT)
             os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])
 
     try:
