@@ -180,7 +180,7 @@ def unlike_run(stages: list[int]) -> None:
     assert f"rank 1 has stages {stages[1]}, rank 0 has {stages[0]}" in str(caught.value)
 
 
-@pytest.mark.parametrize("stages", [[2, 1, 2, 2], [2, 4, 2, 2]], ids=str)
+@pytest.mark.parametrize("stages", [[2, 1, 2, 2], [1, 2, 2, 2], [2, 4, 2, 2]], ids=str)
 def test_processes_of_other_stages_are_told_apart(tmp_path: Path, stages: list[int]) -> None:
     run_ranks(4, tmp_path / "ranks", unlike_run, stages)
 
