@@ -60,6 +60,15 @@ def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
     return poisoned
 
 
+@pytest.fixture
+def forked_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of several processes fork them from a server that has the imports done."""
+    from ranks import launch_forked
+
+    monkeypatch.setattr("gisp.replicas.launch.launch", launch_forked)
+    monkeypatch.setattr("benchmarks.prune.replicas.launch", launch_forked)
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model on disk; its tokens are :func:`token_file`."""

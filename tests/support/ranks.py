@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -58,16 +60,18 @@ def start_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"file://{folder}/store" if store == "file" else f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    return _forked(_child, [(rank, size, str(folder), address, work, arguments) for rank in range(size)])
+
+
+def _forked(target: Callable[..., None], given: Sequence[tuple[Any, ...]]) -> list[BaseProcess]:
+    """A process for each of the arguments."""
     context = multiprocessing.get_context("forkserver")
     # The server finds modules by PYTHONPATH alone.
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     try:
         context.set_forkserver_preload(_PRELOADED)
-        started: list[BaseProcess] = []
-        for rank in range(size):
-            given = (rank, size, str(folder), address, work, arguments)
-            started.append(context.Process(target=_child, args=given))
+        started: list[BaseProcess] = [context.Process(target=target, args=one) for one in given]
         for process in started:
             process.start()
     finally:
@@ -94,3 +98,38 @@ def run_ranks(size: int, folder: Path, work: Callable[..., None], *arguments: An
     """The same to the end; every process must succeed."""
     for rank, ended in enumerate(end_of(start_ranks(size, folder, work, *arguments), folder)):
         assert ended.code == 0, f"rank {rank}: {ended.text}"
+
+
+def _module(rank: int, folder: str, environment: dict[str, str], module: str, arguments: Sequence[str]) -> None:
+    for stream, name in ((1, "out"), (2, "log")):
+        os.dup2(os.open(f"{folder}/{name}-{rank}", os.O_WRONLY | os.O_CREAT), stream)
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def launch_forked(count: int, module: str, arguments: Sequence[str], again: str) -> int:
+    """In place of :func:`gisp.replicas.launch.launch`: the same processes, which need not import everything first.
+
+    They find the environment and the store that torchrun gives. How processes are started and ended has tests of its
+    own, which start them as users do.
+    """
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_RUN_ID": "forked",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "GISP_CACHE": "off",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        started = _forked(_module, [(rank, folder, environment, module, list(arguments)) for rank in range(count)])
+        found = end_of(started, Path(folder))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for rank, ended in enumerate(found):
+            os.write(1, Path(folder, f"out-{rank}").read_bytes())
+            os.write(2, ended.text.encode())
+    return next((ended.code for ended in found if ended.code), 0)

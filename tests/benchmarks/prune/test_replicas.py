@@ -11,6 +11,7 @@ from benchmarks.prune import replicas
 from gisp.cli import main
 
 
+@pytest.mark.usefixtures("forked_launch")
 def test_shared_runs_are_timed_and_are_the_same_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "r.json"
     asked = ["bench", "prune", "--model", "tiny", "--device", "cpu", "--steps", "3"]
@@ -32,6 +33,7 @@ def test_shared_runs_are_timed_and_are_the_same_run(tmp_path: Path, capsys: pyte
     assert "false" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("forked_launch")
 def test_what_was_run_is_kept_when_a_later_run_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,20 +91,26 @@ def test_the_command_prints_once_what_one_process_prints(
     places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    model, out = str(places / "model"), tmp_path / "r.json"
-    # Each process may have its layers in host memory.
-    for data, more in (("tokens.jsonl", []), ("rows.jsonl", ["--offload"])):
-        asked = [model, "--data", str(places / data), "--batch-size=2"]
-        alone = evaluated(capfd, *asked)
-        assert evaluated(capfd, *asked, *more, "--gpus=2", "--out", str(out)) == alone
-        assert json.loads(out.read_text()) == alone
-    assert evaluated(capfd, *asked, "--gpus", "1") == alone
+    out = tmp_path / "r.json"
+    asked = [str(places / "model"), "--data", str(places / "tokens.jsonl"), "--batch-size=2"]
+    alone = evaluated(capfd, *asked)
+    assert evaluated(capfd, *asked, "--gpus=2", "--out", str(out)) == alone
+    assert json.loads(out.read_text()) == alone
 
 
-def test_what_all_meet_is_told_once(
-    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("forked_launch")
+def test_choices_of_a_command_do_not_follow_the_number_of_processes(
+    places: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    asked = [str(places / "model"), "--data", str(places / "rows.jsonl"), "--batch-size=2"]
+    alone = evaluated(capfd, *asked)
+    # Each process may have its layers in host memory.
+    for more in (["--gpus=2", "--offload"], ["--gpus", "1"]):
+        assert evaluated(capfd, *asked, *more) == alone
+
+
+@pytest.mark.usefixtures("forked_launch")
+def test_what_all_meet_is_told_once(places: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_file({"input_ids": torch.full((4, 8), 10_000)}, tmp_path / "t.safetensors")
     given = ["eval", str(places / "model"), f"--data={tmp_path / 't.safetensors'}", "--device=cpu"]
     assert main([*given, "--gpus=2"]) == 2
@@ -112,11 +118,9 @@ def test_what_all_meet_is_told_once(
     assert len(errors) == 1 and "10000" in errors[0]
 
 
-def test_lm_eval_does_not_follow_the_number_of_processes(
-    places: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("forked_launch")
+def test_lm_eval_does_not_follow_the_number_of_processes(places: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     write_tasks(places / "tasks")
     asked = [str(places / "model"), "--lm-eval=gisp_choices,gisp_contexts", f"--lm-eval-include={places / 'tasks'}"]
     one = evaluated(capfd, *asked, "--gpus=1")

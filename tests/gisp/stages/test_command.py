@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,10 @@ from gisp.run.trajectory import StepRecord
 GIVEN = ("--device=cpu", "--dtype=float32", "--steps=3", "--align=4", "--batch-tokens=128", "--sparsity=0.3", "--quiet")
 
 
+@pytest.mark.usefixtures("forked_launch")
 def test_stages_write_the_run_of_one_process(
-    tmp_path: Path,
-    model_folder: Path,
-    token_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, model_folder: Path, token_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     for name, more in (("one", ["--gpus", "1"]), ("two", ["--gpus", "2", "--stages", "2"])):
         given = ["prune", str(model_folder), "--data", str(token_file), "--out", str(tmp_path / name), *GIVEN, *more]
         assert main([option for option in given if option != "--quiet"]) == 0

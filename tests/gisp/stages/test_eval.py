@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +63,8 @@ def test_figures_are_those_of_one_process(place: Path, tmp_path: Path, size: int
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
 
 
-def test_the_command_starts_them(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+@pytest.mark.usefixtures("forked_launch")
+def test_the_command_starts_them(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     given = ["eval", str(place / "plain"), "--data", str(place / "data.safetensors"), "--device=cpu", "--json"]
     found = []
     for more in ([], ["--stages", "2"]):

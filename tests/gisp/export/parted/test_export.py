@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +100,8 @@ def test_a_folder_of_several_processes_is_that_of_one(runs: Path, tmp_path: Path
         assert (parted / "README.md").read_text().startswith("---")
 
 
-def test_the_command_starts_the_processes(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+@pytest.mark.usefixtures("forked_launch")
+def test_the_command_starts_the_processes(runs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     given = ["export", str(runs / "plain"), "--sparsity", "0.5", "--device", "cpu", "--stages", "2"]
     out = ["--out", str(tmp_path / "out")]
     assert main([*given, *out, "--format", "gguf"]) == 2
