@@ -30,6 +30,14 @@ FEW: dict[str, dict[str, Any]] = {
     "distil": {"steps": 4, "batch_tokens": 64, "learning_rate": 1e-3},
     "gates+affine": {"steps": 4, "batch_tokens": 64},
 }
+METHODS = ("kfac", "lsq", "rescale", "affine", "bias", *FEW)
+FAMILIES = ("llama-mha", "llama-bias", "mistral", "qwen2", "qwen3")
+# Every method, and every family with what changes weights and with what adds biases, which one of them has already.
+FITTED = sorted(
+    {("llama-mha", method) for method in METHODS}
+    | {(family, method) for family in FAMILIES for method in ("lsq", "affine")}
+    | {("llama-bias", method) for method in ("bias", "gates+affine")}
+)
 OPTIONS = {"preset": "paper", "steps": 6, "sparsity": 0.6, "device": "cpu", "dtype": "float32", "protect_last": 0}
 
 
@@ -45,6 +53,12 @@ def make_run(root: Path, family: str, dtype: torch.dtype = torch.float32, **opti
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(tmp_path_factory.mktemp("llama"), "llama-gqa")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of every family, only read."""
+    return {family: make_run(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
 
 
 def data_of(run: Path) -> str:
@@ -69,10 +83,9 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
     return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
 
-@pytest.mark.parametrize("family", ["llama-mha", "llama-bias", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("method", ["kfac", "lsq", "rescale", "affine", "bias", *FEW])
-def test_hf_exports_hold_what_was_fitted(tmp_path: Path, family: str, method: str) -> None:
-    run = make_run(tmp_path, family)
+@pytest.mark.parametrize(("family", "method"), FITTED)
+def test_hf_exports_hold_what_was_fitted(tmp_path: Path, runs: dict[str, Path], family: str, method: str) -> None:
+    run = runs[family]
     few = FEW.get(method, {})
     wanted = compensated(run, 0.4, method=method, **few)
     request = make_request(method, data_of(run), **few)
@@ -104,8 +117,11 @@ def test_output_biases_load_without_this_package(run: Path, tmp_path: Path) -> N
     assert close(torch.load(tmp_path / "l.pt"), logits(compensated(run, 0.4, method="affine")))
 
 
-@pytest.mark.parametrize("format", ["masked", "uniform", "gguf"])
-@pytest.mark.parametrize("method", ["kfac", "lsq", "rescale", "affine", *FEW])
+@pytest.mark.parametrize(
+    ("format", "method"),
+    [("masked", method) for method in METHODS if method != "bias"]
+    + [(format, method) for format in ("uniform", "gguf") for method in ("lsq", "gates+affine")],
+)
 def test_formats_without_output_biases(run: Path, tmp_path: Path, format: str, method: str) -> None:
     if format == "gguf":
         pytest.importorskip("gguf")
