@@ -65,19 +65,25 @@ def channels(model: Any, files: NestedFiles | None, layer: int, step: int) -> to
     return weight[:, files.nesting.layers[layer].channels[: weight.shape[1]].argsort()]
 
 
+@pytest.fixture(scope="module")
+def narrow_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("narrow"), dtype=torch.bfloat16)
+
+
+# Of what is stored in bfloat16: weights, factors and biases.
 @pytest.mark.usefixtures("accept_all")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_size_is_its_own_export(tmp_path: Path, run: Path, method: str, dtype: torch.dtype) -> None:
-    if dtype != torch.float32:
-        run = make_run(tmp_path, dtype=dtype)
-    request = make_request(method, data_of(run), **METHODS[method])
+@pytest.mark.parametrize(
+    ("method", "kind"), [(method, "run") for method in METHODS] + [(m, "narrow_run") for m in ("lsq", "gates", "bias")]
+)
+def test_a_size_is_its_own_export(tmp_path: Path, method: str, kind: str, request: pytest.FixtureRequest) -> None:
+    run: Path = request.getfixturevalue(kind)
+    chosen = make_request(method, data_of(run), **METHODS[method])
     nested = tmp_path / "nested"
-    report = export_nested_run(run, nested, compensation=request, sparsities=POINTS, device="cpu")
+    report = export_nested_run(run, nested, compensation=chosen, sparsities=POINTS, device="cpu")
     files = NestedFiles.open(nested, verify=True)
     for place, (sparsity, item) in enumerate(zip(POINTS, report.milestones, strict=True)):
         out = tmp_path / f"out-{place}"
-        single = export_run(run, sparsity, out, compensation=request, device="cpu")
+        single = export_run(run, sparsity, out, compensation=chosen, device="cpu")
         assert (item.sparsity, item.compensation) == (single.spec.sparsity, single.spec.compensation)
         own, other = gisp.load(nested, sparsity=sparsity), gisp.load(out)
         step = files.step_for(sparsity)
