@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,9 +146,8 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def with_lsq(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Options of a compensation, for commands whose processes find what this one finds."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+def with_lsq(run: Path, forked_launch: None) -> list[str]:
+    """Options of a compensation, for commands of several processes."""
     return ["--compensate=lsq", f"--calibration={run.parent / 'own.safetensors'}", "--device=cpu", "--quiet"]
 
 
