@@ -217,7 +217,7 @@ def worsened_by_its_channels() -> tuple[Any, ShrinkableModel]:
 def test_nearer_to_a_worse_model_is_not_better(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = worsened_by_its_channels()
     size = model.config.vocab_size
-    text, calibration = demo_text("heldout.jsonl", 16, size), demo_text("calibration.jsonl", 48, size)
+    text, calibration = demo_text("heldout.jsonl", 16, size), demo_text("calibration.jsonl", 16, size)
     options: dict[str, Any] = {"steps": 12, "batch_tokens": 512} if method in ("gates", "distil") else {}
     if method == "kfac":
         options = {"steps": 1}
