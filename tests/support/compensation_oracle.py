@@ -11,8 +11,8 @@ from tiny import tiny_tokens
 
 from gisp.compensation import BlockUpdate, Compensation
 from gisp.compensation.fits import Solution
-from gisp.compensation.held_out import hold_out
 from gisp.data import Sequences
+from gisp.data.held_out import hold_out
 
 # What tests remove from a tiny model: blocks that lost heads, channels, both, nothing.
 REMOVED = {

@@ -1,7 +1,7 @@
 """When a compensation is kept: held-out text, the rule of paired differences, the search for a size, and the record.
 
 A change is kept where it lowers a sum over held-out units by more than the standard error of the fall. A unit is a
-document, a question or a sequence (:func:`gisp.compensation.held_out.hold_out`). They are paired: ``d_i`` is the sum of
+document, a question or a sequence (:func:`gisp.data.held_out.hold_out`). They are paired: ``d_i`` is the sum of
 unit ``i`` after the change less that before it, ``n_i`` its tokens, ``N`` all tokens, ``U`` the number of units. The
 fall a token is ``-r`` with ``r = sum d_i / N``, its standard error that of a ratio (Cochran, Sampling Techniques,
 1977)::

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from gisp.compensation.held_out import hold_out, interleaved
 from gisp.compensation.options import FITS, CompensationOptions
 from gisp.compensation.pruned.student import logits_bytes, most_tokens
 from gisp.compensation.streams import batch_tokens
 from gisp.data import Sequences
+from gisp.data.held_out import hold_out, interleaved
 from gisp.model.keep import Keep
 from gisp.model.structures import ModelMap
 from gisp.offload.plan import Advice, Demand

@@ -8,7 +8,6 @@ from hashlib import sha256
 import torch
 
 from gisp.compensation.acceptance import HeldOut, MethodResult
-from gisp.compensation.held_out import hold_out, interleaved
 from gisp.compensation.kfac import behind, run_kfac
 from gisp.compensation.options import FITS, CompensationOptions
 from gisp.compensation.pruned.student import Student
@@ -16,6 +15,7 @@ from gisp.compensation.streams import first_tokens
 from gisp.compensation.sweep import Fit, OnBlock, run_fit
 from gisp.compensation.train import Plan, run_training
 from gisp.data import Sequences
+from gisp.data.held_out import hold_out, interleaved
 from gisp.model.keep import Keep
 from gisp.model.modes import deterministic, exact_products, frozen
 from gisp.model.structures import ModelMap, fingerprint

@@ -12,21 +12,15 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-
 from gisp.data.rows import FIELDS, Kind
 from gisp.data.sequences import Sequences
+from gisp.data.token_files import read_sequences, stored_sequences
 from gisp.data.tokenise import FORMAT_VERSION
 from gisp.errors import GispError
 from gisp.files import lock_beside, one_writer, remove_stale, write_atomic
-
-_CHECKSUM = "sha256"
 
 
 def cache_folder() -> Path | None:
@@ -62,45 +56,20 @@ def cache_entry(
 
 def read_entry(path: Path | None) -> Sequences | None:
     """The sequences of an entry, ``None`` if it is not there or not sound."""
-    if path is None:
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            checksum = (file.metadata() or {}).get(_CHECKSUM)
-            found = {name: file.get_tensor(name) for name in ("ids", "labels", "lengths", "signs", "examples")}
-        lengths = found["lengths"].tolist()
-        rows = list(zip(found["ids"].long().split(lengths), found["labels"].long().split(lengths), strict=True))
-        ends = accumulate(found["examples"].tolist(), initial=0)
-        groups = [rows[start:end] for start, end in pairwise(ends)]
-        sequences = Sequences.grouped(groups, found["signs"].tolist())
-        return sequences if _checksum(sequences) == checksum else None
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError):
-        return None
+    return None if path is None else read_sequences(path)
 
 
 def write_entry(path: Path | None, sequences: Sequences) -> None:
     """Keep sequences whose examples are consecutive; without effect where that is not possible."""
     if path is None:
         return
-    tensors = {
-        "ids": torch.cat([ids for ids, _ in sequences.rows]).int(),
-        "labels": torch.cat([labels for _, labels in sequences.rows]).int(),
-        "lengths": torch.tensor([len(ids) for ids, _ in sequences.rows]),
-        "signs": torch.tensor(sequences.signs, dtype=torch.int8),
-        "examples": torch.tensor([len(example) for example in sequences.examples]),
-    }
     with contextlib.suppress(OSError, GispError):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process that writes the entry writes the same.
         with one_writer(path, lock_beside(path)) as alone:
             if alone:
                 remove_stale(path)
-            write_atomic(path, save(tensors, {_CHECKSUM: _checksum(sequences)}))
-
-
-def _checksum(sequences: Sequences) -> str:
-    sizes = ",".join(str(len(example)) for example in sequences.examples)
-    return hashlib.sha256(f"{sequences.digest()};{sizes}".encode()).hexdigest()
+            write_atomic(path, stored_sequences(sequences))
 
 
 def _tokenizer_digest(tokenizer: Any) -> bytes:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice, pairwise
+from pathlib import Path
 
 import torch
 
+from gisp.data.lm_eval_tasks import LM_EVAL
 from gisp.errors import GispError
 
 Row = tuple[torch.Tensor, torch.Tensor]
@@ -47,6 +49,8 @@ class Sequences:
             a choice).
         tasks: those of a mixture, in the order of their examples; empty where there is one task.
         compared: objective ``choice``, of the only task: an example's answers are compared with one another.
+        kinds: per example the kind of text it is of, by name; empty where all are of one. It changes no loss and no
+            digest: it says which held-out text is watched by itself.
     """
 
     rows: tuple[Row, ...]
@@ -54,6 +58,7 @@ class Sequences:
     examples: tuple[tuple[int, ...], ...]
     tasks: tuple[Task, ...] = ()
     compared: bool = False
+    kinds: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         tokens = sum(len(ids) for ids, _ in self.rows)
@@ -67,25 +72,37 @@ class Sequences:
 
     @classmethod
     def grouped(
-        cls, groups: Sequence[Sequence[Row]], signs: Sequence[int] | None = None, compared: bool = False
+        cls,
+        groups: Sequence[Sequence[Row]],
+        signs: Sequence[int] | None = None,
+        compared: bool = False,
+        kinds: Sequence[str] = (),
     ) -> Sequences:
         """The sequences of one example after the other; every sign is +1 where none are given."""
         rows = tuple(row for group in groups for row in group)
         ends = accumulate(map(len, groups), initial=0)
         examples = tuple(tuple(range(start, end)) for start, end in pairwise(ends))
-        return cls(rows, (1,) * len(rows) if signs is None else tuple(signs), examples, compared=compared)
+        return cls(
+            rows, (1,) * len(rows) if signs is None else tuple(signs), examples, compared=compared, kinds=tuple(kinds)
+        )
 
     @classmethod
     def mixture(cls, tasks: Sequence[tuple[Task, Sequences]]) -> Sequences:
-        """Tasks one after the other; each task's ``examples`` must be the number of its sequences' examples."""
+        """Tasks one after the other; each task's ``examples`` must be the number of its sequences' examples.
+
+        A task is a kind of text, where its sequences do not name their own.
+        """
         rows: list[Row] = []
         signs: list[int] = []
         examples: list[tuple[int, ...]] = []
-        for _, own in tasks:
+        kinds: list[str] = []
+        names = [task.name for task, _ in tasks]
+        for name, (_, own) in zip(short_names(names), tasks, strict=True):
+            kinds += own.kinds or [name] * len(own.examples)
             examples += [tuple(len(rows) + number for number in example) for example in own.examples]
             rows += own.rows
             signs += own.signs
-        return cls(tuple(rows), tuple(signs), tuple(examples), tuple(task for task, _ in tasks))
+        return cls(tuple(rows), tuple(signs), tuple(examples), tuple(task for task, _ in tasks), kinds=tuple(kinds))
 
     def checked(self, vocab_size: int) -> Sequences:
         """Itself, where it holds what its attributes say.
@@ -128,7 +145,9 @@ class Sequences:
         """Examples by number, in the given order, without what is not chosen."""
         numbers = [self.examples[example] for example in examples]
         groups = [[self.rows[i] for i in group] for group in numbers]
-        return Sequences.grouped(groups, [self.signs[i] for group in numbers for i in group], self.compared)
+        signs = [self.signs[i] for group in numbers for i in group]
+        kinds = [self.kinds[example] for example in examples] if self.kinds else ()
+        return Sequences.grouped(groups, signs, self.compared, kinds)
 
     def compares(self, example: int) -> bool:
         """Whether the answers of an example are compared with one another."""
@@ -223,6 +242,13 @@ def _sharing(rows: Sequence[Row]) -> tuple[int, ...]:
         else:
             leaders.append(found.setdefault(ids[:-1].numpy().tobytes(), number))
     return tuple(leaders)
+
+
+def short_names(specs: Sequence[str]) -> list[str]:
+    """Names of files without their folders, where these do not tell them apart."""
+    short = [spec if spec.startswith(LM_EVAL) else Path(spec).name for spec in specs]
+    meant = {name: {spec for spec, other in zip(specs, short, strict=True) if other == name} for name in short}
+    return [name if len(meant[name]) == 1 else spec for spec, name in zip(specs, short, strict=True)]
 
 
 def row_weights(signs: Sequence[int]) -> list[float]:

@@ -1,15 +1,22 @@
-"""Sequences from token ids: a tensor, or a safetensors file of them."""
+"""Sequences from token ids, a tensor or a safetensors file of them, and whole sequences as a file of this package."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from gisp.data.sequences import IGNORED, Row, Sequences
 from gisp.data.sources import check_spec
 from gisp.errors import GispError
+
+_CHECKSUM = "sha256"
+_PARTS = ("ids", "labels", "lengths", "signs", "examples")
 
 
 def from_token_file(path: Path, vocab_size: int, seq_len: int | None) -> Sequences:
@@ -96,3 +103,46 @@ def _check_range(values: torch.Tensor, name: str, where: str, vocab_size: int) -
             f"{where}: {name} holds {bad}, outside the model's vocabulary of {vocab_size}: "
             "use tokens of this model's tokenizer"
         )
+
+
+def stored_sequences(sequences: Sequences) -> bytes:
+    """A safetensors file, int32 but for names of kinds, of sequences whose examples are consecutive; without tasks."""
+    names = sorted(set(sequences.kinds))
+    tensors = {
+        "ids": torch.cat([ids for ids, _ in sequences.rows]).int(),
+        "labels": torch.cat([labels for _, labels in sequences.rows]).int(),
+        "lengths": torch.tensor([len(ids) for ids, _ in sequences.rows]).int(),
+        "signs": torch.tensor(sequences.signs).int(),
+        "examples": torch.tensor([len(example) for example in sequences.examples]).int(),
+    }
+    if names:
+        tensors["kinds"] = torch.tensor([names.index(kind) for kind in sequences.kinds]).int()
+        tensors["names"] = torch.frombuffer(bytearray(json.dumps(names).encode()), dtype=torch.uint8)
+    return bytes(save(tensors, {_CHECKSUM: _checksum(sequences)}))
+
+
+def read_sequences(path: Path) -> Sequences | None:
+    """The sequences of a file of :func:`stored_sequences`, ``None`` if it is not there or not sound."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            checksum = (file.metadata() or {}).get(_CHECKSUM)
+            found = {name: file.get_tensor(name) for name in (*_PARTS, *({"kinds", "names"} & set(file.keys())))}
+        lengths = found["lengths"].tolist()
+        rows = list(zip(found["ids"].long().split(lengths), found["labels"].long().split(lengths), strict=True))
+        ends = accumulate(found["examples"].tolist(), initial=0)
+        groups = [rows[start:end] for start, end in pairwise(ends)]
+        kinds: list[str] = []
+        if "kinds" in found:
+            names = json.loads(found["names"].numpy().tobytes())
+            kinds = [str(names[number]) for number in found["kinds"].tolist()]
+        sequences = Sequences.grouped(groups, found["signs"].tolist(), kinds=kinds)
+        return sequences if _checksum(sequences) == checksum else None
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError):
+        return None
+
+
+def _checksum(sequences: Sequences) -> str:
+    parts = [sequences.digest(), ",".join(str(len(example)) for example in sequences.examples)]
+    if sequences.kinds:
+        parts.append(json.dumps(sequences.kinds))
+    return hashlib.sha256(";".join(parts).encode()).hexdigest()

@@ -21,9 +21,9 @@ from gisp.compensation import (
     fold_into_dense,
 )
 from gisp.compensation.fits import LeastSquaresFit, RescaleFit, ridge
-from gisp.compensation.held_out import hold_out
 from gisp.compensation.options import make_options
 from gisp.data import Sequences
+from gisp.data.held_out import hold_out
 from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.shrink import ShrinkableModel

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_tokens
 
-from gisp.compensation.held_out import hold_out, interleaved
 from gisp.data import Sequences, Task
+from gisp.data.held_out import hold_out, interleaved
 from gisp.errors import GispError
 
 
