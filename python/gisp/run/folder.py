@@ -26,7 +26,7 @@ from gisp.config.options import CONFIG_FILE
 from gisp.data.sources import located
 from gisp.errors import GispError
 from gisp.files import disk_message, final_name, one_writer, write_atomic
-from gisp.run.record import LOCK, RECORD, STATE, TENSORS, earlier_tensors
+from gisp.run.record import HELD_OUT, LOCK, RECORD, STATE, TENSORS, earlier_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +127,8 @@ class RunFolder:
             write_atomic(self._state(step), stored)
             if step == 1:
                 (self.path / METRICS).unlink(missing_ok=True)
+                # Of other data perhaps, where a run was cut before its first commit.
+                (self.path / HELD_OUT).unlink(missing_ok=True)
             if not self._described:
                 # A run that goes on may have its model, its data and its device elsewhere than before.
                 write_atomic(self.path / CONFIG_FILE, self._config(trajectory))
@@ -187,7 +189,7 @@ class RunFolder:
 
     def _remove_unfinished(self) -> None:
         """Drop what a killed run was writing; what others write or left in the folder stays."""
-        own = (METRICS, CONFIG_FILE, RECORD, TENSORS)
+        own = (METRICS, CONFIG_FILE, HELD_OUT, RECORD, TENSORS)
         for folder in (self.path, self.path / STATE):
             for path in folder.iterdir() if folder.is_dir() else ():
                 name = final_name(path) or ""
@@ -207,7 +209,7 @@ class RunFolder:
 
 
 # What a run cut before its first commit can leave.
-_BEFORE_FIRST_COMMIT = (METRICS, CONFIG_FILE, STATE, TENSORS, LOCK, "tensorboard")
+_BEFORE_FIRST_COMMIT = (METRICS, CONFIG_FILE, HELD_OUT, STATE, TENSORS, LOCK, "tensorboard")
 _STATE_FILE = re.compile(r"(?:step|removed)-[0-9]{5,}\.safetensors")
 
 

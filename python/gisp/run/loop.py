@@ -12,6 +12,7 @@ import torch
 
 from gisp.config.options import IN_MEMORY, OFFICIAL_RATIO, OPTIONS, PLACE_OPTIONS, PruneConfig
 from gisp.data import Sequences
+from gisp.data.held_out import held_out_of_run, remember_run_text
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap
 from gisp.offload.stream import LayerStream
@@ -91,7 +92,9 @@ class PruningLoop:
             data=_describe(data, spec),
             versions=library_versions(),
             model=model_map.model,
+            held_out=held_out_of_run(data),
         )
+        remember_run_text(model_map.model, self.trajectory.held_out)
         self.regrowth = Regrowth(self.setup, model_map, config, self.trajectory)
 
     def restore(self, done: Trajectory, folder: RunFolder) -> None:

@@ -31,6 +31,8 @@ RECORD = "trajectory.json"
 # Held by the one process that writes a run folder.
 LOCK = ".lock"
 STATE = "state"
+# Part of the calibration text that compensations are held against.
+HELD_OUT = "held-out.safetensors"
 # Kinds of structures, and what in a base model's record counts those of a layer.
 STRUCTURES = {"heads": "num_attention_heads", "channels": "intermediate_size"}
 

@@ -15,6 +15,8 @@ from safetensors.torch import save
 from torch import nn
 
 from gisp.data import Sequences
+from gisp.data.held_out import remember_run_text
+from gisp.data.token_files import stored_sequences
 from gisp.errors import GispError
 from gisp.files import one_writer, write_atomic
 from gisp.model.keep import Keep, Removal
@@ -22,6 +24,7 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import fingerprint, map_model
 from gisp.run.record import (
     FORMAT,
+    HELD_OUT,
     LOCK,
     RECORD,
     STRUCTURES,
@@ -79,6 +82,8 @@ class Trajectory:
         model: what the run pruned; ``None`` for a run that was loaded.
         unseen: calibration sequences that no step has seen; ``None`` where there are none, of a mixture, and for a run
             that was loaded.
+        held_out: part of the calibration text that compensations are held against, or the file it is in; ``None``
+            where there was too little.
     """
 
     removed_at: dict[str, torch.Tensor]
@@ -91,6 +96,7 @@ class Trajectory:
     state_sha256: str = ""
     model: nn.Module | None = field(default=None, repr=False, compare=False)
     unseen: Sequences | None = field(default=None, repr=False, compare=False)
+    held_out: Sequences | Path | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
         """One line: base model, steps and end."""
@@ -154,6 +160,7 @@ class Trajectory:
         else:
             shrinkable = self._attach(model)
         move_to(shrinkable, self, step)
+        remember_run_text(model, self.held_out)
         self.model = model
         return model
 
@@ -187,6 +194,7 @@ class Trajectory:
         place, path = resolve_device(device), self.base_path
         model = load_dense(path, place, resolve_dtype(dtype or self.config.get("dtype"), place))
         self._check_base(model, path)
+        remember_run_text(model, self.held_out)
         return model
 
     def shrinkable(self, model: nn.Module) -> ShrinkableModel:
@@ -248,13 +256,17 @@ class Trajectory:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write the two trajectory files into ``folder``; each appears whole or not at all, the JSON last.
+        """Write the trajectory files into ``folder``; each appears whole or not at all, the JSON last.
+
+        Held-out text that is there already stays.
 
         Raises:
             GispError: another process writes the folder, or it cannot be written.
         """
         path = Path(folder)
         with one_writer(path, path / LOCK):
+            if isinstance(self.held_out, Sequences) and not (path / HELD_OUT).exists():
+                write_atomic(path / HELD_OUT, stored_sequences(self.held_out))
             write_atomic(path / TENSORS, self.tensors())
             write_atomic(path / RECORD, self._record_text().encode())
 
@@ -289,6 +301,7 @@ class Trajectory:
             steps=steps,
             complete=record["complete"],
             state_sha256=record.get("state_sha256", ""),
+            held_out=Path(folder).absolute() / HELD_OUT,
         )
 
 
