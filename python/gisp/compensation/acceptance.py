@@ -10,69 +10,27 @@ fall a token is ``-r`` with ``r = sum d_i / N``, its standard error that of a ra
 
 What is brought nearer to the dense model may still predict the text worse: pruned by the loss on some kind of text, a
 model can have become better at it than the dense one would have it. So nothing counts that has a higher loss on the
-held-out text than the pruned model without any compensation.
+held-out calibration text than the pruned model without any compensation, and nothing that raises the loss of a kind of
+text by more than 0.5 % of perplexity. Kinds are those of the calibration text and those of the text that the run was
+calibrated on, of which no method sees a token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from gisp.compensation.streams import Batch
+from gisp.data.held_out import LEAST
 from gisp.replicas.sharing import sharers
 
 # A size shrinks until it helps, then grows or shrinks while that helps more: a size a little too large loses all.
 _GROWTH, _SHRINKING, _TRIALS = 1.5, 0.5, 12
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Calibration text no method fits to.
-
-    Attributes:
-        batches: of its sequences.
-        units: int64 [rows], number of the unit every row belongs to.
-        tokens: float64 [U], tokens of every unit.
-        dense: last states of the dense model, [T, D], by number of the batches that fall to this process.
-        targets: next tokens, int64 [T] by number of such a batch, -100 where none is scored.
-        most: loss of all tokens, in nats, above which nothing counts.
-    """
-
-    batches: list[Batch]
-    units: torch.Tensor
-    tokens: torch.Tensor
-    dense: dict[int, torch.Tensor]
-    targets: dict[int, torch.Tensor]
-    most: float = math.inf
-
-    def totals(self, values_of: Callable[[int], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-        """Sums over the tokens of every unit, float64 [U] of every kind of value; processes share the batches.
-
-        Args:
-            values_of: values [T] of the real tokens of the batch of a number, of every kind.
-        """
-
-        def of_rows(number: int) -> list[list[float]]:
-            return [self.batches[number].row_sums(values).tolist() for values in values_of(number)]
-
-        found = sharers().each(range(len(self.batches)), of_rows)
-        totals = [torch.zeros_like(self.tokens) for _ in found[0]]
-        for batch, kinds in zip(self.batches, found, strict=True):
-            units = self.units[list(batch.rows)]
-            for total, values in zip(totals, kinds, strict=True):
-                total.index_add_(0, units, torch.tensor(values, dtype=torch.float64))
-        return totals
-
-    def counts(self, losses: torch.Tensor) -> bool:
-        """Whether losses [U] are not above what counts."""
-        return not float(losses.sum()) > self.most
-
-    def mean(self, totals: torch.Tensor) -> float:
-        """A token's share of totals [U]."""
-        return float(totals.sum() / self.tokens.sum())
+# Nats a token by which the loss of a kind of text may rise: 0.5 % of perplexity.
+_RISE = 0.005
 
 
 @dataclass(frozen=True)
@@ -94,6 +52,138 @@ def difference(before: torch.Tensor, after: torch.Tensor, tokens: torch.Tensor) 
     mean = change.sum() / tokens.sum()
     spread = (change - mean * tokens).square().sum() * len(tokens) / (len(tokens) - 1)
     return Difference(float(mean), float(spread.sqrt() / tokens.sum()))
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text no method fits to.
+
+    Attributes:
+        batches: of its sequences.
+        units: int64 [rows], number of the unit every row belongs to.
+        tokens: float64 [U], tokens of every unit.
+        scored: float64 [U], tokens of every unit that are predicted and scored.
+        targets: next tokens, int64 [T] by number of a batch that falls to this process, -100 where none is scored.
+        kinds: name of the kind of every unit; empty where all are of one.
+    """
+
+    batches: list[Batch]
+    units: torch.Tensor
+    tokens: torch.Tensor
+    scored: torch.Tensor
+    targets: dict[int, torch.Tensor]
+    kinds: tuple[str, ...]
+
+    def totals(self, values_of: Callable[[int], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """Sums over the tokens of every unit, float64 [U] of every kind of value; processes share the batches.
+
+        Args:
+            values_of: values [T] of the real tokens of the batch of a number, of every kind.
+        """
+
+        def of_rows(number: int) -> list[list[float]]:
+            return [self.batches[number].row_sums(values).tolist() for values in values_of(number)]
+
+        found = sharers().each(range(len(self.batches)), of_rows)
+        totals = [torch.zeros_like(self.tokens) for _ in found[0]]
+        for batch, kinds in zip(self.batches, found, strict=True):
+            units = self.units[list(batch.rows)]
+            for total, values in zip(totals, kinds, strict=True):
+                total.index_add_(0, units, torch.tensor(values, dtype=torch.float64))
+        return totals
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How high the loss of some units may be.
+
+    Attributes:
+        name: of their text, for people.
+        units: their numbers, int64 [n].
+        scored: their scored tokens, float64 [n].
+        before: losses of the pruned model without compensation, in nats summed over tokens, float64 [n].
+        rise: nats a token by which these may rise; their sum may not at all where it is 0.
+    """
+
+    name: str
+    units: torch.Tensor
+    scored: torch.Tensor
+    before: torch.Tensor
+    rise: float
+
+    def broken(self, losses: torch.Tensor) -> bool:
+        """Whether losses of all units are above it."""
+        now = losses[self.units]
+        if not self.rise:
+            return float(now.sum()) > float(self.before.sum())
+        found = difference(self.before, now, self.scored)
+        return found.mean + found.error > self.rise
+
+
+@dataclass(frozen=True)
+class HeldOut(Text):
+    """Calibration text no method fits to, and what the loss of it and of other text may be.
+
+    Attributes:
+        dense: last states of the dense model, [T, D], by number of the batches that fall to this process.
+        beside: held-out text of the run that the model was pruned in; its units are numbered behind these.
+        limits: none may be broken.
+        refused: what broke one since :meth:`limited` was asked: names of the limits, and its divergence.
+    """
+
+    dense: dict[int, torch.Tensor]
+    beside: Text | None
+    limits: tuple[Limit, ...] = ()
+    refused: list[tuple[list[str], float]] = field(default_factory=list)
+
+    def counts(self, losses: torch.Tensor) -> bool:
+        """Whether losses of all units are not above what counts."""
+        return not any(limit.broken(losses) for limit in self.limits)
+
+    def refuse(self, losses: torch.Tensor, divergence: float) -> None:
+        """Note what does not count, by its losses and its divergence summed over tokens."""
+        self.refused.append(([limit.name for limit in self.limits if limit.broken(losses)], divergence))
+
+    def limited(self, reached: float) -> tuple[str, ...]:
+        """Names of the limits that kept a divergence below ``reached`` from counting since they were last asked for."""
+        found = dict.fromkeys(name for names, divergence in self.refused if divergence < reached for name in names)
+        self.refused.clear()
+        return tuple(found)
+
+    def mean(self, totals: torch.Tensor) -> float:
+        """A token's share of totals [U]."""
+        return float(totals.sum() / self.tokens.sum())
+
+
+def make_limits(own: Text, beside: Text | None, losses: torch.Tensor) -> tuple[Limit, ...]:
+    """What the losses of held-out text may be: its sum no more than now, that of each kind little more.
+
+    Kinds of fewer than 4 units have no limit of their own, nor has the only kind of a text.
+
+    Args:
+        losses: of the pruned model without compensation, float64 [U] of ``own`` and behind them of ``beside``.
+    """
+    count = len(own.tokens)
+    limits = [Limit("the calibration text", torch.arange(count), own.scored, losses[:count], 0.0)]
+    found = _by_kind(own, 0, "the calibration text")
+    if beside is not None:
+        found += [
+            ("the run's own text", list(range(count, len(losses)))),
+            *_by_kind(beside, count, "the run's own text"),
+        ]
+    scored = torch.cat([text.scored for text in (own, beside) if text is not None])
+    for name, units in found:
+        if float(scored[units].sum()):
+            limits.append(Limit(name, torch.tensor(units), scored[units], losses[units], _RISE))
+    return tuple(limits)
+
+
+def _by_kind(text: Text, first: int, name: str) -> list[tuple[str, list[int]]]:
+    """Name and numbers of the units of every kind that is held out by enough, where there are several."""
+    parts = {kind: [first + n for n, own in enumerate(text.kinds) if own == kind] for kind in text.kinds}
+    if len(parts) < 2:
+        return []
+    return [(f"kind {kind} of {name}", units) for kind, units in parts.items() if len(units) >= LEAST]
 
 
 def search(
@@ -182,6 +272,7 @@ class MethodResult:
         blocks: of fits, all pruned blocks.
         steps: of ``kfac``.
         count: of training: steps behind which the divergence was lowest.
+        limited: names of the text whose loss kept a lower divergence from counting.
     """
 
     name: str
@@ -194,6 +285,7 @@ class MethodResult:
     blocks: tuple[BlockFit, ...] = ()
     steps: tuple[Step, ...] = ()
     count: int = 0
+    limited: tuple[str, ...] = ()
 
     @property
     def after(self) -> float:
@@ -206,4 +298,14 @@ class MethodResult:
     ) -> MethodResult:
         """A method that found ``before`` and reached ``after``, divergences [U] summed over units."""
         found = difference(before, after, held_out.tokens)
-        return cls(name, tokens, held_out.mean(before), held_out.mean(after), found.error, found.falls, **more)  # type: ignore[arg-type]
+        limited = held_out.limited(float(after.sum()))
+        return cls(
+            name,
+            tokens,
+            held_out.mean(before),
+            held_out.mean(after),
+            found.error,
+            found.falls,
+            limited=limited,
+            **more,  # type: ignore[arg-type]
+        )

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from gisp.compensation.acceptance import MethodResult
+from gisp.compensation.acceptance import HeldOut, MethodResult
 from gisp.compensation.methods import BlockUpdate, run_methods
 from gisp.compensation.options import ONLY, TRAINED, CompensationOptions, make_options
 from gisp.compensation.sweep import OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
+from gisp.data.held_out import run_text_of
 from gisp.errors import GispError
 from gisp.model.checks import check_autocast
 from gisp.model.keep import Keep, block_columns
@@ -29,6 +30,20 @@ from gisp.replicas.sharing import sharing
 
 
 @dataclass(frozen=True)
+class HeldAgainst:
+    """A text whose loss a compensation may not raise by more than 0.5 % of perplexity.
+
+    Attributes:
+        name: a kind of the calibration text, the run's own text, or a kind of it.
+        texts, tokens: of what is held out.
+    """
+
+    name: str
+    texts: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Compensation:
     """What was done.
 
@@ -36,6 +51,7 @@ class Compensation:
         updates: of every output projection that changes, in the order of the layers.
         results: what every method did; none where nothing was removed.
         texts, tokens: of what is held out; a text is a document, a question or, where there are few, a sequence.
+        against: whose loss was a limit beside that of the calibration text in total.
     """
 
     options: CompensationOptions
@@ -43,6 +59,7 @@ class Compensation:
     results: tuple[MethodResult, ...]
     texts: int
     tokens: int
+    against: tuple[HeldAgainst, ...] = ()
 
     @property
     def seen(self) -> int:
@@ -57,8 +74,13 @@ class Compensation:
         first, last = self.results[0].before, self.results[-1].after
         fell = f"{first:.4g} to {last:.4g}" if self.updates else f"stays {first:.4g}"
         held_out = f"{self.tokens:,} held-out tokens of {self.texts} texts"
-        end = "" if self.updates else "; nothing is kept, the weights stay as they were"
-        return "; ".join([*parts, f"divergence from the dense model {fell} nats a token on {held_out}"]) + end
+        parts.append(f"divergence from the dense model {fell} nats a token on {held_out}")
+        if self.against:
+            texts = [f"{text.name} ({text.tokens:,} tokens of {text.texts} texts)" for text in self.against]
+            parts.append(f"also held against {', '.join(texts)}")
+        if not self.updates:
+            parts.append("nothing is kept, the weights stay as they were")
+        return "; ".join(parts)
 
 
 def _described(result: MethodResult, options: CompensationOptions) -> str:
@@ -80,13 +102,17 @@ def _described(result: MethodResult, options: CompensationOptions) -> str:
         else:
             facts.append(f"best after {result.count} of {options.steps_of(result.name)} steps")
     facts.append(f"{result.tokens:,} calibration tokens")
+    limited = f"limited by the loss of {' and '.join(result.limited)}" if result.limited else ""
+    if result.kept and limited:
+        facts.append(limited)
     if not result.kept:
         gain = result.before - result.reached
-        facts.append(
+        why = (
             f"dropped as the fall of {gain:.2g} nats does not exceed its standard error {result.error:.2g}"
             if gain
             else "dropped as nothing brought the model nearer to the dense one without raising its loss"
         )
+        facts.append(f"{why}, {limited}" if limited else why)
     return f"{result.name} ({', '.join(facts)})"
 
 
@@ -110,6 +136,8 @@ def fit_compensation(
 ) -> Compensation:
     """Fit a dense model's output projections to what stays of its blocks; the model is left as it was.
 
+    It is held against the held-out text of the run that the model belongs to, where there is one.
+
     Args:
         keep: what stays.
         data: ``Sequences``, or a SPEC as for ``gisp prune`` (see :func:`gisp.data.load_sequences`). Tasks of a mixture
@@ -120,9 +148,21 @@ def fit_compensation(
         GispError: unreadable data, too few sequences, a model built otherwise, or activations that are not finite.
     """
     sequences = calibration_sequences(model_map, data, tokenizer_from)
-    updates, results, held_out = run_methods(model_map, keep, sequences, options, on_block)
+    run_text = run_text_of(model_map.model)
+    if run_text is not None:
+        run_text.checked(model_map.vocab_size)
+    updates, results, held_out = run_methods(model_map, keep, sequences, options, on_block, run_text)
     tokens = int(held_out.tokens.sum())
-    return Compensation(options, tuple(updates), tuple(results), len(held_out.tokens), tokens)
+    return Compensation(options, tuple(updates), tuple(results), len(held_out.tokens), tokens, _against(held_out))
+
+
+def _against(held_out: HeldOut) -> tuple[HeldAgainst, ...]:
+    tokens = held_out.tokens if held_out.beside is None else torch.cat([held_out.tokens, held_out.beside.tokens])
+    return tuple(
+        HeldAgainst(limit.name, len(limit.units), int(tokens[limit.units].sum()))
+        for limit in held_out.limits
+        if limit.rise
+    )
 
 
 def calibration_sequences(model_map: ModelMap, data: Any, tokenizer_from: str | None) -> Sequences:

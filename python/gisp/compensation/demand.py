@@ -10,7 +10,7 @@ from gisp.compensation.options import FITS, CompensationOptions
 from gisp.compensation.pruned.student import logits_bytes, most_tokens
 from gisp.compensation.streams import batch_tokens
 from gisp.data import Sequences
-from gisp.data.held_out import hold_out, interleaved
+from gisp.data.held_out import hold_out, interleaved, without
 from gisp.model.keep import Keep
 from gisp.model.structures import ModelMap
 from gisp.offload.plan import Advice, Demand
@@ -24,7 +24,12 @@ COMPENSATING = Advice(
 
 
 def demand(
-    model_map: ModelMap, keep: Keep, options: CompensationOptions, data: Sequences, device: torch.device
+    model_map: ModelMap,
+    keep: Keep,
+    options: CompensationOptions,
+    data: Sequences,
+    device: torch.device,
+    run_text: Sequences | None = None,
 ) -> Demand:
     """What fitting a compensation with layers in host memory asks of memory.
 
@@ -33,6 +38,7 @@ def demand(
         keep: what stays.
         data: calibration sequences.
         device: computes.
+        run_text: held-out text of the run that the model was pruned in.
 
     Raises:
         GispError: too few sequences.
@@ -50,11 +56,12 @@ def demand(
     ]
     widest = max(widths, default=0)
     seen, unseen = hold_out(interleaved(data))
-    total, held = (sum(len(ids) for ids, _ in part.rows) for part in (seen, unseen))
+    parts = seen, unseen, without(run_text, data)
+    total, held, watched = (sum(len(ids) for ids, _ in part.rows) if part else 0 for part in parts)
     fitted = min(int(options.tokens or 0), total)
-    # Of every held-out token the state that the head reads, of either model.
-    waiting = 2 * held * hidden * size
-    busiest, beside = logits_bytes(model_map, total + held, device), 0
+    # Of every held-out token the state that the head reads, of either model; of the run's text of the pruned one.
+    waiting = (2 * held + watched) * hidden * size
+    busiest, beside = logits_bytes(model_map, total + held + watched, device), 0
     inputs = 0
     for name in options.methods:
         if name in FITS:

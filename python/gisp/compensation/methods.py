@@ -15,7 +15,7 @@ from gisp.compensation.streams import first_tokens
 from gisp.compensation.sweep import Fit, OnBlock, run_fit
 from gisp.compensation.train import Plan, run_training
 from gisp.data import Sequences
-from gisp.data.held_out import hold_out, interleaved
+from gisp.data.held_out import hold_out, interleaved, without
 from gisp.model.keep import Keep
 from gisp.model.modes import deterministic, exact_products, frozen
 from gisp.model.structures import ModelMap, fingerprint
@@ -45,7 +45,12 @@ class BlockUpdate:
 
 
 def run_methods(
-    model_map: ModelMap, keep: Keep, data: Sequences, options: CompensationOptions, on_block: OnBlock | None = None
+    model_map: ModelMap,
+    keep: Keep,
+    data: Sequences,
+    options: CompensationOptions,
+    on_block: OnBlock | None = None,
+    run_text: Sequences | None = None,
 ) -> tuple[list[BlockUpdate], list[MethodResult], HeldOut]:
     """What the output projections become, what every method did, and the text it was held against.
 
@@ -53,18 +58,21 @@ def run_methods(
         model_map: map of the dense model, which is left as it was.
         keep: what stays.
         data: calibration sequences; every token counts, scored or not.
+        run_text: held-out text of the run that the model was pruned in; what is in the data too does not count.
 
     Raises:
         GispError: too few sequences, a model built otherwise, or activations that are not finite.
     """
-    _agree(model_map, keep, data, options)
+    _agree(model_map, keep, data, options, run_text)
+    beside = without(run_text, data)
     seen, unseen = hold_out(interleaved(data))
     done: list[MethodResult] = []
     device = model_map.weight.device
     # Methods take gradients, whatever mode the caller is in.
     with torch.inference_mode(False), torch.no_grad(), deterministic(device), frozen(model_map.model), exact_products():
-        student = Student(model_map, keep, max(len(ids) for ids, _ in data.rows))
-        held_out, found = student.hold_out(unseen)
+        longest = max(len(ids) for text in (data, beside) if text is not None for ids, _ in text.rows)
+        student = Student(model_map, keep, longest)
+        held_out, found = student.hold_out(unseen, beside)
         begin = 0
         for name in options.methods:
             if not (student.movable or (student.projections and options.biases(name))):
@@ -90,7 +98,9 @@ def run_methods(
     return updates, done, held_out
 
 
-def _agree(model_map: ModelMap, keep: Keep, data: Sequences, options: CompensationOptions) -> None:
+def _agree(
+    model_map: ModelMap, keep: Keep, data: Sequences, options: CompensationOptions, run_text: Sequences | None
+) -> None:
     """Require that all processes that share a compensation make the same one."""
     replicas = sharers()
     if replicas.size == 1:
@@ -101,12 +111,17 @@ def _agree(model_map: ModelMap, keep: Keep, data: Sequences, options: Compensati
         {
             **machine(weight.device, library_versions()),
             **{f"option {name}": value for name, value in asdict(options).items()},
-            "calibration data": data.digest(),
+            "calibration data": _digest(data),
+            "held-out text of the run": "none" if run_text is None else _digest(run_text),
             "model": fingerprint(model_map.model),
             "structures that stay": sha256(repr((keep.heads, keep.channels)).encode()).hexdigest(),
             "weights of": str(weight.dtype),
         },
     )
+
+
+def _digest(data: Sequences) -> str:
+    return sha256((data.digest() + repr(data.kinds)).encode()).hexdigest()
 
 
 def _kfac(

@@ -13,6 +13,7 @@ from gisp.compensation.apply import calibration_sequences
 from gisp.compensation.demand import COMPENSATING
 from gisp.compensation.demand import demand as compensation_demand
 from gisp.data import Sequences
+from gisp.data.held_out import stored_run_text
 from gisp.errors import GispError
 from gisp.evaluate.data import Measure
 from gisp.export.load import register_models
@@ -84,9 +85,10 @@ class Outline:
         if request is not None and self.of_run is not None:
             trajectory, model_map = self.of_run
             calibration = calibration_sequences(model_map, request.calibration, self.source)
+            run_text, options = stored_run_text(trajectory.held_out), request.options
             for step in {trajectory.step_for(sparsity) for sparsity in sparsities} - {0}:
                 keep = PrunedSpec.at(trajectory, step).keep
-                asked = _most(asked, compensation_demand(model_map, keep, request.options, calibration, device))
+                asked = _most(asked, compensation_demand(model_map, keep, options, calibration, device, run_text))
         working = measure.working(self.model, device)
         if asked.working > working:
             advice = COMPENSATING

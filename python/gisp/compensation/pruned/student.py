@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch.nn import functional
 
-from gisp.compensation.acceptance import HeldOut
+from gisp.compensation.acceptance import HeldOut, Text, make_limits
 from gisp.compensation.pruned.fused import FusedPasses
 from gisp.compensation.pruned.projections import Forward, Move, Observer, Projection, Traced, Value
 from gisp.compensation.streams import Batch, make_batches, next_tokens
@@ -108,8 +108,11 @@ class Student:
         """Projections that have columns left."""
         return [projection for projection in self.projections if len(projection.columns)]
 
-    def hold_out(self, data: Sequences) -> tuple[HeldOut, torch.Tensor]:
+    def hold_out(self, data: Sequences, beside: Sequences | None = None) -> tuple[HeldOut, torch.Tensor]:
         """Held-out sequences with what the dense model makes of them, limited by the pruned model's loss as it is.
+
+        Args:
+            beside: held-out text of the run that the model was pruned in, apart from the data.
 
         Returns:
             Beside them the pruned model's divergences, as :meth:`divergences` finds them.
@@ -117,21 +120,30 @@ class Student:
         Raises:
             GispError: the model makes its logits otherwise.
         """
+        own, other = self._text(data), None if beside is None else self._text(beside)
+        self._check(own.batches[0])
+        self._choose(own.batches[0])
+        numbers = list(own.targets)
+        dense = self._states([own.batches[number] for number in numbers])
+        held_out = HeldOut(**vars(own), dense=dict(zip(numbers, dense, strict=True)), beside=other)
+        found, losses = self._measured(held_out, self._own)
+        return replace(held_out, limits=make_limits(own, other, losses)), found
+
+    def _text(self, data: Sequences) -> Text:
+        """Sequences in batches, their examples as units."""
         units = torch.zeros(len(data.rows), dtype=torch.int64)
         for number, example in enumerate(data.examples):
             units[list(example)] = number
         lengths = torch.tensor([len(ids) for ids, _ in data.rows], dtype=torch.float64)
-        tokens = torch.zeros(len(data.examples), dtype=torch.float64).index_add_(0, units, lengths)
+        scores = [n if sign > 0 else 0 for n, sign in zip(data.scored, data.signs, strict=True)]
+        tokens, scored = (
+            torch.zeros(len(data.examples), dtype=torch.float64).index_add_(0, units, values)
+            for values in (lengths, torch.tensor(scores, dtype=torch.float64))
+        )
         most = _MEASURED_TOKENS if self.device.type == "cuda" else _TOKENS_PER_BATCH
         batches = make_batches([ids for ids, _ in data.rows], self.device, per_batch=most)
-        self._check(batches[0])
-        self._choose(batches[0])
-        own = sharers().share(len(batches))
-        dense = self._states([batches[number] for number in own])
-        targets = {number: next_tokens(batches[number], data) for number in own}
-        held_out = HeldOut(batches, units, tokens, dict(zip(own, dense, strict=True)), targets)
-        found, losses = self._measured(held_out, self._own)
-        return replace(held_out, most=float(losses.sum())), found
+        targets = {number: next_tokens(batches[number], data) for number in sharers().share(len(batches))}
+        return Text(batches, units, tokens, scored, targets, data.kinds)
 
     def groups(self, rows: Sequence[Row], *, graphs: bool = True) -> list[list[Batch]]:
         """All tokens of rows in batches, grouped by what there is room for in a backward pass.
@@ -152,17 +164,22 @@ class Student:
             value_of: what the projection of a number computes with.
         """
         found, losses = self._measured(held_out, value_of)
-        return found if held_out.counts(losses) else torch.full_like(found, math.inf)
+        if held_out.counts(losses):
+            return found
+        held_out.refuse(losses, float(found.sum()))
+        return torch.full_like(found, math.inf)
 
     @torch.no_grad()
     def _measured(self, held_out: HeldOut, value_of: ValueOf) -> list[torch.Tensor]:
-        """Divergence and loss, float64 [U] each."""
-        own = sharers().share(len(held_out.batches))
-        found = self._states([held_out.batches[number] for number in own], value_of)
-        states = dict(zip(own, found, strict=True))
+        """Divergence, float64 [U], and loss, with that of the text beside behind it."""
+        beside = held_out.beside
+        texts = [held_out] if beside is None else [held_out, beside]
+        # In one pass: layers in host memory come once.
+        found = iter(self._states([text.batches[number] for text in texts for number in text.targets], value_of))
+        states = [{number: next(found) for number in text.targets} for text in texts]
 
         def values_of(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-            here, wanted, targets = states.pop(number), held_out.dense[number], held_out.targets[number]
+            here, wanted, targets = states[0].pop(number), held_out.dense[number], held_out.targets[number]
             divergences, losses = [], []
             for chunk in self._chunks(len(wanted)):
                 predicted, goal = self._log_probabilities(here[chunk], wanted[chunk])
@@ -170,7 +187,19 @@ class Student:
                 losses.append(functional.nll_loss(predicted, targets[chunk], reduction="none"))
             return torch.cat(divergences), torch.cat(losses)
 
-        return held_out.totals(values_of)
+        divergences, losses = held_out.totals(values_of)
+        if beside is None:
+            return [divergences, losses]
+
+        def losses_of(number: int) -> tuple[torch.Tensor]:
+            here, targets = states[1].pop(number), beside.targets[number]
+            parts = [
+                functional.nll_loss(self._predicted(here[chunk]), targets[chunk], reduction="none")
+                for chunk in self._chunks(len(targets))
+            ]
+            return (torch.cat(parts),)
+
+        return [divergences, torch.cat([losses, *beside.totals(losses_of)])]
 
     def backward(self, rows: Sequence[Row], traced: Sequence[Traced], scale: float) -> None:
         """A backward pass of the rows' divergence, summed over tokens and multiplied by ``scale``.
@@ -273,11 +302,14 @@ class Student:
         return gradient
 
     def _log_probabilities(self, states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the pruned and of the dense model, float32 [t, V]; finite, as models may rule out tokens (-inf)."""
-        least = torch.finfo(torch.float32).min
+        """Of the pruned and of the dense model, as :meth:`_predicted`."""
         with torch.no_grad():
-            goal = self._head(wanted).float().log_softmax(-1).clamp_min(least)
-        return self._head(states).float().log_softmax(-1).clamp_min(least), goal
+            goal = self._predicted(wanted)
+        return self._predicted(states), goal
+
+    def _predicted(self, states: torch.Tensor) -> torch.Tensor:
+        """Log probabilities, float32 [t, V]; finite, as models may rule out tokens (-inf)."""
+        return self._head(states).float().log_softmax(-1).clamp_min(torch.finfo(torch.float32).min)
 
     def _chunks(self, tokens: int) -> Iterator[slice]:
         most = max(1, _LOGITS["cuda" if self.device.type == "cuda" else "cpu"] // self._head.weight.shape[0])

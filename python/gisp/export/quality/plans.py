@@ -11,6 +11,7 @@ from gisp.compensation.apply import calibration_sequences
 from gisp.compensation.demand import COMPENSATING, demand
 from gisp.compensation.request import CompensationRequest
 from gisp.data import Sequences
+from gisp.data.held_out import stored_run_text
 from gisp.evaluate import EvalOptions
 from gisp.evaluate.data import Measure, prepare
 from gisp.export.beside import base_folder
@@ -83,7 +84,8 @@ def make_plans(
             request.options.check_streamed()
             options = request.for_format(format, outline)
             calibration = calibration_sequences(outline, request.calibration, source)
-            asked = demand(outline, rounded(outline.model, point).keep, options, calibration, device)
+            keep, run_text = rounded(outline.model, point).keep, stored_run_text(trajectory.held_out)
+            asked = demand(outline, keep, options, calibration, device, run_text)
         if data is not None:
             measure = prepare(data, EvalOptions(window=window), outline.model, source)
             asked = replace(asked, working=max(asked.working, measure.working(outline.model, device)))
