@@ -145,10 +145,13 @@ class HeldOut(Text):
         self.refused.append(([limit.name for limit in self.limits if limit.broken(losses)], divergence))
 
     def limited(self, reached: float) -> tuple[str, ...]:
-        """Names of the limits that kept a divergence below ``reached`` from counting since they were last asked for."""
-        found = dict.fromkeys(name for names, divergence in self.refused if divergence < reached for name in names)
+        """Names of the limits that kept a divergence below ``reached`` from counting since they were last asked for.
+
+        Of several such divergences the one nearest to what was reached tells.
+        """
+        lower = [(divergence, names) for names, divergence in self.refused if divergence < reached]
         self.refused.clear()
-        return tuple(found)
+        return tuple(max(lower, key=lambda one: one[0])[1]) if lower else ()
 
     def mean(self, totals: torch.Tensor) -> float:
         """A token's share of totals [U]."""
