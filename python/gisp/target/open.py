@@ -73,6 +73,7 @@ class Target:
         self.model, self.source, self.points, self.point = model, source, points, point
         self._move, self._stored = move, stored
         self._compensation: str | None = None
+        self._held_against: list[dict[str, Any]] = []
         # Biases a compensation adds.
         self._added = 0
 
@@ -87,13 +88,14 @@ class Target:
             done = compensate(self.model, calibration or request.calibration, **asdict(request.options))
             self._added = parameters(self.model) - before
             self._compensation = request.describe(done)
+            self._held_against = [asdict(text) for text in done.against]
 
     def move(self, point: Point) -> None:
         """Prune or restore the model in place."""
         if self._move is not None:
             self._move(point)
             self.point = point
-            self._compensation, self._added = None, 0
+            self._compensation, self._held_against, self._added = None, [], 0
 
     def nearest(self, sparsity: float) -> Point:
         """The point nearest to a sparsity, the smaller of two equally near.
@@ -109,11 +111,13 @@ class Target:
 
         Of a run's point the last two are what its ``hf`` export stores (:mod:`gisp.export.sizes.stored`): the pruned
         model in memory reads a key/value head by any number of query heads, an export does not. After a compensation
-        also ``compensation``: what was done.
+        also ``compensation``: what was done, and ``held_against``: ``name, texts, tokens`` of text with a limit.
         """
         # An export and a nested checkpoint say it themselves.
         told = self._compensation or (getattr(self.model.config, "gisp", None) or {}).get("compensation")
-        done = {"compensation": told} if told else {}
+        done: dict[str, Any] = {"compensation": told} if told else {}
+        if self._held_against:
+            done["held_against"] = self._held_against
         count, kv_bytes = parameters(self.model), kv_bytes_per_token(self.model)
         if self._stored is not None:
             size = self._stored(int(self.point.step or 0))

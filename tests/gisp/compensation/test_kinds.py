@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from run_cases import OPTIONS, cut_after
+from safetensors.torch import save_file
+from tiny import tiny_model, tiny_tokens
 from torch.nn import functional
 
 import gisp
+from gisp.compensation import make_request
 from gisp.data import Sequences, Task, load_sequences
 from gisp.data.held_out import held_out_of_run, remember_run_text
+from gisp.errors import GispError
 from gisp.evaluate import perplexity
+from gisp.export.run import export_nested_run, export_run
 from gisp.model.load import load_dense
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
+from gisp.target import evaluate_target
 
 DEMO = Path(gisp.__file__).parent / "demo"
 pytestmark = pytest.mark.usefixtures("loss_counts")
@@ -87,3 +96,71 @@ def test_text_of_another_kind_is_predicted_no_worse(method: str, taught: dict[st
     told = done.describe()
     assert "limited by the loss of kind backwards.jsonl of the run's own text" in told
     assert "kind pages.jsonl of the run's own text (" in told
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two kinds of token rows."""
+    root = tmp_path_factory.mktemp("run")
+    tiny_model("llama-gqa").save_pretrained(root / "model")
+    for seed, name in enumerate(("one", "two", "other")):
+        save_file({"input_ids": tiny_tokens(20, 16, seed=seed)}, root / f"{name}.safetensors")
+    (root / "mix.yaml").write_text("tasks: [{data: one.safetensors}, {data: two.safetensors}]")
+    gisp.prune(root / "model", root / "mix.yaml", out=root / "run", **OPTIONS)
+    return root / "run"
+
+
+def held_against(text: str) -> list[str]:
+    return re.findall(r"(?:kind \w+\.safetensors of )?the run's own text(?= \()", text)
+
+
+OWN = ["the run's own text", *(f"kind {name}.safetensors of the run's own text" for name in ("one", "two"))]
+
+
+def test_every_way_from_a_run_holds_against_its_text(run: Path, tmp_path: Path) -> None:
+    request = make_request("lsq", str(run.parent / "other.safetensors"))
+    assert request is not None
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "held-out.safetensors").unlink()
+    for folder, wanted in ((run, OWN), (copy, [])):
+        out = tmp_path / folder.name
+        exported = export_run(folder, None, out / "hf", device="cpu", compensation=request)
+        uniform = export_run(folder, None, out / "uniform", format="uniform", device="cpu", compensation=request)
+        nested = export_nested_run(folder, out / "nested", device="cpu", compensation=request, sparsities=[0.3])
+        figures = evaluate_target(
+            str(folder), data=str(run.parent / "one.safetensors"), device="cpu", compensation=request
+        )
+        away = export_run(folder, None, out / "away", device="cpu", compensation=request, offload=True)
+        told = [exported.spec.compensation, uniform.spec.compensation, nested.milestones[0].compensation]
+        for text in (*told, figures["compensation"], away.spec.compensation):
+            assert held_against(text) == wanted
+        assert [text["name"] for text in figures.get("held_against", [])] == wanted
+
+
+def test_text_that_is_fitted_to_is_not_held_against_twice(run: Path) -> None:
+    trajectory = gisp.Trajectory.load(run)
+    done = gisp.compensate(trajectory.at(None), run.parent / "mix.yaml", method="lsq")
+    assert [text.name for text in done.against] == [
+        f"kind {name}.safetensors of the calibration text" for name in ("one", "two")
+    ]
+
+
+def test_a_model_pruned_in_memory_knows_its_text(run: Path) -> None:
+    model = tiny_model("llama-gqa")
+    gisp.prune(model, load_sequences(run.parent / "mix.yaml", vocab_size=256, seq_len=16), **OPTIONS)
+    done = gisp.compensate(model, run.parent / "other.safetensors", method="lsq")
+    assert [text.name for text in done.against] == OWN
+
+
+def test_the_text_is_written_once_and_a_damaged_one_is_refused(run: Path, tmp_path: Path) -> None:
+    out, path = tmp_path / "cut", tmp_path / "cut" / "held-out.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        gisp.prune(run.parent / "model", run.parent / "mix.yaml", out=out, on_step=cut_after(2), **OPTIONS)
+    inode = path.stat().st_ino
+    gisp.prune(run.parent / "model", run.parent / "mix.yaml", out=out, resume=True, **OPTIONS)
+    assert path.stat().st_ino == inode and path.read_bytes() == (run / path.name).read_bytes()
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+    trajectory = gisp.Trajectory.load(out)
+    with pytest.raises(GispError, match=r"held-out\.safetensors is corrupt: restore it, or remove it"):
+        gisp.compensate(trajectory.at(None), run.parent / "other.safetensors", method="lsq")

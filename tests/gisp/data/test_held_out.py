@@ -139,7 +139,9 @@ def test_text_of_a_run_comes_back_from_its_file(tmp_path: Path) -> None:
     path.write_bytes(stored_sequences(text))
     found = stored_run_text(path)
     assert found is not None and (found.kinds, found.examples, found.signs) == (text.kinds, text.examples, text.signs)
-    assert all(torch.equal(a, b) for one, two in zip(found.rows, text.rows, strict=True) for a, b in zip(one, two))
+    assert all(
+        torch.equal(a, b) for one, two in zip(found.rows, text.rows, strict=True) for a, b in zip(one, two, strict=True)
+    )
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
