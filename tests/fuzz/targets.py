@@ -19,6 +19,7 @@ import gisp
 from gisp.config.options import make_config, read_yaml
 from gisp.data import load_sequences
 from gisp.data.cache import read_entry, write_entry
+from gisp.data.held_out import stored_run_text
 from gisp.export.provenance import card_facts
 from gisp.export.sizes.written import written_export
 from gisp.report.data import read_run
@@ -104,6 +105,12 @@ def _trajectory(folder: Path) -> Any:
     return removed, [round(step.sparsity, 6) for step in found.steps], found.complete
 
 
+def _held_out(folder: Path) -> Any:
+    found = stored_run_text(folder / "run" / "held-out.safetensors")
+    assert found is not None
+    return found.digest(), found.examples, found.kinds
+
+
 def _state(folder: Path) -> Any:
     done = gisp.Trajectory.load(folder)
     state = RunFolder(folder).load_state(len(done.steps), done.state_sha256)
@@ -165,6 +172,7 @@ def _written(folder: Path) -> None:
 TARGETS = (
     Target("trajectory.json", "run/trajectory.json", (damaged_json,), _trajectory),
     Target("trajectory.safetensors", "run/trajectory.safetensors", (damaged_tensors,), _trajectory),
+    Target("held-out text", "run/held-out.safetensors", (damaged_tensors,), _held_out),
     Target("state", "run/state/step-00004.safetensors", (damaged_tensors,), _state),
     Target("metrics", "run/metrics.jsonl", (damaged_lines,), _report),
     Target("evaluations", "run/evaluations.json", (damaged_json,), _report),
