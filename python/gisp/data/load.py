@@ -107,4 +107,7 @@ def _from_rows(
             sequences = tokenise(rows, kind, PairEncoder(tokenizer), seq_len, objective, spec)
         write_entry(entry, sequences)
     check_vocabulary(max(int(ids.max()) for ids, _ in sequences.rows), vocab_size, spec)
-    return sequences
+    kinds = [name for row in rows if isinstance(name := row.get("task"), str)]
+    # Rows of text are joined, others are an example each.
+    named = kind not in ("text", "document") and len(kinds) == len(rows)
+    return replace(sequences, kinds=tuple(kinds)) if named else sequences

@@ -178,6 +178,7 @@ def test_rows_become_signed_sequences(tmp_path):
     assert [ids.tolist() for ids, _ in found.rows] == [[*shared, name, 9, 10, 11] for name in (7, 8)]
     assert all(labels.tolist() == [-100] * 7 + [9, 10, 11] for _, labels in found.rows)
     assert found.signs == (-1, 1) and found.examples == ((0, 1),)
+    assert found.kinds == ("winogrande",)
 
 
 def test_without_lm_eval_one_line_says_what_to_install(monkeypatch):

@@ -263,3 +263,11 @@ def test_a_name_longer_than_file_systems_take_is_one_line(tmp_path, what):
             gisp.load(name)
         else:
             load_sequences(str(tmp_path / "m.yaml") if what == "mixture" else name, vocab_size=VOCAB, seq_len=16)
+
+
+def test_questions_are_of_the_kind_their_task_names(folder):
+    rows = [{"prompt": "a dog", "completion": " ran", "task": name} for name in ("b", "a", "b")]
+    (folder / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = mixture(folder, "tasks: [{data: named.jsonl}, {data: completions.jsonl}]")
+    assert found.kinds == ("b", "a", "b", *["completions.jsonl"] * 5)
+    assert found.chosen([2, 1, 4]).kinds == ("b", "a", "completions.jsonl")
