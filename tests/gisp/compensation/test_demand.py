@@ -63,6 +63,16 @@ def test_what_a_fit_takes_of_the_device_is_counted(monkeypatch: pytest.MonkeyPat
     assert not found.inputs
 
 
+def test_text_of_the_run_is_counted() -> None:
+    model = tiny_model("llama-gqa")
+    model_map, keep = map_model(model), Keep.of(kept_of(model, REMOVED))
+    data, other = (Sequences.plain([(row, row) for row in tiny_tokens(40, 16, seed=seed)]) for seed in (0, 1))
+    alone, beside, same = (
+        demand(model_map, keep, CompensationOptions("lsq"), data, CPU, text).working for text in (None, other, data)
+    )
+    assert beside >= alone + 40 * 16 * model_map.hidden_size * 4 and same == alone
+
+
 def test_inputs_wait_for_a_backward_pass() -> None:
     found, student = asked("kfac", tokens=200)
     assert found.inputs == 200 * student.projections[0].weight.shape[0] * 4

@@ -22,6 +22,7 @@ from gisp.cli import main
 from gisp.compensation import Compensation, CompensationOptions, acceptance, fit_compensation, streams
 from gisp.compensation.pruned import student
 from gisp.data import Sequences
+from gisp.data.held_out import remember_run_text
 from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.structures import map_model
@@ -62,6 +63,7 @@ def small_batches() -> Iterator[None]:
 
 def fitted(case: str) -> Compensation:
     model = tiny_model("llama-gqa")
+    remember_run_text(model, texts(seed=1))
     if case == STREAMED:
         stream_layers(model, torch.device("cpu"))
     options = CompensationOptions(case, **CASES[case])
