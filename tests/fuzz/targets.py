@@ -106,7 +106,7 @@ def _trajectory(folder: Path) -> Any:
 
 
 def _held_out(folder: Path) -> Any:
-    found = stored_run_text(folder / "run" / "held-out.safetensors")
+    found = stored_run_text(folder / "run" / "state" / "held-out.safetensors")
     assert found is not None
     return found.digest(), found.examples, found.kinds
 
@@ -172,7 +172,7 @@ def _written(folder: Path) -> None:
 TARGETS = (
     Target("trajectory.json", "run/trajectory.json", (damaged_json,), _trajectory),
     Target("trajectory.safetensors", "run/trajectory.safetensors", (damaged_tensors,), _trajectory),
-    Target("held-out text", "run/held-out.safetensors", (damaged_tensors,), _held_out),
+    Target("held-out text", "run/state/held-out.safetensors", (damaged_tensors,), _held_out),
     Target("state", "run/state/step-00004.safetensors", (damaged_tensors,), _state),
     Target("metrics", "run/metrics.jsonl", (damaged_lines,), _report),
     Target("evaluations", "run/evaluations.json", (damaged_json,), _report),

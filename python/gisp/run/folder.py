@@ -189,7 +189,7 @@ class RunFolder:
 
     def _remove_unfinished(self) -> None:
         """Drop what a killed run was writing; what others write or left in the folder stays."""
-        own = (METRICS, CONFIG_FILE, HELD_OUT, RECORD, TENSORS)
+        own = (METRICS, CONFIG_FILE, Path(HELD_OUT).name, RECORD, TENSORS)
         for folder in (self.path, self.path / STATE):
             for path in folder.iterdir() if folder.is_dir() else ():
                 name = final_name(path) or ""
@@ -209,7 +209,7 @@ class RunFolder:
 
 
 # What a run cut before its first commit can leave.
-_BEFORE_FIRST_COMMIT = (METRICS, CONFIG_FILE, HELD_OUT, STATE, TENSORS, LOCK, "tensorboard")
+_BEFORE_FIRST_COMMIT = (METRICS, CONFIG_FILE, STATE, TENSORS, LOCK, "tensorboard")
 _STATE_FILE = re.compile(r"(?:step|removed)-[0-9]{5,}\.safetensors")
 
 

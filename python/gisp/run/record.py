@@ -32,7 +32,7 @@ RECORD = "trajectory.json"
 LOCK = ".lock"
 STATE = "state"
 # Part of the calibration text that compensations are held against.
-HELD_OUT = "held-out.safetensors"
+HELD_OUT = f"{STATE}/held-out.safetensors"
 # Kinds of structures, and what in a base model's record counts those of a layer.
 STRUCTURES = {"heads": "num_attention_heads", "channels": "intermediate_size"}
 

@@ -266,6 +266,7 @@ class Trajectory:
         path = Path(folder)
         with one_writer(path, path / LOCK):
             if isinstance(self.held_out, Sequences) and not (path / HELD_OUT).exists():
+                (path / HELD_OUT).parent.mkdir(exist_ok=True)
                 write_atomic(path / HELD_OUT, stored_sequences(self.held_out))
             write_atomic(path / TENSORS, self.tensors())
             write_atomic(path / RECORD, self._record_text().encode())

@@ -122,7 +122,7 @@ def test_every_way_from_a_run_holds_against_its_text(run: Path, tmp_path: Path) 
     assert request is not None
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    (copy / "held-out.safetensors").unlink()
+    (copy / "state" / "held-out.safetensors").unlink()
     for folder, wanted in ((run, OWN), (copy, [])):
         out = tmp_path / folder.name
         exported = export_run(folder, None, out / "hf", device="cpu", compensation=request)
@@ -154,12 +154,12 @@ def test_a_model_pruned_in_memory_knows_its_text(run: Path) -> None:
 
 
 def test_the_text_is_written_once_and_a_damaged_one_is_refused(run: Path, tmp_path: Path) -> None:
-    out, path = tmp_path / "cut", tmp_path / "cut" / "held-out.safetensors"
+    out, path = tmp_path / "cut", tmp_path / "cut" / "state" / "held-out.safetensors"
     with pytest.raises(KeyboardInterrupt):
         gisp.prune(run.parent / "model", run.parent / "mix.yaml", out=out, on_step=cut_after(2), **OPTIONS)
     inode = path.stat().st_ino
     gisp.prune(run.parent / "model", run.parent / "mix.yaml", out=out, resume=True, **OPTIONS)
-    assert path.stat().st_ino == inode and path.read_bytes() == (run / path.name).read_bytes()
+    assert path.stat().st_ino == inode and path.read_bytes() == (run / "state" / path.name).read_bytes()
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
     trajectory = gisp.Trajectory.load(out)
     with pytest.raises(GispError, match=r"held-out\.safetensors is corrupt: restore it, or remove it"):
