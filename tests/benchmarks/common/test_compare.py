@@ -80,7 +80,7 @@ def test_results_of_one_card_are_compared(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     ("name", "of", "least"),
-    [("kernels", kernel_ratios, 100), ("prune-13b", prune_ratios, 2), ("prune-8b", prune_ratios, 3)],
+    [("kernels", kernel_ratios, 100), ("prune", prune_ratios, 2), ("prune-8b", prune_ratios, 3)],
 )
 def test_kept_results_have_ratios(name: str, of: Any, least: int) -> None:
     kept = json.loads((ROOT / "benchmarks" / "results" / "h100" / f"{name}.json").read_text())

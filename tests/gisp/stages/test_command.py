@@ -35,7 +35,7 @@ def test_stages_write_the_run_of_one_process(
     evaluating, exporting = capfd.readouterr().err.splitlines()[-2:]
     assert evaluating.endswith("--data TEXT --stages 2") and exporting.endswith("--stages 2")
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).rglob("*.safetensors")} for n in ("one", "two"))
-    assert one == two and len(one) == 2
+    assert one == two and len(one) == 3
 
 
 @pytest.mark.parametrize(
