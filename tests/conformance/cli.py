@@ -118,6 +118,8 @@ def _child(arguments: list[str], log: str, die_at_rename: int, pause: float) -> 
     os.dup2(target, 2)
     # A shell starts what runs in its background with this signal ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # So does nohup with this one.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.exit(main(arguments))
 
 

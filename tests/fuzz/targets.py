@@ -106,7 +106,7 @@ def _trajectory(folder: Path) -> Any:
 
 
 def _held_out(folder: Path) -> Any:
-    found = stored_run_text(folder / "run" / "state" / "held-out.safetensors")
+    found = stored_run_text(folder / "state" / "held-out.safetensors")
     assert found is not None
     return found.digest(), found.examples, found.kinds
 

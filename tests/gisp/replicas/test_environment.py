@@ -24,6 +24,9 @@ def eight_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+_LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "32", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(("processes", "threads"), [(None, 8), ("1", 8), ("3", 2), ("16", 1)])
 def test_processes_of_a_host_share_its_cores(
     processes: str | None, threads: int, monkeypatch: pytest.MonkeyPatch, eight_threads: None
@@ -31,6 +34,8 @@ def test_processes_of_a_host_share_its_cores(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if processes is not None:
+        for name, value in _LAUNCHED.items():
+            monkeypatch.setenv(name, value)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
     share_cores()
     assert torch.get_num_threads() == threads

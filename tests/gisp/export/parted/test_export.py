@@ -54,7 +54,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     ("given", "words"),
     [
         (["--format", "gguf"], "leave --format gguf out"),
-        (["--align-heads", "2", "--compensate", "lsq"], "leave --align-heads 2, --compensate lsq out"),
+        (["--align-heads", "2", "--round-mlp", "4"], "leave --round-mlp 4, --align-heads 2 out"),
         (["--data", "text.txt"], "leave --data text.txt out"),
         (["--gpus", "3"], "--gpus is 3, --stages 2 starts as many processes"),
         (["--stages", "9"], "--stages 9 is more than the"),
