@@ -136,13 +136,12 @@ class HeldOut(Text):
     limits: tuple[Limit, ...] = ()
     refused: list[tuple[list[str], float]] = field(default_factory=list)
 
-    def counts(self, losses: torch.Tensor) -> bool:
-        """Whether losses of all units are not above what counts."""
-        return not any(limit.broken(losses) for limit in self.limits)
-
-    def refuse(self, losses: torch.Tensor, divergence: float) -> None:
-        """Note what does not count, by its losses and its divergence summed over tokens."""
-        self.refused.append(([limit.name for limit in self.limits if limit.broken(losses)], divergence))
+    def counts(self, losses: torch.Tensor, divergences: torch.Tensor) -> bool:
+        """Whether losses of all units break no limit; what breaks one is noted with its divergences [U]."""
+        broken = [limit.name for limit in self.limits if limit.broken(losses)]
+        if broken:
+            self.refused.append((broken, float(divergences.sum())))
+        return not broken
 
     def limited(self, reached: float) -> tuple[str, ...]:
         """Names of the limits that kept a divergence below ``reached`` from counting since they were last asked for.

@@ -14,7 +14,7 @@ from gisp.compensation import CompensationOptions
 from gisp.compensation.demand import demand
 from gisp.compensation.fits import LeastSquaresFit
 from gisp.compensation.kfac import _Moments
-from gisp.compensation.pruned import student as student_module
+from gisp.compensation.pruned import predictions
 from gisp.compensation.pruned.student import Student
 from gisp.data import Sequences
 from gisp.model.keep import Keep
@@ -50,7 +50,7 @@ def test_what_lies_in_host_memory_is_counted(method: str) -> None:
 
 def test_what_a_fit_takes_of_the_device_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     # Logits of tiny models are more than all of their activations.
-    monkeypatch.setitem(student_module._LOGITS, "cpu", 1)
+    monkeypatch.setitem(predictions._LOGITS, "cpu", 1)
     found, student = asked("lsq")
     widest = max((projection.weight for projection in student.projections), key=lambda weight: weight.shape[1])
     sums = size(LeastSquaresFit(widest, intercept=False).sums)

@@ -15,7 +15,7 @@ from tiny import FAMILIES, tiny_model, tiny_tokens
 from gisp.compensation import Compensation, CompensationOptions, Step, compensate, fit_compensation, kfac
 from gisp.compensation.acceptance import search
 from gisp.compensation.kfac import behind
-from gisp.compensation.pruned import student
+from gisp.compensation.pruned import predictions, student
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
@@ -145,7 +145,7 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama-gqa")
     whole = fitted(model, rows(), method="kfac", steps=2, tokens=64)
     monkeypatch.setattr(student, "_TOKENS_PER_BATCH", 16)
-    monkeypatch.setattr(student, "_LOGITS", {"cpu": 5 * 96})
+    monkeypatch.setattr(predictions, "_LOGITS", {"cpu": 5 * 96})
     parts = fitted(model, rows(), method="kfac", steps=2, tokens=64)
     for a, b in zip(whole.updates, parts.updates, strict=True):
         assert torch.allclose(weight_of(a), weight_of(b), atol=1e-5 * float(weight_of(b).abs().max()))

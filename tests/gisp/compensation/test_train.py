@@ -12,7 +12,7 @@ from compensation_oracle import REMOVED, columns, divergence, kept_of, masked, p
 from tiny import FAMILIES, tiny_model
 
 from gisp.compensation import Compensation, CompensationOptions, fit_compensation, fold_into_dense
-from gisp.compensation.pruned import student
+from gisp.compensation.pruned import predictions, student
 from gisp.compensation.pruned.projections import Traced
 from gisp.compensation.pruned.student import Student
 from gisp.compensation.train import _steps, rate
@@ -107,7 +107,7 @@ def test_batches_do_not_matter_and_runs_repeat(monkeypatch: pytest.MonkeyPatch, 
     assert whole.results == again.results
     assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(whole.updates, again.updates, strict=True))
     monkeypatch.setattr(student, "_TOKENS_PER_BATCH", 16)
-    monkeypatch.setattr(student, "_LOGITS", {"cpu": 5 * 96})
+    monkeypatch.setattr(predictions, "_LOGITS", {"cpu": 5 * 96})
     parts = fitted(model, MANY, EMPTY, **options)
     for a, b in zip(whole.updates, parts.updates, strict=True):
         assert torch.allclose(weight_of(a), weight_of(b), atol=1e-4 * float(weight_of(b).abs().max()))

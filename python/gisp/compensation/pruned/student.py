@@ -3,7 +3,7 @@
 The dense model's weights are never written. While the pruned model passes a layer, its pruned blocks compute otherwise
 (:mod:`gisp.compensation.pruned.projections`). All batches of a pass go through a layer before the next one, so that
 layers in host memory come once a pass. Passes are fused ones where the layout allows it, unless what is trained needs a
-graph. Logits exist for a chunk of tokens at a time.
+graph.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch.nn import functional
 
 from gisp.compensation.acceptance import HeldOut, Text, make_limits
 from gisp.compensation.pruned.fused import FusedPasses
+from gisp.compensation.pruned.predictions import Predictions
 from gisp.compensation.pruned.projections import Forward, Move, Observer, Projection, Traced, Value
 from gisp.compensation.streams import Batch, make_batches, next_tokens
 from gisp.data import Row, Sequences
@@ -39,9 +39,6 @@ _TOKENS_PER_BATCH, _MEASURED_TOKENS = 2048, 4096
 # the inputs of layers alone where that leaves too few tokens for fast products.
 _BATCH_BYTES, _BYTES_KEPT = 2**33, 64
 _LEAST_TOKENS, _FEW_TOKENS, _MOST_TOKENS, _TOKENS_AGAIN = 256, 4096, 16384, 8192
-# Logits of either model alive at a time, in elements; about eight float32 tensors have this size.
-_LOGITS_COPIES = 8
-_LOGITS = {"cuda": 2**26, "cpu": 2**23}
 
 
 ValueOf = Callable[[int], Value]
@@ -70,6 +67,7 @@ class Student:
         self._head = self._model.get_output_embeddings()
         embeddings = self._model.get_input_embeddings().weight
         self.device = embeddings.device
+        self._predictions = Predictions(self._head, self.device)
         visits = resident_or_streamed(self._model)
         self._passes = LayerwisePasses(self._model, visits)
         self._layers = len(model_map.layers)
@@ -164,10 +162,7 @@ class Student:
             value_of: what the projection of a number computes with.
         """
         found, losses = self._measured(held_out, value_of)
-        if held_out.counts(losses):
-            return found
-        held_out.refuse(losses, float(found.sum()))
-        return torch.full_like(found, math.inf)
+        return found if held_out.counts(losses, found) else torch.full_like(found, math.inf)
 
     @torch.no_grad()
     def _measured(self, held_out: HeldOut, value_of: ValueOf) -> list[torch.Tensor]:
@@ -179,25 +174,15 @@ class Student:
         states = [{number: next(found) for number in text.targets} for text in texts]
 
         def values_of(number: int) -> tuple[torch.Tensor, torch.Tensor]:
-            here, wanted, targets = states[0].pop(number), held_out.dense[number], held_out.targets[number]
-            divergences, losses = [], []
-            for chunk in self._chunks(len(wanted)):
-                predicted, goal = self._log_probabilities(here[chunk], wanted[chunk])
-                divergences.append(_kl_div(predicted, goal))
-                losses.append(functional.nll_loss(predicted, targets[chunk], reduction="none"))
-            return torch.cat(divergences), torch.cat(losses)
+            here = states[0].pop(number)
+            return self._predictions.divergences(here, held_out.dense[number], held_out.targets[number])
 
         divergences, losses = held_out.totals(values_of)
         if beside is None:
             return [divergences, losses]
 
         def losses_of(number: int) -> tuple[torch.Tensor]:
-            here, targets = states[1].pop(number), beside.targets[number]
-            parts = [
-                functional.nll_loss(self._predicted(here[chunk]), targets[chunk], reduction="none")
-                for chunk in self._chunks(len(targets))
-            ]
-            return (torch.cat(parts),)
+            return (self._predictions.losses(states[1].pop(number), beside.targets[number]),)
 
         return [divergences, torch.cat([losses, *beside.totals(losses_of)])]
 
@@ -235,7 +220,7 @@ class Student:
 
         def gradient_of(number: int, states: torch.Tensor) -> torch.Tensor:
             batch = batches[number]
-            found = self._gradient(batch.tokens(states), goals[number], scale)
+            found = self._predictions.gradient(batch.tokens(states), goals[number], scale)
             if batch.real is None:
                 return found.view_as(states)
             # Nothing reads what stands behind the end of a sequence.
@@ -271,7 +256,7 @@ class Student:
         def loss_of(number: int) -> torch.Tensor:
             batch = batches[number]
             states = batch.tokens(self._model.model(input_ids=batch.ids, use_cache=False).last_hidden_state)
-            gradient = self._gradient(states.detach(), goals[number], scale)
+            gradient = self._predictions.gradient(states.detach(), goals[number], scale)
             # Its gradient in the states is the one that is known.
             return (states * gradient).sum()
 
@@ -287,33 +272,6 @@ class Student:
                 if projection.layer == layer and observing is not None:
                     observers[number] = stack.enter_context(observing())
             yield
-
-    @torch.enable_grad()
-    def _gradient(self, states: torch.Tensor, wanted: torch.Tensor, scale: float) -> torch.Tensor:
-        """Gradient of the divergence in the last states [T, D].
-
-        By chunks, so that memory does not follow tokens x vocabulary.
-        """
-        gradient = torch.empty_like(states)
-        for chunk in self._chunks(len(wanted)):
-            part = states[chunk].detach().requires_grad_()
-            total = _kl_div(*self._log_probabilities(part, wanted[chunk])).sum() * scale
-            (gradient[chunk],) = torch.autograd.grad(total, part)
-        return gradient
-
-    def _log_probabilities(self, states: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the pruned and of the dense model, as :meth:`_predicted`."""
-        with torch.no_grad():
-            goal = self._predicted(wanted)
-        return self._predicted(states), goal
-
-    def _predicted(self, states: torch.Tensor) -> torch.Tensor:
-        """Log probabilities, float32 [t, V]; finite, as models may rule out tokens (-inf)."""
-        return self._head(states).float().log_softmax(-1).clamp_min(torch.finfo(torch.float32).min)
-
-    def _chunks(self, tokens: int) -> Iterator[slice]:
-        most = max(1, _LOGITS["cuda" if self.device.type == "cuda" else "cpu"] // self._head.weight.shape[0])
-        return (slice(start, start + most) for start in range(0, tokens, most))
 
     def _states(self, batches: Sequence[Batch], value_of: ValueOf | None = None) -> list[torch.Tensor]:
         """What the head reads of every real token, [T, D] of every batch, without gradients.
@@ -384,19 +342,8 @@ class Student:
         return inside
 
 
-def logits_bytes(model_map: ModelMap, tokens: int, device: torch.device) -> int:
-    """Memory of the logits of either model that are alive at a time, of so many tokens at most."""
-    most = _LOGITS["cuda" if device.type == "cuda" else "cpu"] // model_map.vocab_size
-    return _LOGITS_COPIES * 4 * model_map.vocab_size * min(tokens, max(1, most))
-
-
 def most_tokens(model_map: ModelMap, device: torch.device) -> int:
     """Tokens of a backward pass whose layers keep their inputs alone, at most."""
     size = next(model_map.model.parameters()).element_size()
     inputs = _BATCH_BYTES // (len(model_map.layers) * model_map.hidden_size * size)
     return max(inputs, _MOST_TOKENS if device.type == "cuda" else _TOKENS_PER_BATCH)
-
-
-def _kl_div(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Divergence of log probabilities [t, V] from wanted ones, [t]."""
-    return functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
