@@ -270,10 +270,10 @@ class MethodResult:
         reached: the lowest divergence it reached without a higher loss; ``kept`` says whether that is a fall.
         error: standard error of the difference.
         kept: whether its result stays.
-        size: of fits: the factor on all accepted moves.
+        size: of fits and training: the factor on all accepted moves.
         blocks: of fits, all pruned blocks.
         steps: of ``kfac``.
-        count: of training: steps behind which the divergence was lowest.
+        count: of training: steps behind which the divergence was lowest, or whose moves ``size`` is a factor on.
         limited: names of the text whose loss kept a lower divergence from counting.
     """
 

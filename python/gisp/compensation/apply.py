@@ -101,6 +101,8 @@ def _described(result: MethodResult, options: CompensationOptions) -> str:
             facts.append(f"{sum(step.size > 0 for step in result.steps)} of {len(result.steps)} steps taken")
         else:
             facts.append(f"best after {result.count} of {options.steps_of(result.name)} steps")
+            if result.size < 1:
+                facts.append(f"size {result.size:.3g}")
     facts.append(f"{result.tokens:,} calibration tokens")
     limited = f"limited by the loss of {' and '.join(result.limited)}" if result.limited else ""
     if result.kept and limited:

@@ -4,7 +4,9 @@ The loss is ``KL(dense || pruned)`` of the next token, all other weights are fro
 channel sends through o_proj or down_proj. Its gradient is ``sum X * dX`` (:func:`gisp_kernels.gate_grads`): no weight
 gradient is formed. Gates are folded into the weights. ``distil`` also trains the kept columns of the weights, float32
 copies of them. Adam (Kingma and Ba, arXiv 1412.6980) takes steps at a rate that rises over the first ones and falls to
-0 along a cosine. The divergence on held-out text is watched, and the lowest point is what stays.
+0 along a cosine. The divergence on held-out text is watched, and the lowest point that counts is what stays. Where the
+end of training breaks a limit of :mod:`gisp.compensation.acceptance`, a part of the way there is searched, as for fits:
+a model pruned by the loss on some text can be better at it than the dense one, and half the way may cost nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, MethodResult
+from gisp.compensation.acceptance import HeldOut, MethodResult, search
 from gisp.compensation.options import RATES
 from gisp.compensation.pruned.projections import Projection, Traced, Value
 from gisp.compensation.pruned.student import Student
@@ -26,6 +29,8 @@ from gisp.replicas.sharing import in_slices, sharers
 _WARM_UP = 10
 # So many times a method the held-out divergence is measured.
 _WATCHED = 10
+# The part of the way that is tried first where the whole of it breaks a limit.
+_FIRST_SIZE = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ def run_training(
     """Train a student's gates, and with a rate its weights; it keeps the point with the lowest held-out divergence.
 
     Memory beside the student: a batch's activations for a backward pass and the best weights in the dtype of the model;
-    with weights also their gradients and two moments in float32. Time per step: two forward passes and a backward pass.
+    with weights also their gradients and two moments in float32. Time per step: two forward passes and a backward pass;
+    a forward pass over the held-out text at ten points, and for every size that is searched.
 
     Args:
         rows: calibration rows, taken in another order every time they are gone through.
@@ -69,8 +75,8 @@ def run_training(
         fused=student.device.type == "cuda",
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, plan.steps))
-    best = start
-    kept, gates, count, seen = None, trained.gates, 0, 0
+    best, kept, count, size, seen = start, None, 0, 1.0, 0
+    found = start
     every = math.ceil(plan.steps / _WATCHED)
     steps = _steps(rows, plan.batch_tokens)
     for number in track(range(1, plan.steps + 1), "training steps"):
@@ -83,21 +89,26 @@ def run_training(
         seen += tokens
         if number % every and number != plan.steps:
             continue
-        values = trained.values()
-        found = student.divergences(held_out, values.__getitem__)
+        point = trained.point()
+        found = student.divergences(held_out, point.values.__getitem__)
         if bool(found.isnan().any()):
             break
         if float(found.sum()) < float(best.sum()):
-            kept, best, count = values, found, number
-            gates = [factors.detach().clone() for factors in trained.gates]
-    result = MethodResult.ended(plan.name, seen, held_out, start, best, count=count)
+            kept, best, count = point, found, number
+    if bool(found.isinf().any()):
+        # The end breaks a limit: a part of the way there may not.
+        part, reached = search(
+            lambda part: student.divergences(held_out, trained.point(part).values.__getitem__),
+            _FIRST_SIZE,
+            best,
+            most=1.0,
+        )
+        if part:
+            kept, best, count, size = trained.point(part), reached, plan.steps, part
+    result = MethodResult.ended(plan.name, seen, held_out, start, best, count=count, size=size)
     if not result.kept or kept is None:
         return result, start
-    values = [value for p, value in zip(student.projections, kept, strict=True) if len(p.columns)]
-    for projection, value, factors in zip(student.movable, values, gates, strict=True):
-        projection.factors = None if trained.weights or projection.reweighted else factors
-        projection.weight.copy_(value.weight)
-        projection.reweighted = True
+    trained.take(kept)
     return result, best
 
 
@@ -122,6 +133,18 @@ def _steps(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
             chosen.append(rows[order.pop()])
             left -= len(chosen[-1][0])
         yield chosen
+
+
+class _Point(NamedTuple):
+    """A point of training.
+
+    Attributes:
+        values: of all projections.
+        gates: float32 [K / block] of those that have columns left.
+    """
+
+    values: list[Value]
+    gates: list[torch.Tensor]
 
 
 class _Trained:
@@ -159,14 +182,26 @@ class _Trained:
             parameter.grad = total
 
     @torch.no_grad()
-    def values(self) -> list[Value]:
-        """What the projections are with the gates folded in."""
-        found = []
-        for projection, gates, weight in self._each():
+    def point(self, size: float = 1.0) -> _Point:
+        """Where training is, or a part of the way there: gates, and what the projections are with these folded in."""
+        values, gates = [], []
+        for projection, factors, weight in self._each():
             value = projection.value()
-            if gates is not None:
-                own = projection.weight if weight is None else weight
-                folded = own * gates.repeat_interleave(projection.block)
+            if factors is not None:
+                own = projection.weight
+                factors = torch.lerp(torch.ones_like(factors), factors, size)
+                moved = own if weight is None else torch.lerp(own, weight, size)
+                folded = moved * factors.repeat_interleave(projection.block)
                 value = value._replace(weight=folded.to(value.weight.dtype))
-            found.append(value)
-        return found
+                gates.append(factors)
+            values.append(value)
+        return _Point(values, gates)
+
+    def take(self, point: _Point) -> None:
+        """Let the projections compute with a point's values."""
+        values = [value for p, value in zip(self._projections, point.values, strict=True) if len(p.columns)]
+        movable = [projection for projection in self._projections if len(projection.columns)]
+        for projection, value, factors in zip(movable, values, point.gates, strict=True):
+            projection.factors = None if self.weights or projection.reweighted else factors
+            projection.weight.copy_(value.weight)
+            projection.reweighted = True
