@@ -38,9 +38,9 @@ from gisp.replicas.launch import launch
 from gisp.stages.costs import layer_costs
 from gisp.stages.group import Stages
 from gisp.stages.load import put, with_tables
-from gisp.stages.parted import held_names, placed
 from gisp.stages.placement import Placement, schedule_of
 from gisp.stages.rules import Sharing, check_sharing
+from gisp.stages.stage_model import held_names, placement_of
 
 _SEQUENCES = 2000
 
@@ -127,7 +127,7 @@ def build_part(shape: Model, stages: int, stage: int, device: torch.device) -> t
     finally:
         torch.set_default_dtype(before)
     with_tables(model).model.rotary_emb.to(device)
-    placement = placed(model, make_config(slices=STAGE_SLICES), stages)
+    placement = placement_of(model, make_config(slices=STAGE_SLICES), stages)
     names = held_names(model, placement, stage)
     for name, parameter in [*model.named_parameters()]:
         if name not in names:

@@ -70,11 +70,11 @@ def run_of(folder: Path, layers: int, hidden: int, channels: int) -> tuple[Path,
 
 def export(run: Path, out: Path, name: str) -> None:
     """Export by a format, or as one of several stages."""
-    from gisp.export.parted import export_parted
     from gisp.export.run import export_run
+    from gisp.export.staged import export_staged
 
     if name == "stages":
-        export_parted(run, 0.2, out, process_group=None, device="cpu")
+        export_staged(run, 0.2, out, process_group=None, device="cpu")
     elif name == "offload":
         export_run(run, 0.2, out, device="cpu", offload=True)
     else:

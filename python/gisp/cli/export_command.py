@@ -149,11 +149,11 @@ def _export_stages(
         _check_given(run, sparsity, out, ())
         _check_layers(run, stages)
         run_as_processes(context, stages, device, again="give the command again")
-    from gisp.export.parted import export_parted
+    from gisp.export.staged import export_staged
 
     with joined(device) as group:
         assert group is not None
-        done = export_parted(run, sparsity, out, process_group=group, device=device)
+        done = export_staged(run, sparsity, out, process_group=group, device=device)
     if not rank():
         _print_export(done, out, "hf", SizeOptions())
 

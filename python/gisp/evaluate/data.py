@@ -16,8 +16,8 @@ from gisp.evaluate.batches import vocabulary
 from gisp.evaluate.choices import ChoiceAccuracy, read_question
 from gisp.evaluate.completions import CompletionPerplexity, ExactMatch, read_completion
 from gisp.evaluate.pairs import RequestEncoder
-from gisp.evaluate.parted import PartedLoss
 from gisp.evaluate.perplexity import perplexity, perplexity_bytes
+from gisp.evaluate.staged_loss import StagedLoss
 from gisp.model.checks import warn_beyond_positions
 
 _DEFAULT_MAX_LENGTH = 2048
@@ -57,7 +57,7 @@ class TextPerplexity:
     window: int
     stride: int
     batch_size: int | None
-    parts: PartedLoss | None
+    parts: StagedLoss | None
 
     def __call__(self, model: Any) -> dict[str, Any]:
         sequences, window = self.sequences, self.window
@@ -71,7 +71,7 @@ class TextPerplexity:
 
 
 def prepare(
-    data: str, options: EvalOptions, model: Any, tokenizer_from: str | None, parts: PartedLoss | None = None
+    data: str, options: EvalOptions, model: Any, tokenizer_from: str | None, parts: StagedLoss | None = None
 ) -> Measure:
     """What to measure on ``data``, read and tokenised once for any number of prunings of one model.
 
@@ -134,7 +134,7 @@ def _perplexity(
     vocab_size: int,
     tokenizer_from: str | None,
     one_stream: bool,
-    parts: PartedLoss | None,
+    parts: StagedLoss | None,
 ) -> Measure:
     window = options.window or DEFAULT_WINDOW
     stride = check_stride(window, options.stride)

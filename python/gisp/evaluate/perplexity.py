@@ -16,7 +16,7 @@ from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate.batches import each_batch, length_batches, vocabulary
 from gisp.evaluate.memory import batch_tokens, losses_bytes, scoring_bytes
-from gisp.evaluate.parted import PartedLoss
+from gisp.evaluate.staged_loss import StagedLoss
 from gisp.model.modes import evaluation_mode
 from gisp.replicas.sharing import agree_on
 from gisp.score.objectives import sequence_nll
@@ -38,7 +38,7 @@ def perplexity(
     stride: int | None = None,
     *,
     batch_size: int | None = None,
-    parts: PartedLoss | None = None,
+    parts: StagedLoss | None = None,
 ) -> Perplexity:
     """Perplexity over all predicted tokens of all rows; rows longer than ``window`` are read in windows.
 

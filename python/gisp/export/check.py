@@ -30,7 +30,7 @@ from gisp.model.modes import evaluation_mode, exact_products
 from gisp.model.structures import ModelMap
 from gisp.offload.place import placed_like
 from gisp.progress import task
-from gisp.stages.parted import only
+from gisp.stages.stage_model import only_layers
 
 ROUNDING = 2
 """Errors of the masked float32 model that an export may differ by: each of the two may be one away from the truth."""
@@ -230,7 +230,7 @@ def chunk_output(
     with torch.no_grad(), ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode)
-        decoder = stack.enter_context(only(model.model, layers, ends=ends))
+        decoder = stack.enter_context(only_layers(model.model, layers, ends=ends))
         device = next(p.device for layer in layers for p in layer.parameters())
         name = "inputs_embeds" if given.is_floating_point() else "input_ids"
         hidden: torch.Tensor = decoder(**{name: given.to(device)}, use_cache=False).last_hidden_state

@@ -1,10 +1,14 @@
-"""Whether all processes of a run do the same: one of other code, options or data would spoil it unseen."""
+"""All processes of a run do the same: one of other code, options or data would spoil it unseen.
+
+Where each sees another part, what one refuses all refuse.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,6 +39,24 @@ def agree(replicas: Replicas, facts: Mapping[str, object]) -> None:
                     f"rank {rank} has {what} {_short(other.get(what))}, rank 0 has {_short(value)}: "
                     "start all processes of a run with the same"
                 )
+
+
+@contextmanager
+def refusing_together(replicas: Replicas) -> Iterator[None]:
+    """What one process refuses inside, all refuse at the end: a collective, to be entered by all.
+
+    Raises:
+        GispError: of the first process that does.
+    """
+    refused = ""
+    try:
+        yield
+    except GispError as error:
+        refused = str(error)
+    answers = replicas.exchange(refused.encode())
+    found = next((answer.decode() for answer in answers if answer), None)
+    if found is not None:
+        raise GispError(found)
 
 
 def machine(device: torch.device, versions: Mapping[str, str]) -> dict[str, object]:

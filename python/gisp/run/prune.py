@@ -36,8 +36,8 @@ from gisp.run.trajectory import Trajectory
 from gisp.score.objectives import SequenceLoss, check_built_in, objective_name
 from gisp.score.questions import check_objective
 from gisp.stages.group import Stages
-from gisp.stages.parted import parted_model
 from gisp.stages.rules import Sharing, check_count, check_sharing
+from gisp.stages.stage_model import stage_model
 
 
 def prune(
@@ -223,9 +223,9 @@ def _sequences(
 def _parted(model: nn.Module | str | Path, config: PruneConfig, stages: Stages) -> tuple[Any, str]:
     """As :func:`_dense_model`, with the layers of this stage alone."""
     if isinstance(model, nn.Module):
-        return parted_model(model, config, stages), ""
+        return stage_model(model, config, stages), ""
     path = str(model)
-    return parted_model(path, config, stages), str(Path(path).resolve()) if Path(path).exists() else path
+    return stage_model(path, config, stages), str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _dense_model(model: nn.Module | str | Path, config: PruneConfig, to: torch.device | None = None) -> tuple[Any, str]:

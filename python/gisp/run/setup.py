@@ -21,7 +21,7 @@ from gisp.score.objectives import SequenceLoss
 from gisp.select.allocators import group_shares, layer_outliers
 from gisp.select.whole_layers import make_selector
 from gisp.stages.group import Stages
-from gisp.stages.parted import shared_fingerprint
+from gisp.stages.stage_model import shared_fingerprint
 
 
 class Setup:

@@ -14,7 +14,7 @@ from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.evaluate.data import Measure, Measures, prepare
 from gisp.evaluate.harness import Harness
-from gisp.evaluate.parted import PartedLoss
+from gisp.evaluate.staged_loss import StagedLoss
 from gisp.model.structures import fingerprint
 from gisp.progress import reporting
 from gisp.replicas.agreement import agree, machine
@@ -159,11 +159,11 @@ class _Asked:
         _agree(sharers, opened, self.options, self.lm_eval)
         recorder = self._recorder(opened) if sharers.first else None
         if measure is None:
-            parts = PartedLoss(opened.model, stages, opened.placement) if stages and opened.placement else None
+            parts = StagedLoss(opened.model, stages, opened.placement) if stages and opened.placement else None
             measure = self._measure(opened.model, opened.source, parts)
         return _Opened(opened, measure, recorder, self.compensation, calibration)
 
-    def _measure(self, model: Any, source: str, parts: PartedLoss | None = None) -> Measure:
+    def _measure(self, model: Any, source: str, parts: StagedLoss | None = None) -> Measure:
         # The harness checks its names first: reading data may take long.
         harness = None if self.lm_eval is None else Harness(self.lm_eval, source)
         prepared = None if self.data is None else prepare(self.data, self.options, model, source, parts)

@@ -20,8 +20,8 @@ from gisp.model.load import resolve_device, resolve_dtype
 from gisp.model.structures import channels_name, heads_name
 from gisp.offload.place import place as place_layers
 from gisp.offload.plan import Plan
-from gisp.run.parted import base_part
 from gisp.run.resources.base import BasePlace
+from gisp.run.staged_base import staged_base
 from gisp.run.trajectory import Trajectory, move_to
 from gisp.select.schedule import nearest_step
 from gisp.stages.group import Stages
@@ -187,7 +187,7 @@ def _open_run(
     if stages is not None:
         device = resolve_device(place.device)
         kind = resolve_dtype(dtype or trajectory.config.get("dtype"), device)
-        model, placement = base_part(trajectory, stages, device, kind if isinstance(kind, torch.dtype) else None)
+        model, placement = staged_base(trajectory, stages, device, kind if isinstance(kind, torch.dtype) else None)
     else:
         model = place.load(trajectory, dtype=dtype, plan=plan)
     shrinkable = trajectory.shrinkable(model)

@@ -17,7 +17,7 @@ from tiny import tiny_model, tiny_tokens
 from torch import distributed
 
 import gisp
-from gisp.export.parted import export_parted
+from gisp.export.staged import export_staged
 from gisp.replicas import agreement, signs, watch
 from gisp.replicas.errors import ReplicaError
 from gisp.replicas.group import Replicas
@@ -35,7 +35,7 @@ def compensate(folder: str, out: str) -> None:
 
 
 def export(folder: str, out: str) -> None:
-    export_parted(f"{folder}/run", 0.2, out, process_group=distributed.group.WORLD, device="cpu")
+    export_staged(f"{folder}/run", 0.2, out, process_group=distributed.group.WORLD, device="cpu")
 
 
 COMMANDS: dict[str, Callable[[str, str], None]] = {

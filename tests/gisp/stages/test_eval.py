@@ -116,12 +116,12 @@ def test_rows_of_choices_are_refused(place: Path, tmp_path: Path) -> None:
 
 
 def test_several_kinds_of_attention_are_refused() -> None:
-    from gisp.evaluate.parted import PartedLoss
+    from gisp.evaluate.staged_loss import StagedLoss
     from gisp.stages.placement import Placement
 
     model = tiny_model()
     model.config.layer_types = ["full_attention", "sliding_attention"] * 2
     stages: Any = type("One", (), {"processes": None, "stage": 0, "count": 1})()
     with pytest.raises(GispError, match="have full_attention and sliding_attention"):
-        PartedLoss(model, stages, Placement(1, (0, 4)))
+        StagedLoss(model, stages, Placement(1, (0, 4)))
     assert torch.is_grad_enabled()

@@ -14,8 +14,8 @@ from gisp.score.fused.layers import Flow, Layers, embedded
 from gisp.score.fused.memory import Kept
 from gisp.score.fused.support import distance_of
 from gisp.stages.group import Stages
-from gisp.stages.parted import only
 from gisp.stages.placement import Placement
+from gisp.stages.stage_model import only_layers
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def first_difference(
         hidden = hidden if delta is None else hidden + delta
         with (
             evaluation_mode(model),
-            only(model.model, [item.layer for item in layers.items], ends=chunk == last) as decoder,
+            only_layers(model.model, [item.layer for item in layers.items], ends=chunk == last) as decoder,
         ):
             given = {"input_ids": ids.to(weight.device)} if x is None else {"inputs_embeds": x[None]}
             expected = decoder(**given, use_cache=False).last_hidden_state

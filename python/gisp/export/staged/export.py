@@ -20,25 +20,25 @@ from gisp.export.check import check_tokens, planned_sizes, report_of
 from gisp.export.folder import check_place, new_folder, write_config
 from gisp.export.formats.hf import check_family, pruned_config, pruned_state
 from gisp.export.load import register_models
-from gisp.export.parted.compare import compare
-from gisp.export.parted.shards import write_shards
 from gisp.export.relayout import plan_layers
 from gisp.export.run import RunExport, point_of
 from gisp.export.spec import ExportReport, PrunedSpec, map_checked
+from gisp.export.staged.compare import compare
+from gisp.export.staged.shards import write_shards
 from gisp.model.load import resolve_device
 from gisp.model.structures import ModelMap
-from gisp.replicas.agreement import agree
+from gisp.replicas.agreement import agree, refusing_together
 from gisp.replicas.group import Replicas
-from gisp.run.parted import base_part
+from gisp.run.staged_base import staged_base
 from gisp.run.trajectory import Trajectory
 from gisp.score.fused.support import why_not
 from gisp.stages.group import Stages
 from gisp.stages.load import skeleton
-from gisp.stages.parted import read_part, together
 from gisp.stages.placement import Placement
+from gisp.stages.stage_model import read_stage_model
 
 
-def export_parted(
+def export_staged(
     run: str | Path,
     sparsity: float | None,
     out: str | Path,
@@ -58,14 +58,14 @@ def export_parted(
     processes = Replicas(process_group)
     stages = Stages(processes, processes.size)
     with processes.watched(), stages.connected():
-        with together(stages):
+        with refusing_together(stages.processes):
             if processes.first:
                 check_place(Path(out))
             trajectory = Trajectory.load(run)
         agree(processes, {"sparsity": trajectory.sparsity_at(trajectory.step_for(sparsity))})
         spec = point_of(trajectory, Path(run), trajectory.step_for(sparsity))
         place = resolve_device(device)
-        base, placement = base_part(trajectory, stages, place, None)
+        base, placement = staged_base(trajectory, stages, place, None)
         model_map = map_checked(base, spec.keep)
         check_family(model_map)
         tokens = check_tokens(model_map.vocab_size, int(base.config.max_position_embeddings))
@@ -96,17 +96,17 @@ def _write(
         # Tied embeddings are at both ends, and written once.
         state = state.without("model.embed_tokens")
     size = write_shards(state, folder, stages)
-    with together(stages):
+    with refusing_together(stages.processes):
         if stages.processes.first:
             write_config(folder, config)
             copy_beside(folder, base, base_folder(spec.base_path))
     register_models()
-    exported = read_part(skeleton(str(folder), None), str(folder), placement, stages, model_map.weight.device)
+    exported = read_stage_model(skeleton(str(folder), None), str(folder), placement, stages, model_map.weight.device)
     difference = compare(base, exported, model_map, spec, stages, placement)
     parameters = sum(p.numel() for p in exported.parameters())
     sizes = planned_sizes(spec.keep, layouts)
     report = report_of(model_map, out, size, parameters, sizes, difference, model_map.weight.dtype)
-    with together(stages):
+    with refusing_together(stages.processes):
         if stages.processes.first:
             write_card(folder, base, spec, report)
     return report

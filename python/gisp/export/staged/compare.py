@@ -18,8 +18,8 @@ from gisp.export.check import (
 )
 from gisp.export.spec import TOLERANCE, PrunedSpec
 from gisp.model.structures import ModelMap
+from gisp.replicas.agreement import refusing_together
 from gisp.stages.group import Stages
-from gisp.stages.parted import together
 from gisp.stages.placement import Placement
 
 
@@ -54,7 +54,7 @@ def compare(
         rounding = float(exchange(repr(relative_difference(truth, wanted.double())).encode())[last])
         tolerance = max(TOLERANCE, ROUNDING * rounding)
     absolute = 0.0
-    with together(stages):
+    with refusing_together(stages.processes):
         if stages.stage == last:
             absolute, _ = compare_logits(wanted, got, tolerance)
     return float(exchange(repr(absolute).encode())[last]), relative, tolerance

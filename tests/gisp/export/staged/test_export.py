@@ -17,8 +17,8 @@ from torch import distributed
 import gisp
 from gisp.cli import main
 from gisp.export.check import exact_logits
-from gisp.export.parted import export_parted
 from gisp.export.run import export_run
+from gisp.export.staged import export_staged
 from gisp.replicas import launch
 
 KINDS = {"plain": "llama-gqa", "tied": "qwen2", "biased": "llama-bias"}
@@ -38,12 +38,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export_all(folder: str, out: str) -> None:
     for name in KINDS:
-        done = export_parted(
+        done = export_staged(
             f"{folder}/{name}", 0.5, f"{out}/{name}", process_group=distributed.group.WORLD, device="cpu"
         )
         assert done.report.relative_difference <= done.report.tolerance
         with pytest.raises(gisp.GispError, match="is not an empty folder"):
-            export_parted(f"{folder}/{name}", 0.5, f"{out}/{name}", process_group=distributed.group.WORLD, device="cpu")
+            export_staged(f"{folder}/{name}", 0.5, f"{out}/{name}", process_group=distributed.group.WORLD, device="cpu")
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
@@ -115,7 +115,7 @@ def test_the_command_starts_the_processes(runs: Path, tmp_path: Path, capfd: pyt
 
 def foreign_export(folder: str, out: str) -> None:
     with pytest.raises(gisp.GispError, match="holds other weights by now"):
-        export_parted(folder, 0.5, out, process_group=distributed.group.WORLD, device="cpu")
+        export_staged(folder, 0.5, out, process_group=distributed.group.WORLD, device="cpu")
 
 
 def test_another_base_model_is_refused(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ import torch
 from gisp.errors import GispError
 from gisp.score.objectives import sequence_nll
 from gisp.stages.group import Stages
-from gisp.stages.parted import only
 from gisp.stages.placement import Placement
+from gisp.stages.stage_model import only_layers
 
 
-class PartedLoss:
+class StagedLoss:
     """As :func:`gisp.score.objectives.sequence_nll` of one model, called in every process with the same batches.
 
     Args:
@@ -46,7 +46,7 @@ class PartedLoss:
             states = torch.empty(*ids.shape, self._model.config.hidden_size, dtype=weight.dtype, device=weight.device)
             self._stages.wait(self._stages.receive(states, self._stages.stage - 1))
             given = {"inputs_embeds": states}
-        with only(self._model.model, self._layers, ends=self._ends) as decoder:
+        with only_layers(self._model.model, self._layers, ends=self._ends) as decoder:
             if self._ends:
                 return sequence_nll(lambda **_: self._model(**given, use_cache=False), ids, labels)
             states = decoder(**given, use_cache=False).last_hidden_state.contiguous()

@@ -13,12 +13,12 @@ from gisp.run.record import library_versions, removed_at_digest
 from gisp.run.trajectory import Trajectory
 from gisp.stages.group import Stages
 from gisp.stages.load import skeleton
-from gisp.stages.parted import read_part, shared_fingerprint
 from gisp.stages.placement import Placement
 from gisp.stages.rules import Sharing, check_sharing
+from gisp.stages.stage_model import read_stage_model, shared_fingerprint
 
 
-def base_part(
+def staged_base(
     trajectory: Trajectory, stages: Stages, device: torch.device, dtype: torch.dtype | None
 ) -> tuple[Any, Placement]:
     """The layers of a stage of the dense base model, one chunk a stage, checked to be those the run pruned.
@@ -39,7 +39,7 @@ def base_part(
     check_sharing(Sharing(stages.count, stages.count, trajectory.layers))
     bounds = tuple(stage * trajectory.layers // stages.count for stage in range(stages.count + 1))
     placement = Placement(stages.count, bounds)
-    model = read_part(skeleton(path, dtype), path, placement, stages, device)
+    model = read_stage_model(skeleton(path, dtype), path, placement, stages, device)
     if shared_fingerprint(map_model(model), stages) != trajectory.base_model["fingerprint"]:
         raise GispError("the base model of this run holds other weights by now: give its base model")
     return model, placement

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gisp.export.folder import check_room, shards_of, write_index, write_shard
 from gisp.export.relayout import LaidOut
+from gisp.replicas.agreement import refusing_together
 from gisp.stages.group import Stages
-from gisp.stages.parted import together
 
 
 def write_shards(state: LaidOut, folder: Path, stages: Stages) -> int:
@@ -16,14 +16,14 @@ def write_shards(state: LaidOut, folder: Path, stages: Stages) -> int:
     exchange = stages.processes.exchange
     size = sum(tensor.numel() * tensor.element_size() for tensor in state.shapes.values())
     total = sum(int(answer) for answer in exchange(str(size).encode()))
-    with together(stages):
+    with refusing_together(stages.processes):
         if stages.processes.first:
             check_room(folder, total)
     shards = [*shards_of(state.shapes).values()]
     counts = [int(answer) for answer in exchange(str(len(shards)).encode())]
     before = sum(counts[: stages.processes.rank])
     places: dict[str, str] = {}
-    with together(stages):
+    with refusing_together(stages.processes):
         for number, names in enumerate(shards, start=before + 1):
             file = f"model-{number:05d}-of-{sum(counts):05d}.safetensors"
             write_shard(folder / file, state, names)

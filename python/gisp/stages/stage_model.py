@@ -1,4 +1,4 @@
-"""Which parameters a stage holds, and a model of which only those lie in this process."""
+"""The model of one stage: the parameters it holds are in this process, all others on ``meta``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from gisp.model.structures import (
     map_model,
     protected_layers,
 )
+from gisp.replicas.agreement import refusing_together
 from gisp.stages.costs import layer_costs
 from gisp.stages.group import Stages
 from gisp.stages.load import put, read_weights, skeleton
@@ -34,7 +35,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _TOKENS = 1024
 
 
-def parted_model(model: nn.Module | str, config: PruneConfig, stages: Stages) -> Any:
+def stage_model(model: nn.Module | str, config: PruneConfig, stages: Stages) -> Any:
     """The model with the layers of this stage in this process, all others on ``meta``.
 
     Args:
@@ -42,32 +43,32 @@ def parted_model(model: nn.Module | str, config: PruneConfig, stages: Stages) ->
             in other stages is given up.
 
     Raises:
-        GispError: a model that cannot be parted.
+        GispError: a model that cannot be split by layers.
     """
     device = resolve_device(config.device)
     if isinstance(model, nn.Module):
         dense: Any = model
     else:
         dense = skeleton(model, _dtype(config, device))
-    placement = placed(dense, config, stages.count)
+    placement = placement_of(dense, config, stages.count)
     stages.placement = placement
     if not isinstance(model, nn.Module):
-        return read_part(dense, model, placement, stages, device)
+        return read_stage_model(dense, model, placement, stages, device)
     names = held_names(dense, placement, stages.stage)
-    with together(stages):
+    with refusing_together(stages.processes):
         _check_here(dense, names)
-        give_up(dense, names)
+        move_to_meta(dense, names)
         _check_finite(dense)
     return dense
 
 
-def read_part(model: Any, path: str, placement: Placement, stages: Stages, device: torch.device) -> Any:
+def read_stage_model(model: Any, path: str, placement: Placement, stages: Stages, device: torch.device) -> Any:
     """A skeleton with the weights that a stage holds, from the files of a folder, and its tables on the device.
 
     Raises:
         GispError: in all processes, what one of them refuses.
     """
-    with together(stages):
+    with refusing_together(stages.processes):
         read_weights(model, path, held_names(model, placement, stages.stage), device)
         model.model.rotary_emb.to(device)
         _check_finite(model)
@@ -81,7 +82,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 @contextmanager
-def only(decoder: Any, layers: Iterable[nn.Module], *, ends: bool) -> Iterator[Any]:
+def only_layers(decoder: Any, layers: Iterable[nn.Module], *, ends: bool) -> Iterator[Any]:
     """A model's own decoder with some of its layers alone, and its final norm only where it ends."""
     held = decoder.layers, decoder.norm
     decoder.layers = nn.ModuleList(layers)
@@ -93,7 +94,7 @@ def only(decoder: Any, layers: Iterable[nn.Module], *, ends: bool) -> Iterator[A
         decoder.layers, decoder.norm = held
 
 
-def placed(model: Any, config: PruneConfig, stages: int) -> Placement:
+def placement_of(model: Any, config: PruneConfig, stages: int) -> Placement:
     """Where the layers of a dense model go.
 
     Raises:
@@ -129,8 +130,8 @@ def held_names(model: nn.Module, placement: Placement, stage: int) -> set[str]:
     return found
 
 
-def give_up(model: nn.Module, names: Collection[str]) -> None:
-    """Put the parameters that are not among ``names`` on ``meta``."""
+def move_to_meta(model: nn.Module, names: Collection[str]) -> None:
+    """Give up the parameters that are not among ``names``: they keep shape and dtype, on ``meta``."""
     for name, parameter in [*model.named_parameters()]:
         if name not in names and not parameter.is_meta:
             put(model, parameter, torch.empty_like(parameter, device="meta"))
@@ -160,21 +161,3 @@ def _check_here(model: nn.Module, names: Collection[str]) -> None:
     missing = next((name for name, p in model.named_parameters() if name in names and p.is_meta), None)
     if missing is not None:
         raise GispError(f"{missing} of this stage is on meta: give a model whose layers of this stage have weights")
-
-
-@contextmanager
-def together(stages: Stages) -> Iterator[None]:
-    """What one process refuses of its part all refuse, as each sees another part.
-
-    Raises:
-        GispError: of the first that does.
-    """
-    refused = ""
-    try:
-        yield
-    except GispError as error:
-        refused = str(error)
-    answers = stages.processes.exchange(refused.encode())
-    found = next((answer.decode() for answer in answers if answer), None)
-    if found is not None:
-        raise GispError(found)
