@@ -234,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--gpu-memory", metavar="SIZE", help="with --offload: memory to take, as 24GB (what is free)")
     options.add_argument("--layers", type=count, help="with --offload: cut the model to so many layers")
-    options.add_argument("--stages", type=count, help="only time a run of a model parted into so many (with --gpus)")
+    options.add_argument("--stages", type=count, help="only time a run of a model split into so many (with --gpus)")
     add_result_options(options, plots=True)
     options.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     return options
@@ -266,8 +266,8 @@ def main(argv: list[str] | None = None) -> int:
         print(offloaded + "\n" if offloaded else "", end="")
         shared = show_replicas(result.get("replicas", []))
         print(shared + "\n" if shared else "", end="")
-        parted = show_stages(result.get("stages", []))
-        print(parted + "\n" if parted else "", end="")
+        split = show_stages(result.get("stages", []))
+        print(split + "\n" if split else "", end="")
     if args.goals:
         print(goal_table(prune_goals(runs)))
     if args.plot:

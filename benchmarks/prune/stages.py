@@ -1,4 +1,4 @@
-"""A run of a model that is parted by whole layers over GPUs, with random weights made where they lie.
+"""A run of a model that is split by whole layers over GPUs, with random weights made where they lie.
 
 Beside time and speed it tells the share of the sum of all cards' measured matrix products, the share of the step that
 the schedule leaves stages idle, and the share that they were seen to wait for one another.
@@ -207,5 +207,5 @@ def show_stages(runs: list[dict[str, Any]]) -> str:
                 run["trajectory_sha256"][:12],
             ]
         )
-    header = ("parted model", "steps", "seconds", "tokens/s dense / end", "% of all matmuls dense / end")
+    header = ("split model", "steps", "seconds", "tokens/s dense / end", "% of all matmuls dense / end")
     return table((*header, "% idle scheduled / waited", "peak GB a card", "trajectory"), lines) if lines else ""

@@ -36,7 +36,7 @@ class Compactor:
     A step costs what it removes, where structures are blocks. A tensor cut by an ``index`` is written anew, and what is
     kept stays in the order of the lines.
 
-    Of a model that is parted over processes, groups that lie elsewhere have their weights on ``meta``: their shapes and
+    Of a model that is split over processes, groups that lie elsewhere have their weights on ``meta``: their shapes and
     their order follow every step as if they were here.
 
     Args:

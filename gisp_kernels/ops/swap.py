@@ -170,7 +170,7 @@ def _run_native(device: torch.device, entries: Sequence[tuple[int, ...]], pairs:
         return run(range(len(entries)))
     shares: list[list[int]] = [[] for _ in range(min(torch.get_num_threads(), len(entries)))]
     loads = [0] * len(shares)
-    # The largest first, each to whoever has least; no tensor is parted.
+    # The largest first, each to whoever has least; no tensor is split.
     for i in sorted(range(len(entries)), key=lambda i: -lines[i]):
         least = loads.index(min(loads))
         shares[least].append(i)

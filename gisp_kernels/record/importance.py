@@ -17,7 +17,7 @@ from gisp_kernels.record.targets import (
     groups_of,
     is_layer,
     line_groups,
-    refuse_parted,
+    refuse_split,
     refuse_tied,
     refuse_wrapped,
 )
@@ -79,7 +79,7 @@ def record_importance(
     """
     options = {"mode": mode, "power": power, "keep_grad": keep_grad, "loss_scale": loss_scale}
     options |= {"reduce_group": reduce_group, "backend": backend, "closed": closed}
-    refuse_parted(target)
+    refuse_split(target)
     return _recorder(target, groups_of(target), strict, ignore, options)
 
 
@@ -122,7 +122,7 @@ def record_lines(
     """
     if mode == "second-order":
         raise ValueError("mode 'second-order' is for groups with an output projection, not for lines")
-    refuse_parted(linears)
+    refuse_split(linears)
     embeddings: set[int] = set()
     if isinstance(linears, nn.Module):
         embeddings = {id(m.weight) for m in linears.modules() if isinstance(m, nn.Embedding)}

@@ -201,7 +201,7 @@ def refuse_tied(target: Any, groups: Iterable[StructureGroup], *, mode: Mode, ke
                 )
 
 
-def refuse_parted(target: Any) -> None:
+def refuse_split(target: Any) -> None:
     """Refuse a module whose layers hold flattened parts of their weights.
 
     Raises:
@@ -215,7 +215,7 @@ def refuse_parted(target: Any) -> None:
         part = weight is not None and not is_lazy(weight) and weight.dim() != 2
         if flat or part or any(hasattr(p, "ds_id") for p in module._parameters.values()):
             raise RuntimeError(
-                "FullyShardedDataParallel and ZeRO-3 hold weights flattened and parted: use fully_shard or ZeRO-2"
+                "FullyShardedDataParallel and ZeRO-3 hold weights flattened and split: use fully_shard or ZeRO-2"
             )
 
 

@@ -108,9 +108,9 @@ def _gpus(target: str, gpus: int | None, asked: dict[str, Any]) -> int | None:
         raise GispError(f"--gpus is {gpus}, --stages {stages} starts as many processes: leave it out")
     from gisp.run.record import read_record
     from gisp.stages.rules import Sharing, check_sharing
-    from gisp.target.check import check_parted, is_run
+    from gisp.target.check import check_stages, is_run
 
-    check_parted(stages, asked["lm_eval"], asked["compensation"], asked["offload"], asked["options"].generate)
+    check_stages(stages, asked["lm_eval"], asked["compensation"], asked["offload"], asked["options"].generate)
     if not is_run(target):
         raise GispError(f"--stages {stages} takes a run, {target} is none: leave it out, --offload may do")
     check_sharing(Sharing(stages, stages, int(read_record(Path(target))["base_model"]["layers"])))

@@ -141,7 +141,7 @@ def _export_stages(
     gpus = others.pop("gpus")
     request = compensation_request(others)
     if request is not None:
-        request.options.check_parted(stages)
+        request.options.check_stages(stages)
     _refuse(f"--stages {stages} writes the point of the run as hf", format, others)
     if gpus not in (None, stages):
         raise GispError(f"--gpus is {gpus}, --stages {stages} starts as many processes: leave it out")

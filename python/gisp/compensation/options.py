@@ -116,7 +116,7 @@ class CompensationOptions:
                 "rescale or kfac, or leave --offload out"
             )
 
-    def check_parted(self, stages: int) -> None:
+    def check_stages(self, stages: int) -> None:
         """Refuse more than one stage, each of which holds a part of the layers.
 
         Raises:

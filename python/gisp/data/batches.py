@@ -18,7 +18,7 @@ _FORWARD_ELEMENTS = 2**26
 _ACTIVATION_BYTES = {"cuda": 2**33, "cpu": 2**32}
 # A pass takes about as long as this many tokens more: a model's launches and small kernels.
 _PASS_TOKENS = 2048
-# Where a step may be parted; with more places the best ones would take more than milliseconds to find.
+# Where a step may be split; with more places the best ones would take more than milliseconds to find.
 _MOST_PLACES = 128
 # Seeds of the tasks of a mixture lie this far apart.
 _SEED_STRIDE = 7919
@@ -105,7 +105,7 @@ class StepBatches:
         return found
 
     def slices(self, step: int, count: int) -> list[tuple[int, int]]:
-        """Positions of a step in so many consecutive stretches of about equally many examples; none is parted.
+        """Positions of a step in so many consecutive stretches of about equally many examples; none is split.
 
         A stretch is empty where there are fewer examples.
         """
@@ -120,7 +120,7 @@ class StepBatches:
     def batches(
         self, numbers: list[int], together: Sequence[range] = (), *, bounded: bool = False
     ) -> Iterator[tuple[int, int]]:
-        """Consecutive stretches of ``numbers`` small enough for one pass; positions ``together`` are never parted.
+        """Consecutive stretches of ``numbers`` small enough for one pass; positions ``together`` are never split.
 
         Args:
             bounded: without a batch size, keep logits and activations of a fresh batch small as well.

@@ -167,7 +167,7 @@ def is_tied(model: Any) -> bool:
 def dense_state(base: Any) -> dict[str, torch.Tensor]:
     """All weights of the base model by name, the output embeddings only when they are not the input ones.
 
-    Of a model that is parted over processes those of this one.
+    Of a model that is split over processes those of this one.
     """
     state = {name: tensor.detach() for name, tensor in base.state_dict().items() if not tensor.is_meta}
     if is_tied(base):

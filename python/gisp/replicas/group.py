@@ -1,6 +1,6 @@
 """Sums over the sequences of a step that do not depend on how many processes share them.
 
-The sequences of a step are parted into a fixed number of slices. Each slice is passed through the model and summed by
+The sequences of a step are split into a fixed number of slices. Each slice is passed through the model and summed by
 itself, by whichever process it falls to. One collective brings the sums of all slices to every process, which adds them
 in the order of the slices. So the same numbers are added in the same order whatever the number of processes, and all of
 them hold the same bits.

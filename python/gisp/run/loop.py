@@ -240,7 +240,7 @@ class PruningLoop:
         return record, metrics, self.average.state(average)
 
     def _rebalance(self, step: int) -> None:
-        """Let layers of a parted model move once in a while."""
+        """Let layers of a split model move once in a while."""
         stages = self.setup.context.stages
         if stages is not None and step % EVERY == 0:
             live = (

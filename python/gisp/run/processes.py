@@ -26,7 +26,7 @@ def check_alike(loop: PruningLoop, replicas: Replicas) -> None:
         return
     stages = loop.setup.context.stages
     run = loop.trajectory
-    # No process sees the whole of a parted model: its fingerprint is made of the parts.
+    # No process sees the whole of a split model: its fingerprint is made of the parts.
     path = str(run.base_model["path"]) if stages else ""
     files = {"files of the model": files_digest(path)} if path else {}
     options = {f"option {name}": value for name, value in run.config.items() if name not in PLACE_OPTIONS}

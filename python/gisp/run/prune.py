@@ -176,7 +176,7 @@ def _start(
     """A run ready for its first step."""
     # Layers that lie in host memory already stay where they are.
     if stages is not None or config.offload == "never" or LayerStream.of(model) is not None:
-        dense, path = _parted(model, config, stages) if stages else _dense_model(model, config)
+        dense, path = _stage_model(model, config, stages) if stages else _dense_model(model, config)
         model_map = map_model(dense, config.gqa)
         sequences = _sequences(data, config, dense, model_map, path, loss)
     else:
@@ -220,7 +220,7 @@ def _sequences(
     )
 
 
-def _parted(model: nn.Module | str | Path, config: PruneConfig, stages: Stages) -> tuple[Any, str]:
+def _stage_model(model: nn.Module | str | Path, config: PruneConfig, stages: Stages) -> tuple[Any, str]:
     """As :func:`_dense_model`, with the layers of this stage alone."""
     if isinstance(model, nn.Module):
         return stage_model(model, config, stages), ""

@@ -109,7 +109,7 @@ class Context:
     def statistics(
         self, step: int, linears: dict[str, nn.Linear]
     ) -> tuple[torch.Tensor, int, dict[str, ActivationStatistics]]:
-        """What :meth:`forward_pass` returns, and statistics of what enters layers, merged slice by slice where parted.
+        """What :meth:`forward_pass` returns, and statistics of what enters layers, merged slice by slice where split.
 
         Args:
             linears: layers on one device, by names of the caller.

@@ -25,7 +25,8 @@ class StepRows:
         weights: weight of each sequence's mean NLL in the loss.
         questions: those of the positions whose answers are compared.
         leaders: of every position the one whose pass it may share (see :mod:`gisp.score.fused.batch`).
-        parted: makes ``batches``, which takes milliseconds of sequences of many lengths; once, when they are asked for.
+        make_batches: makes ``batches`` when they are first asked for; of sequences of many lengths that takes
+            milliseconds.
         correction: what the weighted sum of NLL lacks to the loss.
     """
 
@@ -34,7 +35,7 @@ class StepRows:
     weights: list[float]
     questions: Questions
     leaders: list[int]
-    parted: Callable[[], list[tuple[int, int]]]
+    make_batches: Callable[[], list[tuple[int, int]]]
     correction: float = 0.0
 
     @classmethod
@@ -43,7 +44,7 @@ class StepRows:
         data, numbers, weights, places = steps.data, steps.numbers(step), steps.weights(step), steps.questions(step)
         questions = Questions.of(places, [data.signs[i] for i in numbers], weights)
         leaders = steps.leaders(step)
-        return cls(data, numbers, weights, questions, leaders, _parted(steps, numbers, places, leaders))
+        return cls(data, numbers, weights, questions, leaders, _batches_of(steps, numbers, places, leaders))
 
     def part(self, steps: StepBatches, start: int, stop: int) -> StepRows:
         """The rows from one position to another, between examples; weights stay those in the loss of the step."""
@@ -60,13 +61,13 @@ class StepRows:
             self.weights[start:stop],
             questions,
             leaders,
-            _parted(steps, numbers, questions.places, leaders),
+            _batches_of(steps, numbers, questions.places, leaders),
         )
 
     @property
     def batches(self) -> list[tuple[int, int]]:
         """Stretches of positions that pass through the model together."""
-        return self.parted()
+        return self.make_batches()
 
     @property
     def tokens(self) -> int:
@@ -120,10 +121,10 @@ class StepRows:
         return found
 
 
-def _parted(
+def _batches_of(
     steps: StepBatches, numbers: list[int], places: Sequence[range], leaders: Sequence[int]
 ) -> Callable[[], list[tuple[int, int]]]:
-    """Makes batches of a step's sequences: neither questions are parted nor those that share a pass."""
+    """Makes batches of a step's sequences: neither questions are split nor those that share a pass."""
 
     @cache
     def batches() -> list[tuple[int, int]]:

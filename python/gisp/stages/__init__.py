@@ -1,7 +1,7 @@
-"""A model that is parted by whole layers: processes that hold a part each pass a step's sequences on to one another.
+"""A model that is split by whole layers: processes that hold a part each pass a step's sequences on to one another.
 
 The processes of a run form rows of ``stages`` each. A row holds the model once; several rows are replicas that share
-the slices of a step. The layers are parted into chunks of consecutive ones, dealt to the stages in turn, so a stage may
+the slices of a step. The layers are split into chunks of consecutive ones, dealt to the stages in turn, so a stage may
 hold several chunks that do not follow one another: the passes of a step then wait less for one another. Which process
 computes a layer never changes what it computes, so neither the number of stages nor that of chunks changes a run.
 

@@ -56,7 +56,7 @@ def with_tables(model: Any) -> Any:
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
             raise GispError(
-                f"{type(model).__name__} has a buffer {name}: such a model is not parted, leave --stages out"
+                f"{type(model).__name__} has a buffer {name}: such a model is not split, leave --stages out"
             )
     return model
 

@@ -78,7 +78,7 @@ def place(costs: LayerCosts, stages: int, tokens: Sequence[int]) -> Placement:
     """
     layers = len(costs.forward)
     found = [
-        _best_borders(costs, Placement(stages, _parted(costs, stages * chunks)), tokens)
+        _best_borders(costs, Placement(stages, _balanced(costs, stages * chunks)), tokens)
         for chunks in range(1, min(MOST_CHUNKS, layers // stages) + 1)
     ]
     return min(found, key=lambda placement: schedule_of(costs, placement, tokens).seconds)
@@ -87,9 +87,9 @@ def place(costs: LayerCosts, stages: int, tokens: Sequence[int]) -> Placement:
 def replaced(costs: LayerCosts, now: Placement, tokens: Sequence[int]) -> Placement:
     """A placement for costs that have changed, of as many chunks; ``now`` itself where little would be gained."""
     # All stages wait for this: it does not try as many borders as the start does.
-    parted = Placement(now.stages, _parted(costs, len(now.bounds) - 1))
-    then, seconds = (schedule_of(costs, placement, tokens).seconds for placement in (parted, now))
-    return parted if then < (1 - WORTH_MOVING) * seconds else now
+    balanced = Placement(now.stages, _balanced(costs, len(now.bounds) - 1))
+    then, seconds = (schedule_of(costs, placement, tokens).seconds for placement in (balanced, now))
+    return balanced if then < (1 - WORTH_MOVING) * seconds else now
 
 
 def schedule_of(costs: LayerCosts, placement: Placement, tokens: Sequence[int]) -> Schedule:
@@ -97,7 +97,7 @@ def schedule_of(costs: LayerCosts, placement: Placement, tokens: Sequence[int]) 
     return make_schedule(costs.loads(placement, tokens))
 
 
-def _parted(costs: LayerCosts, parts: int) -> tuple[int, ...]:
+def _balanced(costs: LayerCosts, parts: int) -> tuple[int, ...]:
     """Borders of so many parts whose greatest cost is least; no part is empty."""
     totals = [forward + backward for forward, backward in zip(costs.forward, costs.backward, strict=True)]
     layers = len(totals)

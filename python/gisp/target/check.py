@@ -91,10 +91,10 @@ def check_along(target: str, sparsities: Sequence[Any] = ()) -> None:
         check_target(target, sparsity, "--sparsities holds")
 
 
-def check_parted(
+def check_stages(
     stages: int, lm_eval: object, compensation: CompensationRequest | None, offload: bool, generate: bool
 ) -> None:
-    """Refuse what needs the whole model in one process, where its layers are parted.
+    """Refuse what needs the whole model in one process, where its layers are split.
 
     Args:
         lm_eval, compensation: ``None`` where none is asked for.
@@ -103,7 +103,7 @@ def check_parted(
         GispError: names the option.
     """
     if stages > 1 and compensation is not None:
-        compensation.options.check_parted(stages)
+        compensation.options.check_stages(stages)
     asked = {"--offload": offload, "--lm-eval": lm_eval, "--generate": generate}
     given = next((name for name, value in asked.items() if value), None)
     if stages > 1 and given:

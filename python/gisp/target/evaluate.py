@@ -24,7 +24,7 @@ from gisp.run.record import library_versions
 from gisp.run.resources.base import BasePlace
 from gisp.stages.group import Stages
 from gisp.stages.rules import check_count
-from gisp.target.check import check_along, check_parted, is_run
+from gisp.target.check import check_along, check_stages, is_run
 from gisp.target.open import Target, open_target
 from gisp.target.plan import Outline
 from gisp.target.record import EvaluationRecorder
@@ -71,8 +71,8 @@ def evaluate_target(
             a model that does not fit.
     """
     asked = _checked(target, data, options, window, lm_eval, compensation, device, dtype, offload, gpu_memory, stages)
-    with _processes(replicas, stages) as (sharers, parted):
-        opened = asked.open([sparsity], sharers, parted)
+    with _processes(replicas, stages) as (sharers, of_stages):
+        opened = asked.open([sparsity], sharers, of_stages)
         opened.compensate()
         point = {**opened.measure(), **opened.target.describe(), "data": data}
         opened.record(point)
@@ -117,8 +117,8 @@ def evaluate_along(
     if not sparsities:
         raise GispError("--sparsities is empty: give numbers with commas between them")
     check_along(target, sparsities)
-    with _processes(replicas, stages) as (sharers, parted):
-        opened = asked.open([0.0, *sparsities], sharers, parted)
+    with _processes(replicas, stages) as (sharers, of_stages):
+        opened = asked.open([0.0, *sparsities], sharers, of_stages)
         moved = opened.target
         wanted = {0: moved.points[0]} | {p.step or 0: p for p in map(moved.nearest, sparsities)}
         points = []
@@ -223,7 +223,7 @@ def _checked(
     if compensation is not None and not is_run(target):
         raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
     chosen = options or EvalOptions(window=window)
-    check_parted(stages, lm_eval, compensation, offload, chosen.generate)
+    check_stages(stages, lm_eval, compensation, offload, chosen.generate)
     place = BasePlace(device, offload, gpu_memory)
     return _Asked(target, data, chosen, lm_eval, compensation, place, dtype)
 
@@ -236,11 +236,11 @@ def _processes(replicas: Replicas | None, stages: int) -> Iterator[tuple[Replica
             yield sharers, None
         return
     processes = replicas or Replicas()
-    parted = Stages(processes, stages)
-    if parted.replicas > 1:
+    of_stages = Stages(processes, stages)
+    if of_stages.replicas > 1:
         raise GispError(f"--stages {stages} takes as many processes, {processes.size} are here: start {stages}")
-    with processes.watched(), nullcontext() if processes.first else reporting(False), parted.connected():
-        yield processes, parted
+    with processes.watched(), nullcontext() if processes.first else reporting(False), of_stages.connected():
+        yield processes, of_stages
 
 
 def _agree(sharers: Replicas, opened: Target, options: EvalOptions, lm_eval: LmEvalTasks | None) -> None:
@@ -250,7 +250,7 @@ def _agree(sharers: Replicas, opened: Target, options: EvalOptions, lm_eval: LmE
     asked = {"": options, "lm_eval_": lm_eval}
     given = {f"option {of}{n}": str(v) for of, o in asked.items() if o is not None for n, v in asdict(o).items()}
     weight = next(p for p in opened.model.parameters() if not p.is_meta)
-    # Of a parted model the whole was compared with the run.
+    # Of a model over stages the whole was compared with the run.
     model = {} if opened.placement else {"model": fingerprint(opened.model)}
     agree(
         sharers,

@@ -1,4 +1,4 @@
-"""A tiny model parted over two processes, beside one that is whole."""
+"""A tiny model split over two processes, beside one that is whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.prune.stages import build_part
 from gisp.cli import main
 
 
-def test_a_parted_run_is_timed_and_is_the_run_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_split_run_is_timed_and_is_the_run_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["bench", "prune", "--model", "tiny", "--device", "cpu", "--steps", "3"]
     found = []
     for stages in (1, 2):
@@ -47,7 +47,7 @@ def test_values_of_a_part_are_those_of_the_whole() -> None:
         ("8", "8", "--stages 8 is more than the 4 layers of this model"),
     ],
 )
-def test_what_cannot_be_parted_starts_nothing(
+def test_what_cannot_be_split_starts_nothing(
     stages: str, gpus: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def never(*_: Any, **__: Any) -> int:

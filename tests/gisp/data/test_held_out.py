@@ -65,7 +65,7 @@ def test_few_examples_cannot_be_split(number: int) -> None:
         hold_out(one)
 
 
-def test_the_pieces_of_a_long_text_are_parted() -> None:
+def test_the_pieces_of_a_long_text_are_split() -> None:
     pieces = Sequences(rows((8,) * 10).rows, (1,) * 10, (tuple(range(10)),))
     seen, held_out = hold_out(pieces)
     assert (numbers(held_out), len(seen.rows)) == ([1, 3, 6, 8], 6)

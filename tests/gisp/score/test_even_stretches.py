@@ -1,4 +1,4 @@
-"""A step of short and long sequences: parted where padding costs more than a pass, and scored as in one pass."""
+"""A step of short and long sequences: split where padding costs more than a pass, and scored as in one pass."""
 
 from __future__ import annotations
 
@@ -46,27 +46,27 @@ def test_sequences_of_about_one_length_pass_together() -> None:
     assert found[0][0] == 0 and found[-1][1] == 1010 and took([30] * 1000 + [512] * 10, found, 0) < 50_000
 
 
-def test_a_parted_step_has_the_scores_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_step_has_the_scores_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     data, model_map = mixed(), map_model(tiny_model())
     found = []
     for cost in (10**6, 1):
         monkeypatch.setattr(batches, "_PASS_TOKENS", cost)
         scorer = gradient_scorer(model_map, data, preset="fast", batch_tokens=400, criterion="second-order")
         found.append((scorer, scorer.score(1, model_map.groups)))
-    (_, whole), (parted_by, parted) = found
-    numbers = parted_by._context.steps.numbers(1)
-    assert len(list(parted_by._context.steps.batches(numbers))) > 1
-    assert parted.tokens < whole.tokens
-    assert parted.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    (_, whole), (split_by, split) = found
+    numbers = split_by._context.steps.numbers(1)
+    assert len(list(split_by._context.steps.batches(numbers))) > 1
+    assert split.tokens < whole.tokens
+    assert split.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
     for name, values in whole.scores.items():
-        torch.testing.assert_close(parted.scores[name], values, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(split.scores[name], values, rtol=1e-3, atol=1e-6)
 
 
 def test_criteria_of_one_pass_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "_PASS_TOKENS", 1)
     model_map = map_model(tiny_model())
-    for criterion, parted in (("gisp", False), ("second-order", True)):
+    for criterion, split in (("gisp", False), ("second-order", True)):
         steps = gradient_scorer(model_map, mixed(), preset="fast", criterion=criterion)._context.steps
-        assert (len(list(steps.batches(steps.numbers(1)))) > 1) is parted
+        assert (len(list(steps.batches(steps.numbers(1)))) > 1) is split
     steps = gradient_scorer(model_map, answers(), preset="fast", criterion="second-order", batch_size=3)._context.steps
     assert list(steps.batches(steps.numbers(1)[:7])) == [(0, 3), (3, 6), (6, 7)]

@@ -139,7 +139,7 @@ def test_noise_is_that_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 9])
-def test_a_question_is_never_parted(size: int) -> None:
+def test_a_question_is_never_split(size: int) -> None:
     data = answers()
     steps = StepBatches(map_model(tiny_model()), data, kind="exact", batch_size=size, tokens=1, seed=0)
     places = steps.questions(1)

@@ -1,4 +1,4 @@
-"""Steps parted into slices: the sums of the whole, example by example, for every objective and pass."""
+"""Steps split into slices: the sums of the whole, example by example, for every objective and pass."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_slices_add_up_to_the_step(make: Callable[[], Sequences], refused: str |
         )
         scorer.refused = refused
         found.append(scorer.score(1, model_map.groups))
-    whole, parted = found
-    assert parted.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    whole, split = found
+    assert split.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
     for name, values in whole.scores.items():
-        torch.testing.assert_close(parted.scores[name], values, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(split.scores[name], values, rtol=1e-3, atol=1e-6)
     # Shorter stretches are padded less.
-    assert 0 < parted.tokens <= whole.tokens
+    assert 0 < split.tokens <= whole.tokens
 
 
 def test_examples_stay_whole_and_none_is_lost() -> None:
@@ -73,19 +73,19 @@ def test_a_forward_pass_in_slices_has_the_loss_of_the_whole() -> None:
 def test_statistics_of_slices_are_those_of_the_step(criterion: str, slices: int) -> None:
     shrinkable = ShrinkableModel(map_model(tiny_model()))
     options = {**OPTIONS, "first_order": "plain"}
-    whole, parted = (
+    whole, split = (
         make_scorer(Context(shrinkable, ragged(), make_config(**options, criterion=criterion, slices=count))).score(
             1, shrinkable.map.groups
         )
         for count in (None, slices)
     )
-    assert parted.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+    assert split.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
     for name, values in whole.scores.items():
-        torch.testing.assert_close(parted.scores[name], values, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(split.scores[name], values, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("criterion", ["gisp", "signed", "magnitude", "learned-gates", "block-influence"])
-def test_only_sums_that_add_up_are_parted(criterion: str) -> None:
+def test_only_sums_that_add_up_are_split(criterion: str) -> None:
     with pytest.raises(GispError, match=f"--slices 4, .* goes with --criterion second-order, .*, not {criterion}"):
         make_config(criterion=criterion, slices=4)
     assert make_config(slices=4).slices == 4 and make_config().slices is None
@@ -99,11 +99,11 @@ def test_passes_of_what_is_not_passed_are_not_made(
 ) -> None:
     """Parting a step takes milliseconds, and slices pass by themselves."""
     asked: list[tuple[int, ...]] = []
-    parted = StepBatches.batches
+    split = StepBatches.batches
 
     def counted(self: StepBatches, numbers: list[int], *given: Any, **options: Any) -> Any:
         asked.append(tuple(numbers))
-        return parted(self, numbers, *given, **options)
+        return split(self, numbers, *given, **options)
 
     monkeypatch.setattr(StepBatches, "batches", counted)
     data, model_map = make(), map_model(tiny_model())

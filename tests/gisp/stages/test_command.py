@@ -57,7 +57,7 @@ def test_stages_write_the_run_of_one_process(
         (["--stages", "0", "--gpus", "2"], "--stages"),
     ],
 )
-def test_what_cannot_be_parted_is_refused(
+def test_what_cannot_be_split_is_refused(
     tmp_path: Path,
     model_folder: Path,
     token_file: Path,
@@ -113,7 +113,7 @@ def refuse_all(folder: str) -> None:
         time.sleep(0.05)
 
 
-def test_one_line_says_what_cannot_be_parted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_line_says_what_cannot_be_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import GemmaConfig, GemmaForCausalLM, StableLmConfig, StableLmForCausalLM
 
     tiny_model().save_pretrained(tmp_path / "sound")
@@ -192,7 +192,7 @@ def in_memory_run(folder: str) -> None:
         gisp.prune(bare, tiny_tokens(16), process_group=group, stages=2, **OPTIONS)
 
 
-def test_a_model_in_memory_is_parted(tmp_path: Path) -> None:
+def test_a_model_in_memory_is_split(tmp_path: Path) -> None:
     gisp.prune(tiny_model(), tiny_tokens(16), out=tmp_path / "one", slices=8, **OPTIONS)
     run_ranks(2, tmp_path / "ranks", in_memory_run, str(tmp_path))
     one, two = ((tmp_path / name / "trajectory.safetensors").read_bytes() for name in ("one", "two"))

@@ -29,7 +29,7 @@ HOW = EvalOptions(window=12, stride=7, batch_size=3)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of a plain model and of a tied one that loses almost all, and data."""
-    folder = tmp_path_factory.mktemp("parted")
+    folder = tmp_path_factory.mktemp("split")
     harsh = {"sparsity": 0.78, "keep_minimum": False, "gqa": "query", "align": 1}
     for name, family, more in (("plain", "llama-gqa", {}), ("tied", "qwen2", harsh)):
         tiny_model(family, layers=5).save_pretrained(folder / f"model-{name}", max_shard_size="40KB")
@@ -45,7 +45,7 @@ def figures(folder: str, name: str, **how: Any) -> list[dict[str, Any]]:
     return [*along, evaluate_target(run, data, **given), evaluate_target(run, data, sparsity=0.0, **given)]
 
 
-def parted(folder: str, out: str) -> None:
+def split(folder: str, out: str) -> None:
     replicas = Replicas(distributed.group.WORLD)
     found = {n: figures(folder, n, replicas=replicas, stages=replicas.size) for n in ("plain", "tied")}
     Path(f"{out}/{replicas.rank}.json").write_text(json.dumps(found))
@@ -58,7 +58,7 @@ def parted(folder: str, out: str) -> None:
 def test_figures_are_those_of_one_process(place: Path, tmp_path: Path, size: int) -> None:
     expected = {name: figures(str(place), name) for name in ("plain", "tied")}
     assert len({point["perplexity"] for point in expected["plain"]}) >= 3
-    run_ranks(size, tmp_path / "ranks", parted, str(place), str(tmp_path))
+    run_ranks(size, tmp_path / "ranks", split, str(place), str(tmp_path))
     for rank in range(size):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
 

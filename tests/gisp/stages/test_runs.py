@@ -1,4 +1,4 @@
-"""Runs of a parted model: what they write is what one process writes, for any stages and replicas of them."""
+"""Runs of a split model: what they write is what one process writes, for any stages and replicas of them."""
 
 from __future__ import annotations
 

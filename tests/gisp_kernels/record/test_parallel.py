@@ -149,7 +149,7 @@ def flattened_refuses() -> None:
         wrapped = FullyShardedDataParallel(Block(), device_id=torch.device("cpu"), use_orig_params=original)
         for target in (wrapped, wrapped.module):
             for record in (record_importance, record_lines):
-                with pytest.raises(RuntimeError, match="flattened and parted: use fully_shard or ZeRO-2"):
+                with pytest.raises(RuntimeError, match="flattened and split: use fully_shard or ZeRO-2"):
                     record(target, keep_grad=True)
 
 

@@ -333,10 +333,10 @@ def one_row(model: Any) -> None:
 
 
 @pytest.mark.parametrize("part", [zero_three, one_row], ids=lambda work: work.__name__)
-def test_parted_weights_are_refused(model: Block, part: Callable[[Any], None]) -> None:
+def test_split_weights_are_refused(model: Block, part: Callable[[Any], None]) -> None:
     part(model)
     for record in (record_importance, record_lines):
-        with pytest.raises(RuntimeError, match="flattened and parted: use fully_shard or ZeRO-2"):
+        with pytest.raises(RuntimeError, match="flattened and split: use fully_shard or ZeRO-2"):
             record(model, keep_grad=True)
 
 

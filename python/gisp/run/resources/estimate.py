@@ -128,7 +128,7 @@ def _speed(matrix: torch.Tensor, tokens: int) -> float:
 def announce(model_map: ModelMap, context: Context, steps_left: int) -> None:
     """Tell whoever hears of progress what a run will take, and what to do where that is much.
 
-    Of a parted model the memory is that of the first stage.
+    Of a split model the memory is that of the first stage.
     """
     if not hears_notes():
         return

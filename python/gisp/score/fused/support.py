@@ -38,7 +38,7 @@ def why_not(model_map: ModelMap, length: int) -> str | None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return "the output projection is no plain Linear without bias"
-    # Of a model that is parted over processes the rest lies on meta, of one that is not loaded yet all of it.
+    # Of a model that is split over processes the rest lies on meta, of one that is not loaded yet all of it.
     devices = {p.device for p in model.parameters() if not (p.is_meta or (stream and stream.holds(p)))}
     dtypes = {p.dtype for p in model.parameters()}
     if len(devices) > 1 or len(dtypes) != 1 or not dtypes <= _TOLERANCE.keys():

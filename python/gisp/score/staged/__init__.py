@@ -1,4 +1,4 @@
-"""The fused pass of a model that is parted by whole layers over processes."""
+"""The fused pass of a model that is split by whole layers over processes."""
 
 from gisp.score.staged.staged_pass import StagedPass
 

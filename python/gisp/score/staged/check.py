@@ -1,4 +1,4 @@
-"""Whether the fused pass computes what the parted model computes: stage by stage, on one sequence."""
+"""Whether the fused pass computes what the split model computes: stage by stage, on one sequence."""
 
 from __future__ import annotations
 

@@ -84,20 +84,20 @@ def test_a_folder_of_several_processes_is_that_of_one(runs: Path, tmp_path: Path
     out.mkdir()
     run_ranks(3, tmp_path / "ranks", export_all, str(runs), str(out))
     for name in KINDS:
-        one, parted = runs / f"{name}-one", out / name
-        expected, found = state(one), state(parted)
+        one, split = runs / f"{name}-one", out / name
+        expected, found = state(one), state(split)
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[tensor], expected[tensor]) for tensor in expected), name
-        configs = [json.loads((folder / "config.json").read_text()) for folder in (one, parted)]
+        configs = [json.loads((folder / "config.json").read_text()) for folder in (one, split)]
         assert configs[0] == configs[1]
-        index = json.loads((parted / "model.safetensors.index.json").read_text())
-        assert len({*index["weight_map"].values()}) == len([*parted.glob("*.safetensors")]) == 3
+        index = json.loads((split / "model.safetensors.index.json").read_text())
+        assert len({*index["weight_map"].values()}) == len([*split.glob("*.safetensors")]) == 3
         # No process had the layers of another.
-        for file in parted.glob("*.safetensors"):
+        for file in split.glob("*.safetensors"):
             assert len({tensor.split(".")[2] for tensor in load_file(file) if ".layers." in tensor}) <= 2
-        logits = [exact_logits(gisp.load(folder), tiny_tokens(2)) for folder in (one, parted)]
+        logits = [exact_logits(gisp.load(folder), tiny_tokens(2)) for folder in (one, split)]
         assert torch.equal(*logits)
-        assert (parted / "README.md").read_text().startswith("---")
+        assert (split / "README.md").read_text().startswith("---")
 
 
 @pytest.mark.usefixtures("forked_launch")

@@ -77,7 +77,7 @@ def test_passes_of_a_batch_add_up(batch_size: int) -> None:
         torch.testing.assert_close(parts.scores[name], values, rtol=0, atol=2e-3)
 
 
-def test_a_fresh_batch_is_parted_where_logits_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fresh_batch_is_split_where_logits_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     from gisp.data import batches
 
     model, passed = tiny_model(), []
