@@ -41,7 +41,7 @@ class Compactor:
 
     Args:
         groups: the groups; their current weights are the full storage.
-        backend: of the swaps, see :func:`gisp_kernels.ops.swap.swap_blocks_`.
+        backend: of the swaps, see :class:`gisp_kernels.ops.swap.PreparedSwaps`.
         device: of :attr:`numbers`; ``None``: that of the first weight.
         optimizer: one or several; their state for the groups' parameters, all that is shaped like them, moves along. It
             may come and be loaded at any time. What a step brings back has the state it had when it went.

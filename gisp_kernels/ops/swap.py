@@ -50,47 +50,22 @@ def block_layout(tensor: torch.Tensor, axis: str, block: int) -> Layout:
     return Layout(height // block, block, width, pitch, block * pitch)
 
 
-def swap_blocks_(
-    tensors: Sequence[torch.Tensor],
-    pairs: Sequence[torch.Tensor],
-    axes: Sequence[str],
-    blocks: Sequence[int],
-    *,
-    backend: str | None = None,
-) -> None:
-    """Swap block ``a`` with block ``b`` in place for every pair ``(a, b)``, in every tensor.
+class PreparedSwaps:
+    """Swaps of block ``a`` with block ``b`` in place for pairs ``(a, b)``, in many tensors, over and over.
+
+    The tensors are checked once, so :meth:`run` costs little more than its launch. Their memory must stay where it is.
 
     Args:
         tensors: matrices [O, I] with contiguous rows (any row stride, so a prefix of columns is fine), or vectors [O]
             with ``axis`` ``"row"``; elements of 1, 2, 4 or 8 bytes. They must not overlap in memory; several devices
-            are allowed. Autograd does not see the change.
-        pairs: for each tensor an int64 CPU tensor [n, 2]; all its indices differ.
+            are allowed. Autograd sees that they change, not how.
         axes: for each tensor ``"row"`` or ``"column"``.
         blocks: for each tensor the rows or columns per block.
         backend: ``None`` or ``"auto"``, ``"reference"``, ``"triton"`` (one launch per tensor) or ``"native"`` (one
             launch per device, nothing waits for it).
 
     Raises:
-        ValueError: an argument does not fit; nothing has been swapped then.
-        RuntimeError: the requested backend cannot run here.
-    """
-    if not len(tensors) == len(pairs) == len(axes) == len(blocks):
-        raise ValueError(
-            "tensors, pairs, axes and blocks must have one entry per tensor, got "
-            f"{len(tensors)}, {len(pairs)}, {len(axes)} and {len(blocks)}"
-        )
-    prepared = PreparedSwaps(tensors, axes, blocks, backend=backend)
-    _check_pairs(pairs, prepared.counts)
-    prepared.run({i: pair for i, pair in enumerate(pairs) if len(pair)})
-
-
-class PreparedSwaps:
-    """Many swaps to come in the same tensors, checked once: :meth:`run` costs little more than its launch.
-
-    The tensors' memory must stay where it is. Arguments and errors are those of :func:`swap_blocks_`.
-
-    Attributes:
-        counts: blocks of every tensor.
+        ValueError: an argument does not fit.
     """
 
     def __init__(
@@ -110,7 +85,6 @@ class PreparedSwaps:
         self._axes = [_AXES.index(axis) for axis in axes]
         self._blocks = [int(block) for block in blocks]
         self._layouts = [block_layout(t, a, b) for t, a, b in zip(tensors, axes, blocks, strict=True)]
-        self.counts = [layout.blocks for layout in self._layouts]
         # The compiled core gets these of each tensor, and the number of pairs.
         self._entries = [(t.data_ptr(), t.element_size(), *y) for t, y in zip(tensors, self._layouts, strict=True)]
         self._devices = sorted({t.device for t in tensors}, key=str)
@@ -118,6 +92,8 @@ class PreparedSwaps:
 
     def run(self, pairs: Mapping[int, torch.Tensor]) -> None:
         """Swap ``pairs[i]``, int64 CPU [n, 2] with n > 0 and different indices of blocks, in tensor ``i``.
+
+        Pairs are not checked: whoever plans a removal numbers blocks that exist, each once.
 
         Raises:
             RuntimeError: the backend cannot run here; nothing has been swapped then.
@@ -222,26 +198,6 @@ def _check_tensor(name: str, tensor: torch.Tensor, axis: str, block: int) -> Non
         raise ValueError(f"{name} must have stride 1 along its last dimension, got strides {tensor.stride()}")
     if tensor.dim() == 2 and tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1]:
         raise ValueError(f"rows of {name} must not overlap, got strides {tensor.stride()} for {tuple(tensor.shape)}")
-
-
-def _check_pairs(pairs: Sequence[torch.Tensor], counts: Sequence[int]) -> None:
-    checked: set[tuple[int, int]] = set()
-    for i, (pair, count) in enumerate(zip(pairs, counts, strict=True)):
-        # The projections of a group share one tensor of pairs; this reads it once.
-        if (id(pair), count) in checked:
-            continue
-        if pair.dtype != torch.int64 or pair.device.type != "cpu":
-            raise ValueError(f"pairs[{i}] must be int64 on the CPU, got {pair.dtype} on {pair.device}")
-        if pair.dim() != 2 or pair.shape[1] != 2:
-            raise ValueError(f"pairs[{i}] must have shape [n, 2], got {tuple(pair.shape)}")
-        values = pair.flatten().tolist()
-        if values and (min(values) < 0 or max(values) >= count):
-            worst = min(values) if min(values) < 0 else max(values)
-            raise ValueError(f"pairs[{i}] holds {worst}, but tensors[{i}] has {count} blocks")
-        if len(set(values)) != len(values):
-            repeated = next(value for place, value in enumerate(values) if value in values[:place])
-            raise ValueError(f"all indices of pairs[{i}] must differ, got {repeated} more than once")
-        checked.add((id(pair), count))
 
 
 def _check_no_overlap(tensors: Sequence[torch.Tensor]) -> None:

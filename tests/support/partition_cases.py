@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from gisp_kernels import _ext
 from gisp_kernels.backend import has_triton, interpreting
+from gisp_kernels.ops.swap import PreparedSwaps
 
 NO_CORE = _ext.why_not("cpu")
 NEEDS_INTERPRETER = pytest.mark.skipif(
@@ -43,3 +45,16 @@ def swapped(tensor: torch.Tensor, pairs: torch.Tensor, axis: str, block: int) ->
         source[a], source[b] = source[b], source[a]
     lines = [s * block + i for s in source for i in range(block)]
     return tensor.index_select(dim, torch.tensor(lines, dtype=torch.int64))
+
+
+def swap_blocks(
+    tensors: Sequence[torch.Tensor],
+    pairs: Sequence[torch.Tensor],
+    axes: Sequence[str],
+    blocks: Sequence[int],
+    *,
+    backend: str | None = None,
+) -> None:
+    """Swap ``pairs[i]``, int64 [n, 2], in tensor ``i``, once."""
+    prepared = PreparedSwaps(tensors, axes, blocks, backend=backend)
+    prepared.run({i: pair for i, pair in enumerate(pairs) if len(pair)})

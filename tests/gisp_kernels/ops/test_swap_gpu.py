@@ -9,14 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from partition_cases import bits, random_bits, random_pairs, swapped
+from partition_cases import bits, random_bits, random_pairs, swap_blocks, swapped
 from torch import nn
 
 from gisp_kernels import _ext
 from gisp_kernels.backend import has_triton
 from gisp_kernels.compaction.compactor import Compactor
 from gisp_kernels.groups import Projection, StructureGroup
-from gisp_kernels.ops.swap import swap_blocks_
 
 NO_CORE = _ext.why_not("cuda")
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(NO_CORE is not None, reason=str(NO_CORE)))
@@ -33,7 +32,7 @@ def check(full: torch.Tensor, view: torch.Tensor, pairs: torch.Tensor, axis: str
     # The same offset into the allocation, so that alignment is as asked for.
     there = on_gpu.as_strided(view.shape, view.stride(), view.storage_offset())
     view.copy_(swapped(view, pairs, axis, block))
-    swap_blocks_([there], [pairs], [axis], [block], backend=backend)
+    swap_blocks([there], [pairs], [axis], [block], backend=backend)
     assert torch.equal(bits(on_gpu.cpu()), bits(full))
 
 
@@ -93,10 +92,10 @@ def test_whole_model_in_one_call(backend: str) -> None:
     expected = [swapped(*entry) for entry in zip(tensors, pairs, axes, blocks, strict=True)]
     on_gpu = [tensor.cuda() for tensor in tensors]
     for _ in range(5):
-        swap_blocks_(on_gpu, pairs, axes, blocks, backend=backend)
+        swap_blocks(on_gpu, pairs, axes, blocks, backend=backend)
         for tensor, right in zip(on_gpu, expected, strict=True):
             assert torch.equal(bits(tensor.cpu()), bits(right))
-        swap_blocks_(on_gpu, pairs, axes, blocks, backend=backend)
+        swap_blocks(on_gpu, pairs, axes, blocks, backend=backend)
         for tensor, right in zip(on_gpu, tensors, strict=True):
             assert torch.equal(bits(tensor.cpu()), bits(right))
 
@@ -113,7 +112,7 @@ def test_whole_model_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fake = SimpleNamespace(swap_table_bytes=core.swap_table_bytes, plan_swaps=core.plan_swaps, swap_blocks_cuda=count)
     monkeypatch.setattr(_ext, "core", lambda: fake)
-    swap_blocks_(on_gpu, pairs, axes, blocks, backend="native")
+    swap_blocks(on_gpu, pairs, axes, blocks, backend="native")
     assert len(chunks) == 1
     assert chunks[0] > len(tensors) // 2
 
@@ -122,10 +121,10 @@ def test_whole_model_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_native_waits_for_nothing() -> None:
     tensors, pairs, axes, blocks = whole_model()
     on_gpu = [tensor.cuda() for tensor in tensors]
-    swap_blocks_(on_gpu, pairs, axes, blocks, backend="native")
+    swap_blocks(on_gpu, pairs, axes, blocks, backend="native")
     torch.cuda.set_sync_debug_mode("error")
     try:
-        swap_blocks_(on_gpu, pairs, axes, blocks, backend="native")
+        swap_blocks(on_gpu, pairs, axes, blocks, backend="native")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -136,13 +135,13 @@ def test_runs_on_the_current_stream(backend: str) -> None:
     values = torch.arange(64.0, device="cuda")[:, None].expand_as(tensor)
     pairs = torch.tensor([[0, 63], [5, 9]])
     # Compiles outside of the timed order of events below.
-    swap_blocks_([tensor], [pairs], ["row"], [1], backend=backend)
+    swap_blocks([tensor], [pairs], ["row"], [1], backend=backend)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
         tensor.copy_(values)
-        swap_blocks_([tensor], [pairs], ["row"], [1], backend=backend)
+        swap_blocks([tensor], [pairs], ["row"], [1], backend=backend)
         result = tensor[:, 0].clone()
     stream.synchronize()
     expected = torch.arange(64.0)
@@ -233,10 +232,10 @@ def test_offsets_beyond_two_gigabytes() -> None:
     tensor = torch.zeros(height, width, dtype=torch.int16, device="cuda")
     tensor[-1] = 7
     tensor[:, -1] = 9
-    swap_blocks_([tensor], [torch.tensor([[0, height - 1]])], ["row"], [1], backend="native")
+    swap_blocks([tensor], [torch.tensor([[0, height - 1]])], ["row"], [1], backend="native")
     assert bool((tensor[0, :-1] == 7).all())
     assert bool((tensor[-1, :-1] == 0).all())
-    swap_blocks_([tensor], [torch.tensor([[1, width - 1]])], ["column"], [1], backend="native")
+    swap_blocks([tensor], [torch.tensor([[1, width - 1]])], ["column"], [1], backend="native")
     assert bool((tensor[:, 1] == 9).all())
     assert tensor[0, width - 1].item() == 7
     assert int(tensor[1:, width - 1].abs().max()) == 0
