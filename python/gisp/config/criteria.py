@@ -62,20 +62,20 @@ def _gradient(kind: GradientKind, **options: Any) -> Criterion:
 CRITERIA: dict[str, Criterion] = {
     "gisp": _gradient("absolute"),
     "second-order": _gradient("second-order", first_order="shrunk"),
-    "magnitude": Criterion("gisp.score.simple:magnitude"),
+    "magnitude": Criterion("gisp.score.criteria.simple:magnitude"),
     # Divided by parameters every head would go before any channel.
-    "random": Criterion("gisp.score.simple:Random", {"norm": "none"}),
+    "random": Criterion("gisp.score.criteria.simple:Random", {"norm": "none"}),
     "taylor-local": _gradient("absolute", allocator="uniform"),
     "signed": _gradient("signed"),
-    "wanda-sp": Criterion("gisp.score.activation:WandaSP", {"allocator": "uniform"}, adds_up=True),
-    "flap": Criterion("gisp.score.activation:FLAP", {"norm": "zscore"}, standardises=True, adds_up=True),
+    "wanda-sp": Criterion("gisp.score.criteria.activation:WandaSP", {"allocator": "uniform"}, adds_up=True),
+    "flap": Criterion("gisp.score.criteria.activation:FLAP", {"norm": "zscore"}, standardises=True, adds_up=True),
     # A run is one training; its scores are zero where a gate closes, whatever the structure's size.
     "learned-gates": Criterion(
-        "gisp.score.learned_gates.scorer:LearnedGates",
+        "gisp.score.criteria.learned_gates.scorer:LearnedGates",
         {"norm": "none", "schedule": "parameters", "engine": "stream", "steps": 1, "ema": 0.0, **GATE_DEFAULTS},
         trains=True,
     ),
-    "block-influence": Criterion("gisp.score.block_influence:BlockInfluence", whole_layers=True),
+    "block-influence": Criterion("gisp.score.criteria.block_influence:BlockInfluence", whole_layers=True),
 }
 
 

@@ -10,8 +10,8 @@ that one global threshold gives every group its share at every size on the way
 from __future__ import annotations
 
 from gisp.config.options import OFFICIAL_RATIO, PruneConfig
-from gisp.score.activation import outlier_ratios
 from gisp.score.context import Context
+from gisp.score.criteria.activation import outlier_ratios
 from gisp.select.selector import Selector
 
 # Half the widest difference of layers' fractions, OWL's lambda.

@@ -12,7 +12,7 @@ from tiny import tiny_model, tiny_tokens
 
 from gisp.model.modes import frozen
 from gisp.model.structures import map_model
-from gisp.score.learned_gates.gates import Gates
+from gisp.score.criteria.learned_gates.gates import Gates
 from gisp_kernels.groups import StructureGroup
 
 TOKENS = tiny_tokens(4, 12)

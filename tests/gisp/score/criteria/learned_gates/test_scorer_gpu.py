@@ -15,8 +15,8 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.score.base import StepScores, make_scorer
 from gisp.score.context import Context
-from gisp.score.learned_gates.distillation import distilled
-from gisp.score.learned_gates.gates import Gates
+from gisp.score.criteria.learned_gates.distillation import distilled
+from gisp.score.criteria.learned_gates.gates import Gates
 
 pytestmark = pytest.mark.gpu
 

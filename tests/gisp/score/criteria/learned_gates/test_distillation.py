@@ -7,8 +7,8 @@ import torch
 from score_cases import ragged
 from tiny import VOCAB
 
-from gisp.score.learned_gates import distillation
-from gisp.score.learned_gates.distillation import distilled
+from gisp.score.criteria.learned_gates import distillation
+from gisp.score.criteria.learned_gates.distillation import distilled
 
 WEIGHTS = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25])
 

@@ -10,9 +10,9 @@ from gisp.model.modes import deterministic, frozen
 from gisp.progress import track
 from gisp.score.base import StepScores
 from gisp.score.context import Context
-from gisp.score.learned_gates.budget import Budget
-from gisp.score.learned_gates.distillation import distilled
-from gisp.score.learned_gates.gates import Gates
+from gisp.score.criteria.learned_gates.budget import Budget
+from gisp.score.criteria.learned_gates.distillation import distilled
+from gisp.score.criteria.learned_gates.gates import Gates
 from gisp_kernels.groups import StructureGroup
 
 # Weight of the divergence from the dense model beside the NLL, of the released code.

@@ -17,9 +17,9 @@ from gisp.config.criteria import CRITERIA
 from gisp.config.options import make_config
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
-from gisp.score.activation import outlier_ratios
 from gisp.score.base import StepScores, make_scorer
 from gisp.score.context import Context
+from gisp.score.criteria.activation import outlier_ratios
 
 MODELS = pytest.mark.parametrize(
     ("family", "gqa"),

@@ -24,7 +24,7 @@ from gisp.progress import Progress
 from gisp.run.trajectory import Trajectory
 from gisp.score.base import StepScores, make_scorer
 from gisp.score.context import Context
-from gisp.score.learned_gates.gates import Gates
+from gisp.score.criteria.learned_gates.gates import Gates
 
 TRAINING: dict[str, Any] = {
     "criterion": "learned-gates",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gisp.score.learned_gates.budget import Budget
+from gisp.score.criteria.learned_gates.budget import Budget
 
 
 def trained(worth: torch.Tensor, costs: torch.Tensor, target: float, steps: int) -> Budget:

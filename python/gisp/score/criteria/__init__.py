@@ -1,0 +1,1 @@
+"""Criteria other than gradients: scores of structures from weights, activations or training."""
