@@ -22,19 +22,8 @@ from triton.runtime.jit import JITFunction
 from gisp_kernels import abs_weighted_reduce, backend
 from gisp_kernels import triton as room
 from gisp_kernels.ops.swap import block_layout
-from gisp_kernels.triton import (
-    cross_entropy,
-    float8,
-    gate_grads,
-    grouped_reduce,
-    kv_heads,
-    rms_norm,
-    rotary,
-    swap,
-    swiglu,
-    wgrad_importance,
-    wgrad_tma,
-)
+from gisp_kernels.triton import float8, gate_grads, grouped_reduce, swap, wgrad_importance, wgrad_tma
+from gisp_kernels.triton.decoder import cross_entropy, kv_heads, rms_norm, rotary, swiglu
 
 TOKENS, WIDTH, BLOCK = 64, 4096, 128
 # First capabilities with 8-bit floats and with a tensor memory accelerator.
@@ -64,7 +53,7 @@ def name_of(kernel: JITFunction) -> str:
 def kernels() -> set[str]:
     """Names of all kernels, those of modules that nothing here launches included."""
     modules = (
-        importlib.import_module(found.name) for found in pkgutil.iter_modules(room.__path__, f"{room.__name__}.")
+        importlib.import_module(found.name) for found in pkgutil.walk_packages(room.__path__, f"{room.__name__}.")
     )
     found = (value for module in modules for value in vars(module).values() if isinstance(value, JITFunction))
     return {name_of(kernel) for kernel in found if kernel.__name__.endswith("_kernel")}

@@ -21,7 +21,7 @@ from triton.runtime import driver
 from gisp.model.structures import map_model
 from gisp.score.fused import ImportancePass, MicroBatch
 from gisp_kernels import abs_weighted_reduce, backend, forms
-from gisp_kernels.triton import rms_norm, swiglu
+from gisp_kernels.triton.decoder import rms_norm, swiglu
 
 CAPABILITY = 90
 launched: list[tuple[Any, ...]] = []

@@ -23,7 +23,7 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor, *, backend: str | Non
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits [T, V] and targets [T] do not fit: {logits.shape}, {targets.shape}")
     if backends.resolve(backend, logits) == "triton":
-        from gisp_kernels.triton import cross_entropy as kernel
+        from gisp_kernels.triton.decoder import cross_entropy as kernel
 
         return kernel.launch(logits, targets, None, IGNORED)
     value = logits.float()
@@ -49,7 +49,7 @@ def token_nll_grad_(
             f"logits [T, V], targets [T], weights [T] do not fit: {logits.shape}, {targets.shape}, {weights.shape}"
         )
     if backends.resolve(backend, logits) == "triton":
-        from gisp_kernels.triton import cross_entropy as kernel
+        from gisp_kernels.triton.decoder import cross_entropy as kernel
 
         return kernel.launch(logits, targets, weights, IGNORED)
     value = logits.float()

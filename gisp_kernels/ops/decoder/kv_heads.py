@@ -26,7 +26,7 @@ def expand_kv(
         raise ValueError(f"kv must be [T, KV, hd] and index [H], got {kv.shape}, {index.shape}")
     out = result("out", out, (kv.shape[0], index.shape[0], kv.shape[2]), kv)
     if backends.resolve(backend, kv) == "triton":
-        from gisp_kernels.triton import kv_heads as kernel
+        from gisp_kernels.triton.decoder import kv_heads as kernel
 
         kernel.expand(kv, index, out)
         return out

@@ -41,7 +41,7 @@ def add_rms_norm(
     summed = x if delta is None else result("total", total, x.shape, x)
     out = result("out", out, x.shape, x)
     if backends.resolve(backend, x) == "triton":
-        from gisp_kernels.triton import rms_norm as kernel
+        from gisp_kernels.triton.decoder import rms_norm as kernel
 
         return summed, out, kernel.add_norm(x, delta, weight, eps, summed, out)
     if delta is not None:
@@ -66,7 +66,7 @@ def rms_norm_apply(
     _check_rstd(rstd, x)
     out = result("out", out, x.shape, x)
     if backends.resolve(backend, x) == "triton":
-        from gisp_kernels.triton import rms_norm as kernel
+        from gisp_kernels.triton.decoder import rms_norm as kernel
 
         kernel.apply_norm(x, rstd, weight, out)
         return out
@@ -95,7 +95,7 @@ def rms_norm_backward_(
     _check(x, weight, normed_grad, grad)
     _check_rstd(rstd, x)
     if backends.resolve(backend, x) == "triton":
-        from gisp_kernels.triton import rms_norm as kernel
+        from gisp_kernels.triton.decoder import rms_norm as kernel
 
         return kernel.backward(grad, normed_grad, x, rstd, weight)
     inverse = rstd[:, None]

@@ -36,7 +36,7 @@ def rotary(
         raise ValueError(f"the head size of x must be even, got {x.shape[2]}")
     out = result("out", out, x.shape, x)
     if backends.resolve(backend, x) == "triton":
-        from gisp_kernels.triton import rotary as kernel
+        from gisp_kernels.triton.decoder import rotary as kernel
 
         kernel.launch(x, cos, sin, out)
         return out

@@ -20,7 +20,7 @@ def swiglu(
     _check(gate, up)
     out = result("out", out, gate.shape, gate)
     if backends.resolve(backend, gate) == "triton":
-        from gisp_kernels.triton import swiglu as kernel
+        from gisp_kernels.triton.decoder import swiglu as kernel
 
         kernel.forward(gate, up, out)
         return out
@@ -40,7 +40,7 @@ def swiglu_backward_(
     _check(gate, up)
     _check(gate, grad_act)
     if backends.resolve(backend, gate) == "triton":
-        from gisp_kernels.triton import swiglu as kernel
+        from gisp_kernels.triton.decoder import swiglu as kernel
 
         kernel.backward(gate, up, grad_act)
         return
@@ -87,7 +87,7 @@ def swiglu_backward_gates_(
         out = torch.empty(tokens // length, width, dtype=torch.float32, device=gate.device)
     checks.check_same_shape("out", out, (tokens // length, width))
     if backends.resolve(backend, gate) == "triton":
-        from gisp_kernels.triton import swiglu as kernel
+        from gisp_kernels.triton.decoder import swiglu as kernel
 
         kernel.backward_gates(gate, up, grad_act, length, scale, out)
         return out

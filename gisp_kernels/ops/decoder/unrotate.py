@@ -40,7 +40,7 @@ def unrotate_qkv(
         raise ValueError(f"{heads} heads on {kv_heads} key/value heads do not fit: {told}")
     out = query.new_empty(batch * length, (heads + 2 * kv_heads) * size)
     if backends.resolve(backend, query) == "triton":
-        from gisp_kernels.triton import rotary as kernel
+        from gisp_kernels.triton.decoder import rotary as kernel
 
         kernel.unrotate(grads, cos, sin, index, kv_heads, out)
         return out

@@ -92,7 +92,7 @@ def test_offsets_beyond_32_bits(case):
 
 
 def test_nothing_recompiles_while_a_model_shrinks():
-    from gisp_kernels.triton import kv_heads, rms_norm, rotary, swiglu
+    from gisp_kernels.triton.decoder import kv_heads, rms_norm, rotary, swiglu
 
     kernels = (
         swiglu._gates_kernel,

@@ -1,0 +1,1 @@
+"""Kernels of :mod:`gisp_kernels.ops.decoder`."""
