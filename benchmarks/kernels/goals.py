@@ -10,8 +10,8 @@ from benchmarks.common.compare import Ratios, of_times
 from benchmarks.common.goals import Goal
 from benchmarks.common.registry import DENSE, HALF, MIDWAY, REAL
 from benchmarks.common.task import AUTO, COMPILED, Row
-from benchmarks.kernels.gates import TOKENS as GATE_TOKENS
-from benchmarks.kernels.importance import CUBLAS, CUBLAS_EAGER, CUBLAS_OURS
+from benchmarks.kernels.tasks.gates import TOKENS as GATE_TOKENS
+from benchmarks.kernels.tasks.importance import CUBLAS, CUBLAS_EAGER, CUBLAS_OURS
 
 MEBIBYTE = 2**20
 # Names of what was measured of a task, and parts of further such names.

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from benchmarks.common.plots import THEME, series, short, write_figures
 from benchmarks.common.registry import DENSE, EVEN_WIDTH, HALF, ODD_WIDTH
 from benchmarks.common.task import AUTO, COMPILED, EAGER, Row
-from benchmarks.kernels.importance import CUBLAS, CUBLAS_COMPILED, CUBLAS_EAGER, CUBLAS_OURS
+from benchmarks.kernels.tasks.importance import CUBLAS, CUBLAS_COMPILED, CUBLAS_EAGER, CUBLAS_OURS
 from gisp.report.style import new_figure
 
 # Implementations in order of importance: label, place in the theme's series, marker.

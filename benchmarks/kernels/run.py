@@ -28,9 +28,9 @@ from benchmarks.common.goals import goal_table
 from benchmarks.common.identity import identity
 from benchmarks.common.measure import ceilings
 from benchmarks.common.task import Row, Task, describe, first_line, run_task
-from benchmarks.kernels import compaction, decoder, float8, gates, importance, products, sweep
+from benchmarks.kernels import sweep
 from benchmarks.kernels.goals import kernel_goals, kernel_ratios
-from benchmarks.kernels.passes import recording
+from benchmarks.kernels.tasks import compaction, decoder, float8, gates, importance, products, recording
 from gisp.errors import GispError
 
 NAME = "gisp bench kernels"

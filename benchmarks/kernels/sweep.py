@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.common.registry import Case, quick_cases
 from benchmarks.common.task import Implementation, Prepared, Task, random_matrix
-from benchmarks.kernels.importance import within_budget
+from benchmarks.kernels.tasks.importance import within_budget
 from gisp_kernels import wgrad_importance
 from gisp_kernels.testing import wgrad_truth
 

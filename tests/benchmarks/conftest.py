@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.common import task
 from benchmarks.common.measure import Measurement
-from benchmarks.kernels import decoder, float8, gates, importance, products, sweep
-from benchmarks.kernels.passes import recording
+from benchmarks.kernels import sweep
+from benchmarks.kernels.tasks import decoder, float8, gates, importance, products, recording
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from benchmarks.common.task import (
     run_task,
     with_speedups,
 )
-from benchmarks.kernels import importance
+from benchmarks.kernels.tasks import importance
 from gisp_kernels.testing import reduce_truth
 
 

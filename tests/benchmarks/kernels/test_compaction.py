@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.common.registry import MODELS, Model
-from benchmarks.kernels import compaction
+from benchmarks.kernels.tasks import compaction
 from gisp_kernels import Compactor
 
 TINY = Model(layers=2, hidden=16, heads=4, kv_heads=2, head_dim=4, channels=24, vocabulary=32)

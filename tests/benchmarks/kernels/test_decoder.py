@@ -9,7 +9,7 @@ import torch
 from task_cases import right_ones
 
 from benchmarks.common.task import AUTO, Prepared
-from benchmarks.kernels import decoder
+from benchmarks.kernels.tasks import decoder
 from gisp_kernels.ops import decoder as ops
 
 PREPARE: dict[str, Callable[[], Prepared]] = {

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from benchmarks.common.task import AUTO, EAGER, Prepared, checked
-from benchmarks.kernels import float8
+from benchmarks.kernels.tasks import float8
 
 
 def wrong_ones(prepared: Prepared) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 from task_cases import right_ones
 
 from benchmarks.common.task import AUTO, checked
-from benchmarks.kernels import gates
+from benchmarks.kernels.tasks import gates
 
 
 @pytest.mark.parametrize(("width", "block"), [(48, 1), (96, 32)])

@@ -9,7 +9,8 @@ from task_cases import right_ones
 
 from benchmarks.common.registry import MODELS, Case
 from benchmarks.common.task import AUTO
-from benchmarks.kernels import importance, sweep
+from benchmarks.kernels import sweep
+from benchmarks.kernels.tasks import importance
 
 
 @pytest.mark.parametrize("axis", ["row", "column"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from task_cases import right_ones
 
 from benchmarks.common.task import AUTO, checked
-from benchmarks.kernels import products
+from benchmarks.kernels.tasks import products
 
 
 def test_products_are_right_and_one_without_a_token_is_not_timed(on_cpu: None) -> None:

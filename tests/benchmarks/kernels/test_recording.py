@@ -6,7 +6,7 @@ import torch
 from task_cases import right_ones
 
 from benchmarks.common.task import AUTO, checked
-from benchmarks.kernels.passes import recording
+from benchmarks.kernels.tasks import recording
 
 
 def test_recorders_are_right_and_a_wrong_one_is_not_timed(on_cpu: None) -> None:

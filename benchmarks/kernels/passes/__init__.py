@@ -1,1 +1,0 @@
-"""Forward and backward passes through layers, in place of single ops."""
