@@ -10,7 +10,11 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_float(name: str, tensor: torch.Tensor) -> None:
-    """Require a dense tensor of float32, bfloat16 or float16."""
+    """Require a dense tensor of float32, bfloat16 or float16, of any shape.
+
+    Raises:
+        TypeError: it is none.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -21,20 +25,32 @@ def check_float(name: str, tensor: torch.Tensor) -> None:
 
 
 def check_matrix(name: str, tensor: torch.Tensor) -> None:
-    """Require a floating-point matrix."""
+    """Require a matrix that :func:`check_float` takes.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
     check_float(name, tensor)
     if tensor.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
 
 
 def check_same_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
-    """Require exactly ``shape``."""
+    """Require exactly ``shape``.
+
+    Raises:
+        ValueError: another shape.
+    """
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def check_same_device(**tensors: torch.Tensor) -> None:
-    """Require all tensors on one device."""
+    """Require all tensors on one device.
+
+    Raises:
+        ValueError: they are on several.
+    """
     if len({tensor.device for tensor in tensors.values()}) > 1:
         places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"all tensors must be on one device, got {places}")
@@ -57,13 +73,22 @@ def structure_count(weight: torch.Tensor, axis: str, block: int) -> int:
 
 
 def check_power(power: int) -> None:
-    """Require an exponent of the element scores that is implemented."""
+    """Require an exponent of the element scores that is implemented.
+
+    Raises:
+        ValueError: neither 1 nor 2.
+    """
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power!r}")
 
 
 def score_buffer(out: torch.Tensor | None, count: int, weight: torch.Tensor) -> torch.Tensor:
-    """``out`` after validation, or fresh zeros: float32 [count] on the device of ``weight``."""
+    """``out`` after validation, or fresh zeros: float32 [count] on the device of ``weight``.
+
+    Raises:
+        TypeError: ``out`` is no float32 tensor.
+        ValueError: its shape, device or strides do not fit, or it requires a gradient.
+    """
     if out is None:
         return torch.zeros(count, dtype=torch.float32, device=weight.device)
     if not isinstance(out, torch.Tensor):

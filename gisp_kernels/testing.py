@@ -36,13 +36,13 @@ class Truth:
 
 
 def reduce_truth(weight: torch.Tensor, grad: torch.Tensor, axis: str, block: int, power: int = 1) -> Truth:
-    """Truth of ``sum |weight * grad| ** power``."""
+    """Truth of ``sum |weight * grad| ** power`` of matrices [O, I], by structure."""
     scores = _reduce64((weight.double() * grad.double()) ** power, axis, block)
     return Truth(scores, scores, _terms(weight, axis, block))
 
 
 def wgrad_truth(grad_output: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, axis: str, block: int) -> Truth:
-    """Truth of ``sum |weight * (grad_output.T @ input)|``."""
+    """Truth of ``sum |weight * (grad_output.T @ input)|`` of [..., O], [..., I] and [O, I], by structure."""
     dy, x, w = grad_output.double().flatten(0, -2), input.double().flatten(0, -2), weight.double()
     scores = _reduce64(w * (dy.T @ x), axis, block)
     magnitude = _reduce64(w * (dy.abs().T @ x.abs()), axis, block)

@@ -35,6 +35,7 @@ class OptimizerState:
 
     @property
     def stores(self) -> list[Store]:
+        """What of the optimizers' state moves along, as of the last :meth:`refresh`."""
         return list(self._found.values())
 
     def refresh(self) -> bool:

@@ -24,6 +24,7 @@ def attention(
 
     Args:
         query, key, value: [B, H, S, hd], in any strides with contiguous heads.
+        scale: what products of queries and keys are multiplied with before the softmax.
 
     Returns:
         The output, [B, H, S, hd], and what turns dL/d(output) into dL/d(query), dL/d(key) and dL/d(value). Both have

@@ -19,6 +19,9 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor, *, backend: str | Non
 
     Returns:
         float32 [T].
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits [T, V] and targets [T] do not fit: {logits.shape}, {targets.shape}")
@@ -43,6 +46,9 @@ def token_nll_grad_(
 
     Returns:
         float32 [T].
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     if logits.dim() != 2 or targets.shape != logits.shape[:1] or weights.shape != targets.shape:
         raise ValueError(

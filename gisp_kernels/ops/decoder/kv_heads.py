@@ -21,6 +21,9 @@ def expand_kv(
 
     Returns:
         [T, H, hd].
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     if kv.dim() != 3 or index.dim() != 1:
         raise ValueError(f"kv must be [T, KV, hd] and index [H], got {kv.shape}, {index.shape}")

@@ -36,6 +36,9 @@ def add_rms_norm(
     Returns:
         ``x + delta`` rounded to dtype (``x`` itself without ``delta``), its norm [T, D], and the inverse RMS,
         float32 [T].
+
+    Raises:
+        ValueError: operands of other shapes or dtypes.
     """
     _check(x, weight, delta)
     summed = x if delta is None else result("total", total, x.shape, x)
@@ -61,6 +64,9 @@ def rms_norm_apply(
     """The norm of ``x`` [T, D] from its saved inverse RMS (float32 [T]): the bits :func:`add_rms_norm` gave.
 
     ``out`` takes the result and may be ``x``.
+
+    Raises:
+        ValueError: operands of other shapes or dtypes.
     """
     _check(x, weight)
     _check_rstd(rstd, x)
@@ -91,6 +97,9 @@ def rms_norm_backward_(
 
     Returns:
         ``grad``, or ``normed_grad`` overwritten. The sum is float32 and rounded once.
+
+    Raises:
+        ValueError: operands of other shapes or dtypes.
     """
     _check(x, weight, normed_grad, grad)
     _check_rstd(rstd, x)

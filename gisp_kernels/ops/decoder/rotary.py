@@ -21,8 +21,14 @@ def rotary(
     Args:
         x: [T, H, hd], hd even; token ``t`` is at position ``t % S``.
         cos, sin: [S, hd] in any float dtype; S divides T.
-        out: result, may be ``x``.
+        out: [T, H, hd] for the result, may be ``x``.
         backend: ``None`` or ``"auto"``, ``"reference"`` or ``"triton"``.
+
+    Returns:
+        [T, H, hd] in the dtype of ``x``, rounded once.
+
+    Raises:
+        ValueError: shapes that do not fit, or an odd hd.
     """
     if (
         x.dim() != 3

@@ -16,6 +16,9 @@ def swiglu(
     """``silu(gate) * up``, [T, I] each; silu is rounded to dtype before the product, as modules do it.
 
     ``out`` takes the result and may be ``gate`` or ``up``.
+
+    Raises:
+        ValueError: operands of other shapes or dtypes.
     """
     _check(gate, up)
     out = result("out", out, gate.shape, gate)
@@ -36,6 +39,9 @@ def swiglu_backward_(
         gate: [T, I], becomes dL/d(gate).
         up: [T, I], becomes dL/d(up).
         grad_act: [T, I], dL/d(act), becomes the activation, bit for bit what :func:`swiglu` gave.
+
+    Raises:
+        ValueError: operands of other shapes or dtypes.
     """
     _check(gate, up)
     _check(gate, grad_act)
@@ -77,6 +83,9 @@ def swiglu_backward_gates_(
     Returns:
         ``out``: ``sum swiglu(gate, up) * grad_act`` over the tokens of every sequence, as
         :func:`gisp_kernels.gate_grads` gives it.
+
+    Raises:
+        ValueError: operands of other shapes or dtypes, or a length that does not divide T.
     """
     _check(gate, up)
     _check(gate, grad_act)

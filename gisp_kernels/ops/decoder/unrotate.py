@@ -28,6 +28,9 @@ def unrotate_qkv(
     Returns:
         [B * S, (H + 2 * kv_heads) * hd] in their dtype: gradients of queries, keys and values side by side. Heads are
         summed in float32 in ascending order, and the sum is rounded before it is turned.
+
+    Raises:
+        ValueError: shapes that do not fit, or an odd hd.
     """
     query, key, value = grads
     if query.dim() != 4 or not query.shape == key.shape == value.shape:

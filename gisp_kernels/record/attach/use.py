@@ -77,6 +77,16 @@ class RecordedLinear(torch.autograd.Function):
         weight: torch.Tensor,
         tap: Any,
     ) -> torch.Tensor:
+        """``input * gates @ weight.T + bias``, [..., O].
+
+        Args:
+            input: [..., I].
+            anchor: empty, requires a gradient. It stands for the weight in the graph: a pass that reaches it is scored,
+                and the weight gets no gradient.
+            bias: [O] or ``None``.
+            weight: [O, I].
+            tap: the :class:`gisp_kernels.record.attach.tap.Tap` of the layer.
+        """
         ctx.tap = tap
         ctx.input_dtype = input.dtype
         ctx.set_materialize_grads(False)
@@ -93,6 +103,7 @@ class RecordedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of ``input`` and ``bias`` for dL/d(output) [..., O]; the tap collects the :class:`Use`."""
         if grad_output is None:
             return None, None, None, None, None
         # A pass towards other tensors alone (torch.autograd.grad) gives weights no gradient, and scores nothing.

@@ -126,7 +126,9 @@ class CompensationOptions:
             instead = "give --offload in place of --stages"
             if self._unstreamed():
                 instead = "leave --stages out, on a GPU that holds the model or with --device cpu"
-            raise GispError(f"--stages {stages} parts the model, --compensate {self.method} needs all of it: {instead}")
+            raise GispError(
+                f"--stages {stages} splits the model, --compensate {self.method} needs all of it: {instead}"
+            )
 
     def _unstreamed(self) -> str | None:
         """What of the method layers in host memory do not go with."""

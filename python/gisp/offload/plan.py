@@ -78,6 +78,7 @@ class Plan:
 
     @property
     def device(self) -> int:
+        """Bytes on the device at the peak."""
         demand, away = self.demand, set(self.streamed)
         resident = sum(size for i, size in enumerate(demand.layers) if i not in away)
         slots = 2 * max([*(demand.layers[i] for i in away), self.ends_on_host * demand.head], default=0)
@@ -88,6 +89,7 @@ class Plan:
 
     @property
     def host(self) -> int:
+        """Bytes of host memory at the peak, while loading or after it."""
         demand = self.demand
         inputs = demand.inputs * len(demand.layers) if self.inputs_on_host else 0
         layers = 0 if demand.mapped else sum(demand.layers[i] for i in self.streamed)

@@ -71,9 +71,11 @@ class GpuCells(Cells):
         self._pinned = torch.zeros(2, dtype=torch.int64, pin_memory=True).split(1)
 
     def write(self, cell: int, number: int) -> None:
+        """As :meth:`Cells.write`, once the stream comes to it."""
         self._pinned[cell].copy_(self._numbers[number], non_blocking=True)
 
     def read(self, cell: int) -> int:
+        """As :meth:`Cells.read`; waits for nothing."""
         return int(self._pinned[cell])
 
 

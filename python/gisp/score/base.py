@@ -38,7 +38,7 @@ class StepScores:
 
     @classmethod
     def of(cls, scores: dict[str, torch.Tensor], loss: torch.Tensor, tokens: int) -> StepScores:
-        """Scores of a step, with whether all of them are finite."""
+        """Scores of a step, with whether all of them are finite; arguments as the attributes."""
         finite = torch.isfinite(torch.cat([*scores.values()])).all() if scores else torch.isfinite(loss)
         return cls(scores, loss, finite, tokens)
 
@@ -170,6 +170,7 @@ class StandardisedScorer:
         self._scorer = scorer
 
     def score(self, step: int, groups: list[StructureGroup]) -> StepScores:
+        """Scores of ``groups`` at a step, each group's with mean 0 and standard deviation 1."""
         found = self._scorer.score(step, groups)
         scores = {name: standardised(values.double()).float() for name, values in found.scores.items()}
         return dataclasses.replace(found, scores=scores)

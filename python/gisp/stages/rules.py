@@ -17,7 +17,7 @@ class Sharing:
     """What is asked of processes, and what of a run bears on that.
 
     Attributes:
-        processes, stages: how many there are, and parts of the model.
+        processes, stages: how many processes there are, and stages of each replica.
         layers, model_type: of the model, ``None`` where that is not known.
         slices, offload, criterion, objective, allocator, regrow: options of the run.
         own_loss: name of an objective of one's own, empty for none.
@@ -43,6 +43,7 @@ class Sharing:
 
     @property
     def replicas(self) -> int:
+        """Whole models that the processes hold."""
         return self.processes // self.stages
 
     @property
@@ -52,7 +53,7 @@ class Sharing:
         return f"--gpus {more - self.stages} or {more}" if self.replicas else f"--gpus {more}"
 
 
-_PARTS = "--stages {0.stages} parts the model over processes"
+_PARTS = "--stages {0.stages} splits the model over processes"
 # What cannot be, and the line that says so.
 RULES: tuple[tuple[Callable[[Sharing], bool], str], ...] = (
     (
@@ -61,7 +62,7 @@ RULES: tuple[tuple[Callable[[Sharing], bool], str], ...] = (
     ),
     (
         lambda s: s.processes % s.stages != 0,
-        "--stages {0.stages} does not part {0.processes} processes evenly: give {0.fit}",
+        "--stages {0.stages} does not divide {0.processes} processes evenly: give {0.fit}",
     ),
     (
         lambda s: s.layers is not None and s.layers < s.stages,

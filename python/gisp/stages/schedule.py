@@ -30,6 +30,7 @@ class Loads:
     """What a step is made of.
 
     Attributes:
+        stages: that share the step.
         forward, backward: cost of every chunk a token; a backward of 0 is none.
         tokens: of every batch.
     """
@@ -40,6 +41,7 @@ class Loads:
     tokens: tuple[int, ...]
 
     def cost(self, action: Action) -> float:
+        """Of an action, in the unit of the costs."""
         costs = self.forward if action.kind == FORWARD else self.backward
         return costs[action.chunk] * self.tokens[action.batch]
 

@@ -108,4 +108,4 @@ def check_stages(
     given = next((name for name, value in asked.items() if value), None)
     if stages > 1 and given:
         instead = "leave one out" if offload else "give --offload in place of --stages"
-        raise GispError(f"--stages {stages} parts the model over processes, {given} needs all of it: {instead}")
+        raise GispError(f"--stages {stages} splits the model over processes, {given} needs all of it: {instead}")

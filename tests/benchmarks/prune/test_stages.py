@@ -42,7 +42,7 @@ def test_values_of_a_part_are_those_of_the_whole() -> None:
 @pytest.mark.parametrize(
     ("stages", "gpus", "words"),
     [
-        ("2", "3", "--stages 2 does not part 3 processes evenly: give --gpus 2 or 4"),
+        ("2", "3", "--stages 2 does not divide 3 processes evenly: give --gpus 2 or 4"),
         ("2", "2,4", "--gpus is 2,4: runs in stages take one number"),
         ("8", "8", "--stages 8 is more than the 4 layers of this model"),
     ],

@@ -219,7 +219,7 @@ def test_what_cannot_be_is_one_line(
         (["--stages", "2", *lsq], "--compensate lsq needs all of it: give --offload in place of --stages"),
         (
             ["--stages", "2", "--compensate", "lsq+gates", "--calibration", tokens],
-            "--stages 2 parts the model, --compensate lsq+gates needs all of it: leave --stages out, on a GPU that",
+            "--stages 2 splits the model, --compensate lsq+gates needs all of it: leave --stages out, on a GPU that",
         ),
     ]
     for given, words in refused:

@@ -84,7 +84,7 @@ def test_the_command_starts_them(place: Path, capfd: pytest.CaptureFixture[str])
         (["--stages", "2", "--lm-eval", "piqa"], "--lm-eval needs all of it: give --offload in place of --stages"),
         (
             ["--stages", "2", "--compensate", "lsq", "--calibration", "wikitext2"],
-            "--stages 2 parts the model, --compensate lsq needs all of it: give --offload in place of --stages",
+            "--stages 2 splits the model, --compensate lsq needs all of it: give --offload in place of --stages",
         ),
         (["--stages", "2", "--generate"], "--generate needs all of it"),
         (["--stages", "2", "--device", "cuda:1"], "leave --device cuda:1 out"),

@@ -21,7 +21,7 @@ SOUND = Sharing(4, 2, layers=8, model_type="llama", slices=8)
 # What breaks each rule and no other one.
 BROKEN = (
     (Sharing(1, 2), "--stages 2 needs as many processes: add --gpus 2,"),
-    (replace(SOUND, processes=3), "does not part 3 processes evenly: give --gpus 2 or 4"),
+    (replace(SOUND, processes=3), "does not divide 3 processes evenly: give --gpus 2 or 4"),
     (replace(SOUND, layers=1), "--stages 2 is more than the 1 layers of this model"),
     (replace(SOUND, model_type="gpt2"), "model type 'gpt2' was never tried in stages"),
     (replace(SOUND, criterion="flap"), "goes with --criterion second-order, not flap"),

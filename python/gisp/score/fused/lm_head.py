@@ -59,7 +59,11 @@ class LMHead:
         return loss, grad if batch.sources is None else _gathered(grad, tokens, batch)
 
     def token_nll(self, x: torch.Tensor, delta: torch.Tensor | None, batch: PassBatch) -> torch.Tensor:
-        """NLL in nats of the scored tokens, then of the followers, float32, in their order."""
+        """NLL in nats of the scored tokens, then of the followers, float32, in their order.
+
+        Args:
+            x, delta: [T, D], the residual stream and what the last block adds to it, ``None`` for nothing.
+        """
         places = (batch.targets[: len(x)] != IGNORED).nonzero()[:, 0]
         targets = batch.targets[places]
         if batch.sources is not None:
