@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from gisp.compensation.acceptance import HeldOut, MethodResult
 from gisp.compensation.methods import BlockUpdate, run_methods
-from gisp.compensation.options import ONLY, TRAINED, CompensationOptions, make_options
+from gisp.compensation.options import METHODS, CompensationOptions, make_options
 from gisp.compensation.sweep import OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
 from gisp.data.held_out import run_text_of
@@ -84,14 +84,14 @@ class Compensation:
 
 
 def _described(result: MethodResult, options: CompensationOptions) -> str:
-    facts = []
-    if result.name in ONLY["target"]:
+    facts, method = [], METHODS[result.name]
+    if "target" in method.options:
         facts.append(f"target {options.target}")
-    if result.name in ONLY["damping"]:
+    if "damping" in method.options:
         facts.append(f"damping {options.damping:g}" + _raised(result, float(options.damping or 0)))
-    if result.name in ("affine", "lsq") and options.biases(result.name) != (result.name == "affine"):
+    if method.biases is not None and options.biases(result.name) != method.biases:
         facts.append("with biases" if options.biases(result.name) else "without biases")
-    if result.name in TRAINED:
+    if method.kind == "training":
         facts.append(f"learning rate {options.rate_of(result.name):g}")
     if result.kept:
         if result.blocks:

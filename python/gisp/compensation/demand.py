@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from gisp.compensation.options import FITS, CompensationOptions
+from gisp.compensation.options import METHODS, CompensationOptions
 from gisp.compensation.pruned.predictions import logits_bytes
 from gisp.compensation.pruned.student import most_tokens
 from gisp.compensation.streams import batch_tokens
@@ -65,7 +65,7 @@ def demand(
     busiest, beside = logits_bytes(model_map, total + held + watched, device), 0
     inputs = 0
     for name in options.methods:
-        if name in FITS:
+        if METHODS[name].kind == "fit":
             busiest = max(busiest, _fit(model_map, name, options, widest, fitted + held, held, device))
             beside = max(beside, _FLOAT * hidden * sum(widths))
         else:

@@ -62,12 +62,14 @@ class BiasFit:
 
     SUMS: tuple[str, ...] = ("count", "residual", "energy")
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, *, intercept: bool = True, damping: float = 0.0) -> None:
         """
         Args:
             weight: kept columns of the projection, float32 [D, K].
+            intercept: whether ``affine`` and ``lsq`` fit a bias too.
+            damping: of ``lsq``, relative to the mean diagonal.
         """
-        self.weight = weight
+        self.weight, self.intercept, self.damping = weight, intercept, damping
         self.count = _zeros(weight)
         self.residual = _zeros(weight, weight.shape[0])
         self.energy = _zeros(weight, weight.shape[0])
@@ -108,12 +110,12 @@ class AffineFit(BiasFit):
 
     SUMS = (*BiasFit.SUMS, "output", "square", "cross")
 
-    def __init__(self, weight: torch.Tensor, intercept: bool = True) -> None:
-        super().__init__(weight)
-        self.intercept = intercept
+    def __init__(self, weight: torch.Tensor, *, intercept: bool = True, damping: float = 0.0) -> None:
+        super().__init__(weight, intercept=intercept, damping=damping)
         self.output, self.square, self.cross = (_zeros(weight, weight.shape[0]) for _ in range(3))
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
+        """As :meth:`BiasFit.add`."""
         super().add(inputs, residual)
         output = (inputs.float() @ self.weight.T).double()
         self.output += output.sum(0)
@@ -121,6 +123,7 @@ class AffineFit(BiasFit):
         self.cross += (output * residual.double()).sum(0)
 
     def solve(self) -> Solution:
+        """As :meth:`BiasFit.solve`."""
         mean = self.output / self.tokens if self.intercept else torch.zeros_like(self.output)
         level = self.residual / self.tokens if self.intercept else mean
         variance = self.square - self.tokens * mean.square()
@@ -142,17 +145,19 @@ class RescaleFit(BiasFit):
 
     SUMS = (*BiasFit.SUMS, "square", "cross")
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: torch.Tensor, *, intercept: bool = True, damping: float = 0.0) -> None:
+        super().__init__(weight, intercept=intercept, damping=damping)
         self.square, self.cross = _zeros(weight), _zeros(weight)
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
+        """As :meth:`BiasFit.add`."""
         super().add(inputs, residual)
         output = (inputs.float() @ self.weight.T).double()
         self.square += output.square().sum()
         self.cross += (output * residual.double()).sum()
 
     def solve(self) -> Solution:
+        """As :meth:`BiasFit.solve`."""
         # Only an output of zeros has no scale; sums that are not finite go on into the weights, which are checked.
         scale = torch.zeros_like(self.cross) if float(self.square) == 0 else self.cross / self.square
         before = float(self.energy.sum())
@@ -165,21 +170,22 @@ class LeastSquaresFit(BiasFit):
 
     SUMS = (*BiasFit.SUMS, "input", "gram", "cross")
 
-    def __init__(self, weight: torch.Tensor, intercept: bool = True, damping: float = 0.0) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: torch.Tensor, *, intercept: bool = True, damping: float = 0.0) -> None:
+        super().__init__(weight, intercept=intercept, damping=damping)
         rows, columns = weight.shape
-        self.intercept, self.damping = intercept, damping
         self.input = _zeros(weight, columns)
         self.gram = _zeros(weight, columns, columns)
         self.cross = _zeros(weight, rows, columns)
 
     def add(self, inputs: torch.Tensor, residual: torch.Tensor) -> None:
+        """As :meth:`BiasFit.add`."""
         super().add(inputs, residual)
         self.input += inputs.double().sum(0)
         add_exact_product(self.gram, inputs, inputs)
         add_exact_product(self.cross, residual, inputs)
 
     def solve(self) -> Solution:
+        """As :meth:`BiasFit.solve`; the sums are used up."""
         mean = self.input / self.tokens if self.intercept else torch.zeros_like(self.input)
         level = self.residual / self.tokens if self.intercept else torch.zeros_like(self.residual)
         self.gram.addr_(mean, mean, alpha=-self.tokens)
@@ -200,6 +206,9 @@ def ridge(gram: torch.Tensor, cross: torch.Tensor, damping: float) -> tuple[torc
     Args:
         gram: float64 [K, K], symmetric; its diagonal is raised for the factorisation and put back.
         cross: float64 [D, K].
+
+    Raises:
+        ArithmeticError: no damping helps, as the sums are not finite.
     """
     diagonal = gram.diagonal()
     scale = float(diagonal.mean()) if len(diagonal) else 0.0
@@ -217,13 +226,8 @@ def ridge(gram: torch.Tensor, cross: torch.Tensor, damping: float) -> tuple[torc
     raise ArithmeticError(f"no Cholesky factorisation with damping up to {damping / 10:g}")
 
 
-def make_fit(method: str, weight: torch.Tensor, *, intercept: bool, damping: float) -> BiasFit:
-    """The fit of a method for the kept columns of a projection, float32 [D, K]; ``kfac`` begins with ``lsq``."""
-    if method == "affine":
-        return AffineFit(weight, intercept)
-    if method == "rescale":
-        return RescaleFit(weight)
-    return BiasFit(weight) if method == "bias" else LeastSquaresFit(weight, intercept, damping)
+# By the names of :data:`gisp.compensation.options.METHODS`.
+FITS = {"bias": BiasFit, "affine": AffineFit, "rescale": RescaleFit, "lsq": LeastSquaresFit}
 
 
 def _zeros(like: torch.Tensor, *shape: int) -> torch.Tensor:

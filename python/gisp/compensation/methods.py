@@ -9,7 +9,7 @@ import torch
 
 from gisp.compensation.acceptance import HeldOut, MethodResult
 from gisp.compensation.kfac import behind, run_kfac
-from gisp.compensation.options import FITS, CompensationOptions
+from gisp.compensation.options import METHODS, CompensationOptions
 from gisp.compensation.pruned.student import Student
 from gisp.compensation.streams import first_tokens
 from gisp.compensation.sweep import Fit, OnBlock, run_fit
@@ -77,13 +77,14 @@ def run_methods(
         for name in options.methods:
             if not (student.movable or (student.projections and options.biases(name))):
                 continue
-            if name in FITS:
+            kind = METHODS[name].kind
+            if kind == "fit":
                 tokens = int(options.tokens or 0)
                 fit = Fit(name, str(options.target), options.biases(name), float(options.damping or 0))
                 rows = first_tokens(seen.rows, tokens)
                 result, found = run_fit(model_map, student, rows, held_out, found, fit, on_block)
                 begin = behind(seen.rows, 0, tokens)
-            elif name == "kfac":
+            elif kind == "steps":
                 result, found = _kfac(student, seen, held_out, found, options, begin)
             else:
                 result, found = _trained(student, seen, held_out, found, options, name)

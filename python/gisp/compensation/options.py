@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from gisp.errors import GispError, quoted
 
-FITS = ("bias", "affine", "rescale", "lsq")
-TRAINED = ("gates", "distil")
-METHODS = (*FITS, "kfac", *TRAINED)
-# Methods an option is for.
-ONLY = {
-    "target": FITS,
-    "damping": ("lsq", "kfac"),
-    "tokens": (*FITS, "kfac"),
-    "intercept": ("bias", "affine", "lsq"),
-    "steps": ("kfac", *TRAINED),
-    "learning_rate": TRAINED,
-    "batch_tokens": TRAINED,
+
+@dataclass(frozen=True)
+class Method:
+    """What a method is.
+
+    Attributes:
+        kind: ``fit``: least squares, block by block; ``steps``: steps of its own on the divergence; ``training``: Adam.
+        options: those of :class:`CompensationOptions` that it reads.
+        biases: whether it fits output biases where ``intercept`` is not given; ``None``: it has none to fit.
+        steps, rate: how many steps it takes, and at which highest learning rate, where that is not given.
+    """
+
+    kind: Literal["fit", "steps", "training"]
+    options: tuple[str, ...]
+    biases: bool | None = None
+    steps: int = 0
+    rate: float = 0.0
+
+
+_TRAINING = ("steps", "learning_rate", "batch_tokens")
+METHODS = {
+    "bias": Method("fit", ("target", "tokens", "intercept"), biases=True),
+    "affine": Method("fit", ("target", "tokens", "intercept"), biases=True),
+    "rescale": Method("fit", ("target", "tokens")),
+    "lsq": Method("fit", ("target", "damping", "tokens", "intercept"), biases=False),
+    "kfac": Method("steps", ("damping", "tokens", "steps"), steps=4),
+    "gates": Method("training", _TRAINING, steps=150, rate=1e-2),
+    "distil": Method("training", _TRAINING, steps=300, rate=1e-3),
 }
 # What differs from method to method can be given for one.
 SINGLE = ("steps", "learning_rate")
 TARGETS = ("local", "dense")
 DEFAULTS = {"target": "local", "damping": 0.5, "tokens": 131072, "batch_tokens": 8192}
-STEPS = {"kfac": 4, "gates": 150, "distil": 300}
-RATES = {"gates": 1e-2, "distil": 1e-3}
 _FLAGS = {
     "method": "--compensate",
     "tokens": "--calibration-tokens",
@@ -91,17 +105,18 @@ class CompensationOptions:
 
     def biases(self, method: str) -> bool:
         """Whether a method fits output biases."""
-        if method not in ONLY["intercept"]:
+        usual = METHODS[method].biases
+        if usual is None:
             return False
-        return method != "lsq" if self.intercept is None else self.intercept
+        return usual if self.intercept is None else self.intercept
 
     def steps_of(self, method: str) -> int:
         """Steps of a method that has some."""
-        return STEPS[method] if self.steps is None else self.steps
+        return METHODS[method].steps if self.steps is None else self.steps
 
     def rate_of(self, method: str) -> float:
         """Highest learning rate of a method that trains."""
-        return RATES[method] if self.learning_rate is None else self.learning_rate
+        return METHODS[method].rate if self.learning_rate is None else self.learning_rate
 
     def check_streamed(self) -> None:
         """Refuse what layers in host memory do not go with: training, and biases, which they have no place for.
@@ -133,12 +148,13 @@ class CompensationOptions:
     def _unstreamed(self) -> str | None:
         """What of the method layers in host memory do not go with."""
         for method in self.methods:
-            if method in TRAINED or self.biases(method):
-                return "trains" if method in TRAINED else "adds biases to"
+            trains = METHODS[method].kind == "training"
+            if trains or self.biases(method):
+                return "trains" if trains else "adds biases to"
         return None
 
     def _users(self, option: str) -> list[str]:
-        return sorted({method for method in self.methods if method in ONLY[option]})
+        return sorted({method for method in self.methods if option in METHODS[method].options})
 
     def _check_values(self) -> None:
         if self.target not in (None, *TARGETS):
@@ -158,7 +174,7 @@ class CompensationOptions:
                 raise GispError(f"{flag(name)} is {quoted(value)}: give {least}")
 
     def _check_use(self) -> None:
-        for name, methods in ONLY.items():
+        for name in (field.name for field in fields(self) if field.name != "method"):
             value = getattr(self, name)
             if value is None or (name == "intercept" and not value and "bias" not in self.methods):
                 continue
@@ -168,9 +184,9 @@ class CompensationOptions:
                     "--compensate bias fits output biases alone: choose affine or lsq where they have no place"
                 )
             if not users:
+                others = " or ".join(method for method, what in METHODS.items() if name in what.options)
                 raise GispError(
-                    f"{flag(name)} {value} changes nothing in --compensate {self.method}: leave it out, or use "
-                    f"{' or '.join(methods)}"
+                    f"{flag(name)} {value} changes nothing in --compensate {self.method}: leave it out, or use {others}"
                 )
             if name in SINGLE and len(users) > 1:
                 raise GispError(

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from gisp.compensation.acceptance import BlockFit, HeldOut, MethodResult, difference, search
-from gisp.compensation.fits import Solution, make_fit
+from gisp.compensation.fits import FITS, Solution
 from gisp.compensation.pruned.projections import NO_MOVE, Move, Projection
 from gisp.compensation.pruned.student import Student
 from gisp.compensation.streams import Batch, Decoder, ResidualBlock, make_batches
@@ -146,7 +146,7 @@ class _Sweep:
             self.dense = list(self.pruned)
         own = projection.value()
         weight, bias = own.weight.float(), projection.bias_of(own)
-        fit = make_fit(self.how.method, weight, intercept=self.how.intercept, damping=self.how.damping)
+        fit = FITS[self.how.method](weight, intercept=self.how.intercept, damping=self.how.damping)
         inputs: dict[int, torch.Tensor] = {}
         wanted = torch.zeros((), dtype=torch.float64, device=weight.device)
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from gisp.compensation.acceptance import HeldOut, MethodResult, search
-from gisp.compensation.options import RATES
+from gisp.compensation.options import METHODS
 from gisp.compensation.pruned.projections import Projection, Traced, Value
 from gisp.compensation.pruned.student import Student
 from gisp.data import Row
@@ -48,7 +48,7 @@ class Plan:
     name: str
     steps: int
     batch_tokens: int
-    gate_rate: float = RATES["gates"]
+    gate_rate: float = METHODS["gates"].rate
     weight_rate: float = 0.0
 
 
