@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gisp.compensation import acceptance, sweep
+from gisp.compensation import acceptance
+from gisp.compensation.methods import sweep
 
 
 def _first(

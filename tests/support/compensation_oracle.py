@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_tokens
 
 from gisp.compensation import BlockUpdate, Compensation
-from gisp.compensation.fits import Solution
+from gisp.compensation.methods.fits import Solution
 from gisp.data import Sequences
 from gisp.data.held_out import hold_out
 

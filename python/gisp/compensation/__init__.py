@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         fold_into_dense,
         fold_into_pruned,
     )
-    from gisp.compensation.methods import BlockUpdate
+    from gisp.compensation.methods.run import BlockUpdate
 
 __all__ = [
     "METHODS",
@@ -46,7 +46,7 @@ __getattr__ = lazy(
             ("Compensation", "compensate", "fit_compensation", "fold_into_dense", "fold_into_pruned"),
             "gisp.compensation.apply",
         ),
-        "BlockUpdate": "gisp.compensation.methods",
+        "BlockUpdate": "gisp.compensation.methods.run",
         **dict.fromkeys(("BlockFit", "MethodResult", "Step"), "gisp.compensation.acceptance"),
     },
 )

@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from gisp.compensation.acceptance import HeldOut, MethodResult
-from gisp.compensation.methods import BlockUpdate, run_methods
+from gisp.compensation.methods.run import BlockUpdate, run_methods
+from gisp.compensation.methods.sweep import OnBlock
 from gisp.compensation.options import METHODS, CompensationOptions, make_options
-from gisp.compensation.sweep import OnBlock
 from gisp.data import DEFAULT_SEQ_LEN, Sequences, load_sequences
 from gisp.data.held_out import run_text_of
 from gisp.errors import GispError

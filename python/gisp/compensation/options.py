@@ -60,9 +60,8 @@ class CompensationOptions:
     """Options of one compensation; one that changes nothing in its method is refused.
 
     Attributes:
-        method: a method or several joined by ``+``, which follow each other: ``bias``, ``affine``, ``rescale`` and
-            ``lsq``, see :mod:`gisp.compensation.fits`; ``kfac``, see :mod:`gisp.compensation.kfac`; ``gates`` and
-            ``distil``, see :mod:`gisp.compensation.train`. A ``kfac`` that comes first begins with ``lsq``.
+        method: one of :data:`METHODS`, or several joined by ``+``, which follow each other; see ``fits``, ``kfac`` and
+            ``train`` of :mod:`gisp.compensation.methods`. A ``kfac`` that comes first begins with ``lsq``.
         target: output a block is fitted to: ``local`` (the default), that of the unpruned block on the same input;
             ``dense``, the one that brings the residual stream back to the dense model's.
         damping: of ``lsq`` and ``kfac``: multiple of the mean diagonal of a Gram matrix added to its diagonal (0.5).

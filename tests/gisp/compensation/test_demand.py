@@ -12,8 +12,8 @@ from tiny import tiny_model, tiny_tokens
 
 from gisp.compensation import CompensationOptions
 from gisp.compensation.demand import demand
-from gisp.compensation.fits import LeastSquaresFit
-from gisp.compensation.kfac import _Moments
+from gisp.compensation.methods.fits import LeastSquaresFit
+from gisp.compensation.methods.kfac import _Moments
 from gisp.compensation.pruned import predictions
 from gisp.compensation.pruned.student import Student
 from gisp.data import Sequences

@@ -8,12 +8,12 @@ from hashlib import sha256
 import torch
 
 from gisp.compensation.acceptance import HeldOut, MethodResult
-from gisp.compensation.kfac import behind, run_kfac
+from gisp.compensation.methods.kfac import behind, run_kfac
+from gisp.compensation.methods.sweep import Fit, OnBlock, run_fit
+from gisp.compensation.methods.train import Plan, run_training
 from gisp.compensation.options import METHODS, CompensationOptions
 from gisp.compensation.pruned.student import Student
 from gisp.compensation.streams import first_tokens
-from gisp.compensation.sweep import Fit, OnBlock, run_fit
-from gisp.compensation.train import Plan, run_training
 from gisp.data import Sequences
 from gisp.data.held_out import hold_out, interleaved, without
 from gisp.model.keep import Keep

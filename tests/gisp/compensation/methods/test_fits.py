@@ -20,7 +20,7 @@ from gisp.compensation import (
     fit_compensation,
     fold_into_dense,
 )
-from gisp.compensation.fits import LeastSquaresFit, RescaleFit, ridge
+from gisp.compensation.methods.fits import LeastSquaresFit, RescaleFit, ridge
 from gisp.compensation.options import make_options
 from gisp.data import Sequences
 from gisp.data.held_out import hold_out

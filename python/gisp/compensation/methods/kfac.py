@@ -22,7 +22,7 @@ from itertools import islice
 import torch
 
 from gisp.compensation.acceptance import HeldOut, MethodResult, Step, difference, search
-from gisp.compensation.fits import ridge
+from gisp.compensation.methods.fits import ridge
 from gisp.compensation.pruned.projections import NO_MOVE, Move, Observer, Projection, Traced
 from gisp.compensation.pruned.student import Student
 from gisp.data import Row

@@ -12,9 +12,10 @@ from compensation_oracle import REMOVED, columns, divergence, kept_of, masked, p
 from recorder_oracle import grad_of
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
-from gisp.compensation import Compensation, CompensationOptions, Step, compensate, fit_compensation, kfac
+from gisp.compensation import Compensation, CompensationOptions, Step, compensate, fit_compensation
 from gisp.compensation.acceptance import search
-from gisp.compensation.kfac import behind
+from gisp.compensation.methods import kfac
+from gisp.compensation.methods.kfac import behind
 from gisp.compensation.pruned import predictions, student
 from gisp.data import Sequences
 from gisp.errors import GispError

@@ -12,10 +12,10 @@ from compensation_oracle import REMOVED, columns, divergence, kept_of, masked, p
 from tiny import FAMILIES, tiny_model
 
 from gisp.compensation import Compensation, CompensationOptions, fit_compensation, fold_into_dense
+from gisp.compensation.methods.train import _steps, rate
 from gisp.compensation.pruned import predictions, student
 from gisp.compensation.pruned.projections import Traced
 from gisp.compensation.pruned.student import Student
-from gisp.compensation.train import _steps, rate
 from gisp.data import Sequences
 from gisp.model.keep import Keep
 from gisp.model.modes import frozen

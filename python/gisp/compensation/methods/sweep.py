@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from gisp.compensation.acceptance import BlockFit, HeldOut, MethodResult, difference, search
-from gisp.compensation.fits import FITS, Solution
+from gisp.compensation.methods.fits import FITS, Solution
 from gisp.compensation.pruned.projections import NO_MOVE, Move, Projection
 from gisp.compensation.pruned.student import Student
 from gisp.compensation.streams import Batch, Decoder, ResidualBlock, make_batches
@@ -24,7 +24,7 @@ OnBlock = Callable[[BlockFit], None]
 
 @dataclass(frozen=True)
 class Fit:
-    """How a method fits: one of :mod:`gisp.compensation.fits`, its target and its options."""
+    """How a method fits: one of :mod:`gisp.compensation.methods.fits`, its target and its options."""
 
     method: str
     target: str
@@ -48,8 +48,8 @@ def run_fit(
 
     Memory beside the student: the moves in float32, the residual streams of all tokens ([tokens, D] in the model's
     dtype; twice that for the target ``dense``), the kept inputs of one output projection ([tokens, K]), one batch's
-    activations, and the sums of one block (see :mod:`gisp.compensation.fits`). Time: two forward passes at the dense
-    width, one for the target ``local``, and a forward pass over the held-out text for every size.
+    activations, and the sums of one block (see :mod:`gisp.compensation.methods.fits`). Time: two forward passes at the
+    dense width, one for the target ``local``, and a forward pass over the held-out text for every size.
 
     Args:
         rows: token ids of the rows to fit to.

@@ -1,0 +1,1 @@
+"""Methods of a compensation, one idea a file; ``METHODS`` of :mod:`gisp.compensation.options` names them."""
