@@ -12,7 +12,7 @@ from benchmarks.decoders.decoder import Decoder, train_decoder
 from benchmarks.quality.cells import STUDIES, Cell, Compensations, Sizes
 from benchmarks.quality.runner import Bench
 from benchmarks.quality.tasks import read_tasks
-from gisp.compensation.apply import make_options
+from gisp.compensation.options import make_options
 from gisp.errors import GispError
 from gisp.model.load import check_model_path, resolve_device
 

@@ -13,14 +13,10 @@ from gisp.lazy import lazy
 
 if TYPE_CHECKING:
     from gisp.compensation.acceptance import BlockFit, MethodResult, Step
-    from gisp.compensation.apply import (
-        Compensation,
-        compensate,
-        fit_compensation,
-        fold_into_dense,
-        fold_into_pruned,
-    )
+    from gisp.compensation.apply import compensate, fit_compensation
+    from gisp.compensation.fold import fold_into_dense, fold_into_pruned
     from gisp.compensation.methods.run import BlockUpdate
+    from gisp.compensation.result import Compensation
 
 __all__ = [
     "METHODS",
@@ -42,10 +38,9 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
-        **dict.fromkeys(
-            ("Compensation", "compensate", "fit_compensation", "fold_into_dense", "fold_into_pruned"),
-            "gisp.compensation.apply",
-        ),
+        **dict.fromkeys(("compensate", "fit_compensation"), "gisp.compensation.apply"),
+        **dict.fromkeys(("fold_into_dense", "fold_into_pruned"), "gisp.compensation.fold"),
+        "Compensation": "gisp.compensation.result",
         "BlockUpdate": "gisp.compensation.methods.run",
         **dict.fromkeys(("BlockFit", "MethodResult", "Step"), "gisp.compensation.acceptance"),
     },

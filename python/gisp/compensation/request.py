@@ -10,7 +10,7 @@ from gisp.compensation.options import CompensationOptions, flag, make_options
 from gisp.errors import GispError
 
 if TYPE_CHECKING:
-    from gisp.compensation.apply import Compensation
+    from gisp.compensation.result import Compensation
     from gisp.model.structures import ModelMap
 
 # Formats that hold output biases the base model has not: the others take its own biases only.

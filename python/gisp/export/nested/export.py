@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gisp.compensation.apply import folded_into_dense
+from gisp.compensation.fold import folded_into_dense
 from gisp.export.beside import copy_beside
 from gisp.export.check import Reference, weight_dtype
 from gisp.export.folder import check_room, dense_state, is_tied, new_folder

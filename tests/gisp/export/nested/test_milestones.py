@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import gisp
 from gisp.compensation import fold_into_dense
-from gisp.compensation.apply import folded_into_dense
+from gisp.compensation.fold import folded_into_dense
 from gisp.errors import GispError
 from gisp.export.nested.export import export_nested
 from gisp.export.nested.files import NestedFiles
