@@ -19,10 +19,11 @@ from gisp.data.sources import check_spec
 from gisp.errors import GispError
 from gisp.export.folder import check_place
 from gisp.export.nested.request import check_request, milestone_steps
-from gisp.export.sizes.options import SizeOptions, check_options, option_text
+from gisp.export.sizes.options import FORMATS, SizeOptions, check_options, option_text
 from gisp.replicas.environment import launched, rank
 
 _HUB = "Hub"
+_FORM = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items()) + "."
 _STAGES = flag("stages", "Stages that the layers are split into, one process each; format hf only.", kind=int, min=1)
 
 
@@ -39,7 +40,7 @@ def export(
     sparsities: Annotated[
         str | None, typer.Option(help="Sparsities of --nested that --compensate fits, as 0.2,0.3,0.5.")
     ] = None,
-    format: Annotated[str, typer.Option(help="hf (default), gguf (llama.cpp), uniform or masked.")] = "hf",
+    format: Annotated[str, typer.Option(help=_FORM)] = "hf",
     round_mlp: Annotated[int | None, typer.Option(help="Round MLP widths up to multiples of this.")] = None,
     align_heads: Annotated[int | None, typer.Option(help="Query heads per layer: a multiple of this.")] = None,
     min_heads: Annotated[int | None, typer.Option(help="Fewest query heads of a layer.")] = None,

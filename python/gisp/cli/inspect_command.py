@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gisp.cli.output import plain_console
+from gisp.export.sizes.options import FORMATS, option_text
 
 if TYPE_CHECKING:
     from gisp.export.sizes.written import WrittenExport
@@ -18,23 +19,6 @@ if TYPE_CHECKING:
 
 # More steps are shown evenly spaced.
 _POINTS = 21
-_FORMATS = {
-    "hf": "layers differ in size",
-    "uniform": "one size for all layers, a stock checkpoint",
-    "masked": "dense shapes, removed structures are zero",
-    "gguf": "for llama.cpp, layers differ in size",
-}
-_STOCK = ("load: AutoModelForCausalLM.from_pretrained({path}), as any model of its kind",)
-_LOADING = {
-    "hf": (
-        "load: gisp.load({path})",
-        "load without gisp: AutoModelForCausalLM.from_pretrained({path}, trust_remote_code=True), transformers 5.14",
-    ),
-    "uniform": _STOCK,
-    "masked": _STOCK,
-    "gguf": ("load: llama-cli -m {file}",),
-    "nested": ("load: gisp.load({path}, sparsity=S)",),
-}
 # What the card of an export says of the run, and of sizes that were changed.
 _OF_RUN = ("calibration data", "preset", "criterion", "size of every layer", "made from")
 
@@ -177,11 +161,9 @@ def _points_table(record: dict[str, Any], removed_at: dict[str, Any]) -> Table:
 
 def _show_export(console: Console, target: str, found: WrittenExport) -> None:
     """What an export is, how it loads, and what every layer stores."""
-    from gisp.export.sizes.options import option_text
-
     record, options = found.record, found.record.get("options")
     told = [
-        ("format", f"{found.format}, {_FORMATS[found.format]}"),
+        ("format", f"{found.format}, {FORMATS[found.format].about}"),
         ("sparsity", f"{record['sparsity']:.4f} of the decoder layers, step {record['step']}"),
         ("sparsity of the whole model", f"{record['model_sparsity']:.4f}"),
         *([("options", option_text(options))] if options else []),
@@ -196,7 +178,7 @@ def _show_export(console: Console, target: str, found: WrittenExport) -> None:
         counts = (layer.query_heads, layer.kv_heads, layer.channels, layer.bytes)
         table.add_row(str(number), *(f"{count:,}" for count in counts))
     console.print(table)
-    _show_loading(console, found.format, target)
+    _show_loading(console, FORMATS[found.format].loading, target)
 
 
 def _show_nested(console: Console, folder: str) -> None:
@@ -217,7 +199,7 @@ def _show_nested(console: Console, folder: str) -> None:
     console.print(table)
     for step, text in files.milestones.items():
         console.print(f"sparsity {files.sparsities[step]:.4f}, compensation: {text}", soft_wrap=True)
-    _show_loading(console, "nested", folder)
+    _show_loading(console, ("load: gisp.load({path}, sparsity=S)",), folder)
 
 
 def _origin(target: str, fingerprint: str) -> list[tuple[str, str]]:
@@ -238,11 +220,11 @@ def _show_facts(console: Console, title: str, facts: list[tuple[str, str]]) -> N
     console.print(table)
 
 
-def _show_loading(console: Console, format: str, target: str) -> None:
-    """Code or a command that loads it."""
+def _show_loading(console: Console, lines: tuple[str, ...], target: str) -> None:
+    """Code or a command that loads it, with its place."""
     from gisp.model.gguf import EXPORTED
 
     path = Path(target)
-    for line in _LOADING[format]:
+    for line in lines:
         file = path if path.is_file() else path / EXPORTED
         console.print(line.format(path=repr(target), file=shlex.quote(str(file))), soft_wrap=True)

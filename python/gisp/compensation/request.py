@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from gisp.compensation.result import Compensation
     from gisp.model.structures import ModelMap
 
-# Formats that hold output biases the base model has not: the others take its own biases only.
-ADDS_BIASES = ("hf", "nested")
-
 
 @dataclass(frozen=True)
 class CompensationRequest:
@@ -24,15 +21,19 @@ class CompensationRequest:
     options: CompensationOptions
     calibration: str
 
-    def for_format(self, format: str, model_map: ModelMap) -> CompensationOptions:
+    def for_format(self, format: str, model_map: ModelMap, *, adds_biases: bool) -> CompensationOptions:
         """The options as far as an export of the model can hold what they fit.
+
+        Args:
+            format: its name, for the message.
+            adds_biases: whether the format holds output biases that the base model has not.
 
         Raises:
             GispError: ``bias``, where output biases have no place.
         """
         has_biases = all(linear.bias is not None for linear, _ in model_map.outputs.values())
         options = self.options
-        if format in ADDS_BIASES or has_biases or not any(map(options.biases, options.methods)):
+        if adds_biases or has_biases or not any(map(options.biases, options.methods)):
             return options
         if "bias" in options.methods:
             raise GispError(

@@ -52,7 +52,7 @@ def fit_milestones(
     """
     model_map = map_model(trajectory.load_base(device=device))
     source = str(trajectory.base_model["path"])
-    options = request.for_format("nested", model_map)
+    options = request.for_format("nested", model_map, adds_biases=True)
     data = calibration_sequences(model_map, request.calibration, source)
     found = []
     for step in track(steps, "compensating sizes"):

@@ -12,6 +12,7 @@ from gisp.compensation import Compensation, CompensationRequest, fit_compensatio
 from gisp.evaluate import EvalOptions, Perplexity
 from gisp.evaluate.data import prepare
 from gisp.export.quality.plans import UNPLANNED, Plans
+from gisp.export.sizes.options import FORMATS
 from gisp.export.spec import PrunedSpec
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
@@ -85,7 +86,7 @@ def measure_quality(
     exported = rounded(model, point)
     compensation = None
     if request is not None:
-        options = request.for_format(format, model_map)
+        options = request.for_format(format, model_map, adds_biases=FORMATS[format].adds_biases)
         calibration = plans.calibration or request.calibration
         compensation = fit_compensation(model_map, exported.keep, calibration, options, tokenizer_from=source)
     if data is None or measure is None:

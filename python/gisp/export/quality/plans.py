@@ -17,6 +17,7 @@ from gisp.evaluate.data import Measure, prepare
 from gisp.export.beside import base_folder
 from gisp.export.check import CHECKED_TOKENS
 from gisp.export.folder import SHARD_BYTES
+from gisp.export.sizes.options import FORMATS
 from gisp.export.spec import PrunedSpec
 from gisp.model.keep import Keep
 from gisp.model.load import resolve_device
@@ -82,7 +83,7 @@ def make_plans(
         asked = weights_of(outline.model)
         if request is not None:
             request.options.check_streamed()
-            options = request.for_format(format, outline)
+            options = request.for_format(format, outline, adds_biases=FORMATS[format].adds_biases)
             calibration = calibration_sequences(outline, request.calibration, source)
             keep, run_text = rounded(outline.model, point).keep, stored_run_text(trajectory.held_out)
             asked = demand(outline, keep, options, calibration, device, run_text)

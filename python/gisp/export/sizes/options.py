@@ -48,11 +48,17 @@ class Format:
 
     Attributes:
         home: ``module:function`` that writes it; imported when it is asked for.
+        about: what it is, in a few words.
+        loading: lines of code or a command that load it; ``{path}`` is the folder and ``{file}`` its GGUF file.
         sizes: the options of :class:`SizeOptions` it follows.
+        adds_biases: whether it holds output biases that the base model has not.
     """
 
     home: str
+    about: str
+    loading: tuple[str, ...]
     sizes: tuple[str, ...] = ()
+    adds_biases: bool = False
 
     @property
     def writer(self) -> Callable[..., Any]:
@@ -62,11 +68,32 @@ class Format:
         return found
 
 
+_STOCK = ("load: AutoModelForCausalLM.from_pretrained({path}), as any model of its kind",)
 FORMATS = {
-    "hf": Format("gisp.export.formats.hf:export_hf", ("round_mlp", "align_heads", "min_heads")),
-    "gguf": Format("gisp.export.formats.gguf.write:export_gguf", ("round_mlp",)),
-    "uniform": Format("gisp.export.formats.uniform:export_uniform", ("round_mlp", "align_heads", "min_heads")),
-    "masked": Format("gisp.export.formats.masked:export_masked"),
+    "hf": Format(
+        "gisp.export.formats.hf:export_hf",
+        "layers differ in size",
+        (
+            "load: gisp.load({path})",
+            "load without gisp: AutoModelForCausalLM.from_pretrained({path}, trust_remote_code=True), "
+            "transformers 5.14",
+        ),
+        sizes=("round_mlp", "align_heads", "min_heads"),
+        adds_biases=True,
+    ),
+    "gguf": Format(
+        "gisp.export.formats.gguf.write:export_gguf",
+        "for llama.cpp, layers differ in size",
+        ("load: llama-cli -m {file}",),
+        sizes=("round_mlp",),
+    ),
+    "uniform": Format(
+        "gisp.export.formats.uniform:export_uniform",
+        "one size for all layers, a stock checkpoint",
+        _STOCK,
+        sizes=("round_mlp", "align_heads", "min_heads"),
+    ),
+    "masked": Format("gisp.export.formats.masked:export_masked", "dense shapes, removed structures are zero", _STOCK),
 }
 
 
