@@ -45,6 +45,9 @@ def resolve(backend: str | None, tensor: torch.Tensor, supported: Sequence[str] 
         RuntimeError: the explicit choice cannot run this tensor, with the reason.
     """
     choice = requested(backend)
+    if choice == "triton" and tensor.is_cuda and choice in supported and has_triton():
+        # A pass says so to every op, a thousand times.
+        return choice
     if choice == "auto":
         for name in supported:
             # The interpreter is for testing kernels, never a better choice than plain torch.

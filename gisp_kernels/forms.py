@@ -78,6 +78,8 @@ def run(
     tensors: Sequence[torch.Tensor],
     numbers: Sequence[int | float],
     constants: tuple[Any, ...],
+    *,
+    sizes: Sequence[int] | None = None,
     **options: int,
 ) -> None:
     """Launch a kernel whose parameters are pointers, then numbers, then constants, in this order.
@@ -86,9 +88,69 @@ def run(
         grid: programs along up to three dimensions.
         tensors: what the pointers point to, all on the device of the first; it need not be the current one.
         constants: values of the ``tl.constexpr`` parameters.
+        sizes: of the tuples that tensors and then numbers make, 0 for one alone; ``None``: each is alone. Numbers in
+            tuples are neither 1 nor multiples of 16, which have forms of their own.
         options: of the compiler, such as ``num_warps``.
     """
-    _run(kernel, grid, tensors, numbers, constants, options, None)
+    device = tensors[0].get_device()
+    # A context costs more than a launch, and mostly there is one GPU.
+    if device >= 0 and device != _current_device():
+        with torch.cuda.device(device):
+            run(kernel, grid, tensors, numbers, constants, sizes=sizes, **options)
+        return
+    name = id(kernel)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    key: list[Any] = [name, device, constants, *options.values(), *[tensor.dtype for tensor in tensors]]
+    union = 0
+    for address in addresses:
+        union |= address
+    # Mostly all are aligned, which one number says.
+    key.append(union % _ALIGNED == 0 or tuple([address % _ALIGNED == 0 for address in addresses]))
+    if sizes is None:
+        specialised = _specialised.get(name)
+        if specialised is None:
+            specialised = _specialised[name] = _positions(kernel, len(tensors))
+        for i in specialised:
+            key += (numbers[i] == 1, numbers[i] % _ALIGNED == 0)
+    if max(numbers) >= _LARGE:
+        key += [number >= _LARGE for number in numbers]
+    for tensor in tensors:
+        if tensor.get_device() != device:
+            key.append(("on", tensor.get_device()))
+    found = tuple(key)
+    form = _forms.get(found)
+    if form is None or _lacking.get() is not None:
+        _find(found, kernel, grid, tensors, (*_grouped([*tensors, *numbers], sizes), *constants), options)
+        return
+    launch, function, metadata, stream_of, _ = form
+    x, y, z = (*grid, 1, 1)[:3]
+    arguments = [*addresses, *numbers]
+    if sizes is not None:
+        arguments = _grouped(arguments, sizes)
+    # Hooks of Triton's profiler are called at launches by the JIT alone: to ask for them takes as long as this.
+    launch(x, y, z, stream_of(device), function, metadata, None, None, None, *arguments, *constants)
+
+
+def _find(
+    key: tuple[Any, ...],
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[torch.Tensor],
+    arguments: tuple[Any, ...],
+    options: dict[str, int],
+) -> None:
+    """Launch by the JIT and keep the form it found; within :func:`compiled_ahead` only note a form that lacks."""
+    lacking = _lacking.get()
+    if lacking is not None:
+        if key not in _forms:
+            # What is called by several threads computes its hash in this one.
+            hash(kernel)
+            lacking[key] = partial(kernel.warmup, *arguments, grid=grid, **options)
+        return
+    compiled = kernel[grid](*arguments, **options)
+    # The interpreter has no forms. Operands in a CPU's memory are for the JIT to refuse.
+    if compiled is not None and _CUDA and all(tensor.get_device() >= 0 for tensor in tensors):
+        _forms[key] = _Form.of(compiled)
 
 
 def run_grouped(
@@ -107,71 +169,10 @@ def run_grouped(
     """
     sizes = [len(each) if isinstance(each, tuple) else 0 for each in (*tensors, *numbers)]
     flat = [tensor for each in tensors for tensor in (each if isinstance(each, tuple) else (each,))]
-    _run(kernel, grid, flat, [n for each in numbers for n in each], constants, options, sizes)
+    run(kernel, grid, flat, [n for each in numbers for n in each], constants, sizes=sizes, **options)
 
 
-def _run(
-    kernel: Any,
-    grid: tuple[int, ...],
-    tensors: Sequence[torch.Tensor],
-    numbers: Sequence[int | float],
-    constants: tuple[Any, ...],
-    options: dict[str, int],
-    sizes: list[int] | None,
-) -> None:
-    """Launch where the tensors are.
-
-    Args:
-        sizes: of the tuples that tensors and then numbers make, 0 for one alone; ``None``: each is alone.
-    """
-    device = tensors[0].get_device()
-    # A context costs more than a launch, and mostly there is one GPU.
-    if device >= 0 and device != _current_device():
-        with torch.cuda.device(device):
-            _run(kernel, grid, tensors, numbers, constants, options, sizes)
-        return
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    key: list[Any] = [id(kernel), device, constants, *options.values(), *[tensor.dtype for tensor in tensors]]
-    union = 0
-    for address in addresses:
-        union |= address
-    # Mostly all are aligned, which one number says.
-    key.append(union % _ALIGNED == 0 or tuple([address % _ALIGNED == 0 for address in addresses]))
-    if sizes is None:
-        specialised = _specialised.get(id(kernel))
-        if specialised is None:
-            specialised = _specialised[id(kernel)] = _positions(kernel, len(tensors))
-        for i in specialised:
-            key += (numbers[i] == 1, numbers[i] % _ALIGNED == 0)
-    if max(numbers) >= _LARGE:
-        key += [number >= _LARGE for number in numbers]
-    for tensor in tensors:
-        if tensor.get_device() != device:
-            key.append(("on", tensor.get_device()))
-    found = tuple(key)
-    form = _forms.get(found)
-    lacking = _lacking.get()
-    if lacking is not None:
-        if form is None:
-            # What is called by several threads computes its hash in this one.
-            hash(kernel)
-            arguments = _grouped([*tensors, *numbers], sizes)
-            lacking[found] = partial(kernel.warmup, *arguments, *constants, grid=grid, **options)
-        return
-    if form is not None:
-        launch, function, metadata, stream_of, _ = form
-        x, y, z = (*grid, 1, 1)[:3]
-        # Hooks of Triton's profiler are called at launches by the JIT alone: to ask for them takes as long as this.
-        arguments = _grouped([*addresses, *numbers], sizes)
-        launch(x, y, z, stream_of(device), function, metadata, None, None, None, *arguments, *constants)
-        return
-    compiled = kernel[grid](*_grouped([*tensors, *numbers], sizes), *constants, **options)
-    # The interpreter has no forms. Operands in a CPU's memory are for the JIT to refuse.
-    if compiled is not None and _CUDA and all(tensor.get_device() >= 0 for tensor in tensors):
-        _forms[found] = _Form.of(compiled)
-
-
-def _grouped(flat: list[Any], sizes: list[int] | None) -> list[Any]:
+def _grouped(flat: list[Any], sizes: Sequence[int] | None) -> list[Any]:
     """Arguments in tuples of these sizes."""
     if sizes is None:
         return flat
