@@ -113,24 +113,28 @@ class GradientScorer:
         closed: Mapping[str, torch.Tensor],
     ) -> Sums:
         """What scores are made of, from all parts of a step, in whatever process they are passed."""
+        # Once for all parts: to find a width in a model takes as long as a launch.
+        counts = [group.count for group in groups]
         if self._config.slices is None:
-            return self._of_part(groups, rows, closed)
+            return self._of_part(groups, counts, rows, closed)
         if self._staged is not None:
             return self._staged.sums(groups, parts)
         # Whether the fused pass is taken is found once, by the same sequence in every process.
         self._fused_pass(rows)
-        sizes = [3 * group.count for group in groups]
+        sizes = [3 * count for count in counts]
 
         def packed(number: int) -> torch.Tensor:
             if not parts[number].numbers:
                 return torch.zeros(sum(sizes) + 1, dtype=torch.float64, device=self._device)
-            sums, loss = self._of_part(groups, parts[number], closed)
+            sums, loss = self._of_part(groups, counts, parts[number], closed)
             return torch.cat([*(sums[group.name].flatten() for group in groups), loss[None]])
 
         *flat, loss = self._context.replicas.total(len(parts), packed).split([*sizes, 1])
-        return {g.name: part.view(3, g.count) for g, part in zip(groups, flat, strict=True)}, loss[0]
+        return {g.name: part.view(3, n) for g, n, part in zip(groups, counts, flat, strict=True)}, loss[0]
 
-    def _of_part(self, groups: list[StructureGroup], rows: StepRows, closed: Mapping[str, torch.Tensor]) -> Sums:
+    def _of_part(
+        self, groups: list[StructureGroup], counts: list[int], rows: StepRows, closed: Mapping[str, torch.Tensor]
+    ) -> Sums:
         """The same from rows that pass one after the other in this process."""
         # One backward pass needs no gradient buffer; several must be summed before the absolute value.
         one_pass = self._context.steps.fresh and len(rows.batches) == 1
@@ -139,7 +143,7 @@ class GradientScorer:
         able = one_pass if self._kind == "absolute" else self._kind == "second-order"
         fused = self._fused_pass(rows) if able else None
         if fused is not None:
-            sums, loss = self._by_fused_pass(fused, groups, rows, closed)
+            sums, loss = self._by_fused_pass(fused, groups, counts, rows, closed)
         else:
             if self._config.fp8:
                 reason = self.refused or f"--batch-size {self._config.batch_size} makes several batches of a step"
@@ -214,12 +218,13 @@ class GradientScorer:
         self,
         fused: ImportancePass,
         groups: list[StructureGroup],
+        counts: list[int],
         rows: StepRows,
         closed: Mapping[str, torch.Tensor],
     ) -> Sums:
         gates = {g.name: gate_columns(g, closed[g.name], self._context.weight.dtype) for g in groups} if closed else {}
         run = partial(fused.gate_sums, gates_at=gates) if self._kind == "second-order" else fused.score
-        scored = [(group.name, group.count) for group in groups]
+        scored = [(group.name, count) for group, count in zip(groups, counts, strict=True)]
         total: dict[str, torch.Tensor] = {}
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         micros = list(rows.micro_batches())
