@@ -116,14 +116,14 @@ class RunFolder:
         return write
 
     def _write(self, trajectory: Trajectory, state: dict[str, torch.Tensor], earlier: bytes | None) -> None:
-        from safetensors.torch import save
+        from safetensors.numpy import save
 
         step = len(trajectory.steps)
         try:
             (self.path / STATE).mkdir(parents=True, exist_ok=True)
             if not self._clean:
                 self._remove_unfinished()
-            stored = save(state)
+            stored = save({name: tensor.cpu().numpy() for name, tensor in state.items()})
             write_atomic(self._state(step), stored)
             if step == 1:
                 (self.path / METRICS).unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.numpy import save
 from torch import nn
 
 from gisp.data import Sequences
@@ -232,7 +232,8 @@ class Trajectory:
     def tensors(self) -> bytes:
         """The safetensors file of the removal steps."""
         return save(
-            {f"{name}.removed_at": at.to(torch.int32) for name, at in self.removed_at.items()},
+            # torch tensors would take three times as long, from a thread that the one that launches kernels waits for.
+            {f"{name}.removed_at": at.to(torch.int32).cpu().numpy() for name, at in self.removed_at.items()},
             # One entry: several would be written in an order that changes from process to process.
             metadata={"format": f"{FORMAT} {VERSION}"},
         )
