@@ -10,8 +10,9 @@ from contextvars import copy_context
 
 import torch
 
-# Part of the time that a thread writes at most. Of a small model a write takes as long as a step.
-_SHARE = 0.1
+# Part of the time that a thread writes at most. Of a small model a write takes a third of a step, and as long the thread
+# that launches kernels waits for it.
+_SHARE = 0.05
 
 
 class Transfer:
