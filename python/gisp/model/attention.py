@@ -6,14 +6,16 @@ gathered per query head through an index before attention, which is exact and ne
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from gisp.errors import GispError, quoted
 
 INDEXED_ATTENTION = "gisp_indexed"
 # Buffer of an attention module: int64 [query heads], the key/value head each uses.
@@ -39,6 +41,16 @@ class _ExpandKeyValue(torch.autograd.Function):
         return summed.view(batch, ctx.kv_heads, tokens, dim), None
 
 
+class _Expanded(NamedTuple):
+    """What attention reads of a module once every query head has its own keys and values.
+
+    Not the module's own group count, which would repeat them again.
+    """
+
+    is_causal: bool
+    layer_idx: int
+
+
 def indexed_attention(
     module: Any,
     query: torch.Tensor,
@@ -55,20 +67,41 @@ def indexed_attention(
     if index is not None:
         key = _ExpandKeyValue.apply(key, index)
         value = _ExpandKeyValue.apply(value, index)
-        # Already one key per query head: the module's own group count must not repeat them again.
-        module = SimpleNamespace(is_causal=module.is_causal, layer_idx=module.layer_idx)
+        module = _Expanded(module.is_causal, module.layer_idx)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def use_indexed_attention(model: Any) -> None:
-    """Route the model's attention through :func:`indexed_attention`."""
-    AttentionInterface.register(INDEXED_ATTENTION, indexed_attention)
-    AttentionMaskInterface.register(INDEXED_ATTENTION, sdpa_mask)
+    """Route the model's attention through :func:`indexed_attention`, and no other way while heads are uneven."""
     model.set_attn_implementation(INDEXED_ATTENTION)
+    for part in (model, model.model):
+        # A pickle would look for a bound method under its name in the class.
+        part.set_attn_implementation = partial(_set_attn_implementation, part)
+
+
+def _set_attn_implementation(model: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+    """Choose attention as the model's class does, unless layers have an index that others would not read.
+
+    They would share the keys and values that are left among the query heads evenly.
+
+    Raises:
+        GispError: layers have one.
+    """
+    uneven = any(getattr(module, KV_INDEX, None) is not None for module in model.modules())
+    if uneven and attn_implementation != INDEXED_ATTENTION:
+        raise GispError(
+            f"attention {quoted(attn_implementation)} takes no uneven key/value heads, which this pruned model has: "
+            "export it (gisp.export_model) and load that with attn_implementation="
+        )
+    type(model).set_attn_implementation(model, attn_implementation, *args, **kwargs)
 
 
 def set_kv_index(attention: nn.Module, index: torch.Tensor | None) -> None:
     """Give an attention module its key/value index, or with ``None`` its even groups back."""
+    config: Any = attention.config
+    if index is not None and config._attn_implementation != INDEXED_ATTENTION:
+        # Another may have been chosen while heads were even.
+        config._attn_implementation = INDEXED_ATTENTION
     attention.register_buffer(KV_INDEX, index, persistent=False)
 
 
@@ -77,6 +110,11 @@ def set_head_counts(attention: nn.Module, heads: int, kv_heads: int) -> None:
     for name, count in (("num_heads", heads), ("num_key_value_heads", kv_heads)):
         if hasattr(attention, name):
             setattr(attention, name, count)
+
+
+# Here, because a pickled model finds its attention by importing this module.
+AttentionInterface.register(INDEXED_ATTENTION, indexed_attention)
+AttentionMaskInterface.register(INDEXED_ATTENTION, sdpa_mask)
 
 
 class NoHeads(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -115,3 +116,52 @@ def test_a_graph_built_before_pack_notices_a_later_removal():
     shrinkable.remove({"layers.1.channels": torch.tensor([2, 3])})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+UNEVEN = {"layers.1.heads": torch.tensor([0, 1, 2])}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2", "paged|sdpa"])
+def test_attention_that_would_share_uneven_heads_evenly_is_refused(attention):
+    model = tiny_model("llama-gqa")
+    shrinkable = ShrinkableModel(map_model(model))
+    shrinkable.remove({"layers.1.heads": torch.tensor([0, 1])})
+    with torch.no_grad():
+        before = model(tiny_tokens(2)).logits
+        for part in (model, copy.deepcopy(model), model.model):
+            with pytest.raises(GispError, match=rf"attention '{re.escape(attention)}' takes no uneven key/value heads"):
+                part.set_attn_implementation(attention)
+        assert torch.equal(model(tiny_tokens(2)).logits, before)
+
+
+def test_attention_chosen_while_heads_are_even_serves_as_long_as_they_are():
+    model = tiny_model("llama-gqa")
+    shrinkable = ShrinkableModel(map_model(model))
+    with torch.no_grad():
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(model(tiny_tokens(2)).logits, tiny_model("llama-gqa")(tiny_tokens(2)).logits)
+        shrinkable.remove({"layers.1.heads": torch.tensor([0, 1])})
+        expected = masked(tiny_model("llama-gqa"), {"layers.1.heads": torch.tensor([0, 1])})(tiny_tokens(2)).logits
+        torch.testing.assert_close(model(tiny_tokens(2)).logits, expected)
+
+
+def test_whole_key_value_heads_leave_the_choice():
+    model = tiny_model("llama-gqa")
+    ShrinkableModel(map_model(model, "group")).remove({"layers.1.heads": torch.tensor([0, 1])})
+    with torch.no_grad():
+        before = model(tiny_tokens(2)).logits
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(model(tiny_tokens(2)).logits, before)
+
+
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+def test_uneven_heads_are_traced_as_one_graph(how):
+    model = tiny_model("llama-gqa")
+    ShrinkableModel(map_model(model)).remove(UNEVEN)
+    with torch.no_grad():
+        expected = model(tiny_tokens(2), use_cache=False).logits
+        if how == "compiled":
+            traced = torch.compile(model, backend="eager", fullgraph=True)
+        else:
+            traced = torch.export.export(model, (tiny_tokens(2),), {"use_cache": False}, strict=False).module()
+        torch.testing.assert_close(traced(tiny_tokens(2), use_cache=False).logits, expected)
