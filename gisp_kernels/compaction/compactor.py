@@ -83,6 +83,10 @@ class Compactor:
         # State comes and goes, and is taken over anew where it was replaced.
         self._own = self._held
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Prepared swaps hold addresses of this storage.
+        return {**self.__dict__, "_prepared": []}
+
     @property
     def depth(self) -> int:
         """Steps that can be rolled back."""

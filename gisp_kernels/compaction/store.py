@@ -38,6 +38,16 @@ class Store:
         self.place = place
         self._take(tensor.detach())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shown": self._shown if self.is_shown() else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Show storage of its own, in a copy of the layers or in layers that were pickled."""
+        self.__dict__.update(state)
+        if state["_shown"] is not None:
+            self._take(self.full)
+            self.show()
+
     def __str__(self) -> str:
         return f"{self.owners[0][1]} of {self.place}"
 

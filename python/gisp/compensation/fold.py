@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -35,11 +36,7 @@ def fold_into_pruned(shrinkable: ShrinkableModel, compensation: Compensation) ->
         weight = None if update.weight is None else update.weight[:, position]
         undo.append(_overwrite(linear, weight, update.bias))
 
-    def restore() -> None:
-        for step in reversed(undo):
-            step()
-
-    shrinkable.until_moved(restore)
+    shrinkable.until_moved(partial(_run, undo[::-1]))
 
 
 def fold_into_dense(model_map: ModelMap, compensation: Compensation) -> None:
@@ -102,15 +99,23 @@ def _overwrite(linear: nn.Linear, weight: torch.Tensor | None, bias: torch.Tenso
         linear.weight.copy_(weight)
     _set_bias(linear, bias)
 
-    def restore() -> None:
-        with torch.no_grad():
-            if old_weight is not None:
-                linear.weight.copy_(old_weight)
-            linear.bias = old_bias
-            if old_values is not None:
-                old_bias.copy_(old_values)
+    return partial(_restore, linear, old_weight, old_bias, old_values)
 
-    return restore
+
+@torch.no_grad()
+def _restore(
+    linear: nn.Linear, weight: torch.Tensor | None, bias: nn.Parameter | None, values: torch.Tensor | None
+) -> None:
+    if weight is not None:
+        linear.weight.copy_(weight)
+    linear.register_parameter("bias", bias)
+    if bias is not None and values is not None:
+        bias.copy_(values)
+
+
+def _run(steps: Iterable[Callable[[], None]]) -> None:
+    for step in steps:
+        step()
 
 
 def _set_bias(linear: nn.Linear, bias: torch.Tensor | None) -> None:

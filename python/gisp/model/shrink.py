@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class ShrinkableModel:
             use_indexed_attention(model_map.model)
         setattr(model_map.model, self._ATTRIBUTE, self)
         if hasattr(model_map.model, "save_pretrained"):
-            model_map.model.save_pretrained = MethodType(_save_pretrained, model_map.model)
+            model_map.model.save_pretrained = partial(_save_pretrained, model_map.model)
 
     @classmethod
     def of(cls, model: nn.Module) -> ShrinkableModel | None:
@@ -134,6 +134,9 @@ class ShrinkableModel:
         """Call ``restore`` before the next step or rollback.
 
         For weights written into the pruned model in place: with it steps stay exactly reversible.
+
+        Args:
+            restore: a ``partial`` rather than a closure, which a copy of the model would share.
         """
         self._settle()
         self._restore = restore

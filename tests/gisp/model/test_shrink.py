@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import re
 
 import pytest
@@ -165,3 +167,34 @@ def test_uneven_heads_are_traced_as_one_graph(how):
         else:
             traced = torch.export.export(model, (tiny_tokens(2),), {"use_cache": False}, strict=False).module()
         torch.testing.assert_close(traced(tiny_tokens(2), use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("how", ["copied", "pickled", "saved by torch"])
+def test_a_copy_moves_by_itself(how):
+    model = tiny_model("llama-gqa")
+    shrinkable = ShrinkableModel(map_model(model))
+    shrinkable.remove(REMOVAL)
+    shrinkable.remove({"layers.3.channels": torch.tensor([1])})
+    if how == "copied":
+        other = copy.deepcopy(model)
+    elif how == "pickled":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    moved = ShrinkableModel.of(other)
+    assert moved is not None
+    assert moved.map.model is other
+    with torch.no_grad():
+        pruned = model(tiny_tokens(2)).logits
+        assert torch.equal(other(tiny_tokens(2)).logits, pruned)
+        moved.rollback(2)
+        assert torch.equal(model(tiny_tokens(2)).logits, pruned)
+        shrinkable.rollback(2)
+        dense = model(tiny_tokens(2)).logits
+        assert torch.equal(other(tiny_tokens(2)).logits, dense)
+        other.lm_head.weight.zero_()
+        other.model.layers[0].mlp.up_proj.weight.zero_()
+        assert torch.equal(model(tiny_tokens(2)).logits, dense)

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from narrow_block import Block, assert_kept, dense_of
+from narrow_block import Block, assert_kept, assert_same, dense_of, state
 from partition_cases import BACKENDS
 
 from gisp_kernels.compaction.compactor import Compactor
@@ -176,3 +176,29 @@ def test_a_group_moves_with_what_was_removed() -> None:
     compactors[1].remove({"channels": [0], "heads": [3]})
     assert there.down_proj.weight.is_meta and there.down_proj.weight.shape[1] == there.down_proj.in_features == 36
     assert there.q_proj.weight.shape[0] == 20
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["reversible", "packed"])
+def test_a_copy_cuts_its_own_layers(packed: bool) -> None:
+    block = Block(dtype=torch.bfloat16)
+    groups = block.groups()
+    optimizer = torch.optim.AdamW(block.parameters())
+    torch.stack([p.float().square().sum() for p in block.parameters()]).sum().backward()
+    optimizer.step()
+    compactor = Compactor(groups, optimizer=optimizer)
+    compactor.remove({"heads": [0], "channels": list(range(10))})
+    if packed:
+        compactor.pack()
+    other, groups_of_other, cut, steps = copy.deepcopy((block, groups, compactor, optimizer))
+    before, moments = state(block), {n: s["exp_avg"].clone() for n, s in optimizer.state_dict()["state"].items()}
+    cut.remove({"heads": [1], "channels": [20]})
+    assert [group.count for group in groups_of_other] == [4, 26]
+    assert all(s["exp_avg"].shape == p.shape for p, s in steps.state.items())
+    cut.rollback()
+    compactor.remove({"heads": [1], "channels": [20]})
+    compactor.rollback()
+    for mine, theirs in ((block, optimizer), (other, steps)):
+        assert_same(mine, before)
+        found = theirs.state_dict()["state"]
+        assert all(torch.equal(found[n]["exp_avg"], moment) for n, moment in moments.items())
+    assert not {p.data_ptr() for p in block.parameters()} & {p.data_ptr() for p in other.parameters()}

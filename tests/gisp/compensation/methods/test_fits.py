@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -227,6 +228,10 @@ def test_moving_takes_it_back_bit_for_bit(options: dict[str, Any]) -> None:
     compensated = logits(model)
     assert not torch.equal(compensated, small)
     gisp.compensate(model, TOKENS, **options)
+    assert torch.equal(logits(model), compensated)
+    other = copy.deepcopy(model)
+    trajectory.at(0.4, other)
+    assert torch.equal(logits(other), small)
     assert torch.equal(logits(model), compensated)
     trajectory.at(0.4, model)
     assert torch.equal(logits(model), small)
