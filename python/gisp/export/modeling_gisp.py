@@ -214,14 +214,18 @@ FAMILIES = {
 }
 
 
-@cache
 def classes_of(model_type: str) -> tuple[Any, Any, Any, Any]:
     """Configuration, decoder, language model and classifier of a pruned model type, ``gisp_...``.
 
     Raises:
         KeyError: there is no such type.
     """
-    name = model_type.removeprefix("gisp_")
+    return _made(model_type.removeprefix("gisp_"))
+
+
+@cache
+def _made(name: str) -> tuple[Any, Any, Any, Any]:
+    # Once for each name: pickles find classes by name and refuse others of the same name.
     return pruned_classes(name, *FAMILIES[name])
 
 

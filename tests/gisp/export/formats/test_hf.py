@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -286,6 +287,14 @@ def test_load_opens_plain_folders(tmp_path: Path) -> None:
     assert type(model) is type(base)
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_export_can_be_pickled(family: str, exported: tuple[Path, dict[str, ExportReport]]) -> None:
+    model = gisp.load(exported[0] / family)
+    other = pickle.loads(pickle.dumps(model))
+    assert type(other) is type(model)
+    assert torch.equal(_logits(other), _logits(model))
 
 
 @pytest.mark.parametrize("stale", [None, {"AutoModelForCausalLM": "org/name--modeling_gisp.GispQwen2ForCausalLM"}])
