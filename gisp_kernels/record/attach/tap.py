@@ -16,7 +16,7 @@ from gisp_kernels.record.attach.copying import Uncopyable
 from gisp_kernels.record.attach.parallel import added_over, is_sharded
 from gisp_kernels.record.attach.transforms import refuse_transforms
 from gisp_kernels.record.attach.use import Needs, RecordedLinear, Use, current_backward, without_autocast
-from gisp_kernels.record.attach.watch import Watch
+from gisp_kernels.record.attach.watch import Renewed, Watch
 
 Pending = TypeVar("Pending")
 
@@ -334,4 +334,4 @@ class _Forward(Uncopyable):
 
 def is_recorded(module: nn.Module) -> bool:
     """Whether a recorder stands in for the forward of a module."""
-    return isinstance(module.__dict__.get("forward"), _Forward)
+    return isinstance(module.__dict__.get("forward"), _Forward | Renewed)

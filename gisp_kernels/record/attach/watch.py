@@ -56,23 +56,29 @@ class Watch(Uncopyable):
         self._passing = passing
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._watched: list[torch.Tensor] = []
+        self.sharded = False
 
     def attach(self) -> None:
         """Set the hooks that the weight needs."""
-        weight = self._tap.stored
+        module, weight = self._tap.linear, self._tap.stored
+        self.sharded = is_sharded(weight)
         if self._frozen:
-            if not can_require_grad(self._tap.linear, weight):
+            if not can_require_grad(module, weight):
                 return
             weight.requires_grad_(True)
         self._watch(weight)
         if not (self._frozen and self._in_forward):
-            self._handles.append(self._tap.linear.register_forward_pre_hook(_BeforeForward(self)))
+            self._handles.append(module.register_forward_pre_hook(_BeforeForward(self)))
+        if self.sharded and "forward" not in module.__dict__:
+            module.forward = Renewed(module.forward)
 
     def detach(self) -> None:
         """Remove them; a ``.grad`` that an interrupted backward pass left aside comes back."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if isinstance(self._tap.linear.__dict__.get("forward"), Renewed):
+            del self._tap.linear.forward
         for weight in self._watched:
             _restore(weight)
             if self._frozen:
@@ -130,16 +136,29 @@ class _BeforeForward(Uncopyable):
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
+        self._outside = torch.compiler.disable(watch.before_forward)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        # Compiled code computes with the parameter the module shows, which is hooked already.
         if not torch.compiler.is_compiling():
             self._watch.before_forward()
+        elif self._watch.sharded:
+            self._outside()
+        # Else compiled code computes with the parameter the module shows, which is hooked already.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         if not self._watch.copies:
             self._refuse()
         return _nothing
+
+
+class Renewed(Uncopyable):
+    """The forward of a module as an object of its own: code compiled before looks at that, not at new hooks."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
 
 
 def _nothing(module: nn.Module, inputs: Any) -> None:

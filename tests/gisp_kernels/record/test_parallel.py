@@ -144,6 +144,35 @@ def fully_sharded(mode: Mode) -> None:
     assert all(torch.equal(found[True][name], grad) for name, grad in found[False].items())
 
 
+def fully_sharded_and_compiled(mode: Mode) -> None:
+    """Compiled code must meet the parameter that a layer shows while it runs, whenever it was compiled."""
+    model, batches = setting()
+    mine, truth = batches[distributed.get_rank()], truths(model, batches, mode)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for when in ("before sharding", "before recording", "inside"):
+        torch._dynamo.reset()
+        own = copy.deepcopy(model)
+        parts = (own.attn, own.mlp)
+        if when == "before sharding":
+            for part in parts:
+                part.compile(backend="aot_eager")
+        for module in (*parts, own):
+            fully_shard(module, mesh=mesh)
+        if when == "before recording":
+            for part in parts:
+                part.compile(backend="aot_eager")
+            own(mine[0]).pow(2).mean().backward()
+        with record_importance(own, mode=mode, keep_grad=True, reduce_group=distributed.group.WORLD) as recorder:
+            if when == "inside":
+                for part in parts:
+                    part.compile(backend="aot_eager")
+            for batch in mine:
+                own(batch).pow(2).mean().backward()
+            assert not recorder.coverage().unreached
+            assert_scores(recorder.scores(), truth)
+        assert all("forward" not in module.__dict__ for module in own.modules())
+
+
 def flattened_refuses() -> None:
     for original in (False, True):
         wrapped = FullyShardedDataParallel(Block(), device_id=torch.device("cpu"), use_orig_params=original)
@@ -189,6 +218,8 @@ def tensor_parallel(mode: Mode) -> None:
     ("work", "mode"),
     [
         *((work, mode) for work in (data_parallel, fully_sharded) for mode in ("stream", "exact", "second-order")),
+        (fully_sharded_and_compiled, "exact"),
+        (fully_sharded_and_compiled, "second-order"),
         (tensor_parallel, "stream"),
         (tensor_parallel, "exact"),
     ],
