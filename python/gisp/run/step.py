@@ -10,8 +10,8 @@ from contextvars import copy_context
 
 import torch
 
-# Part of the time that a thread writes at most. Of a small model a write takes a third of a step, and the thread that
-# launches kernels waits as long for it.
+# Part of the time that a thread writes at most. Of a small model a write takes a third of a step, and as long the
+# thread that launches kernels waits for it.
 _SHARE = 0.05
 
 
