@@ -66,3 +66,20 @@ def check_writable(name: str, tensor: torch.Tensor) -> None:
     """
     if tensor.stride()[-1] != 1 and tensor.shape[-1] > 1:
         raise ValueError(f"{name} is written in place and must have contiguous rows, got strides {tensor.stride()}")
+
+
+def readable_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A matrix as :func:`readable` gives it, and the stride of its rows: a launch asks for strides once."""
+    pitch, step = matrix.stride()
+    if step == 1:
+        return matrix, pitch
+    copy = matrix.contiguous()
+    return copy, copy.stride()[0]
+
+
+def writable_rows(name: str, matrix: torch.Tensor) -> int:
+    """The stride of the rows of a matrix that :func:`check_writable` does not refuse."""
+    pitch, step = matrix.stride()
+    if step != 1:
+        check_writable(name, matrix)
+    return pitch

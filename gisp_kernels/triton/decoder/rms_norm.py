@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.alignment import aligned, check_writable, readable
+from gisp_kernels.alignment import aligned, readable, readable_rows, writable_rows
 from gisp_kernels.forms import next_power_of_2, run
 
 # A row of up to 8192 elements takes 8 warps; hidden size never changes in a run, so it may shape the kernel.
@@ -121,10 +123,16 @@ def _by_rows(
 ) -> None:
     """Launch a program a row of the first tensor [T, D]; ``add``: what the kernel knows besides the width."""
     tokens, width = tensors[0].shape
-    block = next_power_of_2(width)
-    warps = 8 if block > WIDE else 4 if block > 256 else 1
+    block, warps = _shape(width)
     constants = (width, block, *add, aligned(*strides))
     run(kernel, (tokens,), tensors, (*strides, *numbers), constants, num_warps=warps)
+
+
+@functools.cache
+def _shape(width: int) -> tuple[int, int]:
+    """Elements of a program's row and its warps; the widths of a run are few."""
+    block = next_power_of_2(width)
+    return block, 8 if block > WIDE else 4 if block > 256 else 1
 
 
 def add_norm(
@@ -138,15 +146,16 @@ def add_norm(
     """See :func:`gisp_kernels.ops.decoder.add_rms_norm`; fills ``total`` and ``normed``, returns the inverse RMS."""
     tokens, width = x.shape
     rstd = x.new_empty(tokens, dtype=torch.float32)
-    check_writable("out", normed)
-    x = readable(x)
+    pitch_n = writable_rows("out", normed)
+    x, pitch_x = readable_rows(x)
+    add = delta is not None
     if delta is None:
-        delta, total, add = x, x, False
+        delta, total, pitch_d, pitch_t = x, x, pitch_x, pitch_x
     else:
-        check_writable("total", total)
-        delta, add = readable(delta), True
+        pitch_t = writable_rows("total", total)
+        delta, pitch_d = readable_rows(delta)
     if tokens and width:
-        strides = (x.stride()[0], delta.stride()[0], total.stride()[0], normed.stride()[0])
+        strides = (pitch_x, pitch_d, pitch_t, pitch_n)
         _by_rows(_add_norm_kernel, (x, delta, readable(weight), total, normed, rstd), strides, float(eps), add=(add,))
     return rstd
 
@@ -154,10 +163,10 @@ def add_norm(
 def apply_norm(x: torch.Tensor, rstd: torch.Tensor, weight: torch.Tensor, normed: torch.Tensor) -> None:
     """See :func:`gisp_kernels.ops.decoder.rms_norm_apply`; fills ``normed``."""
     tokens, width = x.shape
-    check_writable("out", normed)
-    x = readable(x)
+    pitch_n = writable_rows("out", normed)
+    x, pitch_x = readable_rows(x)
     if tokens and width:
-        _by_rows(_apply_kernel, (x, readable(rstd), readable(weight), normed), (x.stride()[0], normed.stride()[0]))
+        _by_rows(_apply_kernel, (x, readable(rstd), readable(weight), normed), (pitch_x, pitch_n))
 
 
 def backward(
@@ -166,10 +175,10 @@ def backward(
     """See :func:`gisp_kernels.ops.decoder.rms_norm_backward_`."""
     tokens, width = x.shape
     out = normed_grad if grad is None else grad
-    check_writable("normed_grad" if grad is None else "grad", out)
-    normed_grad, x = readable(normed_grad), readable(x)
+    pitch_o = writable_rows("normed_grad" if grad is None else "grad", out)
+    normed_grad, pitch_g = readable_rows(normed_grad)
+    x, pitch_x = readable_rows(x)
     if tokens and width:
-        strides = (out.stride()[0], normed_grad.stride()[0], x.stride()[0])
         operands = out, normed_grad, x, readable(rstd), readable(weight)
-        _by_rows(_backward_kernel, operands, strides, add=(grad is not None,))
+        _by_rows(_backward_kernel, operands, (pitch_o, pitch_g, pitch_x), add=(grad is not None,))
     return out

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gisp_kernels.alignment import aligned, check_writable, readable
+from gisp_kernels.alignment import aligned, readable, readable_rows, writable_rows
 from gisp_kernels.forms import ceil_div, run
 
 TILE = 1024
@@ -136,16 +136,16 @@ def _gates_kernel(  # type: ignore[no-untyped-def]
 
 def forward(gate: torch.Tensor, up: torch.Tensor, act: torch.Tensor) -> None:
     """See :func:`gisp_kernels.ops.decoder.swiglu`; fills ``act``."""
-    check_writable("out", act)
-    _launch(_forward_kernel, readable(gate), readable(up), act)
+    pitch_a = writable_rows("out", act)
+    gate, pitch_g = readable_rows(gate)
+    up, pitch_u = readable_rows(up)
+    _launch(_forward_kernel, (gate, up, act), (pitch_g, pitch_u, pitch_a))
 
 
 def backward(gate: torch.Tensor, up: torch.Tensor, grad_act: torch.Tensor) -> None:
     """See :func:`gisp_kernels.ops.decoder.swiglu_backward_`."""
-    check_writable("gate", gate)
-    check_writable("up", up)
-    check_writable("grad_act", grad_act)
-    _launch(_backward_kernel, gate, up, grad_act)
+    strides = writable_rows("gate", gate), writable_rows("up", up), writable_rows("grad_act", grad_act)
+    _launch(_backward_kernel, (gate, up, grad_act), strides)
 
 
 def backward_gates(
@@ -157,13 +157,12 @@ def backward_gates(
     out: torch.Tensor,
 ) -> None:
     """See :func:`gisp_kernels.ops.decoder.swiglu_backward_gates_`; fills ``out``."""
-    check_writable("gate", gate)
-    check_writable("up", up)
-    grad_act = readable(grad_act)
+    pitch_g, pitch_u = writable_rows("gate", gate), writable_rows("up", up)
+    grad_act, pitch_a = readable_rows(grad_act)
     tokens, width = gate.shape
     if width == 0 or out.shape[0] == 0:
         return
-    strides = (gate.stride()[0], up.stride()[0], grad_act.stride()[0])
+    strides = (pitch_g, pitch_u, pitch_a)
     run(
         _gates_kernel,
         (ceil_div(width, BLOCK_C) * (tokens // length),),
@@ -174,10 +173,9 @@ def backward_gates(
     )
 
 
-def _launch(kernel: triton.JITFunction, gate: torch.Tensor, up: torch.Tensor, act: torch.Tensor) -> None:
-    tokens, width = gate.shape
+def _launch(kernel: triton.JITFunction, tensors: tuple[torch.Tensor, ...], strides: tuple[int, ...]) -> None:
+    tokens, width = tensors[0].shape
     if tokens == 0 or width == 0:
         return
-    strides = (gate.stride()[0], up.stride()[0], act.stride()[0])
     grid = (ceil_div(width, TILE) * tokens,)
-    run(kernel, grid, (gate, up, act), (width, *strides), (aligned(width, *strides), TILE), num_warps=4)
+    run(kernel, grid, tensors, (width, *strides), (aligned(width, *strides), TILE), num_warps=4)
