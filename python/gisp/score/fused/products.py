@@ -32,22 +32,22 @@ class Products:
     def forward(self, x: torch.Tensor, linears: Sequence[nn.Linear]) -> torch.Tensor:
         """``x @ W.T + b`` of every layer, [T, I] to [T, sum of O]."""
         if len(linears) == 1:
-            return _linear(x, linears[0], None)
-        widths = _widths(linears)
+            return _linear(x, linears[0], parameter(linears[0], "weight"), None)
+        weights, widths = _weights(linears)
         out = x.new_empty(x.shape[0], sum(widths))
-        for linear, part in zip(linears, out.split_with_sizes(widths, 1), strict=True):
-            _linear(x, linear, part)
+        for linear, weight, part in zip(linears, weights, out.split_with_sizes(widths, 1), strict=True):
+            _linear(x, linear, weight, part)
         return out
 
     def input_grad(self, grad: torch.Tensor, linears: Sequence[nn.Linear]) -> torch.Tensor:
         """Sum of ``grad @ W`` over the layers, [T, sum of O] to [T, I]."""
         if len(linears) == 1:
             return torch.mm(grad, parameter(linears[0], "weight"))
-        first, *others = linears
-        start, *parts = grad.split_with_sizes(_widths(linears), 1)
-        total = torch.mm(start, parameter(first, "weight"))
-        for linear, part in zip(others, parts, strict=True):
-            total.addmm_(part, parameter(linear, "weight"))
+        (first, *others), widths = _weights(linears)
+        start, *parts = grad.split_with_sizes(widths, 1)
+        total = torch.mm(start, first)
+        for weight, part in zip(others, parts, strict=True):
+            total.addmm_(part, weight)
         return total
 
 
@@ -65,7 +65,7 @@ class Float8Products(Products):
         """As :meth:`Products.forward`."""
         if not _fits(linears):
             return super().forward(x, linears)
-        widths = _widths(linears)
+        _, widths = _weights(linears)
         stack = torch.empty(sum(widths), x.shape[1], dtype=float8.FLOAT8, device=x.device)
         scale = torch.empty(sum(widths), dtype=torch.float32, device=x.device)
         for linear, rows, own in zip(linears, stack.split(widths), scale.split(widths), strict=True):
@@ -81,7 +81,7 @@ class Float8Products(Products):
         """As :meth:`Products.input_grad`."""
         if not _fits(linears):
             return super().input_grad(grad, linears)
-        widths = _widths(linears)
+        _, widths = _weights(linears)
         scale = self._scales[tuple(linears)]
         stack = torch.empty(linears[0].weight.shape[1], sum(widths), dtype=float8.FLOAT8, device=grad.device)
         for linear, columns, own in zip(linears, stack.split(widths, dim=1), scale.split(widths), strict=True):
@@ -89,15 +89,17 @@ class Float8Products(Products):
         return float8.scaled_product(*float8.quantize_rows(grad, scale), stack, None, grad.dtype)
 
 
-def _linear(x: torch.Tensor, linear: nn.Linear, out: torch.Tensor | None) -> torch.Tensor:
-    weight, bias = parameter(linear, "weight").t(), parameter(linear, "bias")
+def _linear(x: torch.Tensor, linear: nn.Linear, weight: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    turned, bias = weight.t(), parameter(linear, "bias")
     if bias is None:
-        return torch.mm(x, weight) if out is None else torch.mm(x, weight, out=out)
-    return torch.addmm(bias, x, weight) if out is None else torch.addmm(bias, x, weight, out=out)
+        return torch.mm(x, turned) if out is None else torch.mm(x, turned, out=out)
+    return torch.addmm(bias, x, turned) if out is None else torch.addmm(bias, x, turned, out=out)
 
 
-def _widths(linears: Sequence[nn.Linear]) -> list[int]:
-    return [parameter(linear, "weight").shape[0] for linear in linears]
+def _weights(linears: Sequence[nn.Linear]) -> tuple[list[torch.Tensor], list[int]]:
+    """The weights of layers and how many outputs each has."""
+    weights = [parameter(linear, "weight") for linear in linears]
+    return weights, [weight.shape[0] for weight in weights]
 
 
 def _fits(linears: Sequence[nn.Linear]) -> bool:
