@@ -38,6 +38,22 @@ def test_products_are_as_good_as_in_float32(
     assert torch.equal(product(a, b), product(a, b))
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+@pytest.mark.parametrize("columns", [512, 333])
+def test_a_part_of_a_total_takes_its_product_alone(dtype: torch.dtype, columns: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4098, columns, device="cuda").to(dtype)
+    part = slice(64, columns)
+    whole, total = (product_total(columns, columns, x.device) for _ in range(2))
+    with exact_products():
+        for _ in range(2):
+            add_product(whole, x, x)
+            add_product(total[64:, :], x[:, part], x)
+            add_product(total[:64, :64], x[:, :64], x[:, :64])
+    assert torch.allclose(total.tril(), whole.tril(), atol=1e-5 * 2 * 4098**0.5, rtol=1e-4)
+    assert not total[:64, 64:].any() and not total[columns:].any()
+
+
 @pytest.mark.parametrize("left", [BF16, F32])
 @pytest.mark.parametrize("columns", [512, 333])
 def test_exact_products_of_many_tokens(left: torch.dtype, columns: int) -> None:

@@ -33,6 +33,8 @@ from gisp_kernels.ops.products import add_product, product_total
 
 # The first size tried, divided by the number of blocks.
 _FIRST_SIZE = 0.5
+# Rows of a symmetric moment that one product makes: wide enough for full tiles of a GPU.
+_PANEL = 2560
 
 
 def run_kfac(
@@ -100,6 +102,7 @@ def behind(rows: Sequence[Row], begin: int, tokens: int) -> int:
 class _Moments:
     """Second moments of one projection's kept inputs and output gradients: A [K, K], G [D, D], C [D, K], float32.
 
+    Of A and G the factorisation reads the lower triangle; what is above it need not be there.
     They make a direction whose size is searched, and tolerate the bits that products of 16-bit factors drop.
     """
 
@@ -123,8 +126,8 @@ class _Moments:
 
     def add(self, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         """Take in tokens: inputs [T, K], gradients [T, D], in the model's dtype."""
-        add_product(self.inputs, inputs, inputs)
-        add_product(self.outputs, gradients, gradients)
+        _add_lower(self.inputs, inputs)
+        _add_lower(self.outputs, gradients)
         add_product(self.cross, gradients, inputs)
 
     @contextmanager
@@ -145,6 +148,13 @@ class _Moments:
         )
         whole, other = ridge(outputs[:rows, :rows].double() / tokens, half.T, damping)
         return -whole.T.float(), max(one, other)
+
+
+def _add_lower(total: torch.Tensor, factor: torch.Tensor) -> None:
+    """Add ``factor.T @ factor``, factor [T, n], to the lower triangle of a total; above it some is added, some not."""
+    for start in range(0, factor.shape[1], _PANEL):
+        stop = start + _PANEL
+        add_product(total[start:stop, :stop], factor[:, start:stop], factor[:, :stop])
 
 
 def _directions(student: Student, rows: Sequence[Row], damping: float) -> tuple[list[Move], list[float]]:

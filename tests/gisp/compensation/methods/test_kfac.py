@@ -38,8 +38,12 @@ def steps_of(found: Compensation) -> tuple[Step, ...]:
 
 @pytest.mark.usefixtures("accept_all")
 @pytest.mark.parametrize("family", ["llama-mha", "llama-gqa", "llama-bias", "qwen3"])
-@pytest.mark.parametrize(("number", "refused"), [(1, None), (2, None), (2, "a test says so")])
-def test_a_step_is_its_formula(family: str, number: int, refused: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "refused", "panel"), [(1, None, 5), (2, None, 2560), (2, "a test says so", 5)])
+def test_a_step_is_its_formula(
+    family: str, number: int, refused: str | None, panel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Symmetric moments are made by panels of so many rows.
+    monkeypatch.setattr(kfac, "_PANEL", panel)
     monkeypatch.setattr(kfac, "search", lambda value, first, _: (first, value(first)))
     monkeypatch.setattr(student, "why_not", lambda *_: refused)
     model, data = tiny_model(family), rows()
