@@ -26,7 +26,9 @@ class OptimizerState:
 
     def __init__(self, optimizers: Sequence[Any], stores: Iterable[Store]) -> None:
         self._optimizers = optimizers
-        self._followed = [store for store in stores if isinstance(store.tensor, torch.nn.Parameter)]
+        # Every step asks for the state of all of these, which without an optimizer have none.
+        followed = stores if optimizers else ()
+        self._followed = [store for store in followed if isinstance(store.tensor, torch.nn.Parameter)]
         self._found: dict[tuple[int, str], Store] = {}
         known = {id(store.tensor) for store in self._followed}
         for optimizer in optimizers:
