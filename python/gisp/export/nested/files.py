@@ -105,6 +105,10 @@ class NestedFiles:
     bytes_read: int = 0
     _open: dict[str, Any] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy opens files by itself.
+        return {**self.__dict__, "_open": {}}
+
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = False) -> NestedFiles:
         """Open a folder and check it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +59,22 @@ class NestedModelMixin:
         raise GispError("a model of a nested checkpoint is not saved: use gisp export RUN --sparsity S --out DIR")
 
 
+@cache
+def nested_class(base: Any) -> type:
+    """The class of models of a nested checkpoint made from one of transformers."""
+    return type(f"Nested{base.__name__}", (NestedModelMixin, base), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    """These classes by name, for pickles."""
+    import transformers
+
+    base = getattr(transformers, name.removeprefix("Nested"), None) if name.startswith("Nested") else None
+    if not isinstance(base, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return nested_class(base)
+
+
 def load_nested(
     folder: str | Path,
     sparsity: float | None = None,
@@ -95,7 +112,7 @@ def load_nested(
     if tied:
         model.tie_weights()
     model.model.rotary_emb.to(device)
-    model.__class__ = type(f"Nested{type(model).__name__}", (NestedModelMixin, type(model)), {})
+    model.__class__ = nested_class(type(model))
     model._nested = _Prefixes(model, files, device, kind)
     model._nested.move(step, keep_memory=False)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,21 @@ def test_moving_down_and_up_again_changes_no_bit(nested: tuple[Any, Trajectory, 
         assert model.resize(point, keep_memory=keep_memory) is model
         assert torch.equal(logits(model), fresh[point])
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_moves_by_itself(nested: tuple[Any, Trajectory, Path], copied: Callable[[Any], Any]) -> None:
+    _, _, folder = nested
+    small, large = (logits(gisp.load(folder, sparsity=sparsity)) for sparsity in (0.5, 0.0))
+    assert not torch.equal(small, large)
+    model = gisp.load(folder, sparsity=0.5)
+    other = copied(model)
+    assert torch.equal(logits(other), small)
+    assert torch.equal(logits(other.resize(0.0)), large)
+    assert torch.equal(logits(model), small)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.zero_()
+    assert torch.equal(logits(model.resize(0.0)), large)
 
 
 def storage_bytes(model: Any) -> int:
