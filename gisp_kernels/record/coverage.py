@@ -155,7 +155,10 @@ class _Rules:
             return "embedding"
         if id(parameter) == self._output or module in HEADS:
             return "output"
-        if module in ROUTERS and hasattr(self._modules.get(parent), "experts"):
+        if any(
+            part in ROUTERS and hasattr(self._modules.get(".".join(parts[:depth])), "experts")
+            for depth, part in enumerate(parts[:-1])
+        ):
             return "router"
         if any(
             name.startswith(f"{own}.") and not any(name.startswith(f"{own}.{inner}.") for inner in WRAPPED)

@@ -155,6 +155,12 @@ def test_what_each_rule_leaves_out() -> None:
         assert not scored & coverage.excluded.keys()
 
 
+def test_routers_inside_a_module_of_their_own_need_no_scores() -> None:
+    build = causal("HunYuanMoEV1", num_experts=4, moe_topk=2, head_dim=4)
+    excluded = record_importance(build()).coverage().excluded
+    assert excluded["model.layers.0.mlp.gate.wg.weight"] == "router"
+
+
 @pytest.mark.parametrize(
     ("build", "named"),
     [
