@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+import transformers
 from cut_models import CASES, Case, case
 from recorder_oracle import grad_of
 from torch import nn
 
-from gisp_kernels import Compactor, Projection, StructureGroup
+from gisp_kernels import Compactor, Projection, StructureGroup, iter_groups
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -206,3 +209,20 @@ def test_steps_inside_inference_mode(made_inside: bool) -> None:
     with torch.inference_mode():
         compactor.rollback(2)
     assert_same(found.model, tensors(case("fused").model))
+
+
+def test_a_norm_over_all_heads_goes_along_where_it_is_added() -> None:
+    config = transformers.Olmo2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
+    )
+    model = transformers.Olmo2ForCausalLM(config)
+    attention = model.model.layers[0].self_attn
+    group = next(iter_groups(model))
+    norms = (Projection(attention.q_norm, "row", 4), Projection(attention.k_norm, "row", 4))
+    weights = {name: p.detach().clone() for name, p in attention.named_parameters()}
+    Compactor([dataclasses.replace(group, projections=(*group.projections, *norms))]).remove({group.name: [1]})
+    # The last head comes to the place of the one that went.
+    lines = torch.tensor([*range(4), *range(12, 16), *range(8, 12)])
+    for name, parameter in attention.named_parameters():
+        assert torch.equal(parameter, weights[name][:, lines] if name.startswith("o_proj") else weights[name][lines])
+    assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
