@@ -25,14 +25,24 @@ def check_model(model: Any) -> None:
     name = type(model).__name__
     if hasattr(model, "_orig_mod"):
         raise GispError("the model is compiled by torch.compile: give the model that was compiled, model._orig_mod")
-    if hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False):
-        raise GispError(f"the model carries peft adapters ({name}): merge them first, model.merge_and_unload()")
+    check_no_adapters(model)
     if isinstance(getattr(model, "layers", None), nn.ModuleList):
         raise GispError(f"{name} is a decoder without output embeddings: give the causal language model it is part of")
     config = getattr(model, "config", None)
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     if capped or getattr(model, "_supports_sdpa", True) is False:
         raise GispError(other_attention(str(getattr(config, "model_type", name))))
+
+
+def check_no_adapters(model: nn.Module) -> None:
+    """Refuse a model in which adapters of peft stand in for layers.
+
+    Raises:
+        GispError: they do.
+    """
+    if hasattr(model, "merge_and_unload") or any(hasattr(module, "base_layer") for module in model.modules()):
+        name = type(model).__name__
+        raise GispError(f"the model carries peft adapters ({name}): merge them first, model.merge_and_unload()")
 
 
 def other_attention(model_type: str) -> str:

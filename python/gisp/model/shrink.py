@@ -83,6 +83,7 @@ class ShrinkableModel:
                 the map has them go together.
         """
         structures = {name: self._structures(name, index) for name, index in removal.items()}
+        self._check_layers(removal)
         self._settle()
         with self._weights_in_place():
             self._compactor.remove(structures)
@@ -93,12 +94,13 @@ class ShrinkableModel:
         """Undo the last steps exactly.
 
         Raises:
-            GispError: these steps were packed away.
+            GispError: these steps were packed away, or a layer was changed from outside.
         """
         if steps > self._compactor.depth:
             raise GispError(
                 f"{steps} steps cannot be undone, {self._compactor.depth} are left after pack(): reload the base"
             )
+        self._check_layers({name for removal in self.history[len(self.history) - steps :] for name in removal})
         self._settle()
         with self._weights_in_place():
             self._compactor.rollback(steps)
@@ -145,6 +147,22 @@ class ShrinkableModel:
     def compensated(self) -> bool:
         """Whether weights were written into the pruned model, to be taken back before it moves."""
         return self._restore is not None
+
+    def _check_layers(self, names: Container[str]) -> None:
+        """Require that the layers whose weights are to move are those that the model calls.
+
+        Raises:
+            GispError: adapters or others stand in for one.
+        """
+        for item in self.map.layers:
+            for group, block in ((item.heads, item.attention), (item.channels, item.layer.mlp)):
+                if group.name in names:
+                    called = set(block.children())
+                    if any(projection.linear not in called for projection in group.projections):
+                        raise GispError(
+                            f"a layer of {group.name} was replaced: take that back before the model is moved, adapters "
+                            "of peft by model.merge_and_unload()"
+                        )
 
     def _settle(self) -> None:
         if self._restore is not None:

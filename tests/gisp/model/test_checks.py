@@ -46,8 +46,9 @@ def test_compiled_models_name_the_model_inside() -> None:
 def test_models_with_adapters_are_to_be_merged() -> None:
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(GispError, match=r"carries peft adapters .*merge_and_unload"):
-        map_model(adapted)
+    for model in (adapted, adapted.base_model.model):
+        with pytest.raises(GispError, match=r"carries peft adapters .*merge_and_unload"):
+            map_model(model)
     assert map_model(adapted.merge_and_unload()).num_heads == 4
 
 

@@ -198,3 +198,20 @@ def test_a_copy_moves_by_itself(how):
         other.lm_head.weight.zero_()
         other.model.layers[0].mlp.up_proj.weight.zero_()
         assert torch.equal(model(tiny_tokens(2)).logits, dense)
+
+
+def test_a_model_with_adapters_is_moved_once_they_are_merged():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama-gqa")
+    shrinkable = ShrinkableModel(map_model(model))
+    shrinkable.remove(REMOVAL)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    with torch.no_grad():
+        before = adapted(tiny_tokens(2)).logits
+        for move in (shrinkable.rollback, lambda: shrinkable.remove({"layers.3.channels": torch.tensor([1])})):
+            with pytest.raises(GispError, match=r"was replaced: .* model.merge_and_unload\(\)"):
+                move()
+            assert torch.equal(adapted(tiny_tokens(2)).logits, before)
+        adapted.merge_and_unload()
+        shrinkable.rollback()
+        assert torch.equal(model(tiny_tokens(2)).logits, tiny_model("llama-gqa")(tiny_tokens(2)).logits)

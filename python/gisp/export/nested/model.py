@@ -15,6 +15,7 @@ from gisp.export.nested.order import output_projections, stored_name
 from gisp.export.nested.own import OwnRows, check_tensors
 from gisp.export.nested.shown import ShownBias, ShownRows
 from gisp.model.attention import NoHeads, set_head_counts, set_kv_index, use_indexed_attention
+from gisp.model.checks import check_no_adapters
 from gisp.model.load import quiet
 from gisp.model.structures import structure_parameters
 from gisp.run.record import corrupt
@@ -45,8 +46,10 @@ class NestedModelMixin:
             gradients are dropped where shape or origin change.
 
         Raises:
-            GispError: no sparsity of the run, or files that have changed; the model is then as it was.
+            GispError: no sparsity of the run, adapters that are not merged, or files that have changed; the model is
+                then as it was.
         """
+        check_no_adapters(self)  # type: ignore[arg-type]
         self._nested.move(self._nested.files.step_for(sparsity), keep_memory)
         return self
 
@@ -60,7 +63,7 @@ class NestedModelMixin:
 
 
 @cache
-def nested_class(base: Any) -> type:
+def nested_class(base: Any) -> Any:
     """The class of models of a nested checkpoint made from one of transformers."""
     return type(f"Nested{base.__name__}", (NestedModelMixin, base), {"__module__": __name__})
 
@@ -112,7 +115,7 @@ def load_nested(
     if tied:
         model.tie_weights()
     model.model.rotary_emb.to(device)
-    model.__class__ = nested_class(type(model))
+    model.__class__ = nested_class(model.__class__)
     model._nested = _Prefixes(model, files, device, kind)
     model._nested.move(step, keep_memory=False)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

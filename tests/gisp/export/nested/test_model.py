@@ -93,6 +93,18 @@ def test_a_copy_moves_by_itself(nested: tuple[Any, Trajectory, Path], copied: Ca
     assert torch.equal(logits(model.resize(0.0)), large)
 
 
+def test_adapters_are_merged_before_a_model_is_resized(llama: tuple[Any, Trajectory, Path]) -> None:
+    peft = pytest.importorskip("peft")
+    model = gisp.load(llama[2], sparsity=0.5)
+    small = logits(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(GispError, match=r"carries peft adapters .*merge_and_unload"):
+        model.resize(0.0)
+    assert torch.equal(logits(adapted), small)
+    adapted.merge_and_unload()
+    assert torch.equal(logits(model.resize(0.0)), logits(gisp.load(llama[2], sparsity=0.0)))
+
+
 def storage_bytes(model: Any) -> int:
     return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}.values())
 
