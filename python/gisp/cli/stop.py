@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _UNWOUND = ("SIGTERM", "SIGHUP")
+# Seconds until an interrupt that was lost is raised again.
+_AGAIN = 0.01
 
 
 class InterruptError(Exception):
@@ -25,6 +29,7 @@ class Stop:
     def __init__(self) -> None:
         self.number: int = signal.SIGINT
         self._taken = [number for number in _unwound() if signal.getsignal(number) is signal.SIG_DFL]
+        self._unraisable = sys.unraisablehook
 
     @property
     def code(self) -> int:
@@ -40,13 +45,35 @@ class Stop:
 
     def take(self) -> None:
         """Receive what nothing else handles or ignores (as nohup does)."""
-        for number in self._taken:
-            signal.signal(number, self._receive)
+        self._listen()
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._lost
 
     def give_back(self) -> None:
         """Let the signals end the process at once again."""
+        sys.unraisablehook = self._unraisable
         for number in self._taken:
             signal.signal(number, signal.SIG_DFL)
+
+    def _listen(self) -> None:
+        for number in self._taken:
+            signal.signal(number, self._receive)
+
+    def _lost(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Raise an interrupt again that came while an object was finalised: Python drops what is raised there."""
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self._unraisable(unraisable)
+            return
+        self._listen()
+        threading.Timer(_AGAIN, _interrupt, (self.number,)).start()
+
+
+def _interrupt(number: int) -> None:
+    """Send the main thread a signal, which where threads can be sent one ends what it waits for."""
+    send = getattr(signal, "pthread_kill", None)
+    if send is None:
+        _thread.interrupt_main(number)
+    else:
+        send(threading.main_thread().ident, number)
 
 
 @contextmanager
