@@ -53,15 +53,28 @@ def other_attention(model_type: str) -> str:
     )
 
 
-def check_writable(model: nn.Module) -> None:
-    """Refuse weights that cannot be changed in place.
+def check_weights(weights: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Refuse weights that cannot be changed in place or computed with one another.
+
+    Args:
+        weights: those of a model that this process holds, by name.
 
     Raises:
-        GispError: the model was made in inference mode.
+        GispError: a parameter was made in inference mode, has no memory or less than its shape, or another dtype.
     """
-    for name, parameter in model.named_parameters():
+    first: tuple[str, nn.Parameter] | None = None
+    for name, parameter in weights:
         if parameter.is_inference():
             raise GispError(f"{name} was made in torch.inference_mode and cannot be changed: load the model outside it")
+        if parameter.is_meta:
+            raise GispError(f"{name} has no memory, it is on meta: load the weights of this model first")
+        lines = zip(parameter.shape, parameter.stride(), strict=True)
+        if parameter.numel() > 1 + sum((count - 1) * stride for count, stride in lines):
+            raise GispError(f"{name} {list(parameter.shape)} is expanded from less memory: give it memory of its own")
+        first = first or (name, parameter)
+        if parameter.dtype != first[1].dtype:
+            kinds = f"{first[0]} is {first[1].dtype}, {name} is {parameter.dtype}"
+            raise GispError(f"{kinds}: convert the model to one dtype, model.to({first[1].dtype})")
 
 
 def check_autocast(what: str) -> None:
@@ -78,8 +91,8 @@ def check_autocast(what: str) -> None:
             raise GispError(f"torch.autocast is on for {kind}, {what} computes in the dtype of the weights: leave it")
 
 
-def check_unshared(layers: Iterable[nn.Module]) -> None:
-    """Refuse weights that stand in a model's layers twice: what one place loses the other would lose too.
+def check_unshared(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Refuse weights of a model's layers that stand in it twice: what one place loses the other would lose too.
 
     Raises:
         GispError: names both places.
@@ -91,6 +104,12 @@ def check_unshared(layers: Iterable[nn.Module]) -> None:
             first = places.setdefault(id(parameter), place)
             if first != place:
                 raise GispError(f"{place} is {first}: give a model whose layers share no weights")
+    own = {id(module) for module in layers.modules()}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False) if id(module) not in own else ():
+            if id(parameter) in places:
+                where = f"{places[id(parameter)]} is {path}.{name}"
+                raise GispError(f"{where}: give a model whose layers share no weights")
 
 
 def check_linear(linear: nn.Linear, where: str) -> None:

@@ -38,7 +38,10 @@ class ShrinkableModel:
         self.fingerprint = known_fingerprint or fingerprint(model_map.model)
         self.history: list[Removal] = []
         # Where the model computes; decoder layers may lie elsewhere.
-        self._compactor = Compactor(model_map.groups, device=model_map.weight.device)
+        try:
+            self._compactor = Compactor(model_map.groups, device=model_map.weight.device)
+        except ValueError as error:
+            raise GispError(f"the weights of this model cannot be moved in place, copy them first: {error}") from None
         self._shares = {group.name: model_map.members(group) for group in model_map.groups}
         self._restore: Callable[[], None] | None = None
         if model_map.shares_kv:

@@ -208,7 +208,7 @@ def map_model(model: Any, gqa: str = "query") -> ModelMap:
     maps = tuple(_map_layer(i, layer, model_type) for i, layer in enumerate(layers))
     for item in maps:
         check_layer(item.layer, f"layer {item.index} of model type {model_type!r}")
-    check_unshared(layers)
+    check_unshared(model, layers)
     first = maps[0].attention
     head_dim = int(first.head_dim)
     num_heads = first.q_proj.out_features // head_dim

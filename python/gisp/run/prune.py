@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from gisp.config.options import IN_MEMORY, OPTIONS, SLICES, STAGE_SLICES, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError
-from gisp.model.checks import check_autocast, check_writable, warn_beyond_positions
+from gisp.model.checks import check_autocast, check_weights, warn_beyond_positions
 from gisp.model.load import load_dense, resolve_device, resolve_dtype
 from gisp.model.paths import check_model_path
 from gisp.model.probe import PROVEN
@@ -245,7 +245,7 @@ def _dense_model(model: nn.Module | str | Path, config: PruneConfig, to: torch.d
         if previous is not None and previous.history:
             raise GispError("this model is already pruned: take it back with its trajectory's at(0), or load it anew")
         map_model(model)
-        check_writable(model)
+        check_weights(model.named_parameters())
         bad = first_bad_parameter(model)
         if bad is not None:
             raise GispError(f"the model holds NaN or infinite weights in {bad}: give a sound model")

@@ -13,7 +13,7 @@ from torch import nn
 
 from gisp.config.options import PruneConfig
 from gisp.errors import GispError
-from gisp.model.checks import check_writable
+from gisp.model.checks import check_weights
 from gisp.model.load import resolve_device, resolve_dtype
 from gisp.model.structures import (
     ModelMap,
@@ -157,7 +157,7 @@ def _dtype(config: PruneConfig, device: torch.device) -> torch.dtype:
 
 
 def _check_here(model: nn.Module, names: Collection[str]) -> None:
-    check_writable(model)
     missing = next((name for name, p in model.named_parameters() if name in names and p.is_meta), None)
     if missing is not None:
         raise GispError(f"{missing} of this stage is on meta: give a model whose layers of this stage have weights")
+    check_weights((name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta)

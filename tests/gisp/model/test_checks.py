@@ -82,6 +82,60 @@ def test_autocast_is_named() -> None:
         gisp.compensate(model, tiny_tokens())
 
 
+def _on_meta(model: Any) -> None:
+    model.model.layers[1].mlp.down_proj.to("meta")
+
+
+def _cast_norm(model: Any) -> None:
+    model.model.norm.to(torch.bfloat16)
+
+
+def _cast_mlp(model: Any) -> None:
+    model.model.layers[1].mlp.to(torch.bfloat16)
+
+
+def _expanded(model: Any) -> None:
+    linear = model.model.layers[1].mlp.gate_proj
+    linear.weight = torch.nn.Parameter(linear.weight.data[:1].expand_as(linear.weight))
+
+
+def _overlapping(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    memory = torch.randn(2 * mlp.up_proj.out_features, mlp.up_proj.in_features)
+    mlp.gate_proj.weight = torch.nn.Parameter(memory[: mlp.up_proj.out_features])
+    mlp.up_proj.weight = torch.nn.Parameter(memory[1 : 1 + mlp.up_proj.out_features])
+
+
+def _columns_first(model: Any) -> None:
+    linear = model.model.layers[1].self_attn.o_proj
+    linear.weight = torch.nn.Parameter(linear.weight.data.t().contiguous().t())
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (_on_meta, r"layers.1.mlp.down_proj.weight has no memory, it is on meta: load"),
+        (_cast_norm, r"float32, model.norm.weight is torch.bfloat16: convert the model to one dtype"),
+        (_cast_mlp, r"float32, model.layers.1.mlp.gate_proj.weight is torch.bfloat16: convert"),
+        (_expanded, r"layers.1.mlp.gate_proj.weight \[\d+, \d+\] is expanded from less memory: give it"),
+        (_overlapping, r"cannot be moved in place, copy them first: .* share memory"),
+        (_columns_first, r"cannot be moved in place, copy them first: rows of the .* must be contiguous"),
+    ],
+)
+def test_weights_that_cannot_be_moved_or_multiplied_are_named(change: Any, line: str) -> None:
+    model = tiny_model()
+    change(model)
+    with pytest.raises(GispError, match=line):
+        gisp.prune(model, tiny_tokens(), **PRUNE)
+
+
+def test_weights_that_stand_in_a_layer_and_outside_are_named() -> None:
+    model = tiny_model()
+    model.lm_head.weight = model.model.layers[1].mlp.gate_proj.weight
+    with pytest.raises(GispError, match=r"mlp.gate_proj.weight of layer 1 is lm_head.weight: give a model whose"):
+        map_model(model)
+
+
 def test_weights_that_stand_twice_are_named() -> None:
     twice = tiny_model()
     twice.model.layers[2] = twice.model.layers[1]
