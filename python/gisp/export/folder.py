@@ -177,7 +177,8 @@ def dense_state(base: Any) -> dict[str, torch.Tensor]:
 
 def _write_message(out: Path, error: Exception) -> str:
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or "No space left" in str(error):
+    # numpy says how much of an array it wrote, and no reason.
+    if full or "No space left" in str(error) or " requested and " in str(error):
         return f"cannot write {out}: the disk is full, free some space"
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
     return f"cannot write {out}: {reason}"
