@@ -159,6 +159,17 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
+def as_path(value: object, what: str) -> Path:
+    """A path as callers give it; an empty text, which is the working folder to ``Path``, is none.
+
+    Raises:
+        GispError: names the argument and its value.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str) or not os.fspath(value):
+        raise GispError(f"{what} is {quoted(value)}: give a path")
+    return Path(value)
+
+
 def check_names(path: str | Path, what: str) -> None:
     """Refuse a path with a name longer than file systems take, which they answer with errors of their own.
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ app.add_typer(bench)
 # What newer versions of typer make of a KeyboardInterrupt.
 _INTERRUPTED = 130
 _LONGEST_LINE = 1000
+_EMPTY = re.compile(r"--[a-z-]+=")
 # transformers imports torchao where it is installed; complaints about its binaries must not bury an error's one line.
 _NOISY = ("torchao", "torch.utils._pytree")
 _NOTHING_LEFT = "nothing half-written is left, give the command again"
@@ -101,6 +103,7 @@ def _run(argv: list[str] | None) -> int:
     if arguments[:1] == ["prune"]:
         arguments = with_bare_values(arguments, OPTIONS.values())
     try:
+        _check_texts(arguments)
         check_launched()
         # Commands that start processes give them their own arguments.
         code = app(args=arguments, standalone_mode=False, obj=[*arguments])
@@ -127,6 +130,18 @@ def _run(argv: list[str] | None) -> int:
     if code == _INTERRUPTED:
         raise InterruptError(_NOTHING_LEFT)
     return int(code or 0)
+
+
+def _check_texts(arguments: list[str]) -> None:
+    """Refuse an option given an empty text, which as a path is the working folder.
+
+    Raises:
+        GispError: names what stands before it.
+    """
+    for before, argument in zip(["gisp", *arguments], arguments, strict=False):
+        option = argument[:-1] if _EMPTY.fullmatch(argument) else before if argument == "" else None
+        if option is not None:
+            raise GispError(f"an empty text follows {option}: give a value, a variable of the shell may be unset")
 
 
 def _with_value(error: Any, argv: list[str]) -> str:

@@ -71,7 +71,7 @@ def _interrupt(number: int) -> None:
     """Send the main thread a signal, which where threads can be sent one ends what it waits for."""
     send = getattr(signal, "pthread_kill", None)
     if send is None:
-        _thread.interrupt_main(number)
+        _thread.interrupt_main(signal.Signals(number))
     else:
         send(threading.main_thread().ident, number)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from gisp.config.declare import plain
 from gisp.errors import GispError, quoted
 
 
@@ -204,4 +205,4 @@ def make_options(**options: Any) -> CompensationOptions:
     unknown = next((name for name in options if name not in known), None)
     if unknown:
         raise GispError(f"unknown option {unknown}: compensation has {', '.join(known)}")
-    return CompensationOptions(**options)
+    return CompensationOptions(**{name: plain(value) for name, value in options.items()})

@@ -22,6 +22,11 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
+def plain(value: Any) -> Any:
+    """A scalar of numpy or torch as a plain number: what is stored is JSON and YAML. Anything else is as it was."""
+    return value.item() if hasattr(value, "dtype") and not getattr(value, "shape", True) else value
+
+
 @dataclass(frozen=True)
 class Option:
     """One option.

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
 
 DEFAULT_WINDOW = 128
 
@@ -40,8 +40,8 @@ class EvalOptions:
         check_stride(DEFAULT_WINDOW if self.window is None else self.window, self.stride)
         for name in ("limit", "batch_size", "max_new_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise GispError(f"--{name.replace('_', '-')} is {value}: give at least 1")
+            if value is not None and (not is_whole(value) or value < 1):
+                raise GispError(f"--{name.replace('_', '-')} is {quoted(value)}: give at least 1")
         longest = self.max_new_tokens != type(self).max_new_tokens
         given = {"until": self.until, "extract": self.extract is not None, "max-new-tokens": longest}
         about = next((name for name, value in given.items() if value), None)
@@ -85,10 +85,15 @@ class LmEvalTasks:
             raise GispError(f"--lm-eval-include {self.include} is no folder: give the folder of the task files")
 
 
+def is_whole(value: object) -> bool:
+    """Whether an option is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_stride(window: int, stride: int | None) -> int:
     """The stride, ``window`` for ``None``."""
-    if window < 2:
-        raise GispError(f"--window is {window}: give at least 2")
-    if stride is not None and not 1 <= stride <= window:
-        raise GispError(f"--stride is {stride}: give 1 to the window of {window} tokens")
+    if not is_whole(window) or window < 2:
+        raise GispError(f"--window is {quoted(window)}: give at least 2")
+    if stride is not None and not (is_whole(stride) and 1 <= stride <= window):
+        raise GispError(f"--stride is {quoted(stride)}: give 1 to the window of {window} tokens")
     return window if stride is None else stride

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from gisp.config.criteria import ALLOCATORS, CRITERIA, GATE_DEFAULTS, names_with
-from gisp.config.declare import declared_options, option
+from gisp.config.declare import declared_options, option, plain
 from gisp.config.memory import amount_problem
 from gisp.errors import GispError, quoted
 
@@ -275,8 +275,7 @@ def make_config(**options: Any) -> PruneConfig:
     for name, value in options.items():
         if name not in OPTIONS:
             raise GispError(f"unknown option {quoted(name)}: choose one of {', '.join(OPTIONS)}")
-        # Scalars of numpy and torch as plain numbers: what a run stores is JSON and YAML.
-        value = value.item() if hasattr(value, "dtype") and not getattr(value, "shape", True) else value
+        value = plain(value)
         if value is not None and not (OPTIONS[name].auto and value == "auto"):
             OPTIONS[name].check(value)
             given[name] = value

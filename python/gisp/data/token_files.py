@@ -41,6 +41,9 @@ def from_tokens(
     ids: torch.Tensor, labels: torch.Tensor | None, where: str, vocab_size: int, seq_len: int | None
 ) -> Sequences:
     """Sequences of ids [N, S], a row longer than ``seq_len`` in pieces; ``labels`` are the ids where there are none."""
+    # Memory of any other kind has no numbers that can be read one by one.
+    if ids.layout != torch.strided or ids.is_meta or ids.is_quantized or ids.is_nested:
+        raise GispError(f"{where}: input_ids is no dense tensor with numbers in memory: give one [sequences, tokens]")
     _check_integers(ids, "input_ids", where)
     if ids.dim() != 2:
         raise GispError(f"{where}: input_ids has shape {tuple(ids.shape)}, it must be [sequences, tokens]")

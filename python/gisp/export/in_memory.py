@@ -9,6 +9,7 @@ from gisp.errors import GispError
 from gisp.export.formats.hf import export_hf
 from gisp.export.formats.masked import export_masked
 from gisp.export.spec import ExportReport, PrunedSpec
+from gisp.files import as_path
 from gisp.model.shrink import ShrinkableModel
 from gisp.offload.stream import check_in_one_place
 
@@ -35,13 +36,16 @@ def export_model(
     if shrinkable is None or not shrinkable.history:
         raise GispError("this model is not pruned: use its own save_pretrained")
     check_in_one_place(model, "export_model")
-    if format not in _WRITERS:
+    if not isinstance(format, str) or format not in _WRITERS:
         raise GispError(f"format {format!r} needs a run folder: choose hf or masked, or gisp.export_run")
     if shrinkable.compensated:
         raise GispError("this model is compensated, which growing it back undoes: gisp export RUN --compensate instead")
     history, model_map, keep = list(shrinkable.history), shrinkable.map, shrinkable.keep()
     left = sum(p.numel() for p in model.parameters())
-    folder = None if tokenizer_from is None else Path(tokenizer_from)
+    folder = None if tokenizer_from is None else as_path(tokenizer_from, "tokenizer_from")
+    if folder is not None and not folder.is_dir():
+        raise GispError(f"tokenizer_from {folder} is not a folder: give that of the base model, or leave it out")
+    place = as_path(out, "out")
     shrinkable.rollback(len(history))
     try:
         removed = model_map.parameters - left
@@ -52,7 +56,7 @@ def export_model(
             step=len(history),
             run={"base_model": {"path": getattr(model, "name_or_path", ""), "fingerprint": shrinkable.fingerprint}},
         )
-        return _WRITERS[format](model, spec, Path(out), tokenizer_from=folder)
+        return _WRITERS[format](model, spec, place, tokenizer_from=folder)
     finally:
         for removal in history:
             shrinkable.remove(removal)

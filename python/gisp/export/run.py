@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gisp.compensation import Compensation, CompensationRequest, fold_into_dense
+from gisp.errors import GispError, quoted
 from gisp.export.beside import base_folder
 from gisp.export.folder import export_place
 from gisp.export.formats.gguf.file import require_gguf
@@ -23,6 +24,7 @@ from gisp.export.quality.plans import UNPLANNED, Plans, make_plans
 from gisp.export.sizes.options import FORMATS, SizeOptions, check_options
 from gisp.export.sizes.rounding import round_mlp
 from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
+from gisp.files import as_path
 from gisp.model.gguf import tokenizer_folder
 from gisp.model.structures import map_model
 from gisp.progress import reporting
@@ -64,7 +66,7 @@ def export_run(
     format: str = "hf",
     device: str = "auto",
     sizes: SizeOptions | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     window: int | None = None,
     dtype: str | None = None,
     compensation: CompensationRequest | None = None,
@@ -94,17 +96,25 @@ def export_run(
             model, unreadable data, a compensation the format cannot hold, logits that do not agree, a model that does
             not fit, or a hub that does not take the export, which then stays at ``out``.
     """
+    place, folder, spec = as_path(out, "out"), as_path(run, "run"), None if data is None else str(as_path(data, "data"))
     sizes = sizes or SizeOptions()
-    check_options(format, sizes, dtype, data, window)
+    _check_kind("sizes", sizes, SizeOptions)
+    _check_kind("compensation", compensation, CompensationRequest)
+    check_options(format, sizes, dtype, spec, window)
     if format == "gguf":
         require_gguf()  # before a large model is loaded
     if push_to_hub is not None:
         check_push(push_to_hub, private)
-    with export_place(Path(out)) as place:
+    with export_place(place) as place:
         base = BasePlace(device, offload, gpu_memory)
-        wanted = _Wanted(Path(run), sparsity, format, base, sizes, data, window, compensation, together)
+        wanted = _Wanted(folder, sparsity, format, base, sizes, spec, window, compensation, together)
         found = _export(wanted, place, dtype)
         return found if push_to_hub is None else replace(found, url=push_folder(place, push_to_hub, private))
+
+
+def _check_kind(name: str, value: object, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise GispError(f"{name} is {quoted(value)}: give a {kind.__name__}")
 
 
 @dataclass(frozen=True)
@@ -225,10 +235,12 @@ def export_nested_run(
             it, a sparsity beyond the run or two of one step, logits that do not agree, or a hub that does not take the
             checkpoint, which then stays at ``out``.
     """
+    place = as_path(out, "out")
+    _check_kind("compensation", compensation, CompensationRequest)
     check_request(compensation, sparsities)
     if push_to_hub is not None:
         check_push(push_to_hub, private)
-    with export_place(Path(out)) as place:
+    with export_place(place) as place:
         trajectory = Trajectory.load(run)
         milestones = _milestones(trajectory, sparsities, compensation, device, together)
         base, source = _base_of(trajectory, BasePlace(device))

@@ -14,6 +14,8 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 def check_model_path(path: str) -> None:
     """Refuse what is neither a model folder nor a possible hub name, before anything slow happens."""
+    if not path:
+        raise GispError("model is '': give a model folder or a hub name like org/name")
     check_names(path, "model")
     folder = Path(path)
     if folder.is_dir():

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gisp.errors import GispError, quoted
 from gisp.progress.track import Progress, Report, heard_by
 
 
@@ -17,6 +18,8 @@ def reporting(progress: bool | Report | None) -> Iterator[None]:
         progress: ``None``: whoever hears it already, else a bar on a terminal; ``True``: a bar on a terminal, a line
             now and then elsewhere; ``False``: no one; or a callable that takes a :class:`Progress`.
     """
+    if progress is not None and not isinstance(progress, bool) and not callable(progress):
+        raise GispError(f"progress is {quoted(progress)}: give true, false or a function of a Progress")
     if progress is None and (heard_by.get() is not None or not sys.stderr.isatty()):
         yield
         return

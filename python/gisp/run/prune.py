@@ -15,7 +15,8 @@ from torch.distributed import ProcessGroup
 
 from gisp.config.options import IN_MEMORY, OPTIONS, SLICES, STAGE_SLICES, PruneConfig, make_config
 from gisp.data import Sequences, load_sequences
-from gisp.errors import GispError
+from gisp.errors import GispError, quoted
+from gisp.files import as_path
 from gisp.model.checks import check_autocast, check_weights, warn_beyond_positions
 from gisp.model.load import load_dense, resolve_device, resolve_dtype
 from gisp.model.paths import check_model_path
@@ -106,6 +107,10 @@ def _prune(given: dict[str, Any]) -> Trajectory:
     options = {name: value for name, value in given.items() if name in OPTIONS}
     replicas = Replicas(given["process_group"])
     check_count(given["stages"])
+    if given["out"] is not None:
+        as_path(given["out"], "out")
+    if given["on_step"] is not None and not callable(given["on_step"]):
+        raise GispError(f"on_step is {quoted(given['on_step'])}: give a function of a record and a number of steps")
     if given["process_group"] is not None and options["slices"] is None:
         options["slices"] = _slices(given)
     config, loss = _config(options)
@@ -125,7 +130,7 @@ def _slices(given: dict[str, Any]) -> int:
     if given["resume"] and given["out"] is not None:
         # What cannot be read is refused later, by all processes together.
         with suppress(GispError):
-            begun = read_record(Path(given["out"]))["config"].get("slices")
+            begun = read_record(as_path(given["out"], "out"))["config"].get("slices")
     return int(begun or (SLICES if given["stages"] == 1 else STAGE_SLICES))
 
 
@@ -157,7 +162,7 @@ def _run(
     replicas: Replicas,
 ) -> Trajectory:
     """A whole run, or what is left of one; written to its folder where there is one, by the first process."""
-    folder = None if out is None or not replicas.first else RunFolder(Path(out))
+    folder = None if out is None or not replicas.first else RunFolder(as_path(out, "out"))
     with folder.writing(resume) if folder else nullcontext(False) as resuming:
         loop = start()
         check_alike(loop, replicas)

@@ -18,7 +18,7 @@ from gisp.data import Sequences
 from gisp.data.held_out import remember_run_text
 from gisp.data.token_files import stored_sequences
 from gisp.errors import GispError
-from gisp.files import one_writer, write_atomic
+from gisp.files import as_path, one_writer, write_atomic
 from gisp.model.keep import Keep, Removal
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import fingerprint, map_model
@@ -65,7 +65,7 @@ class StepRecord:
     kv_bytes_per_token: int
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Trajectory:
     """A (possibly unfinished) run.
 
@@ -264,7 +264,7 @@ class Trajectory:
         Raises:
             GispError: another process writes the folder, or it cannot be written.
         """
-        path = Path(folder)
+        path = as_path(folder, "folder")
         with one_writer(path, path / LOCK):
             if isinstance(self.held_out, Sequences) and not (path / HELD_OUT).exists():
                 (path / HELD_OUT).parent.mkdir(exist_ok=True)
@@ -289,11 +289,12 @@ class Trajectory:
         Raises:
             GispError: no run there, or a corrupt one.
         """
-        record, removed_at = read_trajectory(Path(folder))
+        path = as_path(folder, "folder")
+        record, removed_at = read_trajectory(path)
         try:
             steps = [StepRecord(**step) for step in record["steps"]]
         except TypeError as error:
-            raise corrupt(Path(folder) / RECORD, error) from None
+            raise corrupt(path / RECORD, error) from None
         return cls(
             removed_at={name: torch.from_numpy(at) for name, at in removed_at.items()},
             base_model=record["base_model"],
@@ -303,7 +304,7 @@ class Trajectory:
             steps=steps,
             complete=record["complete"],
             state_sha256=record.get("state_sha256", ""),
-            held_out=Path(folder).absolute() / HELD_OUT,
+            held_out=path.absolute() / HELD_OUT,
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from gisp.config.evaluation import check_stride, is_whole
 from gisp.errors import GispError, quoted
 
 
@@ -32,7 +33,7 @@ class SizeOptions:
         """
         values = {name: value for name, value in vars(self).items() if value is not None}
         for name, value in values.items():
-            if value < 1:
+            if not is_whole(value) or value < 1:
                 raise GispError(f"{option_text({name: value})}: give 1 or more")
         return values
 
@@ -106,12 +107,14 @@ def check_options(format: str, sizes: SizeOptions, dtype: str | None, data: str 
     Raises:
         GispError: an unknown format, or an option it does not follow.
     """
-    if format not in FORMATS:
+    if not isinstance(format, str) or format not in FORMATS:
         raise GispError(f"format {quoted(format)} is not available: choose one of {', '.join(FORMATS)}")
     if format != "gguf" and dtype is not None:
         raise GispError(f"--dtype {dtype} is for --format gguf: {format} keeps the dtype of the base model")
     if window is not None and data is None:
         raise GispError(f"--window {window} is about --data: give --data SPEC or leave it out")
+    if window is not None:
+        check_stride(window, None)
     for name, value in sizes.given().items():
         if name not in FORMATS[format].sizes:
             formats = " or ".join(other for other, each in FORMATS.items() if name in each.sizes)
