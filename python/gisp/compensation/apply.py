@@ -18,6 +18,7 @@ from gisp.data.held_out import run_text_of
 from gisp.errors import GispError
 from gisp.model.checks import check_autocast
 from gisp.model.keep import Keep
+from gisp.model.modes import default_device
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import ModelMap
 from gisp.offload.stream import LayerStream
@@ -61,11 +62,12 @@ def fit_compensation(
 def calibration_sequences(model_map: ModelMap, data: Any, tokenizer_from: str | None) -> Sequences:
     """The data as sequences of at most 256 tokens."""
     if isinstance(data, Sequences):
-        return data
+        return data.checked(model_map.vocab_size)
     return load_sequences(data, vocab_size=model_map.vocab_size, seq_len=DEFAULT_SEQ_LEN, tokenizer_from=tokenizer_from)
 
 
 @torch.inference_mode(False)
+@default_device()
 def compensate(
     model: nn.Module,
     data: Any,

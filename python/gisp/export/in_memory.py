@@ -10,12 +10,14 @@ from gisp.export.formats.hf import export_hf
 from gisp.export.formats.masked import export_masked
 from gisp.export.spec import ExportReport, PrunedSpec
 from gisp.files import as_path
+from gisp.model.modes import default_device
 from gisp.model.shrink import ShrinkableModel
 from gisp.offload.stream import check_in_one_place
 
 _WRITERS = {"hf": export_hf, "masked": export_masked}
 
 
+@default_device()
 def export_model(
     model: Any, out: str | Path, *, format: str = "hf", tokenizer_from: str | Path | None = None
 ) -> ExportReport:

@@ -12,9 +12,11 @@ from gisp.export.modeling_gisp import AUTO_CLASSES, FAMILIES, classes_of
 from gisp.export.nested.model import load_nested
 from gisp.export.nested.place import is_nested
 from gisp.model.load import load_dense, resolve_device
+from gisp.model.modes import default_device
 from gisp.model.paths import check_model_path
 
 
+@default_device()
 def load(
     path: str | Path,
     *,

@@ -26,6 +26,7 @@ from gisp.export.sizes.rounding import round_mlp
 from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
 from gisp.files import as_path
 from gisp.model.gguf import tokenizer_folder
+from gisp.model.modes import default_device
 from gisp.model.structures import map_model
 from gisp.progress import reporting
 from gisp.replicas.group import Replicas
@@ -57,6 +58,7 @@ class RunExport:
     url: str = ""
 
 
+@default_device()
 @reporting(None)
 def export_run(
     run: str | Path,
@@ -210,6 +212,7 @@ def point_of(trajectory: Trajectory, run: Path, step: int) -> PrunedSpec:
     return replace(PrunedSpec.at(trajectory, step), evaluations=here)
 
 
+@default_device()
 @reporting(None)
 def export_nested_run(
     run: str | Path,

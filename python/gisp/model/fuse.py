@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gisp.errors import GispError
+from gisp.model.modes import default_device
 from gisp_kernels.ops.decoder import add_rms_norm, swiglu
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,6 +54,7 @@ class FusedMLP(nn.Module):
         return projected
 
 
+@default_device()
 def fuse(model: Any) -> Any:
     """Let a loaded Llama-like model run its norms and MLPs with fused kernels, in place.
 

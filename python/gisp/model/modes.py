@@ -16,6 +16,17 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextlib.contextmanager
+def default_device() -> Iterator[None]:
+    """New tensors on the CPU where nothing else is said, wherever ``torch.set_default_device`` of the caller puts them.
+
+    Where that is the CPU nothing changes: a mode of torch costs every call.
+    """
+    elsewhere = torch.get_default_device().type != "cpu"
+    with torch.device("cpu") if elsewhere else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, each as it was afterwards."""
     flags = [(module, module.training) for module in model.modules()]

@@ -19,6 +19,7 @@ from gisp.errors import GispError, quoted
 from gisp.files import as_path
 from gisp.model.checks import check_autocast, check_weights, warn_beyond_positions
 from gisp.model.load import load_dense, resolve_device, resolve_dtype
+from gisp.model.modes import default_device
 from gisp.model.paths import check_model_path
 from gisp.model.probe import PROVEN
 from gisp.model.shrink import ShrinkableModel
@@ -117,6 +118,7 @@ def _prune(given: dict[str, Any]) -> Trajectory:
     stages = _stages(given["stages"], replicas, config, loss)
     start = partial(_start, given["model"], given["data"], config, loss, replicas, stages)
     with (
+        default_device(),
         reporting(given["progress"] if replicas.first else False),
         replicas.watched(),
         stages.connected() if stages else nullcontext(),

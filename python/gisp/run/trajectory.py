@@ -20,6 +20,7 @@ from gisp.data.token_files import stored_sequences
 from gisp.errors import GispError
 from gisp.files import as_path, one_writer, write_atomic
 from gisp.model.keep import Keep, Removal
+from gisp.model.modes import default_device
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import fingerprint, map_model
 from gisp.run.record import (
@@ -139,6 +140,7 @@ class Trajectory:
         gone = {name: torch.nonzero(at == step).flatten() for name, at in self.removed_at.items()}
         return {name: index for name, index in gone.items() if index.numel()}
 
+    @default_device()
     def at(self, sparsity: float | None = None, model: nn.Module | None = None) -> Any:
         """A model at the passed sparsity nearest to ``sparsity`` (the end of the run for ``None``), pruned in place.
 
@@ -183,6 +185,7 @@ class Trajectory:
             )
         return path
 
+    @default_device()
     def load_base(self, *, device: str = "auto", dtype: str | None = None) -> Any:
         """The dense base model, checked to be the one the run pruned.
 
@@ -283,6 +286,7 @@ class Trajectory:
         return "{\n " + ",\n ".join(f"{json.dumps(name)}: {text}" for name, text in entries.items()) + "\n}"
 
     @classmethod
+    @default_device()
     def load(cls, folder: str | Path) -> Trajectory:
         """Read a run folder.
 

@@ -17,6 +17,7 @@ from gisp.export.nested.shown import ShownBias, ShownRows
 from gisp.model.attention import NoHeads, set_head_counts, set_kv_index, use_indexed_attention
 from gisp.model.checks import check_no_adapters
 from gisp.model.load import quiet
+from gisp.model.modes import default_device
 from gisp.model.structures import structure_parameters
 from gisp.run.record import corrupt
 from gisp_kernels.groups import KINDS
@@ -32,6 +33,7 @@ class NestedModelMixin:
         """Removed / all parameters of the decoder layers at present."""
         return self._nested.files.sparsities[self._nested.step]
 
+    @default_device()
     def resize(self, sparsity: float, *, keep_memory: bool = False) -> Any:
         """Move the model in place to the sparsity of the run nearest to ``sparsity``, down or up.
 
