@@ -15,7 +15,7 @@ import torch
 
 from gisp_kernels.compaction.assembly import Assembly
 from gisp_kernels.compaction.axis import Axis
-from gisp_kernels.compaction.state import OptimizerState
+from gisp_kernels.compaction.state import OptimizerState, watch_fused_optimizers
 from gisp_kernels.compaction.store import Store, size_in_bytes
 from gisp_kernels.groups import StructureGroup
 from gisp_kernels.ops.swap import PreparedSwaps
@@ -70,6 +70,7 @@ class Compactor:
         self._ordering = Ordering(counts)
         assembly = Assembly(groups)
         self._stores, self._axes = assembly.stores, assembly.axes
+        watch_fused_optimizers()
         optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
         self._state = OptimizerState(optimizers, self._stores)
         if device is None:

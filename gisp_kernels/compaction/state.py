@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gisp_kernels.compaction.store import Store
 
@@ -75,6 +77,33 @@ class OptimizerState:
                         f"state {name!r} that {type(optimizer).__name__} keeps for the {store} does not have its shape "
                         f"{tuple(shape)}: it cannot follow; use an optimizer whose state has, or make a new one"
                     )
+
+
+@cache
+def watch_fused_optimizers() -> None:
+    """Have ``step()`` of fused optimizers refuse weights with gaps.
+
+    They step over memory from a weight's address on as if it had none: on a CPU what was removed changes in place of
+    what is kept.
+    """
+    register_optimizer_step_pre_hook(_refuse_gaps)
+
+
+def _refuse_gaps(optimizer: Any, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            if parameter.grad is not None and _has_gaps(parameter):
+                raise RuntimeError(
+                    f"a fused {type(optimizer).__name__} cannot step a weight {list(parameter.shape)} behind whose "
+                    "columns removed ones lie: pass fused=False (Trainer: optim='adamw_torch') or call Compactor.pack()"
+                )
+
+
+def _has_gaps(tensor: torch.Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_contiguous():
+        return False
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return last + 1 > tensor.numel() > 0
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cut_models import CASES, Case, case
 
-from gisp_kernels import Compactor
+from gisp_kernels import Compactor, Projection, StructureGroup
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.01),
@@ -185,3 +185,47 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
     optimizer = OPTIMIZERS["adam"](case("fused").model.parameters())
     with pytest.raises(ValueError, match="the Adam holds no parameter of these groups"):
         Compactor(case("fused").groups, optimizer=optimizer)
+
+
+FUSED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_fused_step_over_gaps_is_refused_and_right_once_packed(kind: str) -> None:
+    mine, masked = case("fused"), case("fused")
+    compactors = [Compactor(found.groups) for found in (mine, masked)]
+    for compactor in compactors:
+        for step in mine.steps[:1]:
+            compactor.remove(step)
+    optimizer = FUSED[kind](mine.model.parameters())
+    before = {key: p.detach().clone() for key, p in mine.model.named_parameters()}
+    stored = [store.clone() for store in compactors[0].storage(mine.groups[0].name)]
+    with pytest.raises(RuntimeError, match=r"pass fused=False .* or call Compactor.pack\(\)"):
+        train(mine, optimizer)
+    assert all(torch.equal(p, before[key]) for key, p in mine.model.named_parameters())
+    assert all(map(torch.equal, compactors[0].storage(mine.groups[0].name), stored))
+    compactors[0].pack()
+    train(mine, optimizer)
+    # The same optimizer, without the fused step, may have gaps.
+    plain = FUSED[kind](masked.model.parameters())
+    plain.param_groups[0]["fused"] = False
+    train(masked, plain)
+    for (key, mine_p), other in zip(mine.model.named_parameters(), masked.model.parameters(), strict=True):
+        torch.testing.assert_close(mine_p, other, msg=key)
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_a_fused_step_may_have_fewer_rows(kind: str) -> None:
+    linear = torch.nn.Linear(4, 6)
+    compactor = Compactor([StructureGroup("rows", (Projection(linear, "row"),))])
+    compactor.remove({"rows": [1, 2]})
+    optimizer = FUSED[kind](linear.parameters())
+    linear(torch.ones(2, 4)).sum().backward()
+    before, (weight, _) = linear.weight.detach().clone(), compactor.storage("rows")
+    gone = weight[4:].clone()
+    optimizer.step()
+    assert not (linear.weight == before).any()
+    assert torch.equal(weight[4:], gone)
