@@ -48,8 +48,8 @@ def check_no_adapters(model: nn.Module) -> None:
 def other_attention(model_type: str) -> str:
     """Why a model type whose attention is not the common one is refused."""
     return (
-        f"model type {model_type!r} caps its attention scores or adds sinks to them, which scaled dot-product "
-        "attention cannot: such models are not supported"
+        f"model type {model_type!r} does not attend by scaled dot-product attention alone (it caps scores, adds sinks "
+        "or has other layers): such models are not supported"
     )
 
 

@@ -153,12 +153,12 @@ def test_weights_that_stand_twice_are_named() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "vaultgemma"])
-def test_capped_attention_is_named(model_type: str, tmp_path: Path) -> None:
+def test_other_attention_is_named(model_type: str, tmp_path: Path) -> None:
     model = model_of(model_type, head_dim=8)
-    with pytest.raises(GispError, match=f"'{model_type}' caps its attention scores"):
+    with pytest.raises(GispError, match=f"'{model_type}' does not attend by scaled dot-product attention alone"):
         map_model(model)
     model.save_pretrained(tmp_path)
-    with pytest.raises(GispError, match=f"'{model_type}' caps its attention scores"):
+    with pytest.raises(GispError, match=f"'{model_type}' does not attend by scaled dot-product attention alone"):
         gisp.prune(tmp_path, tiny_tokens(), **PRUNE)
 
 
