@@ -15,6 +15,8 @@ from gisp_kernels.groups import WRAPPED, Projection, StructureGroup, unwrapped
 SHARED = ("k_proj", "v_proj", "k", "v", "q_a_proj", "kv_a_proj_with_mqa")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 HEADS = ("lm_head", "embed_out", "classifier", "score", "qa_outputs")
+# What modules_to_save of PEFT calls the module that a trained copy stands in for.
+_ORIGINAL = "original_module"
 # Names that an error lists before it counts.
 _LISTED = 6
 
@@ -145,7 +147,7 @@ class _Rules:
 
     def of(self, name: str, parameter: torch.Tensor) -> str | None:
         """The rule that leaves a parameter out, or ``None``."""
-        parts = [part for part in name.split(".") if part not in WRAPPED]
+        parts = [part for part in name.split(".") if part not in (*WRAPPED, _ORIGINAL)]
         module, parent = parts[-2] if len(parts) > 1 else "", ".".join(parts[:-2])
         if any(fnmatchcase(name, pattern) for pattern in self._ignore):
             return "ignored"

@@ -324,3 +324,15 @@ def test_adapters_of_peft() -> None:
         loss_of(wrapped).backward()
     assert lines.scores_of(layer, "row").shape == (16,)
     assert not any("lora" in name for name in lines.scores())
+
+
+def test_modules_that_peft_trains_whole() -> None:
+    peft = pytest.importorskip("peft")
+    trained = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])
+    excluded = record_importance(peft.get_peft_model(causal("Llama")(), trained)).coverage().excluded
+    for copy_of in ("original_module", "modules_to_save.default"):
+        assert excluded[f"base_model.model.lm_head.{copy_of}.weight"] == "output"
+        assert excluded[f"base_model.model.model.embed_tokens.{copy_of}.weight"] == "embedding"
+    trained = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["down_proj"])
+    with pytest.raises(ValueError, match=r"would not be scored: .*mlp\.down_proj\.original_module\.weight"):
+        record_importance(peft.get_peft_model(causal("Llama")(), trained))
