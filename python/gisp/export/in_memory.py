@@ -32,7 +32,8 @@ def export_model(
         tokenizer_from: folder whose tokenizer and other files beside the weights are copied.
 
     Raises:
-        GispError: the model is not pruned, was compensated or packed, ``out`` is taken, or the logits do not agree.
+        GispError: the model is not pruned, was compensated or packed, has parts of its user's own, ``out`` is taken, or
+            the logits do not agree.
     """
     shrinkable = ShrinkableModel.of(model)
     if shrinkable is None or not shrinkable.history:
@@ -42,6 +43,7 @@ def export_model(
         raise GispError(f"format {format!r} needs a run folder: choose hf or masked, or gisp.export_run")
     if shrinkable.compensated:
         raise GispError("this model is compensated, which growing it back undoes: gisp export RUN --compensate instead")
+    _check_parts(model)
     history, model_map, keep = list(shrinkable.history), shrinkable.map, shrinkable.keep()
     left = sum(p.numel() for p in model.parameters())
     folder = None if tokenizer_from is None else as_path(tokenizer_from, "tokenizer_from")
@@ -62,3 +64,16 @@ def export_model(
     finally:
         for removal in history:
             shrinkable.remove(removal)
+
+
+def _check_parts(model: Any) -> None:
+    """Refuse weights and buffers beside the decoder and its output embeddings, which no export has a place for.
+
+    Raises:
+        GispError: names one.
+    """
+    head = model.get_output_embeddings()
+    known = {"model", *(name for name, module in model.named_children() if module is head)}
+    for name in model.state_dict():
+        if name.split(".")[0] not in known:
+            raise GispError(f"{name} is no part of a {type(model).__name__}, an export cannot hold it: remove it first")

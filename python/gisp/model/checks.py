@@ -28,6 +28,8 @@ def check_model(model: Any) -> None:
     check_no_adapters(model)
     if isinstance(getattr(model, "layers", None), nn.ModuleList):
         raise GispError(f"{name} is a decoder without output embeddings: give the causal language model it is part of")
+    if getattr(model, "get_output_embeddings", lambda: model)() is None:
+        raise GispError(f"{name} predicts no tokens, it has no output embeddings: give a causal language model")
     config = getattr(model, "config", None)
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     if capped or getattr(model, "_supports_sdpa", True) is False:

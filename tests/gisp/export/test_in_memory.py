@@ -81,6 +81,21 @@ def test_what_cannot_be_exported_is_refused_and_nothing_changes(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
 
+@pytest.mark.parametrize("name", ["value_head.weight", "scale"])
+def test_parts_of_a_user_s_own_are_named(name: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    gisp.prune(model, tiny_tokens(), **PRUNE)
+    model.value_head = torch.nn.Linear(32, 1, bias=False)
+    if name == "scale":
+        del model.value_head
+        model.register_buffer("scale", torch.ones(1))
+    before = logits(model)
+    with pytest.raises(GispError, match=f"^{name} is no part of a LlamaForCausalLM, an export cannot hold it"):
+        gisp.export_model(model, tmp_path / "out")
+    assert torch.equal(logits(model), before)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_of_a_model_in_memory_names_the_ways_there_are(tmp_path: Path) -> None:
     gisp.prune(tiny_model(), tiny_tokens(), out=tmp_path / "run", **PRUNE)
     with pytest.raises(GispError, match=r"gisp.export_model\(model, DIR\) exports it"):

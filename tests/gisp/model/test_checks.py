@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokens
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForSequenceClassification
 
 import gisp
 from gisp.errors import GispError
@@ -55,6 +55,12 @@ def test_models_with_adapters_are_to_be_merged() -> None:
 def test_a_bare_decoder_is_told_from_a_language_model() -> None:
     with pytest.raises(GispError, match=r"LlamaModel is a decoder without output embeddings"):
         map_model(tiny_model().model)
+
+
+def test_a_classifier_is_told_from_a_language_model() -> None:
+    config = tiny_model().config
+    with pytest.raises(GispError, match=r"LlamaForSequenceClassification predicts no tokens, .*: give a causal"):
+        map_model(AutoModelForSequenceClassification.from_config(config))
 
 
 def test_float64_is_not_called_quantised() -> None:
