@@ -6,7 +6,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +19,7 @@ from gisp.files import write_atomic
 from gisp.model.load import resolve_device
 from gisp.replicas.environment import rank
 from gisp.replicas.errors import ReplicaError
+from gisp.run.record import INVALID, corrupt
 
 # Of --compare: the result kept for this card.
 LAST = "last"
@@ -144,14 +146,40 @@ def check_plot(args: argparse.Namespace) -> None:
         raise GispError("--plot writes beside a result: give --out or --from")
 
 
-def result_of(args: argparse.Namespace, benchmark: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+@contextmanager
+def reading(path: Path | None) -> Iterator[None]:
+    """Read entries of a result from a file; ``None`` for one that was measured, whose errors are ours.
+
+    Raises:
+        GispError: an entry is missing or of another type.
+    """
+    try:
+        yield
+    except GispError:
+        raise
+    except INVALID as error:
+        if path is None:
+            raise
+        raise corrupt(path, error) from None
+
+
+def result_of(
+    args: argparse.Namespace,
+    benchmark: str,
+    measure: Callable[[], dict[str, Any]],
+    ratios: Callable[[dict[str, Any]], Any],
+) -> dict[str, Any]:
     """The result of ``--from``, or a new one, written to ``--out``.
+
+    Args:
+        ratios: what ``--compare`` reads of a result; what it cannot read is refused before anything is measured.
 
     Raises:
         GispError: an earlier result cannot be read, or the new one not be written.
     """
     if args.compare and str(args.compare) != LAST:
-        read_json(args.compare, benchmark)
+        with reading(args.compare):
+            ratios(read_json(args.compare, benchmark))
     if args.source:
         return read_json(args.source, benchmark)
     check_writable(args.out)
@@ -187,6 +215,8 @@ def read_json(path: Path, benchmark: str) -> dict[str, Any]:
         raise GispError(f"{path} is no JSON: {error}") from None
     if not isinstance(found, dict) or found.get("benchmark") != benchmark:
         raise GispError(f"{path} is no result of gisp bench {benchmark}: give a file its --out wrote")
+    if not isinstance(found.get("identity", {}), dict):
+        raise GispError(f"{path} is corrupt: identity is no object")
     return found
 
 

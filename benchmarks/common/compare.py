@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.command import LAST, read_json, table
+from benchmarks.common.command import LAST, read_json, reading, table
 from benchmarks.common.identity import ROOT
 from gisp.errors import GispError
 
@@ -99,7 +99,11 @@ def regressed(args: argparse.Namespace, result: dict[str, Any], ratios: Callable
     """
     if args.compare is None:
         return False
-    found = earlier(args.compare, result["benchmark"], result["identity"]["device"])
-    shown, is_worse = comparison(ratios(result), ratios(found))
+    with reading(args.source):
+        new, device = ratios(result), result["identity"]["device"]
+    found = earlier(args.compare, result["benchmark"], device)
+    with reading(args.compare):
+        old = ratios(found)
+    shown, is_worse = comparison(new, old)
     print(shown)
     return is_worse

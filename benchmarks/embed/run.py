@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.command import Parser, add_result_options, count, models_and_device, numbers, result_of, table
+from benchmarks.common.command import (
+    Parser,
+    add_result_options,
+    count,
+    models_and_device,
+    numbers,
+    reading,
+    result_of,
+    table,
+)
 from benchmarks.common.compare import regressed
 from benchmarks.common.goals import goal_table
 from benchmarks.common.identity import identity
@@ -94,10 +103,11 @@ def main(argv: list[str] | None = None) -> int:
         GispError: bad options, or no GPU for a real model.
     """
     args = parser().parse_args(argv)
-    result = result_of(args, "embed", lambda: _measure(args))
-    print(show(result["rows"]))
-    if args.goals:
-        print(goal_table(embed_goals(result["rows"])))
+    result = result_of(args, "embed", lambda: _measure(args), embed_ratios)
+    with reading(args.source):
+        print(show(result["rows"]))
+        if args.goals:
+            print(goal_table(embed_goals(result["rows"])))
     slower = regressed(args, result, embed_ratios)
     return 1 if slower or any("red" in row for row in result["rows"]) else 0
 

@@ -22,6 +22,7 @@ from benchmarks.common.command import (
     count,
     models_and_device,
     numbers,
+    reading,
     result_of,
     table,
 )
@@ -171,10 +172,11 @@ def main(argv: list[str] | None = None) -> int:
         GispError: bad options, or no GPU for a real model.
     """
     args = parser().parse_args(argv)
-    result = result_of(args, "infer", lambda: _measure(args))
-    print(show(result["models"]))
-    if args.goals:
-        print(goal_table(infer_goals(result["models"])))
+    result = result_of(args, "infer", lambda: _measure(args), infer_ratios)
+    with reading(args.source):
+        print(show(result["models"]))
+        if args.goals:
+            print(goal_table(infer_goals(result["models"])))
     return 1 if regressed(args, result, infer_ratios) else 0
 
 

@@ -20,6 +20,7 @@ from benchmarks.common.command import (
     add_result_options,
     check_plot,
     positive,
+    reading,
     require_gpu,
     result_of,
 )
@@ -120,7 +121,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     check_plot(args)
     budget = Budget(args.budget)
-    result = result_of(args, "kernels", lambda: run(tasks, budget))
+    result = result_of(args, "kernels", lambda: run(tasks, budget), kernel_ratios)
+    with reading(args.source):
+        return _shown(args, result)
+
+
+def _shown(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """Print and draw a result; the exit code."""
     if args.goals:
         print(goal_table(kernel_goals(result.get("rows", []))))
     if args.plot:

@@ -26,6 +26,7 @@ from benchmarks.common.command import (
     models_and_device,
     positive,
     read_json,
+    reading,
     result_of,
     table,
     write_json,
@@ -250,7 +251,13 @@ def main(argv: list[str] | None = None) -> int:
     if launched():
         return run_stage(args) if args.stages else run_replica(args)
     check_plot(args)
-    result = result_of(args, "prune", lambda: _measure(args))
+    result = result_of(args, "prune", lambda: _measure(args), prune_ratios)
+    with reading(args.source):
+        return _shown(args, result)
+
+
+def _shown(args: argparse.Namespace, result: dict[str, Any]) -> int:
+    """Print and draw a result; the exit code."""
     runs = result.get("runs", [])
     if not args.quiet:
         print(f"{show(runs)}\n{show_phases(runs)}\n" if runs else "", end="")

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from benchmarks.common.command import result_of
 from benchmarks.common.compare import Ratio, card, comparison, of_times, regressed, worse
 from benchmarks.common.identity import ROOT
 from benchmarks.common.measure import quartiles, summarised
 from benchmarks.infer.goals import infer_ratios
 from benchmarks.kernels.goals import kernel_ratios
 from benchmarks.prune.goals import prune_ratios
+from gisp.cli import main
 from gisp.errors import GispError
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -69,13 +71,13 @@ def ratios(found: dict[str, Any]) -> dict[str, Ratio]:
 def test_results_of_one_card_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "old.json"
     path.write_text(json.dumps(result(H100, 2)))
-    assert not regressed(Namespace(compare=None), result(H100, 1), ratios)
-    assert regressed(Namespace(compare=path), result(H100, 1), ratios)
-    assert not regressed(Namespace(compare=path), result("NVIDIA H100 PCIe", 2), ratios)
+    assert not regressed(Namespace(compare=None, source=None), result(H100, 1), ratios)
+    assert regressed(Namespace(compare=path, source=None), result(H100, 1), ratios)
+    assert not regressed(Namespace(compare=path, source=None), result("NVIDIA H100 PCIe", 2), ratios)
     with pytest.raises(GispError, match="was measured on NVIDIA H100 80GB HBM3, not on NVIDIA H200"):
-        regressed(Namespace(compare=path), result("NVIDIA H200", 2), ratios)
+        regressed(Namespace(compare=path, source=None), result("NVIDIA H200", 2), ratios)
     with pytest.raises(GispError, match=r"cannot read .*results.h100.b\.json"):
-        regressed(Namespace(compare=Path("last")), result(H100, 2), ratios)
+        regressed(Namespace(compare=Path("last"), source=None), result(H100, 2), ratios)
 
 
 @pytest.mark.parametrize(
@@ -102,3 +104,35 @@ def test_ratios_of_sizes_and_shared_runs() -> None:
     offload = [{"model": "m", "resident": steps[0], "offloaded": steps[1]}, {"model": "n", "offloaded": None}]
     found = prune_ratios({"runs": [], "replicas": replicas, "offload": offload})
     assert found == {"m on 2 GPUs, dense step": Ratio(2, 2, 2), "m offloaded, dense step": Ratio(0.5, 0.5, 0.5)}
+
+
+@pytest.mark.parametrize("damage", ["rows", "identity", "times"])
+@pytest.mark.parametrize("name", ["kernels", "embed", "infer", "prune"])
+def test_damaged_results_are_one_line(
+    name: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = next((ROOT / "benchmarks" / "results").glob(f"h?00/{name}.json"))
+    found = json.loads(sound.read_text())
+    rows = next(entry for entry in ("rows", "models", "runs") if entry in found)
+    if damage == "rows":
+        found[rows] = [5]
+    elif damage == "identity":
+        found["identity"] = []
+    else:
+        found[rows] = [{"model": "a"}]
+    path = tmp_path / "damaged.json"
+    path.write_text(json.dumps(found))
+    for command in (["--from", str(sound), "--compare", str(path)], ["--from", str(path), "--compare", str(sound)]):
+        assert main(["bench", name, *command]) == 2
+        told = capsys.readouterr().err
+        # Rows of some benchmarks need no times.
+        lines = (f"error: {path} is corrupt: ", "error: nothing to compare: ")
+        assert told.startswith(lines) and told.count("\n") == 1
+
+
+def test_what_cannot_be_compared_is_refused_before_it_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"benchmark": "b", "identity": {"device": H100}}))
+    args = Namespace(compare=path, source=None, out=None)
+    with pytest.raises(GispError, match=r"old\.json is corrupt: speed is missing"):
+        result_of(args, "b", lambda: pytest.fail("it was measured"), ratios)
