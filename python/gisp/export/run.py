@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,30 +13,25 @@ from gisp.errors import GispError, quoted
 from gisp.export.beside import base_folder
 from gisp.export.folder import export_place
 from gisp.export.formats.gguf.file import require_gguf
-from gisp.export.formats.uniform import uniform_spec
 from gisp.export.hub import check_push, push_folder
 from gisp.export.nested.export import export_nested
 from gisp.export.nested.milestones import Milestone, fit_milestones
 from gisp.export.nested.request import check_request, milestone_steps
 from gisp.export.quality.measure import UNMEASURED, Quality, measure_quality
 from gisp.export.quality.plans import UNPLANNED, Plans, make_plans
+from gisp.export.quality.wanted import Together, Wanted
 from gisp.export.sizes.options import FORMATS, SizeOptions, check_options
-from gisp.export.sizes.rounding import round_mlp
 from gisp.export.spec import ExportReport, NestedReport, PrunedSpec
 from gisp.files import as_path
 from gisp.model.gguf import tokenizer_folder
 from gisp.model.modes import default_device
 from gisp.model.structures import map_model
 from gisp.progress import reporting
-from gisp.replicas.group import Replicas
 from gisp.replicas.sharing import alone, sharing
 from gisp.run.evaluations import read_evaluations
 from gisp.run.resources.base import BasePlace
 from gisp.run.trajectory import Trajectory
 from gisp.stages.rules import Sharing, check_sharing
-
-Together = Callable[[], AbstractContextManager[Replicas | None]]
-"""Brings processes together for a while; ``None`` for one on its own."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ def export_run(
         check_push(push_to_hub, private)
     with export_place(place) as place:
         base = BasePlace(device, offload, gpu_memory)
-        wanted = _Wanted(folder, sparsity, format, base, sizes, spec, window, compensation, together)
+        wanted = Wanted(folder, sparsity, format, base, sizes, spec, window, compensation, together)
         found = _export(wanted, place, dtype)
         return found if push_to_hub is None else replace(found, url=push_folder(place, push_to_hub, private))
 
@@ -119,28 +113,7 @@ def _check_kind(name: str, value: object, kind: type) -> None:
         raise GispError(f"{name} is {quoted(value)}: give a {kind.__name__}")
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What is exported of a run and by which processes, as :func:`export_run` and :func:`take_part` were told."""
-
-    run: Path
-    sparsity: float | None
-    format: str
-    place: BasePlace
-    sizes: SizeOptions
-    data: str | None
-    window: int | None
-    compensation: CompensationRequest | None
-    together: Together
-
-    def rounded(self, base: Any, spec: PrunedSpec) -> PrunedSpec:
-        """What is exported of a point."""
-        if self.format == "uniform":
-            return uniform_spec(base, spec, self.sizes)
-        return spec if self.sizes.round_mlp is None else round_mlp(map_model(base), spec, self.sizes.round_mlp)
-
-
-def _export(wanted: _Wanted, out: Path, dtype: str | None) -> RunExport:
+def _export(wanted: Wanted, out: Path, dtype: str | None) -> RunExport:
     """:func:`export_run` with its options checked and ``out`` reserved."""
     trajectory, format, sizes = Trajectory.load(wanted.run), wanted.format, wanted.sizes
     point, quality, fitted, plans = _measured(trajectory, wanted)
@@ -175,32 +148,20 @@ def take_part(
 ) -> None:
     """Measure and fit with the process that calls :func:`export_run` with the same arguments."""
     sizes = sizes or SizeOptions()
-    wanted = _Wanted(Path(run), sparsity, format, BasePlace(device), sizes, data, window, compensation, together)
+    wanted = Wanted(Path(run), sparsity, format, BasePlace(device), sizes, data, window, compensation, together)
     _measured(Trajectory.load(run), wanted)
 
 
-def _measured(trajectory: Trajectory, wanted: _Wanted) -> tuple[PrunedSpec, Quality | None, Compensation | None, Plans]:
+def _measured(trajectory: Trajectory, wanted: Wanted) -> tuple[PrunedSpec, Quality | None, Compensation | None, Plans]:
     """The point of a run, its perplexity and a compensation of what is made of it, as far as asked for, and plans."""
-    place, data, request, format = wanted.place, wanted.data, wanted.compensation, wanted.format
     point = point_of(trajectory, wanted.run, trajectory.step_for(wanted.sparsity))
-    asked: dict[str, Any] = {"data": data, "window": wanted.window, "request": request, "format": format}
-    plans = make_plans(trajectory, place, point, wanted.rounded, **asked)
-    if data is None and request is None:
+    plans = make_plans(trajectory, wanted, point)
+    if wanted.data is None and wanted.compensation is None:
         return point, None, None, plans
     with wanted.together() as replicas, sharing(replicas) as sharers:
-        if place.offload:
+        if wanted.place.offload:
             check_sharing(Sharing(sharers.size, offload="always"))
-        quality, fitted = measure_quality(
-            trajectory,
-            point,
-            wanted.rounded,
-            data,
-            window=wanted.window,
-            place=place,
-            plans=plans,
-            request=request,
-            format=format,
-        )
+        quality, fitted = measure_quality(trajectory, wanted, point, plans)
     return point, quality, fitted, plans
 
 

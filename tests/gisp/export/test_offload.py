@@ -21,6 +21,7 @@ from gisp.compensation import make_request
 from gisp.errors import GispError
 from gisp.export import check
 from gisp.export.quality.plans import make_plans
+from gisp.export.quality.wanted import Wanted
 from gisp.export.run import export_run
 from gisp.export.sizes.options import SizeOptions
 from gisp.export.spec import PrunedSpec
@@ -96,9 +97,9 @@ def test_a_model_that_cannot_be_mapped_is_counted(places: Path, tmp_path: Path) 
 
 def plan_of(run: Path) -> Plan:
     """For writing a point of a run."""
-    trajectory, place = gisp.Trajectory.load(run), BasePlace("cpu", offload=True)
-    point = PrunedSpec.at(trajectory, 1)
-    plans = make_plans(trajectory, place, point, lambda _, spec: spec, data=None, request=None, format="hf")
+    trajectory = gisp.Trajectory.load(run)
+    wanted = Wanted(run, None, "hf", BasePlace("cpu", offload=True))
+    plans = make_plans(trajectory, wanted, PrunedSpec.at(trajectory, 1))
     assert plans.writing is not None
     return plans.writing
 

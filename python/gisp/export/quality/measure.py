@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
-from gisp.compensation import Compensation, CompensationRequest, fit_compensation, fold_into_pruned
+from gisp.compensation import Compensation, fit_compensation, fold_into_pruned
 from gisp.evaluate import EvalOptions, Perplexity
 from gisp.evaluate.data import prepare
 from gisp.export.quality.plans import UNPLANNED, Plans
-from gisp.export.sizes.options import FORMATS
+from gisp.export.quality.wanted import Wanted
 from gisp.export.spec import PrunedSpec
 from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
-from gisp.run.resources.base import BasePlace
 from gisp.run.trajectory import Trajectory
 
 UNMEASURED = (
@@ -53,40 +49,32 @@ class Quality:
 
 
 def measure_quality(
-    trajectory: Trajectory,
-    point: PrunedSpec,
-    rounded: Callable[[nn.Module, PrunedSpec], PrunedSpec],
-    data: str | None,
-    *,
-    window: int | None,
-    place: BasePlace,
-    plans: Plans = UNPLANNED,
-    request: CompensationRequest | None = None,
-    format: str = "hf",
+    trajectory: Trajectory, wanted: Wanted, point: PrunedSpec, plans: Plans = UNPLANNED
 ) -> tuple[Quality | None, Compensation | None]:
     """Perplexity of a point of a run and of what rounding and compensation make of it, measured as ``gisp eval`` does.
 
     Args:
-        rounded: the exported spec, from the dense base model and the point.
-        data: evaluation data, as for ``gisp eval``; None to measure nothing.
-        place, plans: where the base model lies.
-        request: compensation of the exported spec, fitted in the dtype of the run.
-        format: of the export, which says what a compensation may change.
+        point: of the run, as it is before sizes are rounded.
+        plans: where the base model lies.
+
+    Returns:
+        The perplexities, ``None`` where no data are given, and the compensation, ``None`` where none is wanted.
 
     Raises:
         GispError: the data cannot be read, a loss is NaN, or the format cannot hold the compensation.
     """
-    model = place.load(trajectory, plan=plans.measuring)
+    data, request = wanted.data, wanted.compensation
+    model = wanted.place.load(trajectory, plan=plans.measuring)
     model_map = map_model(model)
     source = str(trajectory.base_model["path"])
     # Data that cannot be read is found before anything costly.
     measure = plans.measure
     if data is not None and measure is None:
-        measure = prepare(data, EvalOptions(window=window), model, source)
-    exported = rounded(model, point)
+        measure = prepare(data, EvalOptions(window=wanted.window), model, source)
+    exported = wanted.rounded(model, point)
     compensation = None
     if request is not None:
-        options = request.for_format(format, model_map, adds_biases=FORMATS[format].adds_biases)
+        options = wanted.compensation_options(request, model_map)
         calibration = plans.calibration or request.calibration
         compensation = fit_compensation(model_map, exported.keep, calibration, options, tokenizer_from=source)
     if data is None or measure is None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-
-from torch import nn
 
 from gisp.compensation.apply import calibration_sequences
 from gisp.compensation.demand import COMPENSATING, demand
-from gisp.compensation.request import CompensationRequest
 from gisp.data import Sequences
 from gisp.data.held_out import stored_run_text
 from gisp.evaluate import EvalOptions
@@ -17,13 +13,12 @@ from gisp.evaluate.data import Measure, prepare
 from gisp.export.beside import base_folder
 from gisp.export.check import CHECKED_TOKENS
 from gisp.export.folder import SHARD_BYTES
-from gisp.export.sizes.options import FORMATS
+from gisp.export.quality.wanted import Wanted
 from gisp.export.spec import PrunedSpec
 from gisp.model.keep import Keep
 from gisp.model.load import resolve_device
 from gisp.model.structures import ModelMap
 from gisp.offload.plan import Advice, Demand, Plan
-from gisp.run.resources.base import BasePlace
 from gisp.run.resources.placement import weights_of
 from gisp.run.trajectory import Trajectory
 
@@ -54,26 +49,16 @@ class Plans:
 UNPLANNED = Plans()
 
 
-def make_plans(
-    trajectory: Trajectory,
-    place: BasePlace,
-    point: PrunedSpec,
-    rounded: Callable[[nn.Module, PrunedSpec], PrunedSpec],
-    *,
-    data: str | None,
-    window: int | None = None,
-    request: CompensationRequest | None,
-    format: str,
-) -> Plans:
+def make_plans(trajectory: Trajectory, wanted: Wanted, point: PrunedSpec) -> Plans:
     """The plans of an export, before anything is loaded.
 
     Args:
-        rounded: the exported spec, from the dense base model and the point.
-        data, window: evaluation data, ``None`` to measure nothing, and the longest input.
+        point: of the run, as it is before sizes are rounded.
 
     Raises:
         GispError: data cannot be read, it does not fit, or a compensation that layers in host memory have no place for.
     """
+    place, data, request = wanted.place, wanted.data, wanted.compensation
     if not place.offload:
         return UNPLANNED
     calibration = measuring = measure = None
@@ -83,16 +68,16 @@ def make_plans(
         asked = weights_of(outline.model)
         if request is not None:
             request.options.check_streamed()
-            options = request.for_format(format, outline, adds_biases=FORMATS[format].adds_biases)
+            options = wanted.compensation_options(request, outline)
             calibration = calibration_sequences(outline, request.calibration, source)
-            keep, run_text = rounded(outline.model, point).keep, stored_run_text(trajectory.held_out)
+            keep, run_text = wanted.rounded(outline.model, point).keep, stored_run_text(trajectory.held_out)
             asked = demand(outline, keep, options, calibration, device, run_text)
         if data is not None:
-            measure = prepare(data, EvalOptions(window=window), outline.model, source)
+            measure = prepare(data, EvalOptions(window=wanted.window), outline.model, source)
             asked = replace(asked, working=max(asked.working, measure.working(outline.model, device)))
         measuring = place.plan(asked, COMPENSATING if request else _EXPORTING)
     outline = place.outline(trajectory, dtype="auto")
-    keep = rounded(outline.model, point).keep
+    keep = wanted.rounded(outline.model, point).keep
     asked = _writing(outline, keep, compensated=request is not None)
     if not _mapped(trajectory):
         asked = replace(asked, beside=asked.beside + sum(asked.layers))
