@@ -70,7 +70,9 @@ def evaluate_target(
         GispError: no such target, unreadable data, options that do not belong together, a sparsity of a dense model, or
             a model that does not fit.
     """
-    asked = _checked(target, data, options, window, lm_eval, compensation, device, dtype, offload, gpu_memory, stages)
+    how, place = _how(options, window), BasePlace(device, offload, gpu_memory)
+    asked = _Asked(target, data, how, lm_eval, compensation, place, dtype)
+    asked.check(stages)
     with _processes(replicas, stages) as (sharers, of_stages):
         opened = asked.open([sparsity], sharers, of_stages)
         opened.compensate()
@@ -113,7 +115,9 @@ def evaluate_along(
     Raises:
         GispError: a target of one size, or a sparsity beyond the run.
     """
-    asked = _checked(target, data, options, window, lm_eval, compensation, device, dtype, offload, gpu_memory, stages)
+    how, place = _how(options, window), BasePlace(device, offload, gpu_memory)
+    asked = _Asked(target, data, how, lm_eval, compensation, place, dtype)
+    asked.check(stages)
     if not sparsities:
         raise GispError("--sparsities is empty: give numbers with commas between them")
     check_along(target, sparsities)
@@ -143,6 +147,22 @@ class _Asked:
     compensation: CompensationRequest | None
     place: BasePlace
     dtype: str | None
+
+    def check(self, stages: int) -> None:
+        """Refuse what does not go together, before anything is loaded.
+
+        Raises:
+            GispError: it does not, or nothing is to be measured.
+        """
+        check_count(stages)
+        request, offload = self.compensation, self.place.offload
+        if self.data is None and self.lm_eval is None:
+            raise GispError("nothing to measure: give --data SPEC or --lm-eval TASKS")
+        if request is not None and offload:
+            request.options.check_streamed()
+        if request is not None and not is_run(self.target):
+            raise GispError(f"--compensate {request.options.method} needs a run folder, {self.target} is none")
+        check_stages(stages, self.lm_eval, request, offload, self.options.generate)
 
     def open(self, sparsities: Sequence[float | None], sharers: Replicas, stages: Stages | None) -> _Opened:
         """The model at the first of these points, and what measures all of them."""
@@ -199,33 +219,11 @@ class _Opened:
             self.recorder.add(point)
 
 
-def _checked(
-    target: str,
-    data: str | None,
-    options: EvalOptions | None,
-    window: int | None,
-    lm_eval: LmEvalTasks | None,
-    compensation: CompensationRequest | None,
-    device: str,
-    dtype: str | None,
-    offload: bool,
-    gpu_memory: str | None,
-    stages: int,
-) -> _Asked:
-    """What is asked for, where what is given goes together."""
-    check_count(stages)
+def _how(options: EvalOptions | None, window: int | None) -> EvalOptions:
+    """Options of which the window may be given by itself."""
     if options is not None and window is not None:
         raise GispError("window and options are both given: set options.window")
-    if data is None and lm_eval is None:
-        raise GispError("nothing to measure: give --data SPEC or --lm-eval TASKS")
-    if compensation is not None and offload:
-        compensation.options.check_streamed()
-    if compensation is not None and not is_run(target):
-        raise GispError(f"--compensate {compensation.options.method} needs a run folder, {target} is none")
-    chosen = options or EvalOptions(window=window)
-    check_stages(stages, lm_eval, compensation, offload, chosen.generate)
-    place = BasePlace(device, offload, gpu_memory)
-    return _Asked(target, data, chosen, lm_eval, compensation, place, dtype)
+    return options or EvalOptions(window=window)
 
 
 @contextmanager
