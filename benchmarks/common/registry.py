@@ -61,7 +61,6 @@ REAL = ("llama-2-13b", "llama-3-8b")
 TOKENS = (512, 2048, 8192, 32768)
 # Dense, and two points of a run down to one half. Channels stay at a multiple of 16, heads at whole heads.
 DENSE, MIDWAY, HALF = 1.0, 0.73, 0.52
-KEPT = (DENSE, MIDWAY, HALF)
 WIDTH_MULTIPLE = 16
 # An odd width and the multiple of 16 below it: what a run without aligned widths pays.
 ODD_WIDTH, EVEN_WIDTH = 13817, 13808
@@ -92,11 +91,6 @@ def cases(model_name: str, kept: float = DENSE) -> list[Case]:
         Case(model_name, "gate/up", channels, hidden, "row", 1, kept),
         Case(model_name, "down", hidden, channels, "column", 1, kept),
     ]
-
-
-def all_cases() -> list[Case]:
-    """Every real model at every point of :data:`KEPT`."""
-    return [case for kept in KEPT for name in REAL for case in cases(name, kept)]
 
 
 def odd_cases() -> list[Case]:

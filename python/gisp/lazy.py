@@ -12,6 +12,9 @@ def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         homes: public name -> module it is defined in.
+
+    Returns:
+        A function of a name that imports its home, and raises ``AttributeError`` for names without one.
     """
 
     def get(name: str) -> Any:

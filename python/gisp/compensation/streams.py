@@ -82,7 +82,7 @@ def batch_tokens(device: torch.device) -> int:
 
 
 def make_batches(ids_of: Sequence[torch.Tensor], device: torch.device, per_batch: int | None = None) -> list[Batch]:
-    """Rows of token ids, long ones first, about ``per_batch`` tokens in a batch."""
+    """Rows of token ids, int64 [S] each, long ones first, about ``per_batch`` tokens in a batch."""
     rows = sorted(enumerate(ids_of), key=lambda row: len(row[1]), reverse=True)
     most = per_batch or batch_tokens(device)
     batches = []

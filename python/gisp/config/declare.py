@@ -61,6 +61,7 @@ class Option:
 
     @property
     def flag(self) -> str:
+        """As the command line calls it."""
         return f"--{self.name.replace('_', '-')}"
 
     def check(self, value: Any) -> None:

@@ -91,7 +91,11 @@ def is_whole(value: object) -> bool:
 
 
 def check_stride(window: int, stride: int | None) -> int:
-    """The stride, ``window`` for ``None``."""
+    """The stride, ``window`` for ``None``.
+
+    Raises:
+        GispError: a window below 2 tokens, or a stride outside 1 to the window.
+    """
     if not is_whole(window) or window < 2:
         raise GispError(f"--window is {quoted(window)}: give at least 2")
     if stride is not None and not (is_whole(stride) and 1 <= stride <= window):

@@ -198,6 +198,7 @@ class PruneConfig:
     )
 
     def to_dict(self) -> dict[str, Any]:
+        """All options by name, as run folders keep them; :func:`make_config` takes them back."""
         return dataclasses.asdict(self)
 
     def conflicts(self) -> Iterator[str]:
@@ -328,7 +329,11 @@ def without_defaults(stored: dict[str, Any], given: dict[str, Any]) -> dict[str,
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Options from a YAML file of ``option: value`` lines (dashes and underscores are the same)."""
+    """Options from a YAML file of ``option: value`` lines (dashes and underscores are the same).
+
+    Raises:
+        GispError: a file that cannot be read, or holds something else.
+    """
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

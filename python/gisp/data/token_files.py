@@ -20,7 +20,11 @@ _PARTS = ("ids", "labels", "lengths", "signs", "examples")
 
 
 def from_token_file(path: Path, vocab_size: int, seq_len: int | None) -> Sequences:
-    """Sequences of a ``.safetensors`` with ``input_ids`` int [N, S] and optional ``labels`` of the same shape."""
+    """Sequences of a ``.safetensors`` with ``input_ids`` int [N, S] and optional ``labels`` of the same shape.
+
+    Raises:
+        GispError: a file that cannot be read, or holds other tensors, shapes or ids beyond the vocabulary.
+    """
     check_spec(str(path))
     try:
         with safe_open(path, framework="pt") as file:
@@ -40,7 +44,11 @@ def from_token_file(path: Path, vocab_size: int, seq_len: int | None) -> Sequenc
 def from_tokens(
     ids: torch.Tensor, labels: torch.Tensor | None, where: str, vocab_size: int, seq_len: int | None
 ) -> Sequences:
-    """Sequences of ids [N, S], a row longer than ``seq_len`` in pieces; ``labels`` are the ids where there are none."""
+    """Sequences of ids [N, S], a row longer than ``seq_len`` in pieces; ``labels`` are the ids where there are none.
+
+    Raises:
+        GispError: other shapes or dtypes, ids beyond the vocabulary, or nothing to score; ``where`` names the tokens.
+    """
     # Memory of any other kind has no numbers that can be read one by one.
     if ids.layout != torch.strided or ids.is_meta or ids.is_quantized or ids.is_nested:
         raise GispError(f"{where}: input_ids is no dense tensor with numbers in memory: give one [sequences, tokens]")
@@ -71,7 +79,7 @@ def from_tokens(
 
 
 def cut(ids: torch.Tensor, labels: torch.Tensor, seq_len: int | None) -> list[Row]:
-    """A row in pieces of at most ``seq_len``, those that have a scored token."""
+    """A row, ids and labels int64 [S], in pieces of at most ``seq_len``, those that have a scored token."""
     size = seq_len or len(ids)
     pieces = zip(ids.split(size), labels.split(size), strict=True)
     return [piece for piece in pieces if bool((piece[1][1:] != IGNORED).any())]

@@ -238,7 +238,7 @@ def chunk_output(
 
 
 def compare_logits(wanted: torch.Tensor, got: torch.Tensor, tolerance: float = TOLERANCE) -> tuple[float, float]:
-    """Largest absolute difference, and the same divided by the largest absolute wanted logit.
+    """Largest absolute difference of logits [rows, tokens, V], and the same by the largest absolute wanted logit.
 
     Raises:
         GispError: they differ by more than ``tolerance`` relative, or the wanted ones are not finite.
@@ -256,7 +256,7 @@ def compare_logits(wanted: torch.Tensor, got: torch.Tensor, tolerance: float = T
 
 
 def relative_difference(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    """Largest absolute difference over the largest absolute wanted value, or itself where all of these are 0."""
+    """Largest absolute difference of tensors of one shape, over the largest absolute wanted value unless that is 0."""
     scale, absolute = float(wanted.abs().max()), float((wanted - got).abs().max())
     return absolute / scale if scale else absolute
 

@@ -83,7 +83,8 @@ def stored_state(base: Any, model_map: ModelMap, stored: Sequence[Mapping[str, S
 
 
 def take_blocks(tensor: torch.Tensor, index: Sequence[int], block: int = 1, dim: int = 0) -> torch.Tensor:
-    """Blocks of ``block`` rows (``dim`` 0) or columns (``dim`` 1) at the given block indices; zeros for ``ZEROED``."""
+    """Blocks of ``block`` rows (``dim`` 0) or columns (``dim`` 1) of [O, I] or [O] at block indices; zeros for
+    ``ZEROED``."""
     positions = torch.tensor(index, dtype=torch.int64, device=tensor.device)
     blocks = tensor.unflatten(dim, (-1, block)).index_select(dim, positions.clamp(min=0))
     zeroed = torch.nonzero(positions == ZEROED).flatten()

@@ -97,7 +97,7 @@ def _set_attn_implementation(model: Any, attn_implementation: Any, *args: Any, *
 
 
 def set_kv_index(attention: nn.Module, index: torch.Tensor | None) -> None:
-    """Give an attention module its key/value index, or with ``None`` its even groups back."""
+    """Give an attention module its key/value index, int64 [query heads], or with ``None`` its even groups back."""
     config: Any = attention.config
     if index is not None and config._attn_implementation != INDEXED_ATTENTION:
         # Another may have been chosen while heads were even.
@@ -130,6 +130,7 @@ class NoHeads(nn.Module):
         self.attention = attention
 
     def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
+        """The bias of o_proj or zeros, [B, S, hidden], and a cache that has grown by the tokens."""
         if past_key_values is not None:
             batch, tokens = hidden_states.shape[:2]
             zeros = hidden_states.new_zeros(batch, 1, tokens, self.attention.head_dim)

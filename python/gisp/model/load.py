@@ -22,7 +22,11 @@ from gisp.progress import task
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the GPU where there is one."""
+    """``auto`` is the GPU where there is one.
+
+    Raises:
+        GispError: another device than ``auto``, ``cpu``, ``cuda`` and ``cuda:N``, or a GPU that is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -39,7 +43,11 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
-    """The given dtype, ``"auto"`` for the checkpoint's own, else bfloat16 on a GPU and float32 on a CPU."""
+    """The given dtype, ``"auto"`` for the checkpoint's own, else bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        GispError: no dtype of that name.
+    """
     if dtype == "auto":
         return dtype
     if dtype is not None and dtype not in ("bfloat16", "float32"):

@@ -13,7 +13,11 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def check_model_path(path: str) -> None:
-    """Refuse what is neither a model folder nor a possible hub name, before anything slow happens."""
+    """Refuse what is neither a model folder nor a possible hub name, before anything slow happens.
+
+    Raises:
+        GispError: it is none, or a run, with what to do.
+    """
     if not path:
         raise GispError("model is '': give a model folder or a hub name like org/name")
     check_names(path, "model")

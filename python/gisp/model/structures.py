@@ -31,10 +31,12 @@ _FINGERPRINT_SAMPLES = 256
 
 
 def heads_name(layer: int) -> str:
+    """Name of the group of a layer's heads."""
     return f"layers.{layer}.heads"
 
 
 def channels_name(layer: int) -> str:
+    """Name of the group of a layer's channels."""
     return f"layers.{layer}.channels"
 
 
@@ -70,11 +72,6 @@ class ModelMap:
         decoder_parameters: all parameters of the decoder layers, norms included.
         parameters: all parameters of the model (tied ones once).
         biased: names of the projections whose rows have biases.
-        head_weights, kv_group_weights, channel_weights: weights of a scored head (4*head_dim*hidden, with shared
-            key/value heads 2*head_dim*hidden), of a key/value head with all its query heads, of a channel (3*hidden).
-        query_parameters, kv_parameters: parameters of a query head alone and of a key/value head alone, with the biases
-            of their rows.
-        head_parameters, kv_group_parameters, channel_parameters: parameters of what is removed, with these biases.
     """
 
     model: Any
@@ -110,18 +107,22 @@ class ModelMap:
 
     @property
     def head_weights(self) -> int:
+        """Weights that score a query head: 4*head_dim*hidden, with shared key/value heads 2*head_dim*hidden."""
         return (2 if self.shares_kv else 4) * self.head_dim * self.hidden_size
 
     @property
     def query_parameters(self) -> int:
+        """Parameters of a query head: its rows of q with their biases, its columns of o."""
         return self.head_dim * (2 * self.hidden_size + self._biases("q_proj"))
 
     @property
     def kv_parameters(self) -> int:
+        """Parameters of a key/value head: its rows of k and v with their biases."""
         return self.head_dim * (2 * self.hidden_size + self._biases("k_proj", "v_proj"))
 
     @property
     def head_parameters(self) -> int:
+        """Parameters that go with a query head: its key/value head goes along where it has one of its own."""
         return self.query_parameters + (0 if self.shares_kv else self.kv_parameters)
 
     @property
@@ -131,10 +132,12 @@ class ModelMap:
 
     @property
     def kv_group_weights(self) -> int:
+        """Weights that score a key/value head with all its query heads."""
         return (2 * self.heads_per_kv + 2) * self.head_dim * self.hidden_size
 
     @property
     def kv_group_parameters(self) -> int:
+        """Parameters that go with a key/value head and all its query heads."""
         return self.heads_per_kv * self.query_parameters + self.kv_parameters
 
     @property
@@ -148,10 +151,12 @@ class ModelMap:
 
     @property
     def channel_weights(self) -> int:
+        """Weights that score a channel, 3*hidden: a row of gate and up, a column of down."""
         return 3 * self.hidden_size
 
     @property
     def channel_parameters(self) -> int:
+        """Parameters that go with a channel: its weights and the biases of its rows."""
         return self.channel_weights + self._biases("gate_proj", "up_proj")
 
     @property
@@ -169,6 +174,7 @@ class ModelMap:
         return [m.heads for m in self.layers] + [m.channels for m in self.layers]
 
     def describe(self) -> dict[str, str | int]:
+        """Sizes of the model by name, as ``gisp inspect`` shows them."""
         return {
             "model_type": self.model_type,
             "layers": len(self.layers),
@@ -279,7 +285,11 @@ def _map_layer(index: int, layer: nn.Module, model_type: str) -> LayerMap:
 
 
 def protected_layers(layers: int, first: float, last: int) -> frozenset[int]:
-    """Layers that are never pruned: the first ``int(first * layers)`` and the last ``last``."""
+    """Layers that are never pruned: the first ``int(first * layers)`` and the last ``last``.
+
+    Raises:
+        GispError: the last ones are all.
+    """
     if last >= layers:
         raise GispError(f"--protect-last is {last} with {layers} layers: nothing is left to prune, give less")
     return frozenset(range(int(first * layers))) | frozenset(range(layers - last, layers))

@@ -51,6 +51,7 @@ class RunData:
 
     @property
     def last(self) -> dict[str, Any]:
+        """The record of the last step."""
         return self.steps[-1]
 
     def column(self, name: str) -> np.ndarray:

@@ -165,7 +165,11 @@ def earlier_tensors(folder: Path, step: int) -> Path:
 
 
 def load_json(path: Path) -> Any:
-    """Any JSON file, or one line about why not."""
+    """Any JSON file, or one line about why not.
+
+    Raises:
+        GispError: a file that cannot be read or is no JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

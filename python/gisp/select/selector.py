@@ -58,7 +58,7 @@ class Selection:
 
 
 def differ(scores: torch.Tensor) -> torch.Tensor:
-    """Whether at most one score is finite, or two that are finite differ; 0-dim bool."""
+    """Whether at most one of scores [n] is finite, or two that are finite differ; 0-dim bool."""
     candidates = scores < math.inf
     return (candidates & (scores > scores.amin())).any() | (candidates.sum() <= 1)
 

@@ -42,6 +42,7 @@ class GroupUnits:
 
     @property
     def size(self) -> int:
+        """Units of the group."""
         return self.stop - self.start
 
     @property

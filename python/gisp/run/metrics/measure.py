@@ -57,6 +57,7 @@ class PhaseClock:
         _free.setdefault(self._device, []).extend(event for _, event in events)
 
     def total(self) -> float:
+        """Seconds since the step began, up to the last phase that was read."""
         return self._last - self._start
 
     def peak_bytes(self) -> int | None:

@@ -152,6 +152,7 @@ def first_choices(wanted: torch.Tensor, got: torch.Tensor, tie: float) -> tuple[
     """Positions with the same most likely token, and the fraction where it is the same or as likely but for rounding.
 
     Args:
+        wanted, got: logits [..., V].
         tie: a token whose wanted logit is below the largest by no more than this, relative to the largest absolute
             logit, is as likely: rounding decides between the two.
     """

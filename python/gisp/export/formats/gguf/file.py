@@ -134,6 +134,9 @@ def read_model(path: Path, base: Any) -> Any:
 
     Returns:
         The model where the base computes, matrices in the stored dtype.
+
+    Raises:
+        GispError: tensors that no layer takes, or that are missing.
     """
     gguf = require_gguf()
     reader, stored = read_state(path)

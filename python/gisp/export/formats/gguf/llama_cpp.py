@@ -17,6 +17,7 @@ _F32 = 0  # GGML_TYPE_F32
 
 
 def main(file: str, folder: str) -> None:
+    """Run llama.cpp on the request in a folder, and leave the answer there."""
     import llama_cpp
 
     place = Path(folder)
