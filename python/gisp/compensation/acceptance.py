@@ -1,8 +1,8 @@
 """When a compensation is kept: held-out text, the rule of paired differences, the search for a size, and the record.
 
-A change is kept where it lowers a sum over held-out units by more than the standard error of the fall. A unit is a
+A change is kept where it lowers a sum over held-out texts by more than the standard error of the fall. A text is a
 document, a question or a sequence (:func:`gisp.data.held_out.hold_out`). They are paired: ``d_i`` is the sum of
-unit ``i`` after the change less that before it, ``n_i`` its tokens, ``N`` all tokens, ``U`` the number of units. The
+text ``i`` after the change less that before it, ``n_i`` its tokens, ``N`` all tokens, ``U`` the number of texts. The
 fall a token is ``-r`` with ``r = sum d_i / N``, its standard error that of a ratio (Cochran, Sampling Techniques,
 1977)::
 
@@ -35,7 +35,7 @@ _RISE = 0.005
 
 @dataclass(frozen=True)
 class Difference:
-    """A change of a mean a token, and its standard error over units."""
+    """A change of a mean a token, and its standard error over texts."""
 
     mean: float
     error: float
@@ -47,7 +47,7 @@ class Difference:
 
 
 def difference(before: torch.Tensor, after: torch.Tensor, tokens: torch.Tensor) -> Difference:
-    """The paired difference of sums over units, all float64 [U] with U of at least 2."""
+    """The paired difference of sums over texts, all float64 [U] with U of at least 2."""
     change = after - before
     mean = change.sum() / tokens.sum()
     spread = (change - mean * tokens).square().sum() * len(tokens) / (len(tokens) - 1)
@@ -55,27 +55,27 @@ def difference(before: torch.Tensor, after: torch.Tensor, tokens: torch.Tensor) 
 
 
 @dataclass(frozen=True)
-class Text:
-    """Text no method fits to.
+class Texts:
+    """Texts no method fits to.
 
     Attributes:
         batches: of its sequences.
-        units: int64 [rows], number of the unit every row belongs to.
-        tokens: float64 [U], tokens of every unit.
-        scored: float64 [U], tokens of every unit that are predicted and scored.
+        of_row: int64 [rows], number of the text every row belongs to.
+        tokens: float64 [U], tokens of every text.
+        scored: float64 [U], tokens of every text that are predicted and scored.
         targets: next tokens, int64 [T] by number of a batch that falls to this process, -100 where none is scored.
-        kinds: name of the kind of every unit; empty where all are of one.
+        kinds: name of the kind of every text; empty where all are of one.
     """
 
     batches: list[Batch]
-    units: torch.Tensor
+    of_row: torch.Tensor
     tokens: torch.Tensor
     scored: torch.Tensor
     targets: dict[int, torch.Tensor]
     kinds: tuple[str, ...]
 
     def totals(self, values_of: Callable[[int], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-        """Sums over the tokens of every unit, float64 [U] of every kind of value; processes share the batches.
+        """Sums over the tokens of every text, float64 [U] of every kind of value; processes share the batches.
 
         Args:
             values_of: values [T] of the real tokens of the batch of a number, of every kind.
@@ -87,33 +87,33 @@ class Text:
         found = sharers().each(range(len(self.batches)), of_rows)
         totals = [torch.zeros_like(self.tokens) for _ in found[0]]
         for batch, kinds in zip(self.batches, found, strict=True):
-            units = self.units[list(batch.rows)]
+            texts = self.of_row[list(batch.rows)]
             for total, values in zip(totals, kinds, strict=True):
-                total.index_add_(0, units, torch.tensor(values, dtype=torch.float64))
+                total.index_add_(0, texts, torch.tensor(values, dtype=torch.float64))
         return totals
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How high the loss of some units may be.
+    """How high the loss of some texts may be.
 
     Attributes:
-        name: of their text, for people.
-        units: their numbers, int64 [n].
+        name: of them together, for people.
+        numbers: theirs, int64 [n].
         scored: their scored tokens, float64 [n].
         before: losses of the pruned model without compensation, in nats summed over tokens, float64 [n].
         rise: nats a token by which these may rise; their sum may not at all where it is 0.
     """
 
     name: str
-    units: torch.Tensor
+    numbers: torch.Tensor
     scored: torch.Tensor
     before: torch.Tensor
     rise: float
 
     def broken(self, losses: torch.Tensor) -> bool:
-        """Whether losses of all units are above it."""
-        now = losses[self.units]
+        """Whether losses of all texts are above it."""
+        now = losses[self.numbers]
         if not self.rise:
             return float(now.sum()) > float(self.before.sum())
         found = difference(self.before, now, self.scored)
@@ -121,23 +121,23 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class HeldOut(Text):
-    """Calibration text no method fits to, and what the loss of it and of other text may be.
+class HeldOut(Texts):
+    """Calibration texts no method fits to, and what the loss of it and of other text may be.
 
     Attributes:
         dense: last states of the dense model, [T, D], by number of the batches that fall to this process.
-        beside: held-out text of the run that the model was pruned in; its units are numbered behind these.
+        beside: held-out text of the run that the model was pruned in; its texts are numbered behind these.
         limits: none may be broken.
         refused: what broke one since :meth:`limited` was asked: names of the limits, and its divergence.
     """
 
     dense: dict[int, torch.Tensor]
-    beside: Text | None
+    beside: Texts | None
     limits: tuple[Limit, ...] = ()
     refused: list[tuple[list[str], float]] = field(default_factory=list)
 
     def counts(self, losses: torch.Tensor, divergences: torch.Tensor) -> bool:
-        """Whether losses of all units break no limit; what breaks one is noted with its divergences [U]."""
+        """Whether losses of all texts break no limit; what breaks one is noted with its divergences [U]."""
         broken = [limit.name for limit in self.limits if limit.broken(losses)]
         if broken:
             self.refused.append((broken, float(divergences.sum())))
@@ -157,10 +157,10 @@ class HeldOut(Text):
         return float(totals.sum() / self.tokens.sum())
 
 
-def make_limits(own: Text, beside: Text | None, losses: torch.Tensor) -> tuple[Limit, ...]:
+def make_limits(own: Texts, beside: Texts | None, losses: torch.Tensor) -> tuple[Limit, ...]:
     """What the losses of held-out text may be: its sum no more than now, that of each kind little more.
 
-    Kinds of fewer than 4 units have no limit of their own, nor has the only kind of a text.
+    Kinds of fewer than 4 texts have no limit of their own, nor has the only kind of a text.
 
     Args:
         losses: of the pruned model without compensation, float64 [U] of ``own`` and behind them of ``beside``.
@@ -174,18 +174,18 @@ def make_limits(own: Text, beside: Text | None, losses: torch.Tensor) -> tuple[L
             *_by_kind(beside, count, "the run's own text"),
         ]
     scored = torch.cat([text.scored for text in (own, beside) if text is not None])
-    for name, units in found:
-        if float(scored[units].sum()):
-            limits.append(Limit(name, torch.tensor(units), scored[units], losses[units], _RISE))
+    for name, numbers in found:
+        if float(scored[numbers].sum()):
+            limits.append(Limit(name, torch.tensor(numbers), scored[numbers], losses[numbers], _RISE))
     return tuple(limits)
 
 
-def _by_kind(text: Text, first: int, name: str) -> list[tuple[str, list[int]]]:
-    """Name and numbers of the units of every kind that is held out by enough, where there are several."""
-    parts = {kind: [first + n for n, own in enumerate(text.kinds) if own == kind] for kind in text.kinds}
+def _by_kind(held: Texts, first: int, name: str) -> list[tuple[str, list[int]]]:
+    """Name and numbers of the texts of every kind that is held out by enough, where there are several."""
+    parts = {kind: [first + n for n, own in enumerate(held.kinds) if own == kind] for kind in held.kinds}
     if len(parts) < 2:
         return []
-    return [(f"kind {kind} of {name}", units) for kind, units in parts.items() if len(units) >= LEAST]
+    return [(f"kind {kind} of {name}", numbers) for kind, numbers in parts.items() if len(numbers) >= LEAST]
 
 
 def search(
@@ -194,7 +194,7 @@ def search(
     """A size with a lower sum than ``before`` has, and its values [U]; (0, ``before``) where none is found.
 
     Args:
-        value: sums over units [U] with a size.
+        value: sums over texts [U] with a size.
         first: the size tried first.
         most: the largest size.
     """
@@ -298,7 +298,7 @@ class MethodResult:
     def ended(
         cls, name: str, tokens: int, held_out: HeldOut, before: torch.Tensor, after: torch.Tensor, **more: object
     ) -> MethodResult:
-        """A method that found ``before`` and reached ``after``, divergences [U] summed over units."""
+        """A method that found ``before`` and reached ``after``, divergences [U] summed over texts."""
         found = difference(before, after, held_out.tokens)
         limited = held_out.limited(float(after.sum()))
         return cls(

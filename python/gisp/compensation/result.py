@@ -113,7 +113,7 @@ def held_against(held_out: HeldOut) -> tuple[HeldAgainst, ...]:
     """The texts whose loss was a limit, from what a compensation was held against."""
     tokens = held_out.tokens if held_out.beside is None else torch.cat([held_out.tokens, held_out.beside.tokens])
     return tuple(
-        HeldAgainst(limit.name, len(limit.units), int(tokens[limit.units].sum()))
+        HeldAgainst(limit.name, len(limit.numbers), int(tokens[limit.numbers].sum()))
         for limit in held_out.limits
         if limit.rise
     )

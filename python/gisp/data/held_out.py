@@ -13,7 +13,7 @@ from gisp.errors import GispError
 
 # So many tokens are held out, or about this part of the data.
 _TOKENS, _PART = 32768, 5
-# So many units are held out, or half of fewer than twice as many; fewer than these are too few for both sides.
+# So many texts are held out, or half of fewer than twice as many; fewer than these are too few for both sides.
 LEAST = 4
 # So many kinds of text, the largest, give their parts one by one; the rest gives one.
 _KINDS = 16
@@ -34,35 +34,35 @@ def interleaved(data: Sequences) -> Sequences:
 
 
 def hold_out(data: Sequences) -> tuple[Sequences, Sequences]:
-    """Sequences to fit to, and those held out, spread evenly over the data, in units that stay on one side.
+    """Sequences to fit to, and those held out, spread evenly over the data, in texts that stay on one side whole.
 
-    A unit is a document where there are at least 8: pieces of one document are alike, and would make held-out text look
+    A text is a document where there are at least 8: pieces of one document are alike, and would make held-out text look
     like text that was fitted to. It is a question with its answers, and otherwise a single sequence. About 32,768
-    tokens are held out, or a fifth of fewer than five times as many. At least 4 units are, or half of fewer than 8: a
+    tokens are held out, or a fifth of fewer than five times as many. At least 4 texts are, or half of fewer than 8: a
     difference over fewer has no standard error worth the name. Every kind of text gives its part, and where it has 8
-    units at least 4 of them; there are 16 such kinds at most.
+    texts at least 4 of them; there are 16 such kinds at most.
 
     Returns:
-        Both with their units as examples.
+        Both with their texts as examples.
 
     Raises:
-        GispError: fewer than 4 units.
+        GispError: fewer than 4 texts.
     """
     questions = min(data.signs, default=1) < 0
     whole = questions or len(data.examples) >= 2 * LEAST
-    units = data.examples if whole else tuple((row,) for row in range(len(data.rows)))
-    if len(units) < LEAST:
+    texts = data.examples if whole else tuple((row,) for row in range(len(data.rows)))
+    if len(texts) < LEAST:
         what = "question" if questions else "sequence"
         raise GispError(
             f"a compensation needs at least {LEAST} calibration {what}s, half of them are held out to hold it "
-            f"against; here is {len(units)} {what}{'s' * (len(units) > 1)}: give more text or shorter rows"
+            f"against; here is {len(texts)} {what}{'s' * (len(texts) > 1)}: give more text or shorter rows"
         )
     kinds = data.kinds
     if kinds and not whole:
         of_rows = {row: kind for example, kind in zip(data.examples, kinds, strict=True) for row in example}
         kinds = tuple(of_rows[row] for row in range(len(data.rows)))
-    data = Sequences(data.rows, data.signs, units, kinds=kinds)
-    sizes = [sum(len(data.rows[row][0]) for row in unit) for unit in units]
+    data = Sequences(data.rows, data.signs, texts, kinds=kinds)
+    sizes = [sum(len(data.rows[row][0]) for row in example) for example in texts]
     total = sum(sizes)
     wanted = min(_TOKENS, total // _PART)
     chosen = sorted(
@@ -75,26 +75,26 @@ def hold_out(data: Sequences) -> tuple[Sequences, Sequences]:
 
 
 def _by_kind(kinds: Sequence[str], sizes: Sequence[int]) -> list[list[int]]:
-    """Numbers of the units of every kind that is large enough, and of the rest."""
+    """Numbers of the texts of every kind that is large enough, and of the rest."""
     if not kinds:
         return [list(range(len(sizes)))]
     tokens: Counter[str] = Counter()
     for kind, size in zip(kinds, sizes, strict=True):
         tokens[kind] += size
-    units = Counter(kinds)
-    large = [kind for kind, _ in tokens.most_common() if units[kind] >= 2 * LEAST][:_KINDS]
+    counts = Counter(kinds)
+    large = [kind for kind, _ in tokens.most_common() if counts[kind] >= 2 * LEAST][:_KINDS]
     found = [[number for number, own in enumerate(kinds) if own == kind] for kind in large]
     rest = [number for number, own in enumerate(kinds) if own not in large]
     return [*found, rest] if rest else found
 
 
 def _spread(sizes: Sequence[int], wanted: int, total: int) -> list[int]:
-    """Places of units that are held out of some of these sizes, where ``wanted`` tokens are of ``total`` ones."""
+    """Places of texts that are held out of some of these sizes, where ``wanted`` tokens are of ``total`` ones."""
     passed = held = 0
     chosen = []
     for number, size in enumerate(sizes):
         passed += size
-        # Held out is the part of the tokens so far that is wanted of all, to half a unit.
+        # Held out is the part of the tokens so far that is wanted of all, to half a text.
         if (2 * held + size) * total <= 2 * wanted * passed:
             chosen.append(number)
             held += size
@@ -113,14 +113,14 @@ def held_out_of_run(data: Sequences) -> Sequences | None:
 
 
 def without(text: Sequences | None, data: Sequences) -> Sequences | None:
-    """The units of a text with no row that is one of the data; ``None`` where these are fewer than two."""
+    """The examples of ``text`` with no row that is one of the data; ``None`` where these are fewer than two."""
     if text is None:
         return None
     known = {ids.numpy().tobytes() for ids, _ in data.rows}
     apart = [
         number
-        for number, unit in enumerate(text.examples)
-        if not any(text.rows[row][0].numpy().tobytes() in known for row in unit)
+        for number, example in enumerate(text.examples)
+        if not any(text.rows[row][0].numpy().tobytes() in known for row in example)
     ]
     return text.chosen(apart) if len(apart) > 1 else None
 

@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, Text, make_limits
+from gisp.compensation.acceptance import HeldOut, Texts, make_limits
 from gisp.compensation.pruned.fused import FusedPasses
 from gisp.compensation.pruned.predictions import Predictions
 from gisp.compensation.pruned.projections import Forward, Move, Observer, Projection, Traced, Value
@@ -118,7 +118,7 @@ class Student:
         Raises:
             GispError: the model makes its logits otherwise.
         """
-        own, other = self._text(data), None if beside is None else self._text(beside)
+        own, other = self._texts(data), None if beside is None else self._texts(beside)
         self._check(own.batches[0])
         self._choose(own.batches[0])
         numbers = list(own.targets)
@@ -127,21 +127,21 @@ class Student:
         found, losses = self._measured(held_out, self._own)
         return replace(held_out, limits=make_limits(own, other, losses)), found
 
-    def _text(self, data: Sequences) -> Text:
-        """Sequences in batches, their examples as units."""
-        units = torch.zeros(len(data.rows), dtype=torch.int64)
+    def _texts(self, data: Sequences) -> Texts:
+        """Sequences in batches, their examples as texts."""
+        of_row = torch.zeros(len(data.rows), dtype=torch.int64)
         for number, example in enumerate(data.examples):
-            units[list(example)] = number
+            of_row[list(example)] = number
         lengths = torch.tensor([len(ids) for ids, _ in data.rows], dtype=torch.float64)
         scores = [n if sign > 0 else 0 for n, sign in zip(data.scored, data.signs, strict=True)]
         tokens, scored = (
-            torch.zeros(len(data.examples), dtype=torch.float64).index_add_(0, units, values)
+            torch.zeros(len(data.examples), dtype=torch.float64).index_add_(0, of_row, values)
             for values in (lengths, torch.tensor(scores, dtype=torch.float64))
         )
         most = _MEASURED_TOKENS if self.device.type == "cuda" else _TOKENS_PER_BATCH
         batches = make_batches([ids for ids, _ in data.rows], self.device, per_batch=most)
         targets = {number: next_tokens(batches[number], data) for number in sharers().share(len(batches))}
-        return Text(batches, units, tokens, scored, targets, data.kinds)
+        return Texts(batches, of_row, tokens, scored, targets, data.kinds)
 
     def groups(self, rows: Sequence[Row], *, graphs: bool = True) -> list[list[Batch]]:
         """All tokens of rows in batches, grouped by what there is room for in a backward pass.
@@ -154,7 +154,7 @@ class Student:
         return [batches[first : first + count] for first in range(0, len(batches), count)]
 
     def divergences(self, held_out: HeldOut, value_of: ValueOf) -> torch.Tensor:
-        """Divergence from the dense model in nats, summed over the tokens of every held-out unit, float64 [U].
+        """Divergence from the dense model in nats, summed over the tokens of every held-out text, float64 [U].
 
         It is infinite where the loss on the text is above what counts.
 
