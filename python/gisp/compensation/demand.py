@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from gisp.compensation.options import METHODS, CompensationOptions
+from gisp.compensation.pruned.batch_sizes import most_tokens
 from gisp.compensation.pruned.predictions import logits_bytes
-from gisp.compensation.pruned.student import most_tokens
 from gisp.compensation.streams import batch_tokens
 from gisp.data import Sequences
 from gisp.data.held_out import hold_out, interleaved, without

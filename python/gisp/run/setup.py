@@ -33,9 +33,10 @@ class Setup:
         stages: where the model's layers lie, ``None`` where all are in this process.
 
     Attributes:
+        selector, shrinkable: choose structures, and remove them from the model.
         context: what the scorer was built from.
+        scorer: scores a step.
         open: names of the groups of the layers that may be pruned.
-        context: what scores are made from.
 
     Raises:
         GispError: a sparsity out of reach, or options that do not go with the model or the data.

@@ -20,7 +20,7 @@ from torch import distributed
 import gisp
 from gisp.cli import main
 from gisp.compensation import Compensation, CompensationOptions, acceptance, fit_compensation, streams
-from gisp.compensation.pruned import student
+from gisp.compensation.pruned import batch_sizes
 from gisp.data import Sequences
 from gisp.data.held_out import remember_run_text
 from gisp.errors import GispError
@@ -55,7 +55,7 @@ def texts(seed: int = 0) -> Sequences:
 def small_batches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(streams._TOKENS_PER_BATCH, "cpu", 40)
-        patch.setattr(student, "_TOKENS_PER_BATCH", 40)
+        patch.setattr(batch_sizes, "_TOKENS_PER_BATCH", 40)
         # The tiny models are random: what held-out text says of a compensation is not the subject.
         patch.setattr(acceptance.Difference, "falls", True)
         yield

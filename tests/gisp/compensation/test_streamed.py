@@ -11,7 +11,7 @@ from compensation_oracle import REMOVED, kept_of, rows, weight_of
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
 from gisp.compensation import Compensation, CompensationOptions, compensate, fit_compensation
-from gisp.compensation.pruned import student
+from gisp.compensation.pruned import batch_sizes, student
 from gisp.errors import GispError
 from gisp.model.keep import Keep
 from gisp.model.shrink import ShrinkableModel
@@ -79,9 +79,9 @@ def test_small_batches_in_groups_change_little(monkeypatch: pytest.MonkeyPatch) 
     """Several batches go through a layer together, several groups after each other, moments add up in host memory."""
     model = tiny_model("llama-mha")
     wanted = fitted(model, REMOVED, "kfac", steps=2, tokens=96)
-    monkeypatch.setattr(student, "_TOKENS_PER_BATCH", 16)
+    monkeypatch.setattr(batch_sizes, "_TOKENS_PER_BATCH", 16)
     # Inputs of four layers of 32 floats for two such batches.
-    monkeypatch.setattr(student, "_BATCH_BYTES", 2 * 16 * 4 * 32 * 4)
+    monkeypatch.setattr(batch_sizes, "_BATCH_BYTES", 2 * 16 * 4 * 32 * 4)
     place(model, device=CPU, **PLACES["all"])
     pruned = student.Student(map_model(model), Keep.of(kept_of(model, REMOVED)))
     for graphs in (True, False):

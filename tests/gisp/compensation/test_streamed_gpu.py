@@ -10,7 +10,7 @@ from compensation_oracle import REMOVED, kept_of, weight_of
 from tiny import tiny_model, tiny_tokens
 
 from gisp.compensation import Compensation, CompensationOptions, fit_compensation
-from gisp.compensation.pruned import student
+from gisp.compensation.pruned import batch_sizes, student
 from gisp.data import Sequences
 from gisp.model.keep import Keep
 from gisp.model.structures import map_model
@@ -38,8 +38,8 @@ def test_the_bits_are_those_of_the_resident_model(
 ) -> None:
     monkeypatch.setattr(student, "why_not", lambda *_: refused)
     # Layers run again from their inputs either way, several batches in a layer after each other.
-    monkeypatch.setattr(student, "_TOKENS_AGAIN", 256)
-    monkeypatch.setattr(student, "_BATCH_BYTES", 512 * 4 * 32 * 4)
+    monkeypatch.setattr(batch_sizes, "_TOKENS_AGAIN", 256)
+    monkeypatch.setattr(batch_sizes, "_BATCH_BYTES", 512 * 4 * 32 * 4)
     wanted = fitted(tiny_model(family).to("cuda", dtype), method)
     apart = tiny_model(family).to(dtype)
     stream = stream_layers(apart, torch.device("cuda"))

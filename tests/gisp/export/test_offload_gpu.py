@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gisp
 from gisp.compensation import make_request
-from gisp.compensation.pruned import student
+from gisp.compensation.pruned import batch_sizes
 from gisp.export.run import export_run
 from gisp.offload.plan import Plan
 from gisp.run.resources.base import BasePlace
@@ -34,7 +34,7 @@ def test_the_files_are_those_of_a_model_on_the_gpu(
     tmp_path: Path, method: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Layers run again from their inputs either way.
-    monkeypatch.setattr(student, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(batch_sizes, "_BATCH_BYTES", 1)
     model = tiny_model("llama-gqa", num_attention_heads=8, num_key_value_heads=4, head_dim=8).to(dtype)
     model.save_pretrained(tmp_path / "model")
     tokens = tmp_path / "tokens.safetensors"

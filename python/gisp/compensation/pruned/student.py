@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from gisp.compensation.acceptance import HeldOut, Texts, make_limits
+from gisp.compensation.pruned.batch_sizes import BatchSizes
 from gisp.compensation.pruned.fused import FusedPasses
 from gisp.compensation.pruned.predictions import Predictions
 from gisp.compensation.pruned.projections import Forward, Move, Observer, Projection, Traced, Value
@@ -31,15 +32,6 @@ from gisp.offload.stream import resident_or_streamed
 from gisp.replicas.sharing import sharers
 from gisp.score.fused import ImportancePass, differs, why_not
 from gisp.score.fused.block import Wanted
-
-# Tokens of a batch on a CPU, and on a GPU where no graph is kept: enough for fast products, and few enough for several
-# processes to share held-out text.
-_TOKENS_PER_BATCH, _MEASURED_TOKENS = 2048, 4096
-# What a backward pass may keep on a GPU: all activations, roughly 64 bytes per layer and dimension of the stream, or
-# the inputs of layers alone where that leaves too few tokens for fast products.
-_BATCH_BYTES, _BYTES_KEPT = 2**33, 64
-_LEAST_TOKENS, _FEW_TOKENS, _MOST_TOKENS, _TOKENS_AGAIN = 256, 4096, 16384, 8192
-
 
 ValueOf = Callable[[int], Value]
 """What the projection of a number computes with."""
@@ -71,15 +63,7 @@ class Student:
         visits = resident_or_streamed(self._model)
         self._passes = LayerwisePasses(self._model, visits)
         self._layers = len(model_map.layers)
-        of_layers = self._layers * model_map.hidden_size
-        on_gpu = self.device.type == "cuda"
-        fitting = min(max(_LEAST_TOKENS, _BATCH_BYTES // (_BYTES_KEPT * of_layers)), _MOST_TOKENS)
-        self._graphs = not visits.recomputes and (not on_gpu or fitting >= _FEW_TOKENS)
-        self._tokens = _TOKENS_PER_BATCH if not on_gpu else fitting if self._graphs else _TOKENS_AGAIN
-        inputs = _BATCH_BYTES // (of_layers * embeddings.element_size())
-        self._together = 1 if self._graphs else max(1, inputs // self._tokens)
-        self._fused_tokens = max(fitting, _TOKENS_AGAIN) if on_gpu else _TOKENS_PER_BATCH
-        self._fused_together = max(1, inputs // self._fused_tokens) if visits.recomputes else 1
+        self._sizes = BatchSizes.of(model_map, embeddings, recomputes=visits.recomputes)
         self.projections: list[Projection] = []
         for item in model_map.layers:
             kept = keep.columns(item.index, model_map.head_dim)
@@ -138,8 +122,7 @@ class Student:
             torch.zeros(len(data.examples), dtype=torch.float64).index_add_(0, of_row, values)
             for values in (lengths, torch.tensor(scores, dtype=torch.float64))
         )
-        most = _MEASURED_TOKENS if self.device.type == "cuda" else _TOKENS_PER_BATCH
-        batches = make_batches([ids for ids, _ in data.rows], self.device, per_batch=most)
+        batches = make_batches([ids for ids, _ in data.rows], self.device, per_batch=self._sizes.measured_tokens)
         targets = {number: next_tokens(batches[number], data) for number in sharers().share(len(batches))}
         return Texts(batches, of_row, tokens, scored, targets, data.kinds)
 
@@ -149,7 +132,8 @@ class Student:
         Args:
             graphs: whether it is one of autograd.
         """
-        tokens, count = (self._tokens, self._together) if graphs else (self._fused_tokens, self._fused_together)
+        own = self._sizes
+        tokens, count = (own.tokens, own.together) if graphs else (own.fused_tokens, own.fused_together)
         batches = make_batches([ids for ids, _ in rows], self.device, per_batch=tokens)
         return [batches[first : first + count] for first in range(0, len(batches), count)]
 
@@ -261,7 +245,7 @@ class Student:
             return (states * gradient).sum()
 
         lowest = min((projection.layer for projection in self.movable), default=self._layers)
-        self._passes.run(ids, loss_of, lowest, recorded, self._replaced(forward), graphs=self._graphs)
+        self._passes.run(ids, loss_of, lowest, recorded, self._replaced(forward), graphs=self._sizes.graphs)
 
     @contextlib.contextmanager
     def _observed(self, traced: Sequence[Traced], observers: dict[int, Observer], layer: int) -> Iterator[None]:
@@ -340,10 +324,3 @@ class Student:
                 yield
 
         return inside
-
-
-def most_tokens(model_map: ModelMap, device: torch.device) -> int:
-    """Tokens of a backward pass whose layers keep their inputs alone, at most."""
-    size = next(model_map.model.parameters()).element_size()
-    inputs = _BATCH_BYTES // (len(model_map.layers) * model_map.hidden_size * size)
-    return max(inputs, _MOST_TOKENS if device.type == "cuda" else _TOKENS_PER_BATCH)

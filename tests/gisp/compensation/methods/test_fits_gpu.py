@@ -10,7 +10,7 @@ from compensation_oracle import kept_of, weight_of
 from tiny import tiny_model, tiny_tokens
 
 from gisp.compensation import Compensation, CompensationOptions, fit_compensation
-from gisp.compensation.pruned import student
+from gisp.compensation.pruned import batch_sizes, student
 from gisp.data import Sequences
 from gisp.model.keep import Keep
 from gisp.model.structures import map_model
@@ -60,7 +60,7 @@ def test_batches_fill_the_memory_they_may_take(monkeypatch: pytest.MonkeyPatch) 
 
     assert shapes() == [[(512, 32)], [(128, 32)]]
     # Too few tokens for fast products: layers run again from their inputs, all batches in a layer before the next one.
-    monkeypatch.setattr(student, "_BATCH_BYTES", 1100 * 4 * 32 * 64)
+    monkeypatch.setattr(batch_sizes, "_BATCH_BYTES", 1100 * 4 * 32 * 64)
     assert shapes() == [[(256, 32), (256, 32)], [(128, 32)]]
-    monkeypatch.setattr(student, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(batch_sizes, "_BATCH_BYTES", 1)
     assert shapes() == [[(256, 32)], [(256, 32)], [(128, 32)]]

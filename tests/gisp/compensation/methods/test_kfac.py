@@ -16,7 +16,7 @@ from gisp.compensation import Compensation, CompensationOptions, Step, compensat
 from gisp.compensation.acceptance import search
 from gisp.compensation.methods import kfac
 from gisp.compensation.methods.kfac import behind
-from gisp.compensation.pruned import predictions, student
+from gisp.compensation.pruned import batch_sizes, predictions, student
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
@@ -149,7 +149,7 @@ def test_what_lost_nothing_stays_and_nothing_removed_is_no_error() -> None:
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama-gqa")
     whole = fitted(model, rows(), method="kfac", steps=2, tokens=64)
-    monkeypatch.setattr(student, "_TOKENS_PER_BATCH", 16)
+    monkeypatch.setattr(batch_sizes, "_TOKENS_PER_BATCH", 16)
     monkeypatch.setattr(predictions, "_LOGITS", {"cpu": 5 * 96})
     parts = fitted(model, rows(), method="kfac", steps=2, tokens=64)
     for a, b in zip(whole.updates, parts.updates, strict=True):

@@ -13,7 +13,7 @@ from tiny import FAMILIES, tiny_model
 
 from gisp.compensation import Compensation, CompensationOptions, fit_compensation, fold_into_dense
 from gisp.compensation.methods.train import _steps, rate
-from gisp.compensation.pruned import predictions, student
+from gisp.compensation.pruned import batch_sizes, predictions
 from gisp.compensation.pruned.projections import Traced
 from gisp.compensation.pruned.student import Student
 from gisp.data import Sequences
@@ -106,7 +106,7 @@ def test_batches_do_not_matter_and_runs_repeat(monkeypatch: pytest.MonkeyPatch, 
     whole, again = (fitted(model, MANY, EMPTY, **options) for _ in range(2))
     assert whole.results == again.results
     assert all(torch.equal(weight_of(a), weight_of(b)) for a, b in zip(whole.updates, again.updates, strict=True))
-    monkeypatch.setattr(student, "_TOKENS_PER_BATCH", 16)
+    monkeypatch.setattr(batch_sizes, "_TOKENS_PER_BATCH", 16)
     monkeypatch.setattr(predictions, "_LOGITS", {"cpu": 5 * 96})
     parts = fitted(model, MANY, EMPTY, **options)
     for a, b in zip(whole.updates, parts.updates, strict=True):
