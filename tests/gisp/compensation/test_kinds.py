@@ -30,8 +30,8 @@ DEMO = Path(gisp.__file__).parent / "demo"
 pytestmark = pytest.mark.usefixtures("loss_counts")
 STEPS: dict[str, dict[str, Any]] = {
     "kfac": {"steps": 1},
-    "gates": {"steps": 20, "batch_tokens": 1024, "learning_rate": 0.1},
-    "distil": {"steps": 20, "batch_tokens": 1024},
+    "gates": {"steps": 5, "batch_tokens": 1024, "learning_rate": 0.3},
+    "distil": {"steps": 5, "batch_tokens": 1024, "learning_rate": 0.003},
 }
 
 
