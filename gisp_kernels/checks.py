@@ -35,6 +35,11 @@ def check_matrix(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must have 2 dimensions, got shape {tuple(tensor.shape)}")
 
 
+def memory_span(tensor: torch.Tensor) -> int:
+    """Elements of memory from the first element of a strided tensor that has some to its last, gaps included."""
+    return 1 + sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def check_same_shape(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> None:
     """Require exactly ``shape``.
 

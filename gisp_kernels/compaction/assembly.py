@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gisp_kernels.checks import memory_span
 from gisp_kernels.compaction.axis import Axis, Claim
 from gisp_kernels.compaction.store import Store
 from gisp_kernels.groups import Projection, StructureGroup
@@ -119,5 +120,4 @@ def _on(store: Store, axes: Sequence[Axis]) -> bool:
 
 
 def _end(tensor: torch.Tensor) -> int:
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return tensor.data_ptr() + memory_span(tensor) * tensor.element_size()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from gisp_kernels.checks import memory_span
 from gisp_kernels.compaction.store import Store
 
 
@@ -102,8 +103,7 @@ def _refuse_gaps(optimizer: Any, *_: Any) -> None:
 def _has_gaps(tensor: torch.Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_contiguous():
         return False
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return last + 1 > tensor.numel() > 0
+    return memory_span(tensor) > tensor.numel() > 0
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

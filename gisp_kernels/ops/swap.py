@@ -15,6 +15,7 @@ import torch
 
 from gisp_kernels import _ext
 from gisp_kernels import backend as backends
+from gisp_kernels.checks import memory_span
 
 SUPPORTED = ("native", "triton")
 
@@ -206,8 +207,8 @@ def _check_no_overlap(tensors: Sequence[torch.Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         if tensor.numel():
             start = tensor.data_ptr()
-            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-            spans.setdefault(tensor.device, []).append((start, start + (last + 1) * tensor.element_size(), i))
+            end = start + memory_span(tensor) * tensor.element_size()
+            spans.setdefault(tensor.device, []).append((start, end, i))
     for span in spans.values():
         span.sort()
         for (_, end, i), (start, _, j) in itertools.pairwise(span):

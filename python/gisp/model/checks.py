@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gisp.errors import GispError
+from gisp_kernels.checks import memory_span
 from gisp_kernels.groups import PROJECTIONS
 
 SUPPORTED = "layers with Llama's projections (Llama, Mistral, Qwen2, Qwen3, Gemma and more) are supported"
@@ -70,8 +71,7 @@ def check_weights(weights: Iterable[tuple[str, nn.Parameter]]) -> None:
             raise GispError(f"{name} was made in torch.inference_mode and cannot be changed: load the model outside it")
         if parameter.is_meta:
             raise GispError(f"{name} has no memory, it is on meta: load the weights of this model first")
-        lines = zip(parameter.shape, parameter.stride(), strict=True)
-        if parameter.numel() > 1 + sum((count - 1) * stride for count, stride in lines):
+        if parameter.numel() > memory_span(parameter):
             raise GispError(f"{name} {list(parameter.shape)} is expanded from less memory: give it memory of its own")
         first = first or (name, parameter)
         if parameter.dtype != first[1].dtype:
