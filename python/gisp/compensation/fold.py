@@ -84,10 +84,8 @@ def folded_into_dense(model_map: ModelMap, compensation: Compensation) -> Iterat
         with torch.no_grad():
             for weight, columns, values in before:
                 weight[:, columns] = values
-            for linear, bias in biases:
-                linear.bias = bias
-                if bias is not None:
-                    bias.copy_(values_of[linear])
+        for linear, bias in biases:
+            _restore(linear, None, bias, values_of.get(linear))
 
 
 @torch.no_grad()

@@ -140,11 +140,11 @@ class _Point(NamedTuple):
 
     Attributes:
         values: of all projections.
-        gates: float32 [K / block] of those that have columns left.
+        gates: of all projections, float32 [K / block]; None where no column is left.
     """
 
     values: list[Value]
-    gates: list[torch.Tensor]
+    gates: list[torch.Tensor | None]
 
 
 class _Trained:
@@ -193,15 +193,14 @@ class _Trained:
                 moved = own if weight is None else torch.lerp(own, weight, size)
                 folded = moved * factors.repeat_interleave(projection.block)
                 value = value._replace(weight=folded.to(value.weight.dtype))
-                gates.append(factors)
             values.append(value)
+            gates.append(factors)
         return _Point(values, gates)
 
     def take(self, point: _Point) -> None:
         """Let the projections compute with a point's values."""
-        values = [value for p, value in zip(self._projections, point.values, strict=True) if len(p.columns)]
-        movable = [projection for projection in self._projections if len(projection.columns)]
-        for projection, value, factors in zip(movable, values, point.gates, strict=True):
-            projection.factors = None if self.weights or projection.reweighted else factors
-            projection.weight.copy_(value.weight)
-            projection.reweighted = True
+        for projection, value, factors in zip(self._projections, *point, strict=True):
+            if factors is not None:
+                projection.factors = None if self.weights or projection.reweighted else factors
+                projection.weight.copy_(value.weight)
+                projection.reweighted = True
