@@ -220,9 +220,7 @@ def ridge(gram: torch.Tensor, cross: torch.Tensor, damping: float) -> tuple[torc
         factor, info = torch.linalg.cholesky_ex(gram)
         diagonal.copy_(kept)
         if int(info) == 0:
-            # cuSOLVER's solve with both factors in one call is slower than cuBLAS's with one after the other.
-            half = torch.linalg.solve_triangular(factor, cross.T, upper=False)
-            return torch.linalg.solve_triangular(factor.mT, half, upper=True).T, damping
+            return torch.cholesky_solve(cross.T, factor).T, damping
         damping = max(10 * damping, _FIRST_DAMPING)
     # The inputs are not finite then, or the sums are.
     raise ArithmeticError(f"no Cholesky factorisation with damping up to {damping / 10:g}")
