@@ -1,4 +1,4 @@
-"""When a compensation is kept: held-out text, the rule of paired differences, the search for a size, and the record.
+"""When a compensation is kept: held-out text, the rule of paired differences, and the record.
 
 A change is kept where it lowers a sum over held-out texts by more than the standard error of the fall. A text is a
 document, a question or a sequence (:func:`gisp.data.held_out.hold_out`). They are paired: ``d_i`` is the sum of
@@ -17,7 +17,6 @@ calibrated on, of which no method sees a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -27,8 +26,6 @@ from gisp.compensation.streams import Batch
 from gisp.data.held_out import LEAST
 from gisp.replicas.sharing import sharers
 
-# A size shrinks until it helps, then grows or shrinks while that helps more: a size a little too large loses all.
-_GROWTH, _SHRINKING, _TRIALS = 1.5, 0.5, 12
 # Nats a token by which the loss of a kind of text may rise: 0.5 % of perplexity.
 _RISE = 0.005
 
@@ -186,38 +183,6 @@ def _by_kind(held: Texts, first: int, name: str) -> list[tuple[str, list[int]]]:
     if len(parts) < 2:
         return []
     return [(f"kind {kind} of {name}", numbers) for kind, numbers in parts.items() if len(numbers) >= LEAST]
-
-
-def search(
-    value: Callable[[float], torch.Tensor], first: float, before: torch.Tensor, most: float = math.inf
-) -> tuple[float, torch.Tensor]:
-    """A size with a lower sum than ``before`` has, and its values [U]; (0, ``before``) where none is found.
-
-    Args:
-        value: sums over texts [U] with a size.
-        first: the size tried first.
-        most: the largest size.
-    """
-    size, best = first, value(first)
-    trials = 1
-    # A value that is not a number is not below either.
-    while not float(best.sum()) < float(before.sum()):
-        if trials == _TRIALS:
-            return 0.0, before
-        size *= _SHRINKING
-        best = value(size)
-        trials += 1
-    start = size
-    for factor in (_GROWTH, 1 / _GROWTH):
-        while trials < _TRIALS and size * factor <= most:
-            found = value(size * factor)
-            trials += 1
-            if not float(found.sum()) < float(best.sum()):
-                break
-            size, best = size * factor, found
-        if size != start:
-            break
-    return size, best
 
 
 @dataclass(frozen=True)

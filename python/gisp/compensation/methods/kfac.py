@@ -21,10 +21,11 @@ from itertools import islice
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, MethodResult, Step, difference, search
+from gisp.compensation.acceptance import HeldOut, MethodResult, Step, difference
 from gisp.compensation.methods.fits import ridge
 from gisp.compensation.pruned.projections import NO_MOVE, Move, Observer, Projection, Traced
 from gisp.compensation.pruned.student import Student
+from gisp.compensation.size_search import search
 from gisp.data import Row
 from gisp.errors import GispError
 from gisp.progress import track

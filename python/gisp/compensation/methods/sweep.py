@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from gisp.compensation.acceptance import BlockFit, HeldOut, MethodResult, difference, search
+from gisp.compensation.acceptance import BlockFit, HeldOut, MethodResult, difference
 from gisp.compensation.methods.fits import FITS, Solution
 from gisp.compensation.pruned.projections import NO_MOVE, Move, Projection
 from gisp.compensation.pruned.student import Student
+from gisp.compensation.size_search import search
 from gisp.compensation.streams import Batch, Decoder, ResidualBlock, make_batches
 from gisp.errors import GispError
 from gisp.model.structures import ModelMap

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, MethodResult, search
+from gisp.compensation.acceptance import HeldOut, MethodResult
 from gisp.compensation.options import METHODS
 from gisp.compensation.pruned.projections import Projection, Traced, Value
 from gisp.compensation.pruned.student import Student
+from gisp.compensation.size_search import search
 from gisp.data import Row
 from gisp.progress import track
 from gisp.replicas.sharing import in_slices, sharers
@@ -100,10 +101,10 @@ def run_training(
         part, reached = search(
             lambda part: student.divergences(held_out, trained.point(part).values.__getitem__),
             _FIRST_SIZE,
-            best,
+            start,
             most=1.0,
         )
-        if part:
+        if float(reached.sum()) < float(best.sum()):
             kept, best, count, size = trained.point(part), reached, plan.steps, part
     result = MethodResult.ended(plan.name, seen, held_out, start, best, count=count, size=size)
     if not result.kept or kept is None:

@@ -13,10 +13,10 @@ from recorder_oracle import grad_of
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
 from gisp.compensation import Compensation, CompensationOptions, Step, compensate, fit_compensation
-from gisp.compensation.acceptance import search
 from gisp.compensation.methods import kfac
 from gisp.compensation.methods.kfac import behind
 from gisp.compensation.pruned import batch_sizes, predictions, student
+from gisp.compensation.size_search import search
 from gisp.data import Sequences
 from gisp.errors import GispError
 from gisp.model.keep import Keep
@@ -159,25 +159,6 @@ def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_go_round_the_rows() -> None:
     seen = rows((16,) * 3).rows
     assert behind(seen, 0, 17) == 2 and behind(seen, 2, 17) == 4 and behind(seen, 1, 1000) == 4
-
-
-@pytest.mark.parametrize(
-    ("lowest", "first", "wanted"),
-    [(1.0, 1.0, 1.0), (1.0, 0.3, 1.0125), (1.0, 1.6, 1.6 / 1.5), (1.0, 8.0, 1.0), (1e-9, 1.0, 0.0)],
-)
-def test_the_search_for_a_size(lowest: float, first: float, wanted: float) -> None:
-    tried = []
-
-    def value(size: float) -> torch.Tensor:
-        tried.append(size)
-        return torch.tensor([0.0, (size - lowest) ** 2 if size < 3 else math.nan], dtype=torch.float64)
-
-    before = torch.tensor([lowest**2, 0.0], dtype=torch.float64)
-    size, after = search(value, first, before)
-    assert size == pytest.approx(wanted)
-    assert float(after.sum()) == ((size - lowest) ** 2 if size else lowest**2)
-    assert len(tried) == len(set(tried)) <= 12
-    assert search(value, min(first, 0.5), before, most=0.5)[0] <= 0.5
 
 
 def test_bad_input() -> None:
