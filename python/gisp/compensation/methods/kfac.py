@@ -35,7 +35,7 @@ from gisp_kernels.ops.products import add_product, product_total
 # The first size tried, divided by the number of blocks.
 _FIRST_SIZE = 0.5
 # Rows of a symmetric moment that one product makes: wide enough for full tiles of a GPU.
-_PANEL = 2560
+_PANEL = 1792
 
 
 def run_kfac(
