@@ -17,7 +17,7 @@ _TRIALS = 12
 # beyond what was tried: a size that is too large loses all.
 _SHRINKING, _GROWTH, _FURTHEST = 0.5, 1.5, 3.0
 # The search ends where a parabola promises less than this part of the fall so far, or within this factor of a bound.
-_GAIN, _NEAR = 0.01, 1.2
+_GAIN, _NEAR = 0.01, 1.15
 # Values, size 0 among them, after which a parabola that rises from size 0 on is believed.
 _TRUSTED = 8
 

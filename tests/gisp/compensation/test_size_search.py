@@ -54,7 +54,7 @@ def test_a_parabola_is_met_in_three_values() -> None:
 def test_no_size_is_above_the_most(most: float) -> None:
     for first in (most, most / 3):
         size, _, tried = searched(CURVES["parabola"], first, most)
-        assert max(tried) <= most and size > most / 1.2
+        assert max(tried) <= most and size > most / 1.15
 
 
 def test_a_size_below_the_most_is_found() -> None:
