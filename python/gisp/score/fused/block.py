@@ -58,12 +58,14 @@ class BlockState:
         x: [T, D], input of the norm.
         rstd: float32 [T].
         read: [T, sum of O], outputs of the projections that read the norm, side by side.
+        stack: weights of these projections, where they make one product.
         attended: of an attention block what its backward would else compute again; let go where memory is short.
     """
 
     x: torch.Tensor
     rstd: torch.Tensor
     read: torch.Tensor
+    stack: torch.Tensor | None = None
     attended: Attended | None = None
 
 
@@ -107,7 +109,8 @@ class Block(ABC):
             bias = self._leaver.bias
             output = None if bias is None else bias.detach().expand_as(x).contiguous()
             return BlockState(x, rstd, normed.new_empty(x.shape[0], 0)), output
-        state = BlockState(x, rstd, self._products.forward(normed, self._readers))
+        stack = self._products.stacked(self._readers)
+        state = BlockState(x, rstd, self._products.forward(normed, self._readers, stack), stack)
         return state, self._products.forward(self._through_gates(self._leaving(state, batch), batch), [self._leaver])
 
     @abstractmethod
@@ -169,5 +172,5 @@ class Block(ABC):
             stacked_wgrad_importance(grad_read, normed, stack)
             del normed
         if input_grad:
-            grad_normed = self._products.input_grad(grad_read, self._readers)
+            grad_normed = self._products.input_grad(grad_read, self._readers, state.stack)
             decoder.rms_norm_backward_(grad, grad_normed, state.x, state.rstd, norm, backend=batch.backend)

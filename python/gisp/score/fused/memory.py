@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from gisp.model.structures import LayerMap
-from gisp.score.fused.products import parameter
+from gisp.score.fused.products import parameter, stacks
 
 # Share of the free memory that kept tensors may take; the rest is for fragments and what other code allocates.
 USABLE = 0.92
@@ -20,7 +20,7 @@ class LayerBytes(NamedTuple):
 
     Attributes:
         start: of its input.
-        kept: between its forward and its backward: two residual streams, q, k, v, gate and up.
+        kept: between its forward and its backward: two residual streams, q, k, v, gate and up, and stacked weights.
         attention: kept more with its attention: the output and float32 sums, keys and values of every query head where
             they share them, queries and keys where these are normalised.
         working: of the busiest moment of its backward beside what layers keep: the MLP's activation and stacked weight
@@ -41,11 +41,13 @@ class LayerBytes(NamedTuple):
         query, key = parameter(parts["q_proj"], "weight"), parameter(parts["k_proj"], "weight")
         gate = parameter(item.layer._modules["mlp"]._modules["gate_proj"], "weight")
         (width, hidden), columns, size = gate.shape, query.shape[0], gate.element_size()
-        kept = 2 * hidden + columns + 2 * key.shape[0] + 2 * width
+        read = columns + 2 * key.shape[0], 2 * width
+        stacked = sum(rows * hidden for rows in read if stacks(gate, rows))
         copies = 1 + 2 * (key.shape[0] != columns) + 2 * (parts.get("q_norm") is not None)
         attention = tokens * columns * (copies * size + 4 / int(item.attention.head_dim))
         working = max(tokens * (width + 3 * columns) + 2 * width * hidden, 8 * tokens * columns) + 3 * tokens * hidden
-        return cls(tokens * hidden * size, tokens * kept * size, int(attention), working * size)
+        kept = tokens * (2 * hidden + sum(read)) + stacked
+        return cls(tokens * hidden * size, kept * size, int(attention), working * size)
 
 
 class Kept(NamedTuple):

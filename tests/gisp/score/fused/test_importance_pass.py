@@ -14,8 +14,9 @@ from gisp.data import Sequences
 from gisp.data.sequences import row_weights
 from gisp.model.structures import channels_name, heads_name, map_model
 from gisp.progress import Progress, reporting
-from gisp.score.fused import ImportancePass, MicroBatch, differs, importance_pass, memory, why_not
+from gisp.score.fused import ImportancePass, MicroBatch, differs, importance_pass, memory, products, why_not
 from gisp.score.fused.memory import Kept, recomputed_within
+from gisp.score.fused.products import Products
 from gisp.score.gradient import GradientScorer
 from gisp.score.objectives import sequence_nll
 
@@ -36,9 +37,11 @@ def expected_scores(model, model_map, data: Sequences, signs: list[int]) -> dict
     return result
 
 
+@pytest.mark.parametrize("stacking", [(), ("cpu",)], ids=["apart", "stacked"])
 @pytest.mark.parametrize("removal", REMOVALS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_scores_and_loss_equal_autograd(family, removal):
+def test_scores_and_loss_equal_autograd(monkeypatch, family, removal, stacking):
+    monkeypatch.setattr(products, "_STACKING", stacking)
     model, model_map = pruned(family, removal)
     data, signs = ragged(), [1, -1, 1, 1, -1]
     expected = expected_scores(model, model_map, data, signs)
@@ -120,6 +123,43 @@ def test_fewest_layers_are_recomputed():
     # Two chunks of one stage, the first held by two batches.
     two = [(2, [10, 20]), (1, [30])]
     assert [recomputed_within(budget, two, 2) for budget in (90, 89, 46, 45, 0)] == [0, 1, 1, 2, 2]
+
+
+def test_small_layers_that_read_one_input_make_one_product(monkeypatch):
+    _, model_map = pruned("qwen2", "uneven")
+    layer, made, mm = model_map.layers[0], [], torch.mm
+    attention, mlp = layer.attention, layer.layer.mlp
+    readers = [[attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]]
+    monkeypatch.setattr(products, "_STACKING", ("cpu",))
+
+    def counted(*args, **kwargs):
+        made.append(args)
+        return mm(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    own = Products()
+    for linears in readers:
+        stack = own.stacked(linears)
+        assert stack is not None
+        x = torch.randn(5, stack.shape[1])
+        out = own.forward(x, linears, stack)
+        torch.testing.assert_close(out, torch.cat([linear(x) for linear in linears], 1))
+        made.clear()
+        torch.testing.assert_close(own.input_grad(out, linears, stack), own.input_grad(out, linears))
+        assert len(made) == 2
+        monkeypatch.setattr(products, "_MOST_STACKED", stack.numel() - 1)
+        assert own.stacked(linears) is None
+        monkeypatch.setattr(products, "_MOST_STACKED", stack.numel() * 10)
+
+
+def test_stacked_weights_count_as_kept(monkeypatch):
+    _, model_map = pruned("llama-gqa", "uneven")
+    layer = model_map.layers[0]
+    plain = memory.LayerBytes.of(layer, 64)
+    monkeypatch.setattr(products, "_STACKING", ("cpu",))
+    attention, mlp = layer.attention, layer.layer.mlp
+    names = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+    assert memory.LayerBytes.of(layer, 64).kept - plain.kept == 4 * sum(linear.weight.numel() for linear in names)
 
 
 @pytest.mark.parametrize("family", ["llama-gqa", "llama-mha", "qwen3"])
