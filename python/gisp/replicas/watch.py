@@ -66,7 +66,7 @@ class Watch:
         self._ended, self._found = threading.Event(), threading.Event()
         self._reason: str | None = None
         self._looks = 0
-        self._other_tells = self._warned = False
+        self._other_tells = self._warned = self._store_gone = False
         self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> Watch:
@@ -96,7 +96,7 @@ class Watch:
         tells = isinstance(error, Exception) or not self._rank
         self._write(f"{_FAILED if tells else _LEFT}failed: {_words(error)}")
         first = tells and self._first_to_tell()
-        self._linger()
+        self._linger(first)
         if not isinstance(error, Exception):
             return
         if not first:
@@ -224,10 +224,11 @@ class Watch:
 
     def _without_store(self) -> str:
         """What it means that the store cannot be reached, which lives in the first process or its launcher."""
-        if self._rank and state_of(self._processes[0]) == "stopped":
-            return f"{self._names[0]} was stopped by a signal; it {_last_at(self._beats[0])}"
+        self._store_gone = True
         # Nobody can be asked who tells it: the first one that lives does.
         self._other_tells = any(state_of(before) == "runs" for before in self._processes[: self._rank])
+        if self._rank and state_of(self._processes[0]) == "stopped":
+            return f"{self._names[0]} was stopped by a signal; it {_last_at(self._beats[0])}"
         return "the store of this run is gone: the process of rank 0, or its launcher, has ended or was stopped"
 
     def _end(self) -> None:
@@ -237,6 +238,8 @@ class Watch:
         os._exit(EXIT_CODE)
 
     def _write(self, beat: str) -> None:
+        if self._store_gone:
+            return
         try:
             self._store.set(f"{self._rank}", beat)
         except RuntimeError:
@@ -245,13 +248,23 @@ class Watch:
 
     def _first_to_tell(self) -> bool:
         """Whether no other process tells that the run failed."""
+        if self._store_gone:
+            return not self._other_tells
         try:
             return int(self._store.add(_TOLD, 1)) == 1 and not self._other_tells
         except RuntimeError:
             return not self._other_tells
 
-    def _linger(self) -> None:
-        """Keep the store while others still ask it who tells, where it lives in this process."""
+    def _linger(self, first: bool) -> None:
+        """Stay while others still ask who tells: the store, where it lives here, or whether this process runs."""
+        if self._store_gone and first:
+            # One that looks only after this process has ended would tell the same once more.
+            end = time.monotonic() + GRACE
+            while time.monotonic() < end and any(
+                state_of(other) == "runs" for other in self._processes[self._rank + 1 :]
+            ):
+                time.sleep(BEAT / 10)
+            return
         if self._rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
         end = time.monotonic() + 3 * BEAT
