@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Require a tensor.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
 
 
 def check_float(name: str, tensor: torch.Tensor) -> None:
@@ -15,8 +26,7 @@ def check_float(name: str, tensor: torch.Tensor) -> None:
     Raises:
         TypeError: it is none.
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
     if tensor.dtype not in FLOAT_DTYPES:
@@ -69,12 +79,24 @@ def structure_count(weight: torch.Tensor, axis: str, block: int) -> int:
     """
     if axis not in ("row", "column"):
         raise ValueError(f"axis must be 'row' or 'column', got {axis!r}")
-    if block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
+    check_block(block)
     extent = weight.shape[-2 if axis == "row" else -1] * weight.shape[:-2].numel()
     if extent % block:
         raise ValueError(f"block {block} does not divide the {extent} {axis}s of the weight")
     return extent // block
+
+
+def check_block(block: int) -> None:
+    """Require a number of consecutive rows or columns.
+
+    Raises:
+        TypeError: no whole number.
+        ValueError: below 1.
+    """
+    if not isinstance(block, Integral):
+        raise TypeError(f"block must be a whole number, got {block!r}")
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
 
 
 def check_power(power: int) -> None:
@@ -96,8 +118,7 @@ def score_buffer(out: torch.Tensor | None, count: int, weight: torch.Tensor) -> 
     """
     if out is None:
         return torch.zeros(count, dtype=torch.float32, device=weight.device)
-    if not isinstance(out, torch.Tensor):
-        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    check_tensor("out", out)
     if out.dtype != torch.float32:
         raise TypeError(f"out must be float32, got {out.dtype}")
     check_same_shape("out", out, (count,))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from gisp_kernels.checks import check_block
 from gisp_kernels.layers import lines_of
 
 Axis = Literal["row", "column", "element"]
@@ -51,6 +52,16 @@ class LayerProjection:
     def block(self, head_dim: int) -> int:
         """Rows or columns of one head or channel."""
         return 1 if self.kind == "channels" else head_dim
+
+
+def check_axis(axis: Axis) -> None:
+    """Require one of the axes along which a weight is scored.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if axis not in get_args(Axis):
+        raise ValueError(f"axis must be 'row', 'column' or 'element', got {axis!r}")
 
 
 # Everything that groups, exporters and masks know of a decoder layer.
@@ -90,6 +101,7 @@ class Projection:
         parameter: name of the weight in the module.
 
     Raises:
+        TypeError: a block that is no whole number.
         ValueError: an unknown axis, or a block or index that does not fit.
     """
 
@@ -100,10 +112,8 @@ class Projection:
     parameter: str = "weight"
 
     def __post_init__(self) -> None:
-        if self.axis not in get_args(Axis):
-            raise ValueError(f"axis must be 'row', 'column' or 'element', got {self.axis!r}")
-        if self.block < 1:
-            raise ValueError(f"block must be at least 1, got {self.block}")
+        check_axis(self.axis)
+        check_block(self.block)
         if self.index is not None:
             self._check_index(self.index)
         elif self.axis == "element" and self.block > 1:
@@ -175,6 +185,10 @@ class StructureGroup:
 
     Attributes:
         kind: what its structures are; None for a group of your own.
+
+    Raises:
+        TypeError: something else than a :class:`Projection`.
+        ValueError: no projections, or projections that disagree on the number of structures.
     """
 
     name: str
@@ -182,6 +196,9 @@ class StructureGroup:
     kind: GroupKind | None = None
 
     def __post_init__(self) -> None:
+        for projection in self.projections:
+            if not isinstance(projection, Projection):
+                raise TypeError(f"group {self.name!r} must hold Projections, got {type(projection).__name__}")
         if not self.projections:
             raise ValueError(f"group {self.name!r} has no projections")
         counts = {p.count for p in self.projections}

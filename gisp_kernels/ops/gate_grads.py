@@ -54,7 +54,8 @@ def gate_grads(
         raise ValueError(f"input must have 3 dimensions (sequences, tokens, columns), got {tuple(input.shape)}")
     checks.check_same_shape("grad_input", grad_input, input.shape)
     checks.check_same_device(input=input, grad_input=grad_input)
-    if block < 1 or input.shape[2] % block:
+    checks.check_block(block)
+    if input.shape[2] % block:
         raise ValueError(f"block must divide the {input.shape[2]} columns of the input, got {block}")
     shape = (input.shape[0], input.shape[2] // block)
     if out is None:
@@ -84,22 +85,27 @@ def predicted_loss_change(grads: torch.Tensor, curvature: torch.Tensor) -> torch
     """Change of the loss to second order when a structure goes, ``-sum_b g_b + sum_b c_b g_b^2 / 2``; of either sign.
 
     Returns:
-        float32 [N], summed in float64; arguments as in :func:`gate_sums`.
+        float32 [structures], summed in float64; arguments as in :func:`gate_sums`.
     """
     return loss_change(gate_sums(grads, curvature))
 
 
 def loss_change(sums: torch.Tensor, first_order: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """The predicted change from sums over sequences, float32 [N].
+    """The predicted change from sums over sequences, float32 [structures].
 
     Args:
-        sums: of :func:`gate_sums`, added over any number of batches.
-        first_order: weight of the first-order term, 0-dim or of every structure, [N].
+        sums: float64 [3, structures] of :func:`gate_sums`, added over any number of batches.
+        first_order: weight of the first-order term, one for all or [structures].
+
+    Raises:
+        ValueError: ``sums`` has another shape.
     """
+    if sums.dim() != 2 or len(sums) != 3:
+        raise ValueError(f"sums must have shape [3, structures], got {tuple(sums.shape)}")
     return (sums[1] / 2 - first_order * sums[0]).float()
 
 
-def gate_sums(grads: torch.Tensor, curvature: torch.Tensor, units: torch.Tensor | None = None) -> torch.Tensor:
+def gate_sums(grads: torch.Tensor, curvature: torch.Tensor, samples: torch.Tensor | None = None) -> torch.Tensor:
     """Sums over sequences that add up over batches: ``sum g_b``, ``sum c_b g_b^2`` and ``sum g_b^2``.
 
     For a loss that is a weighted sum over sequences of the mean NLL of ``n_b`` scored tokens, with weights ``w_b``,
@@ -107,33 +113,25 @@ def gate_sums(grads: torch.Tensor, curvature: torch.Tensor, units: torch.Tensor 
     weight counts as curvature too, which is not that of its part of the loss.
 
     Args:
-        grads: float32 [B, N], :func:`gate_grads` of every sequence's part of the loss.
-        curvature: floating point [B], the factors ``c_b``; with units [U], theirs.
-        units: int64 [B] in [0, U), for sequences that are not independent (answers of one question): gradients of one
-            unit are added before they are squared, in a fixed order. Checked on the CPU alone; elsewhere sequences of
-            other units are left out.
+        grads: float32 [B, structures], :func:`gate_grads` of every sequence's part of the loss.
+        curvature: [B], the factors ``c_b``; with ``samples`` [N], those of the samples.
+        samples: int64 [B] in [0, N), the sample of every sequence, for sequences that are not independent (answers of
+            one question): gradients of one sample are added before they are squared, in a fixed order. The range is
+            checked on the CPU alone; elsewhere sequences outside of it are left out.
 
     Returns:
-        float64 [3, N].
+        float64 [3, structures].
 
     Raises:
-        ValueError: shapes that do not fit, or units out of range.
+        TypeError: ``grads`` are not floating point, ``samples`` no integers.
+        ValueError: shapes or devices that do not fit, or samples out of range.
     """
     checks.check_matrix("grads", grads)
-    members = None
-    if units is None:
+    checks.check_tensor("curvature", curvature)
+    checks.check_same_device(grads=grads, curvature=curvature)
+    members = None if samples is None else _members(samples, len(curvature), grads)
+    if members is None:
         checks.check_same_shape("curvature", curvature, grads.shape[:1])
-    else:
-        checks.check_same_shape("units", units, grads.shape[:1])
-        # On a GPU the check would have to wait for the values.
-        if (
-            units.device.type == "cpu"
-            and units.numel()
-            and not 0 <= int(units.min()) <= int(units.max()) < len(curvature)
-        ):
-            raise ValueError(f"units must be from 0 to {len(curvature) - 1}, as many as there are factors")
-        numbers = torch.arange(len(curvature), device=grads.device)
-        members = (numbers[:, None] == units.to(grads.device)).double()
     sums = torch.empty(3, grads.shape[1], dtype=torch.float64, device=grads.device)
     factors = curvature.double()[:, None]
     columns = max(1, _CHUNK_ELEMENTS // max(1, grads.shape[0]))
@@ -148,3 +146,16 @@ def gate_sums(grads: torch.Tensor, curvature: torch.Tensor, units: torch.Tensor 
         torch.sum(squares, 0, out=sums[2, chunk])
         torch.sum(squares.mul_(factors), 0, out=sums[1, chunk])
     return sums
+
+
+def _members(samples: torch.Tensor, count: int, grads: torch.Tensor) -> torch.Tensor:
+    """Which sequences each of ``count`` samples has, float64 [count, B] of 0 and 1."""
+    checks.check_tensor("samples", samples)
+    if samples.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"samples must be integers, got {samples.dtype}")
+    checks.check_same_shape("samples", samples, grads.shape[:1])
+    # On a GPU the check would have to wait for the values.
+    if samples.is_cpu and samples.numel() and not 0 <= int(samples.min()) <= int(samples.max()) < count:
+        raise ValueError(f"samples must be from 0 to {count - 1}, as many as there are factors")
+    numbers = torch.arange(count, device=grads.device)
+    return (numbers[:, None] == samples.to(grads.device)).double()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gisp_kernels import checks
 from gisp_kernels.groups import Projection, StructureGroup
 from gisp_kernels.ops.gate_grads import gate_grads, gate_sums, loss_change
 from gisp_kernels.record.attach.tap import Tap
@@ -22,8 +23,8 @@ class GateTap(Tap[tuple[torch.Tensor, int]]):
     """Predicts from one Linear layer how the loss changes when a structure goes.
 
     Args:
-        factors: gives of the running pass ``c_b`` [B], or ``None`` for the number of its tokens, and what sequences are
-            squared together [B], or ``None`` where each is by itself (:func:`gisp_kernels.gate_sums`).
+        factors: gives of the running pass ``c_b`` [B], or ``None`` for the number of its tokens, and of which
+            sample each sequence is [B], or ``None`` where each is one by itself (:func:`gisp_kernels.gate_sums`).
 
     Attributes:
         sums: float64 [3, count], what :func:`gisp_kernels.gate_sums` gives, over all passes.
@@ -101,16 +102,19 @@ class GateTap(Tap[tuple[torch.Tensor, int]]):
 
     def _end_pass(self, pending: list[tuple[torch.Tensor, int]]) -> None:
         ((grads, tokens),) = pending
-        curvature, units = self._factors()
-        if units is not None and (curvature is None or units.shape != grads.shape[:1]):
-            raise RuntimeError(f"units need curvature and one number for each of {len(grads)} sequences")
+        curvature, samples = self._factors()
+        for name, given in (("curvature", curvature), ("samples", samples)):
+            if given is not None:
+                checks.check_tensor(name, given)
+        if samples is not None and (curvature is None or samples.shape != grads.shape[:1]):
+            raise RuntimeError(f"samples need curvature and one number for each of {len(grads)} sequences")
         if curvature is None:
             curvature = grads.new_full(grads.shape[:1], float(tokens))
-        elif units is None and curvature.shape != grads.shape[:1]:
+        elif samples is None and curvature.shape != grads.shape[:1]:
             raise RuntimeError(
                 f"curvature has shape {tuple(curvature.shape)}, but group {self.name!r} saw {len(grads)} sequences"
             )
-        self.sums += gate_sums(grads, curvature.to(grads.device), units)
+        self.sums += gate_sums(grads, curvature.to(grads.device), samples)
 
     def _take_weight_grad(self, weight: torch.Tensor, grad: torch.Tensor) -> None:
         """Refuse a weight gradient, which does not tell sequences apart."""

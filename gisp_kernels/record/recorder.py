@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gisp_kernels import checks
-from gisp_kernels.groups import Axis, Projection, StructureGroup, unwrapped
+from gisp_kernels.groups import Axis, Projection, StructureGroup, check_axis, unwrapped
 from gisp_kernels.ops.grouped import grouped_abs_weighted_reduce
 from gisp_kernels.record.attach.copying import Uncopyable
 from gisp_kernels.record.attach.parallel import added_over
@@ -62,9 +62,9 @@ class ImportanceRecorder(Uncopyable):
         curvature: mode ``second-order`` alone, to set before each backward pass: for every sequence of the batch the
             factor ``c_b`` of :func:`gisp_kernels.gate_sums`, [B]; ``None`` = the positions of the batch, for a loss
             that is the mean over them, without padding or labels that do not count.
-        units: mode ``second-order`` alone, to set with ``curvature``: int64 [B], the same number for sequences whose
-            gradients are added before they are squared, ``curvature`` then having a factor for every number; ``None`` =
-            every sequence by itself.
+        samples: mode ``second-order`` alone, to set with ``curvature``: int64 [B], the same number for sequences of one
+            sample, whose gradients are added before they are squared; ``curvature`` then has a factor for every
+            sample. ``None`` = every sequence is a sample by itself.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ImportanceRecorder(Uncopyable):
         _check_options(groups, mode, power, loss_scale)
         self.mode = mode
         self.curvature: torch.Tensor | None = None
-        self.units: torch.Tensor | None = None
+        self.samples: torch.Tensor | None = None
         self._power = power
         self._keep_grad = keep_grad
         self._scale = _Scale(loss_scale)
@@ -174,9 +174,11 @@ class ImportanceRecorder(Uncopyable):
             parameter: which weight of the module.
 
         Raises:
+            ValueError: an unknown axis.
             KeyError: the weight is not scored along this axis, or in several ways.
             RuntimeError: as :meth:`scores`.
         """
+        check_axis(axis)
         tap = self._taps.get((unwrapped(module), parameter))
         found = {p: scores for p, scores in self._parts_of(tap).items() if p.axis == axis} if tap else {}
         if tap is None or len(found) != 1:
@@ -231,7 +233,7 @@ class ImportanceRecorder(Uncopyable):
     def _tap(self, name: str, linear: nn.Module, parameter: str) -> Tap[Any]:
         shared = name, linear, parameter, self._backend, self._saw_backward
         if self.mode == "second-order":
-            return GateTap(*shared, factors=lambda: (self.curvature, self.units))
+            return GateTap(*shared, factors=lambda: (self.curvature, self.samples))
         if self.mode == "signed":
             return SignedTap(*shared)
         return ScoredTap(*shared, exact=self.mode == "exact", power=self._power)

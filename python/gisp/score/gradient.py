@@ -299,7 +299,7 @@ class GradientScorer:
             recorder.curvature = sequence_curvature(micro.labels.to(self._device), weights)
         else:
             recorder.curvature = micro.samples.curvature.to(self._device)
-            recorder.units = micro.samples.index.to(self._device)
+            recorder.samples = micro.samples.index.to(self._device)
 
     def _loss(self, micro: MicroBatch) -> torch.Tensor:
         """The weighted loss of a micro-batch, 0-dim with its graph."""

@@ -163,19 +163,19 @@ def test_it_predicts_the_loss_of_a_logistic_model_to_second_order() -> None:
         assert float(found[i]) == pytest.approx(change, rel=0.05, abs=2e-5)
 
 
-def test_sequences_of_one_unit_are_added_before_squaring() -> None:
+def test_sequences_of_one_sample_are_added_before_squaring() -> None:
     grads = torch.randn(5, 7)
-    units, curvature = torch.tensor([2, 0, 2, 1, 0]), torch.tensor([0.5, 3.0, 2.0])
+    samples, curvature = torch.tensor([2, 0, 2, 1, 0]), torch.tensor([0.5, 3.0, 2.0])
     together = torch.stack([grads[1] + grads[4], grads[3], grads[0] + grads[2]]).double()
-    found = gate_sums(grads, curvature, units)
+    found = gate_sums(grads, curvature, samples)
     expected = torch.stack([together.sum(0), (curvature[:, None] * together.square()).sum(0), together.square().sum(0)])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     alone = gate_sums(grads, torch.arange(1.0, 6.0), torch.arange(5))
     assert torch.equal(alone, gate_sums(grads, torch.arange(1.0, 6.0)))
     for wrong, message in (
-        (torch.tensor([0, 1, 2]), r"units must have shape \(5,\)"),
-        (torch.tensor([0, 1, 2, 3, 0]), "units must be from 0 to 2"),
-        (torch.tensor([0, 1, 2, -1, 0]), "units must be from 0 to 2"),
+        (torch.tensor([0, 1, 2]), r"samples must have shape \(5,\)"),
+        (torch.tensor([0, 1, 2, 3, 0]), "samples must be from 0 to 2"),
+        (torch.tensor([0, 1, 2, -1, 0]), "samples must be from 0 to 2"),
     ):
         with pytest.raises(ValueError, match=message):
             gate_sums(grads, curvature, wrong)

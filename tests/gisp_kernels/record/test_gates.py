@@ -136,25 +136,25 @@ def test_sums_are_of_this_mode_alone() -> None:
         torch.testing.assert_close(values[1], 14 * values[2])
 
 
-def test_sequences_of_one_unit_are_added_before_squaring() -> None:
+def test_sequences_of_one_sample_are_added_before_squaring() -> None:
     model, batch, curvature = Block(), torch.randn(3, 7, 16), torch.tensor([2.0, 50.0])
     expected = {}
     for name, grads in gate_gradients(model, batch, by_sequence).items():
         expected[name] = prediction(torch.stack([grads[0] + grads[2], grads[1]]), curvature)
     with record_importance(model, mode="second-order") as recorder:
-        recorder.curvature, recorder.units = curvature, torch.tensor([0, 1, 0])
+        recorder.curvature, recorder.samples = curvature, torch.tensor([0, 1, 0])
         model.loss(batch).backward()
     for name, values in expected.items():
         torch.testing.assert_close(recorder.scores()[name].double(), values, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("curvature", [None, torch.ones(2)])
-def test_units_that_do_not_fit_are_refused(curvature: torch.Tensor | None) -> None:
+def test_samples_that_do_not_fit_are_refused(curvature: torch.Tensor | None) -> None:
     model = Block()
     with record_importance(model, mode="second-order") as recorder:
-        recorder.curvature, recorder.units = curvature, torch.zeros(2 if curvature is None else 3, dtype=torch.long)
+        recorder.curvature, recorder.samples = curvature, torch.zeros(2 if curvature is None else 3, dtype=torch.long)
         loss = model.loss(torch.randn(2, 7, 16))
-        with pytest.raises(RuntimeError, match="units need curvature and one number for each of 2 sequences"):
+        with pytest.raises(RuntimeError, match="samples need curvature and one number for each of 2 sequences"):
             loss.backward()
 
 
