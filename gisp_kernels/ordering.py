@@ -92,8 +92,11 @@ class Ordering:
             removals: group name -> indices within the group, in any order.
 
         Raises:
+            TypeError: no mapping, or indices of another type.
             ValueError: an unknown group, or an index that is out of range, repeated or already removed.
         """
+        if not isinstance(removals, Mapping):
+            raise TypeError(f"removals must map names of groups to indices, got {type(removals).__name__}")
         given = {self.group(name): _host_index(name, index) for name, index in removals.items()}
         groups = sorted(g for g, index in given.items() if len(index))
         if not groups:
@@ -163,7 +166,11 @@ def _spread(of_groups: list[list[int]], taken: list[int]) -> tuple[torch.Tensor,
 def _host_index(name: str, index: torch.Tensor | Sequence[int]) -> torch.Tensor:
     # One structure may be removed in each of a hundred groups: the common case must cost next to nothing.
     if not (isinstance(index, torch.Tensor) and index.dtype == torch.int64 and index.is_cpu and index.dim() == 1):
-        index = torch.as_tensor(index, device="cpu")
+        try:
+            index = torch.as_tensor(index, device="cpu")
+        except (TypeError, RuntimeError, ValueError):
+            kind = type(index).__name__
+            raise TypeError(f"indices to remove from {name!r} must be a tensor or a list, got {kind}") from None
         if index.numel() and (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool):
             raise ValueError(f"indices to remove from {name!r} must be integers, got {index.dtype}")
         if index.dim() != 1:

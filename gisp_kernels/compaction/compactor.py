@@ -47,28 +47,28 @@ class Compactor:
             may come and be loaded at any time. What a step brings back has the state it had when it went.
 
     Raises:
-        TypeError: a layer of another kind.
+        TypeError: something else than groups, a layer of another kind, or something else than an optimizer.
         ValueError: two groups of one name, lines that two structures own or that cannot go alone, tensors that overlap
             or whose rows are not contiguous, or an optimizer that holds no parameter of the groups.
     """
 
     def __init__(
         self,
-        groups: Sequence[StructureGroup],
+        groups: Iterable[StructureGroup],
         *,
         backend: str | None = None,
         device: torch.device | None = None,
         optimizer: Any | Sequence[Any] = (),
     ) -> None:
         self._backend = backend
-        self._groups = list(groups)
+        self._groups = _checked(groups)
         counts: dict[str, int] = {}
-        for group in groups:
+        for group in self._groups:
             if group.name in counts:
                 raise ValueError(f"two groups are named {group.name!r}")
             counts[group.name] = group.count
         self._ordering = Ordering(counts)
-        assembly = Assembly(groups)
+        assembly = Assembly(self._groups)
         self._stores, self._axes = assembly.stores, assembly.axes
         watch_fused_optimizers()
         optimizers = list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
@@ -171,6 +171,7 @@ class Compactor:
             removals: group name -> original indices, in any order.
 
         Raises:
+            TypeError: no mapping of names to indices; nothing has changed then.
             ValueError: an unknown group, an index that is out of range, repeated or already removed, a layer whose
                 weight was replaced from outside, or an optimizer's state that cannot follow. Nothing has changed then.
         """
@@ -310,3 +311,17 @@ class Compactor:
     def _local_order(self, group: int) -> torch.Tensor:
         span = self._ordering.span(group)
         return self._ordering.order[span] - span.start
+
+
+def _checked(groups: Iterable[StructureGroup]) -> list[StructureGroup]:
+    """The groups as a list.
+
+    Raises:
+        TypeError: something else than groups.
+    """
+    found = list(groups) if isinstance(groups, Iterable) else None
+    other = groups if found is None else next((g for g in found if not isinstance(g, StructureGroup)), None)
+    if found is None or other is not None:
+        kind = type(other).__name__
+        raise TypeError(f"groups must be StructureGroups, got {kind}: give an iterable of them, as iter_groups(model)")
+    return found

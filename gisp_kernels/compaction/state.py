@@ -24,6 +24,7 @@ class OptimizerState:
         stores: of the state found by the last :meth:`refresh`.
 
     Raises:
+        TypeError: something else than an optimizer.
         ValueError: an optimizer holds none of the parameters.
     """
 
@@ -35,6 +36,8 @@ class OptimizerState:
         self._found: dict[tuple[int, str], Store] = {}
         known = {id(store.tensor) for store in self._followed}
         for optimizer in optimizers:
+            if not hasattr(optimizer, "param_groups"):
+                raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
             if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
                 raise ValueError(f"the {type(optimizer).__name__} holds no parameter of these groups")
 

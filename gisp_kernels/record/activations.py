@@ -184,6 +184,8 @@ def record_activations(linears: Mapping[str, nn.Linear] | Iterable[nn.Linear] | 
     """
     if isinstance(linears, nn.Linear):
         linears = [linears]
+    if isinstance(linears, nn.Module) and not isinstance(linears, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+        raise TypeError(f"linears must be nn.Linear layers, got {type(linears).__name__}: give those of it to record")
     named = linears if isinstance(linears, Mapping) else {str(i): linear for i, linear in enumerate(linears)}
     for name, linear in named.items():
         if not isinstance(linear, nn.Linear):
