@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -45,57 +45,44 @@ class Point:
 
 
 class Target:
-    """One model in memory that is moved from point to point.
+    """One model in memory, of one size unless a subclass moves it from point to point.
 
     Attributes:
         model: the causal language model; the same object at every point.
         source: folder or name its tokenizer is read from.
-        points: dense first, then every step; empty for a model of one size.
         point: where the model is.
+        points: dense first, then every step; empty for a model of one size.
         goal: sparsity that names the last point, see :func:`gisp.select.schedule.goal_of`.
-        placement: which layers lie where, if several processes hold them.
         trajectory: the run it is a point of, if it is of one.
+        placement: which layers lie where, if several processes hold them.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        source: str,
-        points: Sequence[Point],
-        point: Point,
-        move: Callable[[Point], None] | None,
-        stored: Callable[[int], StoredSize] | None = None,
-        goal: float | None = None,
-        placement: Placement | None = None,
-        trajectory: Trajectory | None = None,
-    ) -> None:
-        self.goal, self.placement, self.trajectory = goal, placement, trajectory
-        self.model, self.source, self.points, self.point = model, source, points, point
-        self._move, self._stored = move, stored
-        self._compensation: str | None = None
-        self._held_against: list[dict[str, Any]] = []
-        # Biases a compensation adds.
-        self._added = 0
+    points: Sequence[Point] = ()
+    goal: float | None = None
+    trajectory: Trajectory | None = None
+    placement: Placement | None = None
+
+    def __init__(self, model: Any, source: str, point: Point) -> None:
+        self.model, self.source, self.point = model, source, point
+
+    def move(self, point: Point) -> None:
+        """Prune or restore the model in place.
+
+        Raises:
+            GispError: it has one size.
+        """
+        raise GispError(f"{self.source} holds one size: give a run or a nested checkpoint")
 
     def compensate(self, request: CompensationRequest, calibration: Sequences | None = None) -> None:
-        """Compensate a run's model where it is; moving takes that back.
+        """Compensate the model where it is; moving takes that back.
 
         Args:
             calibration: data of the request where it was read already.
-        """
-        if self.point.step:
-            before = parameters(self.model)
-            done = compensate(self.model, calibration or request.calibration, **asdict(request.options))
-            self._added = parameters(self.model) - before
-            self._compensation = request.describe(done)
-            self._held_against = [asdict(text) for text in done.against]
 
-    def move(self, point: Point) -> None:
-        """Prune or restore the model in place."""
-        if self._move is not None:
-            self._move(point)
-            self.point = point
-            self._compensation, self._held_against, self._added = None, [], 0
+        Raises:
+            GispError: it is of no run.
+        """
+        raise GispError(f"--compensate {request.options.method} needs a run folder, {self.source} is none")
 
     def nearest(self, sparsity: float) -> Point:
         """The point nearest to a sparsity, the smaller of two equally near.
@@ -109,27 +96,82 @@ class Target:
     def describe(self) -> dict[str, Any]:
         """``sparsity, model_sparsity, step, parameters, kv_bytes_per_token`` of the model as it is.
 
-        Of a run's point the last two are what its ``hf`` export stores (:mod:`gisp.export.sizes.stored`): the pruned
-        model in memory reads a key/value head by any number of query heads, an export does not. After a compensation
-        also ``compensation``: what was done, and ``held_against``: ``name, texts, tokens`` of text with a limit.
+        ``compensation`` says what was done to its weights, if anything.
         """
         # An export and a nested checkpoint say it themselves.
-        told = self._compensation or (getattr(self.model.config, "gisp", None) or {}).get("compensation")
-        done: dict[str, Any] = {"compensation": told} if told else {}
-        if self._held_against:
-            done["held_against"] = self._held_against
-        count, kv_bytes = parameters(self.model), kv_bytes_per_token(self.model)
-        if self._stored is not None:
-            size = self._stored(int(self.point.step or 0))
-            count = size.parameters + self._added
-            kv_bytes = size.kv_bytes_per_token(next(self.model.parameters()).element_size())
+        told = (getattr(self.model.config, "gisp", None) or {}).get("compensation")
         return {
             "sparsity": self.point.sparsity,
             "model_sparsity": self.point.model_sparsity,
             "step": self.point.step,
-            "parameters": count,
-            "kv_bytes_per_token": kv_bytes,
-            **done,
+            "parameters": parameters(self.model),
+            "kv_bytes_per_token": kv_bytes_per_token(self.model),
+            **({"compensation": told} if told else {}),
+        }
+
+
+class NestedTarget(Target):
+    """A nested checkpoint, which resizes itself."""
+
+    def __init__(self, model: Any, folder: str) -> None:
+        super().__init__(model, folder, replace(_told_point(model), step=int(model.config.gisp["step"])))
+        files = NestedFiles.open(folder)
+        steps = files.record["steps"]
+        self.points = [
+            Point(float(s["sparsity"]), float(s["model_sparsity"]), number) for number, s in enumerate(steps)
+        ]
+        self.goal = files.goal
+
+    def move(self, point: Point) -> None:
+        """As of :class:`Target`."""
+        self.model.resize(point.sparsity)
+        self.point = point
+
+
+class RunTarget(Target):
+    """The base model of a run, pruned along it."""
+
+    def __init__(self, model: Any, trajectory: Trajectory, step: int, placement: Placement | None = None) -> None:
+        self.points = [
+            Point(trajectory.sparsity_at(t), trajectory.model_sparsity_at(t), t)
+            for t in range(len(trajectory.steps) + 1)
+        ]
+        super().__init__(model, str(trajectory.base_model["path"]), self.points[step])
+        self.goal, self.trajectory, self.placement = trajectory.goal, trajectory, placement
+        self._run, self._shrinkable = trajectory, trajectory.shrinkable(model)
+        self.move(self.point)
+
+    def move(self, point: Point) -> None:
+        """As of :class:`Target`."""
+        move_to(self._shrinkable, self._run, int(point.step or 0))
+        self.point = point
+        self._done: dict[str, Any] = {}
+        # Biases a compensation adds.
+        self._added = 0
+
+    def compensate(self, request: CompensationRequest, calibration: Sequences | None = None) -> None:
+        """As of :class:`Target`; the dense model stays as it is."""
+        if self.point.step:
+            before = parameters(self.model)
+            done = compensate(self.model, calibration or request.calibration, **asdict(request.options))
+            self._added = parameters(self.model) - before
+            self._done = {"compensation": request.describe(done)}
+            if done.against:
+                self._done["held_against"] = [asdict(text) for text in done.against]
+
+    def describe(self) -> dict[str, Any]:
+        """As of :class:`Target`, with the parameters and the cache that an ``hf`` export of the point stores.
+
+        The pruned model in memory reads a key/value head by any number of query heads, an export does not
+        (:mod:`gisp.export.sizes.stored`). ``held_against`` lists ``name, texts, tokens`` of text that limited the
+        compensation.
+        """
+        size = stored_at(self._run, [int(self.point.step or 0)])[0]
+        return {
+            **super().describe(),
+            "parameters": size.parameters + self._added,
+            "kv_bytes_per_token": size.kv_bytes_per_token(next(self.model.parameters()).element_size()),
+            **self._done,
         }
 
 
@@ -164,15 +206,7 @@ def open_target(
     model = load(target, sparsity=sparsity, device="cpu" if place.offload else str(device), dtype=kind)
     if plan is not None:
         place_layers(model, plan.streamed, device, **plan.places)
-    record = getattr(model.config, "gisp", None) or {}
-    step = int(record["step"]) if is_nested(target) else None
-    here = Point(float(record.get("sparsity", 0.0)), float(record.get("model_sparsity", 0.0)), step)
-    if step is None:
-        return Target(model, target, (), here, None)
-    files = NestedFiles.open(target)
-    steps = files.record["steps"]
-    points = [Point(float(s["sparsity"]), float(s["model_sparsity"]), number) for number, s in enumerate(steps)]
-    return Target(model, target, points, here, lambda point: model.resize(point.sparsity), goal=files.goal)
+    return NestedTarget(model, target) if is_nested(target) else Target(model, target, _told_point(model))
 
 
 def _open_run(
@@ -182,7 +216,7 @@ def _open_run(
     dtype: str | None,
     plan: Plan | None,
     stages: Stages | None,
-) -> Target:
+) -> RunTarget:
     step, placement = trajectory.step_for(sparsity), None
     if stages is not None:
         device = resolve_device(place.device)
@@ -190,22 +224,13 @@ def _open_run(
         model, placement = staged_base(trajectory, stages, device, kind if isinstance(kind, torch.dtype) else None)
     else:
         model = place.load(trajectory, dtype=dtype, plan=plan)
-    shrinkable = trajectory.shrinkable(model)
-    points = [
-        Point(trajectory.sparsity_at(t), trajectory.model_sparsity_at(t), t) for t in range(len(trajectory.steps) + 1)
-    ]
-    move_to(shrinkable, trajectory, step)
-    return Target(
-        model,
-        str(trajectory.base_model["path"]),
-        points,
-        points[step],
-        lambda point: move_to(shrinkable, trajectory, int(point.step or 0)),
-        lambda step: stored_at(trajectory, [step])[0],
-        trajectory.goal,
-        placement,
-        trajectory,
-    )
+    return RunTarget(model, trajectory, step, placement)
+
+
+def _told_point(model: Any) -> Point:
+    """The size that a model's configuration tells, dense where it tells none."""
+    record = getattr(model.config, "gisp", None) or {}
+    return Point(float(record.get("sparsity", 0.0)), float(record.get("model_sparsity", 0.0)), None)
 
 
 def stored_at(trajectory: Trajectory, steps: Sequence[int]) -> list[StoredSize]:
