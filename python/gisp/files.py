@@ -170,6 +170,16 @@ def as_path(value: object, what: str) -> Path:
     return Path(value)
 
 
+def as_text(value: object, what: str) -> str:
+    """A path or name as callers give it, as a text that is otherwise the same.
+
+    Raises:
+        GispError: as :func:`as_path`.
+    """
+    as_path(value, what)
+    return os.fspath(value)  # type: ignore[call-overload]
+
+
 def check_names(path: str | Path, what: str) -> None:
     """Refuse a path with a name longer than file systems take, which they answer with errors of their own.
 

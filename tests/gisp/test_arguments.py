@@ -13,7 +13,11 @@ from tiny import tiny_model, tiny_tokens
 import gisp
 from gisp.cli import main
 from gisp.compensation.options import make_options
+from gisp.data import read_rows
 from gisp.errors import GispError
+from gisp.evaluate import EvalOptions, LmEvalTasks
+from gisp.export.run import export_nested_run
+from gisp.target import evaluate_along
 
 PRUNE: dict[str, Any] = {"sparsity": 0.2, "steps": 1, "align": 1, "protect_first": 0, "batch_tokens": 64}
 
@@ -71,6 +75,45 @@ def test_export_model(tmp_path: Path) -> None:
         with pytest.raises(GispError, match=line):
             gisp.export_model(model, **{"out": tmp_path / "out", **given})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"target": 5}, "target is 5: give a path"),
+        ({"data": 5}, "data is 5: give a path"),
+        ({"options": {"window": 8}}, "options is .*: give EvalOptions"),
+        ({"sparsities": 0.2}, "sparsities is 0.2: give a list of numbers"),
+        ({"sparsities": "0.2,0.3"}, "sparsities is '0.2,0.3': give a list of numbers"),
+    ],
+)
+def test_evaluations(given: dict[str, Any], line: str, tmp_path: Path) -> None:
+    with pytest.raises(GispError, match=line):
+        evaluate_along(**{"target": tmp_path, "data": "data.txt", "sparsities": [0.2], **given})
+
+
+def test_one_text_is_not_several() -> None:
+    """Its letters would be."""
+    pytest.importorskip("lm_eval")
+    with pytest.raises(GispError, match="until is 'Question:': give a tuple of texts"):
+        EvalOptions(generate=True, until="Question:")  # type: ignore[arg-type]
+    with pytest.raises(GispError, match="names is 'piqa': give a tuple of texts"):
+        LmEvalTasks("piqa")  # type: ignore[arg-type]
+    with pytest.raises(GispError, match=r"--limit is 0\.5: give at least 1"):
+        LmEvalTasks(("piqa",), limit=0.5)  # type: ignore[arg-type]
+    assert EvalOptions(generate=True, until=["a"]).until == ("a",)  # type: ignore[arg-type]
+
+
+def test_sizes_of_a_nested_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(GispError, match=r"sparsities is 0\.2: give a list of numbers"):
+        export_nested_run(tmp_path / "run", tmp_path / "out", sparsities=0.2)  # type: ignore[arg-type]
+
+
+def test_rows_of_a_path(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    assert list(read_rows(tmp_path / "rows.jsonl")) == [{"text": "a"}]
+    with pytest.raises(GispError, match="data is 5: give a path"):
+        list(read_rows(5))  # type: ignore[arg-type]
 
 
 def test_trajectories() -> None:

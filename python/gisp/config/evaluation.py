@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gisp.errors import GispError, quoted
+from gisp.files import as_path
 
 DEFAULT_WINDOW = 128
 
@@ -38,15 +39,13 @@ class EvalOptions:
 
     def __post_init__(self) -> None:
         check_stride(DEFAULT_WINDOW if self.window is None else self.window, self.stride)
-        for name in ("limit", "batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and (not is_whole(value) or value < 1):
-                raise GispError(f"--{name.replace('_', '-')} is {quoted(value)}: give at least 1")
+        _check_counts(self, "limit", "batch_size", "max_new_tokens")
         longest = self.max_new_tokens != type(self).max_new_tokens
         given = {"until": self.until, "extract": self.extract is not None, "max-new-tokens": longest}
         about = next((name for name, value in given.items() if value), None)
         if not self.generate and about:
             raise GispError(f"--{about} belongs to --generate: add it")
+        object.__setattr__(self, "until", texts(self.until, "until"))
         if "" in self.until:
             raise GispError("--until is empty: give the text that ends an answer")
         self.pattern()
@@ -79,10 +78,45 @@ class LmEvalTasks:
         """Refuse what needs no model to be refused."""
         if importlib.util.find_spec("lm_eval") is None:
             raise GispError("--lm-eval needs lm-eval: pip install 'gisp[eval]'")
+        object.__setattr__(self, "names", texts(self.names, "names"))
         if not self.names or not all(self.names):
             raise GispError("--lm-eval names no task: give task names with commas between them")
-        if self.include is not None and not self.include.is_dir():
-            raise GispError(f"--lm-eval-include {self.include} is no folder: give the folder of the task files")
+        if self.include is not None:
+            object.__setattr__(self, "include", as_path(self.include, "include"))
+            if not self.include.is_dir():
+                raise GispError(f"--lm-eval-include {self.include} is no folder: give the folder of the task files")
+        _check_counts(self, "limit", "batch_size")
+
+
+def options_of(options: EvalOptions | None, window: int | None) -> EvalOptions:
+    """Options of which the window may be given by itself.
+
+    Raises:
+        GispError: both are given, or something else than options.
+    """
+    if options is not None and not isinstance(options, EvalOptions):
+        raise GispError(f"options is {quoted(options)}: give EvalOptions")
+    if options is not None and window is not None:
+        raise GispError("window and options are both given: set options.window")
+    return options or EvalOptions(window=window)
+
+
+def texts(value: object, what: str) -> tuple[str, ...]:
+    """Several texts as callers give them; one text, which holds its letters to Python, is not several.
+
+    Raises:
+        GispError: names the argument and its value.
+    """
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise GispError(f"{what} is {quoted(value)}: give a tuple of texts")
+
+
+def _check_counts(options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and (not is_whole(value) or value < 1):
+            raise GispError(f"--{name.replace('_', '-')} is {quoted(value)}: give at least 1")
 
 
 def is_whole(value: object) -> bool:

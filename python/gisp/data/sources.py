@@ -12,6 +12,7 @@ from gisp.data.lm_eval_tasks import LM_EVAL, NAMED_TASKS, task_rows
 from gisp.data.mixture import MIXTURE_FILES
 from gisp.data.rows import FORMATS
 from gisp.errors import GispError, quoted
+from gisp.files import as_text
 from gisp.hub import is_reachable, unreachable
 
 
@@ -39,7 +40,7 @@ _SAVED_DATASET = ("state.json", "dataset_dict.json")
 _HELD_OUT_SPLITS = ("test", "validation")
 
 
-def read_rows(spec: str, held_out: bool = False) -> Iterator[dict[str, Any]]:
+def read_rows(spec: str | Path, held_out: bool = False) -> Iterator[dict[str, Any]]:
     """Rows of a text SPEC as dictionaries, in their order.
 
     A row is ``{"text"}``, ``{"prompt", "completion"}``, ``{"messages"}`` or ``{"context", "choices", "answer"}``
@@ -54,6 +55,7 @@ def read_rows(spec: str, held_out: bool = False) -> Iterator[dict[str, Any]]:
     Raises:
         GispError: not there, not readable, or of no known format.
     """
+    spec = as_text(spec, "data")
     check_spec(spec)
     path = Path(spec)
     if spec.startswith(LM_EVAL) or spec in NAMED_TASKS:

@@ -40,6 +40,16 @@ def goal_of(config: Mapping[str, Any], steps: int) -> float | None:
     return goal if sound and steps >= sum(planned) else None
 
 
+def check_several(sparsities: object) -> None:
+    """Refuse what is no list of sparsities, such as one number.
+
+    Raises:
+        GispError: names the value.
+    """
+    if isinstance(sparsities, str) or not isinstance(sparsities, Sequence):
+        raise GispError(f"sparsities is {quoted(sparsities)}: give a list of numbers, as [0.2, 0.3]")
+
+
 def nearest_step(points: Sequence[float], sparsity: Any, given: str = "sparsity is", goal: float | None = None) -> int:
     """Number of the step whose sparsity is nearest to a given one, the smaller of two equally near.
 

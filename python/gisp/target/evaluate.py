@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from gisp.compensation import CompensationRequest
-from gisp.config.evaluation import EvalOptions, LmEvalTasks
+from gisp.config.evaluation import EvalOptions, LmEvalTasks, options_of
 from gisp.data import Sequences
 from gisp.errors import GispError
-from gisp.evaluate.data import Measure, Measures, prepare
-from gisp.evaluate.harness import Harness
+from gisp.evaluate.data import Measure
+from gisp.evaluate.model import check_given, prepare_measures
 from gisp.evaluate.staged_loss import StagedLoss
+from gisp.files import as_text
 from gisp.model.structures import fingerprint
 from gisp.progress import reporting
 from gisp.replicas.agreement import agree, machine
@@ -22,6 +25,7 @@ from gisp.replicas.group import Replicas
 from gisp.replicas.sharing import sharing
 from gisp.run.record import library_versions
 from gisp.run.resources.base import BasePlace
+from gisp.select.schedule import check_several
 from gisp.stages.group import Stages
 from gisp.stages.rules import check_count
 from gisp.target.check import check_along, check_stages, is_run
@@ -32,8 +36,8 @@ from gisp.target.record import EvaluationRecorder
 
 @reporting(None)
 def evaluate_target(
-    target: str,
-    data: str | None = None,
+    target: str | Path,
+    data: str | Path | None = None,
     *,
     sparsity: float | None = None,
     window: int | None = None,
@@ -70,21 +74,21 @@ def evaluate_target(
         GispError: no such target, unreadable data, options that do not belong together, a sparsity of a dense model, or
             a model that does not fit.
     """
-    how, place = _how(options, window), BasePlace(device, offload, gpu_memory)
-    asked = _Asked(target, data, how, lm_eval, compensation, place, dtype)
+    how, place = options_of(options, window), BasePlace(device, offload, gpu_memory)
+    asked = _Asked(_path(target), _spec(data), how, lm_eval, compensation, place, dtype)
     asked.check(stages)
     with _processes(replicas, stages) as (sharers, of_stages):
         opened = asked.open([sparsity], sharers, of_stages)
         opened.compensate()
-        point = {**opened.measure(), **opened.target.describe(), "data": data}
+        point = {**opened.measure(), **opened.target.describe(), "data": asked.data}
         opened.record(point)
         return point
 
 
 @reporting(None)
 def evaluate_along(
-    target: str,
-    data: str | None = None,
+    target: str | Path,
+    data: str | Path | None = None,
     *,
     sparsities: Sequence[float],
     window: int | None = None,
@@ -115,12 +119,13 @@ def evaluate_along(
     Raises:
         GispError: a target of one size, or a sparsity beyond the run.
     """
-    how, place = _how(options, window), BasePlace(device, offload, gpu_memory)
-    asked = _Asked(target, data, how, lm_eval, compensation, place, dtype)
+    how, place = options_of(options, window), BasePlace(device, offload, gpu_memory)
+    asked = _Asked(_path(target), _spec(data), how, lm_eval, compensation, place, dtype)
     asked.check(stages)
+    check_several(sparsities)
     if not sparsities:
         raise GispError("--sparsities is empty: give numbers with commas between them")
-    check_along(target, sparsities)
+    check_along(asked.target, sparsities)
     with _processes(replicas, stages) as (sharers, of_stages):
         opened = asked.open([0.0, *sparsities], sharers, of_stages)
         moved = opened.target
@@ -133,7 +138,7 @@ def evaluate_along(
             opened.record(points[-1])
             if on_point is not None:
                 on_point(points[-1])
-    return {"target": target, "data": data, "points": points}
+    return {"target": asked.target, "data": asked.data, "points": points}
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,7 @@ class _Asked:
         """
         check_count(stages)
         request, offload = self.compensation, self.place.offload
-        if self.data is None and self.lm_eval is None:
-            raise GispError("nothing to measure: give --data SPEC or --lm-eval TASKS")
+        check_given(self.data, self.lm_eval)
         if request is not None and offload:
             request.options.check_streamed()
         if request is not None and not is_run(self.target):
@@ -184,10 +188,7 @@ class _Asked:
         return _Opened(opened, measure, recorder, self.compensation, calibration)
 
     def _measure(self, model: Any, source: str, parts: StagedLoss | None = None) -> Measure:
-        # The harness checks its names first: reading data may take long.
-        harness = None if self.lm_eval is None else Harness(self.lm_eval, source)
-        prepared = None if self.data is None else prepare(self.data, self.options, model, source, parts)
-        return Measures(tuple(measure for measure in (prepared, harness) if measure is not None))
+        return prepare_measures(self.data, self.lm_eval, self.options, model, source, parts)
 
     def _recorder(self, opened: Target) -> EvaluationRecorder | None:
         """What records the figures of a run; a target that is none has no place for them."""
@@ -219,11 +220,20 @@ class _Opened:
             self.recorder.add(point)
 
 
-def _how(options: EvalOptions | None, window: int | None) -> EvalOptions:
-    """Options of which the window may be given by itself."""
-    if options is not None and window is not None:
-        raise GispError("window and options are both given: set options.window")
-    return options or EvalOptions(window=window)
+def _path(target: object) -> str:
+    """What a target is named by.
+
+    Raises:
+        GispError: it is no path, or a model in memory.
+    """
+    if isinstance(target, nn.Module):
+        kind = type(target).__name__
+        raise GispError(f"target is a {kind} in memory: gisp.evaluate.evaluate_model(model, data) measures it")
+    return as_text(target, "target")
+
+
+def _spec(data: object) -> str | None:
+    return None if data is None else as_text(data, "data")
 
 
 @contextmanager

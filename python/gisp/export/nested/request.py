@@ -7,7 +7,7 @@ from typing import Any
 
 from gisp.compensation.request import CompensationRequest
 from gisp.errors import GispError
-from gisp.select.schedule import nearest_step
+from gisp.select.schedule import check_several, nearest_step
 
 _GIVEN = "--sparsities holds"
 
@@ -18,6 +18,7 @@ def check_request(request: CompensationRequest | None, sparsities: Sequence[Any]
     Raises:
         GispError: names what is missing.
     """
+    check_several(sparsities)
     if request is None and sparsities:
         given = ",".join(map(str, sparsities))
         raise GispError(
