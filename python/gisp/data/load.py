@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,13 @@ import torch
 from gisp.config.options import CHOOSING
 from gisp.data.cache import cache_entry, read_entry, write_entry
 from gisp.data.encode import PairEncoder, check_vocabulary, load_tokenizer
-from gisp.data.lm_eval_tasks import LM_EVAL
 from gisp.data.mixture import MIXTURE_FILES, Entry, read_mixture
 from gisp.data.rows import kind_of_rows
 from gisp.data.sequences import IGNORED, Sequences, Task
 from gisp.data.sources import is_document, read_rows
-from gisp.data.token_files import from_token_file, from_tokens
+from gisp.data.token_files import from_token_file, from_token_tensors, from_tokens
 from gisp.data.tokenise import tokenise
 from gisp.errors import GispError
-from gisp.files import check_names
 from gisp.progress import task
 
 DEFAULT_SEQ_LEN = 256
@@ -40,9 +38,9 @@ def load_sequences(
     """Sequences from a SPEC.
 
     Args:
-        spec: an int tensor [N, S]; a ``.safetensors`` with ``input_ids`` int [N, S] and optional ``labels``; whatever
-            :func:`gisp.data.read_rows` reads; or a ``.yaml`` that lists the tasks of a mixture
-            (:mod:`gisp.data.mixture`).
+        spec: an int tensor [N, S]; ``input_ids`` int [N, S] and optional ``labels``, in a mapping or a
+            ``.safetensors``; whatever :func:`gisp.data.read_rows` reads; or a ``.yaml`` that lists the tasks of a
+            mixture (:mod:`gisp.data.mixture`).
         vocab_size: token ids must lie below it.
         seq_len: sequences are cut to this length; ``None`` = token rows as they are, text in rows of 256.
         tokenizer_from: model folder or name whose tokenizer reads text.
@@ -54,16 +52,21 @@ def load_sequences(
     Raises:
         GispError: anything unreadable, empty, of the wrong type or out of range.
     """
-    if not isinstance(spec, (torch.Tensor, str, Path)):
-        raise GispError(f"data is a {type(spec).__name__}: give an int tensor [sequences, tokens], a path or a name")
-    if not isinstance(spec, torch.Tensor) and Path(spec).suffix in MIXTURE_FILES:
+    where = str(spec)
+    if isinstance(spec, torch.Tensor):
+        where = "the token tensor"
+        sequences = from_tokens(spec, None, where, vocab_size, seq_len)
+    elif isinstance(spec, Mapping):
+        where = "the mapping of token tensors"
+        sequences = from_token_tensors(spec, where, vocab_size, seq_len)
+    elif not isinstance(spec, (str, Path)):
+        raise GispError(
+            f"data is a {type(spec).__name__}: give an int tensor [sequences, tokens], a mapping with input_ids and "
+            "labels, a path or a name"
+        )
+    elif Path(spec).suffix in MIXTURE_FILES:
         load = partial(load_sequences, vocab_size=vocab_size, tokenizer_from=tokenizer_from, held_out=held_out)
         return _mixture(read_mixture(Path(spec), objective), load, seq_len, seed)
-    if not isinstance(spec, torch.Tensor) and not str(spec).startswith(LM_EVAL):
-        check_names(spec, "data")
-    where = "the token tensor" if isinstance(spec, torch.Tensor) else str(spec)
-    if isinstance(spec, torch.Tensor):
-        sequences = from_tokens(spec, None, where, vocab_size, seq_len)
     elif where.endswith(".safetensors"):
         sequences = from_token_file(Path(spec), vocab_size, seq_len)
     else:

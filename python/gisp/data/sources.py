@@ -12,7 +12,7 @@ from gisp.data.lm_eval_tasks import LM_EVAL, NAMED_TASKS, task_rows
 from gisp.data.mixture import MIXTURE_FILES
 from gisp.data.rows import FORMATS
 from gisp.errors import GispError, quoted
-from gisp.files import as_text
+from gisp.files import as_text, check_names
 from gisp.hub import is_reachable, unreachable
 
 
@@ -90,6 +90,7 @@ def check_spec(spec: str) -> None:
     path = Path(spec)
     if spec.startswith(LM_EVAL) or spec in NAMED_TASKS or spec in NAMED_DATASETS:
         return
+    check_names(path, "data")
     if path.suffix in (*_TEXT_FILES, *_TOKEN_FILES):
         if not path.is_file():
             kind = "token file" if path.suffix in _TOKEN_FILES else "data file"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from gisp.data.sources import check_spec
 from gisp.errors import GispError
 
 _CHECKSUM = "sha256"
+_TOKENS = ("input_ids", "labels", "attention_mask")
 _PARTS = ("ids", "labels", "lengths", "signs", "examples")
 
 
@@ -28,16 +30,36 @@ def from_token_file(path: Path, vocab_size: int, seq_len: int | None) -> Sequenc
     check_spec(str(path))
     try:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            found = {key: file.get_tensor(key) for key in ("input_ids", "labels", "attention_mask") if key in keys}
+            found = {key: file.get_tensor(key) if key in _TOKENS else None for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         where = " ".join(str(error).split())
         raise GispError(f"{path} is not a readable safetensors file: {where}") from None
-    if "input_ids" not in found:
-        raise GispError(f"{path} holds {', '.join(keys) or 'nothing'}: it must hold input_ids")
-    sequences = from_tokens(found["input_ids"], found.get("labels"), str(path), vocab_size, seq_len)
-    if "attention_mask" in found:
-        _check_mask(found["attention_mask"], found["input_ids"], found.get("labels"), str(path))
+    return from_token_tensors(found, str(path), vocab_size, seq_len)
+
+
+def from_token_tensors(
+    tensors: Mapping[str, torch.Tensor | None], where: str, vocab_size: int, seq_len: int | None
+) -> Sequences:
+    """Sequences of ``input_ids`` int [N, S], optional ``labels`` and an optional ``attention_mask`` of the same shape.
+
+    Args:
+        tensors: these by name, and others that are not read.
+
+    Raises:
+        GispError: no tensors, or as :func:`from_tokens`; ``where`` names them.
+    """
+    if "input_ids" not in tensors:
+        raise GispError(f"{where} holds {', '.join(map(str, tensors)) or 'nothing'}: it must hold input_ids")
+    found = {name: tensors[name] for name in _TOKENS if tensors.get(name) is not None}
+    for name, tensor in found.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise GispError(f"{where}: {name} is a {type(tensor).__name__}, it must be a tensor [sequences, tokens]")
+    ids, labels, mask = (found.get(name) for name in _TOKENS)
+    if ids is None:
+        raise GispError(f"{where}: input_ids is None, it must be a tensor [sequences, tokens]")
+    sequences = from_tokens(ids, labels, where, vocab_size, seq_len)
+    if mask is not None:
+        _check_mask(mask, ids, labels, where)
     return sequences
 
 

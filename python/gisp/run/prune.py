@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,8 @@ def prune(
 
     Args:
         model: a dense causal language model, or the folder or hub name of one.
-        data: calibration data: int tensor [N, S], a SPEC (see :func:`gisp.data.load_sequences`) or ``Sequences``.
+        data: calibration data: int tensor [N, S], a mapping with ``input_ids`` and ``labels``, a SPEC (see
+            :func:`gisp.data.load_sequences`) or ``Sequences``.
         out: run folder to write after every step; none is written for ``None``.
         resume: continue the run in ``out`` if there is one; the result is the undisturbed run's.
         on_step: called with every new record and the number of steps of the schedule.
@@ -205,7 +206,7 @@ def _start(
             f"model type {model_map.model_type!r} can be exported with --format masked alone, which is no smaller",
             stacklevel=3,
         )
-    spec = IN_MEMORY if isinstance(data, (torch.Tensor, Sequences)) else str(data)
+    spec = IN_MEMORY if isinstance(data, (torch.Tensor, Mapping, Sequences)) else str(data)
     loop = PruningLoop(model_map, sequences, config, spec, path, loss, replicas, stages)
     loop.spare = spare
     return loop

@@ -170,6 +170,37 @@ def test_padding_in_a_token_file_is_right_and_not_scored_or_refused(tmp_path):
         read(str(path))
 
 
+def test_tensors_in_memory_are_read_as_their_file(tmp_path):
+    ids = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]])
+    labels = torch.tensor([[-100, 2, 3, -100], [4, 5, 6, 7]])
+    for tensors in (
+        {"input_ids": ids},
+        {"input_ids": ids, "labels": labels},
+        {"input_ids": ids, "labels": labels, "attention_mask": (ids != 0).long()},
+    ):
+        save_file(tensors, tmp_path / "t.safetensors")
+        for seq_len in (None, 2):
+            assert lists(read(tensors, seq_len=seq_len)) == lists(read(tmp_path / "t.safetensors", seq_len=seq_len))
+    assert lists(read({"input_ids": ids, "labels": None})) == lists(read(ids))
+    assert len(read({"input_ids": ids, "labels": labels}, objective="completion")) == 2
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"text": ["a"]}, "the mapping of token tensors holds text: it must hold input_ids"),
+        ({}, "holds nothing: it must hold input_ids"),
+        ({"input_ids": [[1, 2]]}, "input_ids is a list, it must be a tensor"),
+        ({"input_ids": None}, "input_ids is None, it must be a tensor"),
+        ({"input_ids": torch.ones(1, 4).long(), "labels": torch.ones(1, 3).long()}, "must have one shape"),
+        ({"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.tensor([[0, 1, 1, 1]])}, "pad on the right"),
+    ],
+)
+def test_bad_tensors_in_memory_name_the_value(tensors, message):
+    with pytest.raises(GispError, match=message):
+        read(tensors)
+
+
 def test_text_without_a_tokenizer_and_unknown_names_are_refused(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("the cat")
