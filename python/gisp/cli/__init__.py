@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_INTERRUPTED = 130
+from gisp.cli.stop import INTERRUPTED
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -10,7 +10,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from gisp.cli.app import main as run
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
     return run(argv)
 
 

@@ -22,7 +22,7 @@ from gisp.cli.export_command import export
 from gisp.cli.flags import with_bare_values
 from gisp.cli.inspect_command import inspect, report
 from gisp.cli.prune_command import prune
-from gisp.cli.stop import InterruptError, unwinding
+from gisp.cli.stop import INTERRUPTED, InterruptError, unwinding
 from gisp.config.options import OPTIONS
 from gisp.errors import GispError, is_out_of_memory, quoted, shortened
 from gisp.replicas.environment import check_launched, first_to_refuse, launched, rank
@@ -40,8 +40,6 @@ for command in (prune, export, report, inspect, demo):
 app.command("eval")(evaluate)
 app.add_typer(bench)
 
-# What newer versions of typer make of a KeyboardInterrupt.
-_INTERRUPTED = 130
 _LONGEST_LINE = 1000
 _EMPTY = re.compile(r"--[a-z-]+=")
 # transformers imports torchao where it is installed; complaints about its binaries must not bury an error's one line.
@@ -127,7 +125,7 @@ def _run(argv: list[str] | None) -> int:
         if isinstance(error, OSError):
             return _fail(f"{error.strerror or error}: {error.filename or 'file'}")
         raise
-    if code == _INTERRUPTED:
+    if code == INTERRUPTED:
         raise InterruptError(_NOTHING_LEFT)
     return int(code or 0)
 

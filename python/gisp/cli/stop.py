@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 _UNWOUND = ("SIGTERM", "SIGHUP")
+# Exit code that shells give a process ended by Ctrl-C, and that newer versions of typer make of a KeyboardInterrupt.
+INTERRUPTED = 128 + signal.SIGINT
 # Seconds until an interrupt that was lost is raised again.
 _AGAIN = 0.01
 
