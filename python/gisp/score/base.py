@@ -61,6 +61,8 @@ def register_criterion(
 ) -> None:
     """Add a criterion, for ``criterion=name`` of :func:`gisp.prune`.
 
+    It takes the place of an earlier one of that name, unless that is built in.
+
     Args:
         score: a function ``score(group)`` of a :class:`gisp_kernels.groups.StructureGroup` that returns a finite
             floating-point tensor [group.count], lowest first to go; or, for criteria that need data, a class built
@@ -71,19 +73,23 @@ def register_criterion(
         whole_layers: a layer goes whole or not at all, by the lowest score of its channels.
 
     Raises:
-        GispError: a name that is taken or no text, options that no run has.
+        GispError: a name of a built-in criterion or no text, options that no run has.
     """
     if not isinstance(name, str) or not name.strip():
         raise GispError(f"a criterion cannot be named {name!r}: give it a name")
-    if name in CRITERIA:
-        raise GispError(f"there is a criterion {name!r} already: give another name")
+    earlier = CRITERIA.get(name)
+    if earlier is not None and isinstance(earlier.score, str):
+        raise GispError(f"criterion {name!r} is built in: give another name")
     if not callable(score):
         raise GispError(f"criterion {name} is {score!r}: give a function of a group, or a class")
     CRITERIA[name] = Criterion(score, dict(options or {}), sees_loss=sees_loss, whole_layers=whole_layers)
     try:
         make_config(**{"criterion": name, **CRITERIA[name].defaults})
     except GispError as error:
-        del CRITERIA[name]
+        if earlier is None:
+            del CRITERIA[name]
+        else:
+            CRITERIA[name] = earlier
         raise GispError(f"criterion {name} sets what no run takes: {error}") from None
 
 

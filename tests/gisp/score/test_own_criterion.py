@@ -154,7 +154,7 @@ def test_wrong_results_of_a_class_are_one_line() -> None:
 @pytest.mark.parametrize(
     ("name", "score", "options", "message"),
     [
-        ("gisp", l1, {}, "there is a criterion 'gisp' already"),
+        ("gisp", l1, {}, "criterion 'gisp' is built in: give another name"),
         ("", l1, {}, "cannot be named ''"),
         (" ", l1, {}, "cannot be named ' '"),
         (3, l1, {}, "cannot be named 3"),
@@ -168,6 +168,14 @@ def test_what_cannot_be_registered(name: Any, score: Any, options: dict[str, Any
     with pytest.raises(GispError, match=message):
         gisp.register_criterion(name, score, options=options)
     assert before == CRITERIA
+
+
+def test_a_later_one_of_the_name_counts_unless_it_is_refused() -> None:
+    gisp.register_criterion("mine", lambda group: -l1(group))
+    gisp.register_criterion("mine", l1)
+    with pytest.raises(GispError, match="criterion mine sets what no run takes"):
+        gisp.register_criterion("mine", Leaving, options={"allocator": "none"})
+    assert same(run("mine"), run("magnitude"))
 
 
 def test_options_are_checked_without_torch() -> None:
