@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
 from gisp.compensation import acceptance
 from gisp.compensation.methods import sweep
 
 
 def _first(
-    value: Callable[[float], torch.Tensor], first: float, before: torch.Tensor, most: float = 1.0
-) -> tuple[float, torch.Tensor]:
-    return first, value(first)
+    measure: Callable[[float], acceptance.Measured], first: float, start: acceptance.Measured, **_: float
+) -> tuple[float, acceptance.Measured]:
+    return first, measure(first)
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def loss_counts() -> None:
 def _any_loss(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models are random and so is their text: which model predicts it best says nothing."""
     if "loss_counts" not in request.fixturenames:
-        monkeypatch.setattr(acceptance.HeldOut, "counts", lambda *_: True)
+        monkeypatch.setattr(acceptance.Limit, "excess", lambda *_: -1.0)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ calibrated on, of which no method sees a token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -108,13 +109,36 @@ class Limit:
     before: torch.Tensor
     rise: float
 
-    def broken(self, losses: torch.Tensor) -> bool:
-        """Whether losses of all texts are above it."""
+    def excess(self, losses: torch.Tensor) -> float:
+        """Nats a token by which losses of all texts are above it, with their error where a rise is allowed."""
         now = losses[self.numbers]
         if not self.rise:
-            return float(now.sum()) > float(self.before.sum())
+            return float((now.sum() - self.before.sum()) / self.scored.sum().clamp_min(1))
         found = difference(self.before, now, self.scored)
-        return found.mean + found.error > self.rise
+        return found.mean + found.error - self.rise
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What held-out text says of a pruned model.
+
+    Attributes:
+        divergences: from the dense model in nats, summed over the tokens of every text, float64 [U].
+        excess: of every limit, nats a token by which the loss is above it.
+    """
+
+    divergences: torch.Tensor
+    excess: tuple[float, ...]
+
+    @property
+    def total(self) -> float:
+        """Sum of the divergences; infinite where the model does not count, as it breaks a limit or is not finite."""
+        total = float(self.divergences.sum())
+        return total if math.isfinite(total) and all(excess <= 0 for excess in self.excess) else math.inf
+
+    def leaving(self, rooms: Sequence[float]) -> Measured:
+        """The same, held against limits that are lower by so many nats a token."""
+        return Measured(self.divergences, tuple(excess + room for excess, room in zip(self.excess, rooms, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -133,12 +157,17 @@ class HeldOut(Texts):
     limits: tuple[Limit, ...] = ()
     refused: list[tuple[list[str], float]] = field(default_factory=list)
 
-    def counts(self, losses: torch.Tensor, divergences: torch.Tensor) -> bool:
-        """Whether losses of all texts break no limit; what breaks one is noted with its divergences [U]."""
-        broken = [limit.name for limit in self.limits if limit.broken(losses)]
+    def measured(self, divergences: torch.Tensor, losses: torch.Tensor) -> Measured:
+        """Divergences [U] held against the limits; those that break one are noted.
+
+        Args:
+            losses: of all texts.
+        """
+        found = Measured(divergences, tuple(limit.excess(losses) for limit in self.limits))
+        broken = [limit.name for limit, excess in zip(self.limits, found.excess, strict=True) if excess > 0]
         if broken:
             self.refused.append((broken, float(divergences.sum())))
-        return not broken
+        return found
 
     def limited(self, reached: float) -> tuple[str, ...]:
         """Names of the limits that kept a divergence below ``reached`` from counting since they were last asked for.
@@ -149,9 +178,13 @@ class HeldOut(Texts):
         self.refused.clear()
         return tuple(max(lower, key=lambda one: one[0])[1]) if lower else ()
 
-    def mean(self, totals: torch.Tensor) -> float:
-        """A token's share of totals [U]."""
-        return float(totals.sum() / self.tokens.sum())
+    def mean(self, found: Measured) -> float:
+        """Divergence in nats a token."""
+        return float(found.divergences.sum() / self.tokens.sum())
+
+    def difference(self, before: Measured, after: Measured) -> Difference:
+        """Of the divergence in nats a token."""
+        return difference(before.divergences, after.divergences, self.tokens)
 
 
 def make_limits(own: Texts, beside: Texts | None, losses: torch.Tensor) -> tuple[Limit, ...]:
@@ -261,11 +294,11 @@ class MethodResult:
 
     @classmethod
     def ended(
-        cls, name: str, tokens: int, held_out: HeldOut, before: torch.Tensor, after: torch.Tensor, **more: object
+        cls, name: str, tokens: int, held_out: HeldOut, before: Measured, after: Measured, **more: object
     ) -> MethodResult:
-        """A method that found ``before`` and reached ``after``, divergences [U] summed over texts."""
-        found = difference(before, after, held_out.tokens)
-        limited = held_out.limited(float(after.sum()))
+        """A method that found ``before`` and reached ``after``."""
+        found = held_out.difference(before, after)
+        limited = held_out.limited(after.total)
         return cls(
             name,
             tokens,

@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokens
 
 import gisp
 from gisp.compensation import METHODS, Compensation, CompensationOptions, fit_compensation, make_request
-from gisp.compensation.acceptance import HeldOut, difference
+from gisp.compensation.acceptance import HeldOut, Limit, Measured, difference
 from gisp.compensation.pruned.student import Student
 from gisp.compensation.streams import make_batches, next_tokens
 from gisp.data import Sequences, load_sequences
@@ -118,12 +118,13 @@ def test_the_size_of_fits_is_searched_below_one() -> None:
 
 
 def test_a_fit_that_raises_the_divergence_is_dropped_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Student.divergences
+    plain = Student.measure
 
-    def measured(self: Any, held_out: HeldOut, _: Any) -> torch.Tensor:
-        return plain(self, held_out, self._own) * 1.01
+    def measured(self: Any, held_out: HeldOut, _: Any) -> Measured:
+        found = plain(self, held_out, self._own)
+        return replace(found, divergences=found.divergences * 1.01)
 
-    monkeypatch.setattr(Student, "divergences", measured)
+    monkeypatch.setattr(Student, "measure", measured)
     model = tiny_model("llama-gqa")
     found = fitted(model, rows(), tokens=100)
     assert found.updates == () and found.results[0].size == 0 and not found.results[0].kept
@@ -225,7 +226,7 @@ def test_nearer_to_a_worse_model_is_not_better(method: str, monkeypatch: pytest.
     before = perplexity(model, text, 128).perplexity
     found = gisp.compensate(model, calibration, method=method, **options)
     assert perplexity(model, text, 128).perplexity <= 1.005 * before
-    monkeypatch.setattr(HeldOut, "counts", lambda *_: True)
+    monkeypatch.setattr(Limit, "excess", lambda *_: -1.0)
     model, _ = worsened_by_its_channels()
     found = gisp.compensate(model, calibration, method=method, **options)
     assert found.results[-1].after < found.results[0].before

@@ -44,7 +44,7 @@ def test_it_is_the_masked_model(family: str, removal: str, longest: int | None) 
         gone[columns(kept[name], width)] = False
         with torch.no_grad():
             linear.weight[:, gone] = 0
-    for (ids, _), value in zip(data.rows, found.tolist(), strict=True):
+    for (ids, _), value in zip(data.rows, found.divergences.tolist(), strict=True):
         assert value == pytest.approx(float(divergence(dense, other, [ids]).detach()), rel=1e-4, abs=1e-6)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 

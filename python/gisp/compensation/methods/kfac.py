@@ -21,7 +21,7 @@ from itertools import islice
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, MethodResult, Step, difference
+from gisp.compensation.acceptance import HeldOut, Measured, MethodResult, Step
 from gisp.compensation.methods.fits import ridge
 from gisp.compensation.pruned.projections import NO_MOVE, Move, Observer, Projection, Traced
 from gisp.compensation.pruned.student import Student
@@ -42,13 +42,14 @@ def run_kfac(
     student: Student,
     rows: Sequence[Row],
     held_out: HeldOut,
-    start: torch.Tensor,
+    start: Measured,
     *,
     begin: int,
     tokens: int,
     steps: int,
     damping: float,
-) -> tuple[MethodResult, torch.Tensor]:
+    later: int = 0,
+) -> tuple[MethodResult, Measured]:
     """Move a student by ``steps`` steps; what lost nothing stays as it was.
 
     Every step takes the next ``tokens`` tokens behind those before it, from the start again where the rows end. Memory
@@ -58,11 +59,12 @@ def run_kfac(
 
     Args:
         rows: calibration rows.
-        start: the student's divergences [U] on held-out text.
+        start: the student on held-out text.
         begin: number of the row the first step begins with.
+        later: methods that follow. Every step leaves them and the steps behind it their part of what the limits allow.
 
     Returns:
-        The result, and the divergences that it leaves behind.
+        The result, and what it leaves behind.
 
     Raises:
         GispError: activations that are not finite.
@@ -70,17 +72,17 @@ def run_kfac(
     before = start
     done: list[Step] = []
     size = 0.0
-    for _ in track(range(steps), "K-FAC steps"):
+    for left in track(range(steps + later, later, -1), "K-FAC steps"):
         end = behind(rows, begin, tokens)
         chosen = [rows[number % len(rows)] for number in range(begin, end)]
         seen = sum(len(ids) for ids, _ in chosen)
         moves, dampings = _directions(student, chosen, damping)
 
-        def tried(size: float, moves: list[Move] = moves) -> torch.Tensor:
-            return student.divergences(held_out, student.moved(moves, size))
+        def tried(size: float, moves: list[Move] = moves) -> Measured:
+            return student.measure(held_out, student.moved(moves, size))
 
-        size, after = search(tried, size or _FIRST_SIZE / len(dampings), before)
-        if difference(before, after, held_out.tokens).falls:
+        size, after = search(tried, size or _FIRST_SIZE / len(dampings), before, share=1 / left)
+        if held_out.difference(before, after).falls:
             student.move(moves, size)
         else:
             size, after = 0.0, before

@@ -7,7 +7,7 @@ from hashlib import sha256
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, MethodResult
+from gisp.compensation.acceptance import HeldOut, Measured, MethodResult
 from gisp.compensation.methods.kfac import behind, run_kfac
 from gisp.compensation.methods.sweep import Fit, OnBlock, run_fit
 from gisp.compensation.methods.train import Plan, run_training
@@ -74,7 +74,7 @@ def run_methods(
         student = Student(model_map, keep, longest)
         held_out, found = student.hold_out(unseen, beside)
         begin = 0
-        for name in options.methods:
+        for later, name in zip(reversed(range(len(options.methods))), options.methods, strict=True):
             if not (student.movable or (student.projections and options.biases(name))):
                 continue
             kind = METHODS[name].kind
@@ -82,10 +82,10 @@ def run_methods(
                 tokens = int(options.tokens or 0)
                 fit = Fit(name, str(options.target), options.biases(name), float(options.damping or 0))
                 rows = first_tokens(seen.rows, tokens)
-                result, found = run_fit(model_map, student, rows, held_out, found, fit, on_block)
+                result, found = run_fit(model_map, student, rows, held_out, found, fit, on_block, later)
                 begin = behind(seen.rows, 0, tokens)
             elif kind == "steps":
-                result, found = _kfac(student, seen, held_out, found, options, begin)
+                result, found = _kfac(student, seen, held_out, found, options, begin, later)
             else:
                 result, found = _trained(student, seen, held_out, found, options, name)
             done.append(result)
@@ -129,23 +129,26 @@ def _kfac(
     student: Student,
     seen: Sequences,
     held_out: HeldOut,
-    found: torch.Tensor,
+    found: Measured,
     options: CompensationOptions,
     begin: int,
-) -> tuple[MethodResult, torch.Tensor]:
+    later: int,
+) -> tuple[MethodResult, Measured]:
     tokens, damping = int(options.tokens or 0), float(options.damping or 0)
     steps = options.steps_of("kfac")
-    return run_kfac(student, seen.rows, held_out, found, begin=begin, tokens=tokens, steps=steps, damping=damping)
+    return run_kfac(
+        student, seen.rows, held_out, found, begin=begin, tokens=tokens, steps=steps, damping=damping, later=later
+    )
 
 
 def _trained(
     student: Student,
     seen: Sequences,
     held_out: HeldOut,
-    found: torch.Tensor,
+    found: Measured,
     options: CompensationOptions,
     name: str,
-) -> tuple[MethodResult, torch.Tensor]:
+) -> tuple[MethodResult, Measured]:
     steps, rate = options.steps_of(name), options.rate_of(name)
     rates = {"gate_rate": rate} if name == "gates" else {"weight_rate": rate}
     plan = Plan(name, steps, int(options.batch_tokens or 0), **rates)

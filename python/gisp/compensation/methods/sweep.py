@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from gisp.compensation.acceptance import BlockFit, HeldOut, MethodResult, difference
+from gisp.compensation.acceptance import BlockFit, HeldOut, Measured, MethodResult, difference
 from gisp.compensation.methods.fits import FITS, Solution
 from gisp.compensation.pruned.projections import NO_MOVE, Move, Projection
 from gisp.compensation.pruned.student import Student
@@ -38,10 +38,11 @@ def run_fit(
     student: Student,
     rows: Sequence[torch.Tensor],
     held_out: HeldOut,
-    before: torch.Tensor,
+    before: Measured,
     fit: Fit,
     on_block: OnBlock | None = None,
-) -> tuple[MethodResult, torch.Tensor]:
+    later: int = 0,
+) -> tuple[MethodResult, Measured]:
     """Fit every output projection of a student, and move it as far as that helps on held-out text.
 
     A block whose residual does not fall on held-out tokens keeps its weights. One size in (0, 1] on all accepted moves
@@ -54,10 +55,11 @@ def run_fit(
 
     Args:
         rows: token ids of the rows to fit to.
-        before: the student's divergences [U] on held-out text.
+        before: the student on held-out text.
+        later: methods that follow, for which it leaves their part of what the limits allow.
 
     Returns:
-        The result, and the divergences that it leaves behind.
+        The result, and what it leaves behind.
 
     Raises:
         GispError: a model built otherwise, or activations that are not finite.
@@ -66,10 +68,10 @@ def run_fit(
     after, size = before, 0.0
     if any(block.accepted for block in blocks):
 
-        def tried(size: float) -> torch.Tensor:
-            return student.divergences(held_out, student.moved(moves, size))
+        def tried(size: float) -> Measured:
+            return student.measure(held_out, student.moved(moves, size))
 
-        size, after = search(tried, 1.0, before, most=1.0)
+        size, after = search(tried, 1.0, before, most=1.0, share=1 / (1 + later))
     tokens = sum(map(len, rows))
     result = MethodResult.ended(fit.method, tokens, held_out, before, after, size=size, blocks=tuple(blocks))
     if not result.kept:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, MethodResult
+from gisp.compensation.acceptance import HeldOut, Measured, MethodResult
 from gisp.compensation.options import METHODS
 from gisp.compensation.pruned.projections import Projection, Traced, Value
 from gisp.compensation.pruned.student import Student
@@ -54,8 +54,8 @@ class Plan:
 
 
 def run_training(
-    student: Student, rows: Sequence[Row], held_out: HeldOut, start: torch.Tensor, plan: Plan
-) -> tuple[MethodResult, torch.Tensor]:
+    student: Student, rows: Sequence[Row], held_out: HeldOut, start: Measured, plan: Plan
+) -> tuple[MethodResult, Measured]:
     """Train a student's gates, and with a rate its weights; it keeps the point with the lowest held-out divergence.
 
     Memory beside the student: a batch's activations for a backward pass and the best weights in the dtype of the model;
@@ -64,10 +64,10 @@ def run_training(
 
     Args:
         rows: calibration rows, taken in another order every time they are gone through.
-        start: the student's divergences [U] on held-out text.
+        start: the student on held-out text.
 
     Returns:
-        The result, and the divergences that it leaves behind.
+        The result, and what it leaves behind.
     """
     trained = _Trained(student, weights=plan.weight_rate > 0)
     optimizer = torch.optim.Adam(
@@ -91,20 +91,20 @@ def run_training(
         if number % every and number != plan.steps:
             continue
         point = trained.point()
-        found = student.divergences(held_out, point.values.__getitem__)
-        if bool(found.isnan().any()):
+        found = student.measure(held_out, point.values.__getitem__)
+        if bool(found.divergences.isnan().any()):
             break
-        if float(found.sum()) < float(best.sum()):
+        if found.total < best.total:
             kept, best, count = point, found, number
-    if bool(found.isinf().any()):
+    if any(excess > 0 for excess in found.excess):
         # The end breaks a limit: a part of the way there may not.
         part, reached = search(
-            lambda part: student.divergences(held_out, trained.point(part).values.__getitem__),
+            lambda part: student.measure(held_out, trained.point(part).values.__getitem__),
             _FIRST_SIZE,
             start,
             most=1.0,
         )
-        if float(reached.sum()) < float(best.sum()):
+        if reached.total < best.total:
             kept, best, count, size = trained.point(part), reached, plan.steps, part
     result = MethodResult.ended(plan.name, seen, held_out, start, best, count=count, size=size)
     if not result.kept or kept is None:

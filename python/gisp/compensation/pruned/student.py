@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 
-from gisp.compensation.acceptance import HeldOut, Texts, make_limits
+from gisp.compensation.acceptance import HeldOut, Measured, Texts, make_limits
 from gisp.compensation.pruned.batch_sizes import BatchSizes
 from gisp.compensation.pruned.fused import FusedPasses
 from gisp.compensation.pruned.predictions import Predictions
@@ -90,14 +90,14 @@ class Student:
         """Projections that have columns left."""
         return [projection for projection in self.projections if len(projection.columns)]
 
-    def hold_out(self, data: Sequences, beside: Sequences | None = None) -> tuple[HeldOut, torch.Tensor]:
+    def hold_out(self, data: Sequences, beside: Sequences | None = None) -> tuple[HeldOut, Measured]:
         """Held-out sequences with what the dense model makes of them, limited by the pruned model's loss as it is.
 
         Args:
             beside: held-out text of the run that the model was pruned in, apart from the data.
 
         Returns:
-            Beside them the pruned model's divergences, as :meth:`divergences` finds them.
+            Beside them the pruned model as :meth:`measure` finds it.
 
         Raises:
             GispError: the model makes its logits otherwise.
@@ -109,7 +109,8 @@ class Student:
         dense = self._states([own.batches[number] for number in numbers])
         held_out = HeldOut(**vars(own), dense=dict(zip(numbers, dense, strict=True)), beside=other)
         found, losses = self._measured(held_out, self._own)
-        return replace(held_out, limits=make_limits(own, other, losses)), found
+        limited = replace(held_out, limits=make_limits(own, other, losses))
+        return limited, limited.measured(found, losses)
 
     def _texts(self, data: Sequences) -> Texts:
         """Sequences in batches, their examples as texts."""
@@ -137,16 +138,13 @@ class Student:
         batches = make_batches([ids for ids, _ in rows], self.device, per_batch=tokens)
         return [batches[first : first + count] for first in range(0, len(batches), count)]
 
-    def divergences(self, held_out: HeldOut, value_of: ValueOf) -> torch.Tensor:
-        """Divergence from the dense model in nats, summed over the tokens of every held-out text, float64 [U].
-
-        It is infinite where the loss on the text is above what counts.
+    def measure(self, held_out: HeldOut, value_of: ValueOf) -> Measured:
+        """The pruned model against the dense one on held-out text.
 
         Args:
             value_of: what the projection of a number computes with.
         """
-        found, losses = self._measured(held_out, value_of)
-        return found if held_out.counts(losses, found) else torch.full_like(found, math.inf)
+        return held_out.measured(*self._measured(held_out, value_of))
 
     @torch.no_grad()
     def _measured(self, held_out: HeldOut, value_of: ValueOf) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from recorder_oracle import grad_of
 from tiny import FAMILIES, tiny_model, tiny_tokens
 
 from gisp.compensation import Compensation, CompensationOptions, Step, compensate, fit_compensation
+from gisp.compensation.acceptance import Measured
 from gisp.compensation.methods import kfac
 from gisp.compensation.methods.kfac import behind
 from gisp.compensation.pruned import batch_sizes, predictions, student
@@ -44,7 +45,7 @@ def test_a_step_is_its_formula(
 ) -> None:
     # Symmetric moments are made by panels of so many rows.
     monkeypatch.setattr(kfac, "_PANEL", panel)
-    monkeypatch.setattr(kfac, "search", lambda value, first, _: (first, value(first)))
+    monkeypatch.setattr(kfac, "search", lambda measure, first, _, **__: (first, measure(first)))
     monkeypatch.setattr(student, "why_not", lambda *_: refused)
     model, data = tiny_model(family), rows()
     options: dict[str, Any] = {"damping": 0.2, "tokens": 40}
@@ -213,9 +214,9 @@ def test_a_direction_that_is_not_finite_moves_nothing(monkeypatch: pytest.Monkey
 def test_a_step_behind_one_that_failed_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tried = tiny_model("llama-gqa"), []
 
-    def recorded(value: Any, first: float, before: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def recorded(measure: Any, first: float, start: Measured, **_: float) -> tuple[float, Measured]:
         tried.append(first)
-        return (0.0, before) if len(tried) == 1 else search(value, first, before)
+        return (0.0, start) if len(tried) == 1 else search(measure, first, start)
 
     monkeypatch.setattr(kfac, "search", recorded)
     found = fitted(model, rows(), method="kfac", steps=3, tokens=150, damping=2.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from compensation_oracle import REMOVED, columns, divergence, kept_of, masked, p
 from tiny import FAMILIES, tiny_model
 
 from gisp.compensation import Compensation, CompensationOptions, fit_compensation, fold_into_dense
+from gisp.compensation.acceptance import Measured
 from gisp.compensation.methods.train import _steps, rate
 from gisp.compensation.pruned import batch_sizes, predictions
 from gisp.compensation.pruned.projections import Traced
@@ -145,13 +147,14 @@ def test_steps_go_through_all_rows_before_any_comes_again() -> None:
 
 def test_infinite_losses_end_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = tiny_model("llama-gqa"), []
-    plain = Student.divergences
+    plain = Student.measure
 
-    def measured(self: Any, *args: Any) -> torch.Tensor:
+    def measured(self: Any, *args: Any) -> Measured:
         calls.append(1)
-        return plain(self, *args) * math.nan
+        found = plain(self, *args)
+        return replace(found, divergences=found.divergences * math.nan)
 
-    monkeypatch.setattr(Student, "divergences", measured)
+    monkeypatch.setattr(Student, "measure", measured)
     found = fitted(model, rows(), method="gates", steps=30, batch_tokens=32)
     assert len(calls) == 1 and found.updates == ()
 
