@@ -77,19 +77,20 @@ def compensate(
     process_group: ProcessGroup | None = None,
     **options: Any,
 ) -> Compensation:
-    """Compensate a model that was pruned in place, whatever chose its structures.
+    """Recover quality of a model that was pruned in place, with calibration data and by any criterion.
 
-    The output projections (o_proj, down_proj) get new weights and, with an intercept, biases. Moving the model along
-    its steps (``Trajectory.at``, ``ShrinkableModel.remove`` and ``rollback``) first takes the compensation back, bit
-    for bit; compensating again replaces it, and one that fails leaves the model without any.
+    The output projections (o_proj, down_proj) get new weights and, with an intercept, biases. If the model is moved
+    along its run afterwards (``Trajectory.at``), the compensation is first taken back, bit for bit. Compensating again
+    replaces it. If it fails, the model is left without a compensation.
 
     Args:
-        model: pruned by :func:`gisp.prune`, ``Trajectory.at`` or ``ShrinkableModel.remove``, not packed.
+        model: a model that was pruned by :func:`gisp.prune`, ``Trajectory.at`` or ``ShrinkableModel.remove``, and not
+            packed.
         data: calibration data, as for :func:`gisp.prune`.
-        on_block: called with every block's fit.
-        progress: who hears how far it is, as for :func:`gisp.prune`.
-        process_group: processes that compensate together, each its own copy of the model; ``None``: this one alone.
-        **options: see :class:`CompensationOptions`.
+        on_block: function that is called with the fit of every block.
+        progress: as for :func:`gisp.prune`.
+        process_group: processes that share the work, each with its own copy of the model; ``None``: this one alone.
+        **options: attributes of :class:`CompensationOptions`, such as ``method="lsq"``.
 
     Raises:
         GispError: a model that is not pruned or was packed, a bad option, unreadable data, or a method for which

@@ -21,10 +21,11 @@ class EvalOptions:
         window: longest input in tokens; ``None`` = 128 for text and tokens, the model's own limit for choices and
             completions.
         stride: see :func:`gisp.evaluate.perplexity.perplexity`; text and tokens only.
-        limit: rows (sequences) used, the first ones; of text its first windows, the same text with any stride;
-            ``None`` = all.
-        batch_size: sequences per forward pass, fewer where their logits are too many; ``None`` = by their tokens.
-        generate: also measure exact match on completions.
+        limit: number of rows to use, the first ones; of text the number of windows, which are the same text with any
+            stride; ``None`` = all.
+        batch_size: sequences per forward pass; ``None`` = by their number of tokens. Fewer are passed where their
+            logits would take too much memory.
+        generate: also measure exact match of generated completions.
         until, max_new_tokens, extract: see :class:`gisp.evaluate.completions.ExactMatch`.
     """
 
@@ -60,12 +61,12 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class LmEvalTasks:
-    """What to run.
+    """Which tasks of lm-eval to run.
 
     Attributes:
         names: tasks, groups or tags; ``*`` matches any text.
-        include: folder of further task files.
-        limit: examples of each task, the first ones; ``None`` = all.
+        include: folder with more task files.
+        limit: number of examples of each task, the first ones; ``None`` = all.
         batch_size: sequences per forward pass, ``None`` = 16.
     """
 

@@ -39,6 +39,12 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+def with_options(docstring: str) -> str:
+    """The docstring of a function that takes all options as keywords, with what each of them means at its end."""
+    listed = "".join(f"        {option.name}: {help_text(option)}\n" for option in OPTIONS.values())
+    return f"{docstring.rstrip()}\n\n    Options:\n{listed}    "
+
+
 def _word(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 

@@ -21,9 +21,9 @@ _WRITERS = {"hf": export_hf, "masked": export_masked}
 def export_model(
     model: Any, out: str | Path, *, format: str = "hf", tokenizer_from: str | Path | None = None
 ) -> ExportReport:
-    """Write the model that ``gisp.prune`` pruned, as it is now, into a folder that loads.
+    """Export a model that ``gisp.prune`` pruned in memory, at the size that it has now.
 
-    The model is grown back for the time of writing, so that its logits can be compared, and is pruned again afterwards.
+    While the export is written, the model is restored to its dense size to compare logits. Then it is pruned again.
 
     Args:
         model: pruned by :func:`gisp.prune` in this process.
@@ -32,8 +32,8 @@ def export_model(
         tokenizer_from: folder whose tokenizer and other files beside the weights are copied.
 
     Raises:
-        GispError: the model is not pruned, was compensated or packed, has parts of its user's own, ``out`` is taken, or
-            the logits do not agree.
+        GispError: the model is not pruned, was compensated or packed, or has parts that were added to it; ``out`` is
+            taken; or the logits do not agree.
     """
     shrinkable = ShrinkableModel.of(model)
     if shrinkable is None or not shrinkable.history:

@@ -28,13 +28,14 @@ def load(
     """A causal language model from an exported folder, a nested checkpoint, a plain model folder or a hub name.
 
     Args:
-        sparsity: point of a nested checkpoint; the nearest is taken, ``None`` for the end of its run.
+        sparsity: only for a nested checkpoint: the size to load, that of the nearest step; ``None`` loads the end of
+            the run.
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
-        dtype: of the weights; ``None`` keeps the checkpoint's.
-        verify: compare the SHA-256 of all files of a nested checkpoint first.
+        dtype: dtype of the weights; ``None`` keeps that of the files.
+        verify: only for a nested checkpoint: first compare the SHA-256 of all its files.
 
     Returns:
-        The model, complete, in evaluation mode. It and ``AutoModelForCausalLM`` know the pruned model types afterwards.
+        The model, in evaluation mode. From then on ``AutoModelForCausalLM`` loads exports without remote code too.
 
     Raises:
         GispError: missing, foreign, incomplete or broken model.

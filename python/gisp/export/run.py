@@ -75,22 +75,28 @@ def export_run(
     """Export the step of a run whose sparsity is nearest to ``sparsity`` (``None`` = its end).
 
     Args:
-        sizes: what sizes are rounded to.
-        data: evaluation data, to measure the perplexity of the export and of the exact point it was made from.
-        window: longest input of the evaluation in tokens, as for ``gisp eval``.
-        dtype: of the matrices of a ``gguf`` export: ``f32``, ``f16`` or ``bf16``.
-        compensation: of what is exported, fitted in the dtype of the run and rounded to the base model's.
-        push_to_hub: repository of the Hugging Face hub to upload the export to, ``private`` unless told otherwise.
-        together: the processes that share what is measured and fitted, for as long as that takes. This is the first
-            of them, the others call :func:`take_part`.
-        offload: leave the layers of the base model in host memory while it is fitted to, and in their files while the
-            export is written and checked; the bytes are those of a model on the device. Not for several processes.
-        gpu_memory: most memory to take of the GPU, as ``24GB``; only with ``offload``.
+        run: run folder.
+        out: folder to write; must be absent or empty.
+        format: ``hf``, ``gguf``, ``uniform`` or ``masked``.
+        device: where logits are compared: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+        sizes: what the sizes of layers are rounded to.
+        data: evaluation data. If given, the perplexity of the export and of the exact point are measured.
+        window: longest input of this evaluation in tokens, as for ``gisp eval``.
+        dtype: only for format ``gguf``: dtype of the matrices, ``f32``, ``f16`` or ``bf16``.
+        compensation: a compensation of the export. It is fitted in the dtype of the run and rounded to that of the base
+            model.
+        push_to_hub: repository of the Hugging Face hub to upload the export to.
+        private: whether a new repository is private.
+        together: opens the processes that share measuring and fitting. This process is the first of them; the others
+            call :func:`take_part`.
+        offload: keep the layers of the base model in host memory while measuring and fitting, and read them from their
+            files while the export is written and checked. The files are the same. Not for several processes.
+        gpu_memory: only with ``offload``: the most GPU memory to take, as ``24GB``.
 
     Raises:
-        GispError: no run there, unknown format, an option the format does not follow, ``out`` taken, another base
-            model, unreadable data, a compensation the format cannot hold, logits that do not agree, a model that does
-            not fit, or a hub that does not take the export, which then stays at ``out``.
+        GispError: there is no run, the format is unknown or does not support an option, ``out`` is taken, the base
+            model is another one, data cannot be read, the format cannot hold the compensation, logits do not agree, the
+            model does not fit, or the upload fails (the export then stays at ``out``).
     """
     place, folder, spec = as_path(out, "out"), as_path(run, "run"), None if data is None else str(as_path(data, "data"))
     sizes = sizes or SizeOptions()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from gisp.config.options import IN_MEMORY, OPTIONS, SLICES, STAGE_SLICES, PruneConfig, make_config
+from gisp.config.reference import with_options
 from gisp.data import Sequences, load_sequences
 from gisp.errors import GispError, quoted
 from gisp.files import as_path
@@ -85,23 +86,25 @@ def prune(
     offload: str | None = None,
     gpu_memory: str | None = None,
 ) -> Trajectory:
-    """Prune a model in place, which the trajectory has as its ``model``; ``python -m gisp.config.reference`` says more.
+    """Prune a causal language model in place; the run has it as ``model``, and ``at(sparsity)`` moves it along the run.
 
     Args:
         model: a dense causal language model, or the folder or hub name of one.
-        data: calibration data: int tensor [N, S], a mapping with ``input_ids`` and ``labels``, a SPEC (see
-            :func:`gisp.data.load_sequences`) or ``Sequences``.
-        out: run folder to write after every step; none is written for ``None``.
-        resume: continue the run in ``out`` if there is one; the result is the undisturbed run's.
-        on_step: called with every new record and the number of steps of the schedule.
-        progress: who hears how far it is, see :func:`gisp.progress.reporting`; ``None``: a bar on a terminal.
+        data: int tensor [N, S], ``input_ids`` and ``labels`` in a mapping, or a SPEC (:mod:`gisp.data.load`).
+        out: run folder, written after every step; ``None`` writes nothing.
+        resume: continue the run in ``out`` if there is one. The result is that of a run that was never interrupted.
+        on_step: function of the record of every step and the number of steps.
+        progress: ``True``, ``False`` or a function (:func:`gisp.progress.reporting`); ``None``: a bar on a terminal.
         process_group, stages: processes that share the run (:mod:`gisp.replicas`, :mod:`gisp.stages`); ``None``: one.
-        objective: may also be a loss of your own, a ``SequenceLoss`` of :mod:`gisp.score.objectives`.
+        objective: name of a loss, or a function of your own (``SequenceLoss`` of :mod:`gisp.score.objectives`).
 
     Raises:
-        GispError: bad input or an impossible request, before anything is written.
+        GispError: bad input or an impossible request; nothing is written before the first step.
     """
     return _prune({**locals()})
+
+
+prune.__doc__ = with_options(prune.__doc__ or "")
 
 
 def _prune(given: dict[str, Any]) -> Trajectory:

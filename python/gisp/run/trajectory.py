@@ -68,23 +68,23 @@ class StepRecord:
 
 @dataclass(repr=False, eq=False)
 class Trajectory:
-    """A (possibly unfinished) run.
+    """A run: at which step every structure was removed, and what each step measured. It may be unfinished.
 
     Attributes:
         removed_at: ``layers.{i}.heads`` and ``layers.{i}.channels`` -> int32 [original count]: 0 = kept, t = removed
             at step t.
-        steps: one record per step done.
+        steps: one record for every finished step.
         base_model: path, fingerprint and shape of the dense model.
         config: the resolved options.
         data: calibration data: spec, number of sequences and SHA-256.
-        versions: of the libraries that made it.
+        versions: versions of the libraries that made the run.
         complete: whether the last step of the schedule was reached.
-        state_sha256: of the file a resumed run needs beside the trajectory; empty where there is none.
-        model: what the run pruned; ``None`` for a run that was loaded.
-        unseen: calibration sequences that no step has seen; ``None`` where there are none, of a mixture, and for a run
+        state_sha256: SHA-256 of the file that a resumed run needs beside the trajectory; empty if there is none.
+        model: the model that the run pruned; ``None`` for a run that was loaded.
+        unseen: calibration sequences that no step has seen; ``None`` if there are none, for a mixture, and for a run
             that was loaded.
-        held_out: part of the calibration text that compensations are held against, or the file it is in; ``None``
-            where there was too little.
+        held_out: part of the calibration text on which compensations are checked, or the file with it; ``None`` if
+            there was too little text.
     """
 
     removed_at: dict[str, torch.Tensor]
@@ -142,11 +142,12 @@ class Trajectory:
 
     @default_device()
     def at(self, sparsity: float | None = None, model: nn.Module | None = None) -> Any:
-        """A model at the passed sparsity nearest to ``sparsity`` (the end of the run for ``None``), pruned in place.
+        """Prune a model in place to the step whose sparsity is nearest, or restore it to that step.
 
         Args:
-            model: a dense loaded base model, or one this method or ``prune`` pruned with the same trajectory; it may be
-                moved down and up again. Without it the model the run pruned is moved, or the base model is loaded.
+            sparsity: in [0, 1), up to the end of the run; 0 is dense, ``None`` the end of the run.
+            model: the dense base model, or a model that this method or ``prune`` pruned along the same run. ``None``
+                takes the model of this trajectory, or loads the base model if it has none.
 
         Returns:
             The model.

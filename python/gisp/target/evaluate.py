@@ -51,28 +51,32 @@ def evaluate_target(
     gpu_memory: str | None = None,
     stages: int = 1,
 ) -> dict[str, Any]:
-    """Figures of one model with their conditions; those of a run are also recorded in its folder.
+    """Measure one model. Figures of a run are also recorded in its folder.
 
     Args:
         target: dense model or exported folder, hub name, nested checkpoint or run folder.
         data: evaluation data; its rows decide what is measured (:func:`gisp.evaluate.data.prepare`).
-        sparsity: point of a run or nested checkpoint (``None`` = its end); only for these.
+        sparsity: only for a run or a nested checkpoint: which size to measure; ``None`` is the end of the run.
         window: short for ``options=EvalOptions(window=...)``.
-        lm_eval: tasks to run beside ``data``, or instead.
-        compensation: done to the pruned model first; only for a run.
+        options: how to evaluate.
+        lm_eval: lm-eval tasks to run, in addition to ``data`` or instead.
+        device: ``cpu``, ``cuda``, ``cuda:N`` or ``auto``.
+        dtype: ``bfloat16`` or ``float32``; ``None``: that of the run or of the device.
+        compensation: only for a run: a compensation of the pruned model before it is measured.
         replicas: processes that share the work, each with the whole model; ``None``: this one alone. The figures are
-            those of one; only a compensation and lm-eval tasks are summed and batched in slices then.
-        offload: leave the decoder layers in host memory, from which they visit the device; with compensations that
-            neither train nor add biases, and not of a nested checkpoint. Memory is planned before anything is loaded.
-        gpu_memory: most memory to take of the GPU, as ``24GB``; only with ``offload``.
-        stages: parts that the layers of a run lie in, as many as there are ``replicas``; perplexity alone.
+            the same, except that a compensation is summed, and lm-eval tasks are batched, in slices.
+        offload: keep the decoder layers in host memory and copy them to the device in turn. Memory is planned before
+            the model is loaded. Not for nested checkpoints, nor with compensations that train or add biases.
+        gpu_memory: only with ``offload``: the most GPU memory to take, as ``24GB``.
+        stages: only for the perplexity of a run: parts that its layers are split into, as many as there are
+            ``replicas``.
 
     Returns:
         ``sparsity, model_sparsity, step, parameters, kv_bytes_per_token, data`` and what was measured.
 
     Raises:
-        GispError: no such target, unreadable data, options that do not belong together, a sparsity of a dense model, or
-            a model that does not fit.
+        GispError: there is no such target, data cannot be read, options do not belong together, a model of one size is
+            given a sparsity, or a model does not fit.
     """
     how, place = options_of(options, window), BasePlace(device, offload, gpu_memory)
     asked = _Asked(_path(target), _spec(data), how, lm_eval, compensation, place, dtype)
@@ -103,21 +107,22 @@ def evaluate_along(
     gpu_memory: str | None = None,
     stages: int = 1,
 ) -> dict[str, Any]:
-    """The same for the dense model and each sparsity of a run or nested checkpoint, moving one model.
+    """Measure the dense model and several sparsities of a run or a nested checkpoint, with one model in memory.
 
-    Every point of a run is recorded in its folder as soon as it is measured.
+    The figures of a run are recorded in its folder as soon as a sparsity is measured.
 
     Args:
-        sparsities: of each the nearest step is taken, every step once.
-        compensation: done anew at each point of a run.
-        on_point: called with each point when it is measured.
-        replicas, offload, gpu_memory, stages: as of :func:`evaluate_target`.
+        sparsities: sparsities to measure; of each the nearest step is taken, and every step only once.
+        compensation: only for a run: done again at every sparsity.
+        on_point: function that is called with the figures of each sparsity as soon as they are measured.
+
+    All other arguments are those of :func:`evaluate_target`.
 
     Returns:
-        ``target, data`` and ``points``, dense first, then by sparsity.
+        ``target, data`` and ``points``: what :func:`evaluate_target` returns, dense first, then by sparsity.
 
     Raises:
-        GispError: a target of one size, or a sparsity beyond the run.
+        GispError: the target has one size only, a sparsity is beyond the run, or as :func:`evaluate_target`.
     """
     how, place = options_of(options, window), BasePlace(device, offload, gpu_memory)
     asked = _Asked(_path(target), _spec(data), how, lm_eval, compensation, place, dtype)

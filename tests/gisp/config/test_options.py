@@ -10,6 +10,7 @@ import pytest
 
 import gisp
 from gisp.config.options import OPTIONS, criterion_text, make_config, read_yaml, without_defaults
+from gisp.config.reference import help_text
 from gisp.errors import GispError
 
 
@@ -145,6 +146,7 @@ def test_a_stored_config_gives_way_to_another_preset_or_criterion(made, asked):
 
 def test_keywords_of_prune_are_the_declared_options():
     keywords = inspect.signature(gisp.prune).parameters
+    assert all(help_text(option) in str(gisp.prune.__doc__) for option in OPTIONS.values())
     own = ("model", "data", "out", "resume", "on_step", "progress", "process_group", "stages")
     assert tuple(keywords) == (*own, *OPTIONS)
     # Beside the declared type: a loss of the user's own, and "auto".
