@@ -254,7 +254,10 @@ def _dense_model(model: nn.Module | str | Path, config: PruneConfig, to: torch.d
             )
         previous = ShrinkableModel.of(model)
         if previous is not None and previous.history:
-            raise GispError("this model is already pruned: take it back with its trajectory's at(0), or load it anew")
+            raise GispError(
+                "this model is already pruned: take it back by at(0) of its trajectory (after a run that failed "
+                "gisp.Trajectory.load(RUN).at(0, model)), or load it anew"
+            )
         map_model(model)
         check_weights(model.named_parameters())
         bad = first_bad_parameter(model)

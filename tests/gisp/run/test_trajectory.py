@@ -14,6 +14,7 @@ import gisp
 from gisp.cli import main
 from gisp.errors import GispError
 from gisp.model.structures import fingerprint
+from gisp.run.trajectory import StepRecord
 from gisp.target import evaluate_target
 
 
@@ -49,6 +50,24 @@ def test_a_pruned_model_follows_another_trajectory_of_its_base():
     assert not torch.equal(logits(model), small)
     first.at(None, model)
     torch.testing.assert_close(logits(model), small, rtol=0, atol=1e-5 * float(small.abs().max()))
+
+
+def test_a_model_in_memory_goes_on_after_a_run_that_failed(tmp_path):
+    """As the refusal says: in a notebook the model is the same, and there is no trajectory of what was cut."""
+
+    def fail(record: StepRecord, steps: int) -> None:
+        if record.step == 2:
+            raise ValueError("mine")
+
+    model, tokens = tiny_model(), tiny_tokens(16, 16)
+    with pytest.raises(ValueError, match="mine"):
+        gisp.prune(model, tokens, out=tmp_path / "run", on_step=fail, **OPTIONS)
+    with pytest.raises(GispError, match=r"after a run that failed gisp.Trajectory.load\(RUN\).at\(0, model\)"):
+        gisp.prune(model, tokens, out=tmp_path / "run", resume=True, **OPTIONS)
+    gisp.Trajectory.load(tmp_path / "run").at(0, model)
+    found = gisp.prune(model, tokens, out=tmp_path / "run", resume=True, **OPTIONS)
+    whole = gisp.prune(tiny_model(), tokens, **OPTIONS)
+    assert all(torch.equal(found.removed_at[name], at) for name, at in whole.removed_at.items())
 
 
 def test_models_that_cannot_follow_are_refused():
