@@ -25,14 +25,14 @@ _ROWS = "Choices, prompts and completions"
 _HARNESS = "lm-eval"
 _ALONG = "Along a run"
 _HOW = (
-    flag("window", "Longest input in tokens (text 128; choices and completions the model's limit).", kind=int),
-    flag("stride", "Tokens between the starts of windows of text and tokens (the window).", kind=int),
+    flag("window", "Longest input in tokens (128 for text, the model's limit for choices and completions).", kind=int),
+    flag("stride", "Tokens from the start of one window to the next (the window); text and tokens only.", kind=int),
     flag("limit", "Use only the first N rows, or examples of each task.", kind=int),
-    flag("batch_size", "Sequences per forward pass.", kind=int),
-    flag("generate", "Exact match of generated completions.", kind=bool, names=("--generate",), panel=_ROWS),
+    flag("batch_size", "Sequences per forward pass (by their tokens).", kind=int),
+    flag("generate", "Also generate and measure exact match.", kind=bool, names=("--generate",), panel=_ROWS),
     flag("until", r"Text that ends an answer; repeatable (\n, \t).", kind=list[str], panel=_ROWS),
-    flag("max_new_tokens", "Longest answer in tokens (256).", kind=int, panel=_ROWS),
-    flag("extract", "Regular expression: compare its first match, or the first group of it.", panel=_ROWS),
+    flag("max_new_tokens", "Longest generated answer in tokens (256).", kind=int, panel=_ROWS),
+    flag("extract", "Regular expression: compare only its first match, or the first group of it.", panel=_ROWS),
 )
 
 
@@ -47,28 +47,28 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Evaluation data, as for prune: text and tokens give perplexity, choices give accuracy, prompts and "
-            "completions the completions' perplexity."
+            help="Evaluation data, as for prune. Text and tokens give perplexity, choices give accuracy, prompts with "
+            "completions give the perplexity of the completions."
         ),
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Sparsity of the run; the nearest step is taken.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Sparsity to measure; the nearest step (the last).")] = None,
     lm_eval: Annotated[
         str | None, typer.Option(help="lm-eval tasks, separated by commas.", rich_help_panel=_HARNESS)
     ] = None,
     lm_eval_include: Annotated[
-        Path | None, typer.Option(help="Folder of more lm-eval task files.", rich_help_panel=_HARNESS)
+        Path | None, typer.Option(help="Folder with more lm-eval task files.", rich_help_panel=_HARNESS)
     ] = None,
     sparsities: Annotated[
-        str | None, typer.Option(help="Dense and these sparsities of a run, as 0.2,0.3,0.5.", rich_help_panel=_ALONG)
+        str | None, typer.Option(help="Measure dense and at these sparsities: 0.2,0.3,0.5.", rich_help_panel=_ALONG)
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file: plot of the figures.", rich_help_panel=_ALONG)] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file to plot the figures to.", rich_help_panel=_ALONG)] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     **flags: Any,
 ) -> None:
-    """Perplexity, choice accuracy, exact match or lm-eval tasks of a model, of a run at a sparsity, or along it."""
+    """Measure a model, an export or a run: perplexity, choice accuracy, exact match or lm-eval tasks."""
     _check_data(data, lm_eval, lm_eval_include, flags)
     _check_places(sparsity, sparsities, plot, out)
     check_gpu_memory(flags["gpu_memory"], bool(flags["offload"]))

@@ -32,22 +32,22 @@ _STAGES = flag("stages", "Stages that the layers are split into, one process eac
 def export(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    sparsity: Annotated[float | None, typer.Option(help="Sparsity of the run; the nearest step is taken.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Sparsity to export; the nearest step is taken.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     nested: Annotated[
-        Path | None, typer.Option(help="Folder to write all sparsities to, in one set of weights; instead of --out.")
+        Path | None, typer.Option(help="Folder to write all sizes to, in one set of weights; replaces --out.")
     ] = None,
     sparsities: Annotated[
-        str | None, typer.Option(help="Sparsities of --nested that --compensate fits, as 0.2,0.3,0.5.")
+        str | None, typer.Option(help="With --nested: sparsities to compensate, as 0.2,0.3,0.5.")
     ] = None,
     format: Annotated[str, typer.Option(help=_FORM)] = "hf",
     round_mlp: Annotated[int | None, typer.Option(help="Round MLP widths up to multiples of this.")] = None,
-    align_heads: Annotated[int | None, typer.Option(help="Query heads per layer: a multiple of this.")] = None,
-    min_heads: Annotated[int | None, typer.Option(help="Fewest query heads of a layer.")] = None,
-    data: Annotated[str | None, typer.Option(help="Evaluation data; its perplexity goes into the model card.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per window of the evaluation, as for eval.")] = None,
+    align_heads: Annotated[int | None, typer.Option(help="Pad query heads per layer to multiples of this.")] = None,
+    min_heads: Annotated[int | None, typer.Option(help="Pad query heads per layer to at least this many.")] = None,
+    data: Annotated[str | None, typer.Option(help="Evaluation data, for a perplexity in the model card.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens per window of this evaluation, as for eval.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="gguf only: f32, f16 or bf16; 16-bit models give f16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of gguf: f32, f16 or bf16 (f16 for 16-bit models).")] = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(help="Repository of the Hugging Face hub to upload the export to.", rich_help_panel=_HUB),
@@ -57,7 +57,7 @@ def export(
     ] = False,
     **compensation: Any,
 ) -> None:
-    """Write a pruned model as a checkpoint that loads elsewhere, and check its logits."""
+    """Write a size of a run as a checkpoint that loads elsewhere, and check its logits."""
     hub = _hub(push_to_hub, public)
     sizes = SizeOptions(round_mlp, align_heads, min_heads)
     given: dict[str, Any] = {"dtype": dtype, **vars(sizes), "data": data, "window": window}

@@ -40,8 +40,7 @@ def inspect(
         typer.Argument(help="Run folder, export, nested checkpoint or dense model.", metavar="RUN|EXPORT|MODEL"),
     ],
 ) -> None:
-    """Show the sizes a run can be exported at, what an export or a nested checkpoint holds, or what could go of a
-    model."""
+    """Show the sizes of a run, what an export contains, or what can be removed from a model."""
     from gisp.export.nested.place import is_nested
     from gisp.model.gguf import EXPORTED
     from gisp.target.check import is_run

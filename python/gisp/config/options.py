@@ -66,24 +66,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 _ONE_SHOT = {"engine": "exact", "steps": 1, "ema": 0.0, "first_order": "plain"}
 
 GQA_MODES = {
-    "query": "any query head",
-    "balanced": "equally many of each key/value head",
-    "group": "whole key/value heads, which shrinks the cache",
+    "query": "single query heads",
+    "balanced": "equally many query heads of each key/value head",
+    "group": "whole key/value heads, so that the cache shrinks",
 }
 OBJECTIVES = {
-    "lm": "every token, or a completion's alone",
-    "completion": "a completion's tokens; plain text is refused",
+    "lm": "all tokens, or those of the completions",
+    "completion": "tokens of completions; plain text is refused",
     "margin": "right against wrong answers",
-    "choice": "how likely the right answer is among all",
+    "choice": "likelihood of the right answer among all answers",
 }
 NORMS = {
-    "params": "parameters of the scored structure",
-    "official": "the sizes the released code takes",
-    "zscore": "their deviation within a layer",
+    "params": "the parameters of a structure",
+    "official": "the numbers of the released code",
+    "zscore": "their standard deviation within a block, after the mean is subtracted",
     "none": "",
 }
-ENGINES = {"stream": "a fresh batch", "exact": "all of it"}
-SCHEDULES = {"parameters": "removed parameters", "structures": "the removed part of the number of structures"}
+ENGINES = {"stream": "a fresh batch", "exact": "all data"}
+SCHEDULES = {"parameters": "by parameters", "structures": "by the number of structures"}
 DTYPES = ("bfloat16", "float32")
 # Those that see wrong answers.
 CHOOSING = ("margin", "choice")
@@ -93,7 +93,7 @@ OFFICIAL_RATIO = 0.7
 SLICES, STAGE_SLICES = 4, 8
 # Options that say where a run is computed, not what it computes.
 PLACE_OPTIONS = ("device", "offload", "gpu_memory")
-OFFLOAD = {"never": "", "auto": "what does not fit on the GPU", "always": "all of them"}
+OFFLOAD = {"never": "", "auto": "those that do not fit on the GPU", "always": "all"}
 
 # What rounds of --regrow go with: they compare structures by second-order scores a parameter, on fresh batches.
 _REGROWING = {
@@ -120,81 +120,87 @@ class PruneConfig:
 
     preset: str = option("Named set of defaults", DEFAULT_PRESET, choices=PRESETS)
     sparsity: float | None = option(
-        "Part of the decoder layers' parameters to remove", None, unset="0.5, official its ratio", above=0, below=1
+        "Share of the decoder layers' parameters to remove", None, unset="0.5, official: by its ratio", above=0, below=1
     )
-    steps: int = option("Pruning steps", least=1)
+    steps: int = option("Number of pruning steps", least=1)
     ratio: float | None = option(
-        "Part of the number of structures to remove; with schedule structures only",
+        "Share of the number of structures to remove; only with schedule structures",
         None,
-        unset=f"official {OFFICIAL_RATIO}",
+        unset=f"official: {OFFICIAL_RATIO}",
         above=0,
         below=1,
     )
-    samples: int | None = option("Calibration sequences used, the first ones", None, unset="all", least=1)
-    seq_len: int | None = option("Tokens per sequence", None, unset="256, token files as they are", least=2)
+    samples: int | None = option("Number of calibration sequences to use, the first ones", None, unset="all", least=1)
+    seq_len: int | None = option("Tokens per sequence", None, unset="256; rows of token files as they are", least=2)
     batch_size: int | None = option("Sequences per backward pass", None, auto=True, unset="auto", least=1)
-    batch_tokens: int = option("Tokens of a step; with engine stream only", 8192, least=2, group=_COMPUTE)
+    batch_tokens: int = option("Tokens per step; only with engine stream", 8192, least=2, group=_COMPUTE)
     slices: int | None = option(
-        "Parts of a step that are summed separately, so that any number of GPUs up to it gives the same run",
+        "Parts of a step that are summed separately; any number of GPUs up to this gives the same run",
         None,
-        unset=f"no parts; {SLICES} on several GPUs, {STAGE_SLICES} in stages",
+        unset=f"the step as a whole; {SLICES} on several GPUs, {STAGE_SLICES} with stages",
         least=1,
         below=1025,
         group=_COMPUTE,
     )
-    objective: str = option("Loss whose change scores measure", "lm", choices=OBJECTIVES, open=True, group=_SCORES)
-    criterion: str = option("Where scores come from", choices=CRITERIA, group=_SCORES)
+    objective: str = option("Loss that the scores refer to", "lm", choices=OBJECTIVES, open=True, group=_SCORES)
+    criterion: str = option("Scores of structures", choices=CRITERIA, group=_SCORES)
     allocator: str = option(
-        "How much each layer loses", choices=ALLOCATORS, unset="as the criterion was published", group=_SCORES
+        "How much each layer loses", choices=ALLOCATORS, unset="as published with the criterion", group=_SCORES
     )
     first_order: str = option(
         "First-order term of second-order scores",
-        choices={"plain": "", "shrunk": "by its noise"},
-        unset="shrunk; plain in one shot and with other criteria",
+        choices={"plain": "as it is", "shrunk": "weighed down by its noise"},
+        unset="shrunk, in one shot plain",
         group=_SCORES,
     )
     gate_steps: int | None = option(
-        "Training steps of gates, each on one batch",
+        "Training steps of the gates; only with criterion learned-gates",
         None,
-        unset=f"{GATE_DEFAULTS['gate_steps']}; with criterion learned-gates only",
+        unset=f"{GATE_DEFAULTS['gate_steps']}",
         least=1,
         group=_SCORES,
     )
     gate_rate: float | None = option(
-        "Learning rate of gates",
+        "Learning rate of the gates; only with criterion learned-gates",
         None,
-        unset=f"{GATE_DEFAULTS['gate_rate']}; with criterion learned-gates only",
+        unset=f"{GATE_DEFAULTS['gate_rate']}",
         above=0,
         group=_SCORES,
     )
-    one_shot: bool = option("Remove everything in one step, scored once on all calibration data", False, group=_SCORES)
+    one_shot: bool = option(
+        "Score once, on all calibration data, and remove everything in one step", False, group=_SCORES
+    )
     norm: str = option("What scores are divided by", choices=NORMS, group=_SCORES)
-    engine: str = option("Calibration data of a step", choices=ENGINES, group=_SCORES)
+    engine: str = option("Calibration data of each step", choices=ENGINES, group=_SCORES)
     regrow: int = option(
-        "Rounds after the last step that bring removed structures back for others", 0, least=0, group=_SCORES
+        "Rounds after the last step that exchange removed structures for present ones", 0, least=0, group=_SCORES
     )
-    schedule: str = option("What is removed in equal steps", choices=SCHEDULES, group=_LIMITS)
-    protect_first: float = option("Part of the layers protected at the input end", 0.1, least=0, below=1, group=_LIMITS)
-    protect_last: int = option("Layers protected at the output end", least=0, group=_LIMITS)
-    align: int = option("Kept MLP widths are multiples of this", least=1, group=_LIMITS)
-    keep_minimum: bool = option("Keep a head and an aligned MLP width in every layer", group=_LIMITS)
-    ema: float = option("Weight of the past in scores averaged over steps", least=0, below=1, group=_SCORES)
-    gqa: str = option("Where query heads share key/value heads", choices=GQA_MODES, group=_LIMITS)
-    seed: int = option("Seed of the data order", 0, least=0, group=_COMPUTE)
-    device: str = option("Where it runs: auto, cpu or cuda", "auto", group=_COMPUTE)
+    schedule: str = option("How equal steps are counted", choices=SCHEDULES, group=_LIMITS)
+    protect_first: float = option("Share of the layers to protect at the input", 0.1, least=0, below=1, group=_LIMITS)
+    protect_last: int = option("Number of layers to protect at the output", least=0, group=_LIMITS)
+    align: int = option("Keep MLP widths at multiples of this", least=1, group=_LIMITS)
+    keep_minimum: bool = option("Keep at least one head and one aligned MLP width in every layer", group=_LIMITS)
+    ema: float = option("Weight of earlier steps in the moving average of scores", least=0, below=1, group=_SCORES)
+    gqa: str = option("What is removed where query heads share key/value heads", choices=GQA_MODES, group=_LIMITS)
+    seed: int = option("Seed of the order of the data", 0, least=0, group=_COMPUTE)
+    device: str = option("Device: auto, cpu or cuda", "auto", group=_COMPUTE)
     dtype: str | None = option(
-        "Weights and products", None, choices=DTYPES, unset="bfloat16 on a GPU, float32 on a CPU", group=_COMPUTE
+        "Dtype of weights and products",
+        None,
+        choices=DTYPES,
+        unset="bfloat16 on a GPU, float32 on a CPU",
+        group=_COMPUTE,
     )
-    fp8: bool = option("8-bit products in the importance pass", False, group=_COMPUTE)
+    fp8: bool = option("Use 8-bit products when scoring", False, group=_COMPUTE)
     offload: str = option(
-        "Decoder layers kept in host memory and copied to the GPU in turn; without a value always",
+        "Decoder layers to keep in host memory and copy to the GPU in turn; without a value: always",
         "never",
         choices=OFFLOAD,
         bare="always",
         group=_COMPUTE,
     )
     gpu_memory: str | None = option(
-        "Most GPU memory to take, as 24GB; with offload only", None, unset="what is free", group=_COMPUTE
+        "Most GPU memory to take, as 24GB; only with offload", None, unset="all that is free", group=_COMPUTE
     )
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ def default_text(option: Option) -> str:
         if option.name in values:
             presets.setdefault(_word(values[option.name]), []).append(name)
     if presets:
-        return ", ".join(f"{' and '.join(names)} {value}" for value, names in presets.items())
+        return ", ".join(f"{' and '.join(names)}: {value}" for value, names in presets.items())
     return option.unset or _word(option.default)
 
 

@@ -13,6 +13,6 @@ def test_every_option_has_a_flag_and_a_line_of_help(capsys):
     for option in OPTIONS.values():
         assert option.flag in shown
         assert f"| `{option.flag}` | {help_text(option)} |" in markdown()
-    assert "default fast 200, paper 50, official 112" in help_text(OPTIONS["steps"])
-    assert "default fast on, paper and official off" in help_text(OPTIONS["keep_minimum"])
-    assert "(whole key/value heads, which shrinks the cache)" in help_text(OPTIONS["gqa"])
+    assert "default fast: 200, paper: 50, official: 112" in help_text(OPTIONS["steps"])
+    assert "default fast: on, paper and official: off" in help_text(OPTIONS["keep_minimum"])
+    assert "(whole key/value heads, so that the cache shrinks)" in help_text(OPTIONS["gqa"])
