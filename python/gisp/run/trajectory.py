@@ -193,13 +193,27 @@ class Trajectory:
         Args:
             dtype: ``bfloat16`` or ``float32``, ``auto`` for the checkpoint's own, ``None`` for the run's.
         """
-        from gisp.model.load import load_dense, resolve_device, resolve_dtype
+        from gisp.model.load import load_dense, resolve_device
 
         place, path = resolve_device(device), self.base_path
-        model = load_dense(path, place, resolve_dtype(dtype or self.config.get("dtype"), place))
+        model = load_dense(path, place, self.dtype_on(place, dtype))
         self._check_base(model, path)
         remember_run_text(model, self.held_out)
         return model
+
+    def dtype_on(self, device: torch.device, dtype: str | None = None) -> torch.dtype | str:
+        """The dtype to load the base model in.
+
+        Args:
+            device: that computes.
+            dtype: as for :meth:`load_base`.
+
+        Returns:
+            A dtype, or ``"auto"`` for the checkpoint's own.
+        """
+        from gisp.model.load import resolve_dtype
+
+        return resolve_dtype(dtype or self.config.get("dtype"), device)
 
     def shrinkable(self, model: nn.Module) -> ShrinkableModel:
         """A dense model made ready for this trajectory's steps."""

@@ -220,7 +220,7 @@ def _open_run(
     step, placement = trajectory.step_for(sparsity), None
     if stages is not None:
         device = resolve_device(place.device)
-        kind = resolve_dtype(dtype or trajectory.config.get("dtype"), device)
+        kind = trajectory.dtype_on(device, dtype)
         model, placement = staged_base(trajectory, stages, device, kind if isinstance(kind, torch.dtype) else None)
     else:
         model = place.load(trajectory, dtype=dtype, plan=plan)

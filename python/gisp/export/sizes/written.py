@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from gisp.errors import GispError
-from gisp.export.formats.gguf.file import ARCHITECTURE, require_gguf, stored_sizes
+from gisp.export.formats.gguf.file import ARCHITECTURE, require_gguf, tensor_sizes
 from gisp.model.gguf import EXPORTED, is_gguf
 from gisp.model.load import stored_config
 from gisp.model.weight_files import weight_files
@@ -144,7 +144,7 @@ def _gguf(path: Path) -> WrittenExport | None:
         reader.fields[f"{ARCHITECTURE}.{key}"].contents()
         for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length", "attention.key_length")
     )
-    parameters, sizes, dtype = stored_sizes(reader)
+    parameters, sizes, dtype = tensor_sizes(reader)
     layers = tuple(
         WrittenLayer(*counts, sum(size for name, size in sizes.items() if name.startswith(f"blk.{layer}.")))
         for layer, counts in enumerate(zip(heads, kv_heads, channels, strict=True))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gisp.config.memory import check_gpu_memory
-from gisp.model.load import resolve_device, resolve_dtype, skeleton
+from gisp.model.load import resolve_device, skeleton
 from gisp.model.structures import ModelMap, map_model
 from gisp.offload.host import numbered
 from gisp.offload.place import place
@@ -41,7 +41,7 @@ class BasePlace:
         Args:
             dtype: as for :meth:`Trajectory.load_base`, of the device that computes.
         """
-        kind = resolve_dtype(dtype or trajectory.config.get("dtype"), resolve_device(self.device))
+        kind = trajectory.dtype_on(resolve_device(self.device), dtype)
         return map_model(skeleton(trajectory.base_path, kind))
 
     def plan(self, demand: Demand, advice: Advice) -> Plan:
@@ -65,7 +65,7 @@ class BasePlace:
         if not self.offload:
             return trajectory.load_base(device=self.device, dtype=dtype)
         device = numbered(resolve_device(self.device))
-        kind = resolve_dtype(dtype or trajectory.config.get("dtype"), device)
+        kind = trajectory.dtype_on(device, dtype)
         model = trajectory.load_base(device="cpu", dtype=str(kind).removeprefix("torch."))
         places = {} if plan is None else plan.places
         place(model, tuple(range(trajectory.layers)), device, **places)

@@ -117,10 +117,10 @@ def read_state(path: Path) -> tuple[Any, dict[str, torch.Tensor]]:
 
 def count_parameters(path: Path) -> int:
     """Parameters a file stores; rotary factors are none."""
-    return stored_sizes(require_gguf().GGUFReader(path))[0]
+    return tensor_sizes(require_gguf().GGUFReader(path))[0]
 
 
-def stored_sizes(reader: Any) -> tuple[int, dict[str, int], str]:
+def tensor_sizes(reader: Any) -> tuple[int, dict[str, int], str]:
     """Parameters a file stores, bytes by name of tensor, and dtype of the matrices; rotary factors are left out."""
     tensors = [item for item in reader.tensors if item.name != _ROPE_FREQS]
     dtype = next(item.tensor_type.name.lower() for item in tensors if len(item.shape) > 1)
