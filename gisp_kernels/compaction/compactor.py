@@ -25,26 +25,28 @@ from gisp_kernels.ordering import Change, Ordering
 class Compactor:
     """Removes structures from the layers of groups in place, step by step, and brings them back.
 
-    A group is a list of (layer, axis, block or index) whose lines go together. Rows are outputs, columns inputs; layers
-    are those of :func:`gisp_kernels.layers.lines_of`. A layer may lose rows to one group and columns to another or the
-    same, and lines of one axis to several groups that name theirs by ``index``. A tied weight is cut once.
+    A group says which rows and columns (outputs and inputs) of which layers belong to one structure. The layers are of
+    the kinds of :func:`gisp_kernels.layers.lines_of`. A layer may lose rows to one group and columns to another or the
+    same. Several groups may share an axis of a layer if they name their lines by ``index``. A tied weight is changed
+    once.
 
-    The Parameter objects, their ``requires_grad`` and their storage stay; ``.grad`` of a layer whose width changes is
-    dropped, because it belongs to the other width. Sizes that layers keep as attributes follow. A backward pass of a
-    loss from before is refused then.
+    Parameters stay the same objects in the same storage, with the same ``requires_grad``. If the width of a layer
+    changes, its ``.grad`` is dropped, sizes that it keeps as attributes are updated, and the backward pass of a loss
+    that was computed before is refused.
 
-    A step costs what it removes, where structures are blocks. A tensor cut by an ``index`` is written anew, and what is
-    kept stays in the order of the lines.
+    The cost of a step is proportional to what it removes, if structures are blocks. Tensors whose lines are named by an
+    ``index`` are rewritten; what is kept stays in the order of the lines.
 
-    Of a model that is split over processes, groups that lie elsewhere have their weights on ``meta``: their shapes and
-    their order follow every step as if they were here.
+    If a model is split over processes, groups of other processes have their weights on ``meta``. Their shapes and their
+    order follow every step as if they were here.
 
     Args:
-        groups: the groups; their current weights are the full storage.
-        backend: of the swaps, see :class:`gisp_kernels.ops.swap.PreparedSwaps`.
-        device: of :attr:`numbers`; ``None``: that of the first weight.
-        optimizer: one or several; their state for the groups' parameters, all that is shaped like them, moves along. It
-            may come and be loaded at any time. What a step brings back has the state it had when it went.
+        groups: the groups, in a list or any other iterable. Their current weights are the full storage.
+        backend: implementation of the swaps, see :class:`gisp_kernels.ops.swap.PreparedSwaps`.
+        device: device of :attr:`numbers`; ``None``: that of the first weight.
+        optimizer: one optimizer or several. Their state that has the shape of a parameter of the groups moves along
+            with it. State may be created or loaded at any time. A structure that comes back has the state that it had
+            when it was removed.
 
     Raises:
         TypeError: something else than groups, a layer of another kind, or something else than an optimizer.

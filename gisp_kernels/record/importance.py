@@ -36,7 +36,7 @@ def record_importance(
     backend: str | None = None,
     closed: Mapping[str, torch.Tensor] | None = None,
 ) -> ImportanceRecorder:
-    """Recorder of structure scores, a context manager to put around any ``loss.backward()``.
+    """Score structures during any ``loss.backward()``; the recorder is a context manager.
 
     ::
 
@@ -44,38 +44,38 @@ def record_importance(
             model(**batch).loss.backward()
         scores = recorder.scores()  # {"model.layers.0.mlp": float32 [channels], ...}
 
-    The forward may run inside the context or, for weights that require a gradient, before it. The ``.grad`` of
-    covered weights is left as it was, unless ``keep_grad``; other parameters get their gradients as always.
+    The forward pass may run inside the context or, for weights that require a gradient, before it. Without
+    ``keep_grad``, the ``.grad`` of scored weights stays as it was. Other parameters get their gradients as always.
 
     Args:
-        target: a module (what :func:`~gisp_kernels.iter_groups` finds in it), an iterable of
-            :class:`~gisp_kernels.groups.StructureGroup`, or an iterable or mapping of ``nn.Linear``, each then a group
-            of its own, scored by output rows and named by its position or key.
-        mode: what is summed, see :class:`ImportanceRecorder`.
-        power: modes ``stream`` and ``exact``: 2 sums ``(W * G)^2`` in place of ``|W * G|`` (LLM-Pruner's
-            ``param_second``).
-        keep_grad: weight gradients are formed once, accumulate into ``.grad`` as always and are scored, so that
-            training goes on as without a recorder. Frozen weights are scored as without ``keep_grad``.
-        strict: refuse a module that holds weights which would not be scored; :class:`Coverage` has the rules of what
-            counts. Otherwise :meth:`ImportanceRecorder.coverage` tells.
-        ignore: names of parameters of the module that need no scores, as patterns of ``fnmatch``.
-        loss_scale: what the loss is multiplied with before its backward pass, a number or a ``GradScaler``: scores are
-            those of the loss itself. float16 autocast asks for it, 1.0 where the loss is not scaled.
-        reduce_group: a ``torch.distributed`` process group: scores are sums over the losses of its processes, all of
-            which must read them together.
+        target: a module, whose groups :func:`~gisp_kernels.iter_groups` finds; an iterable of
+            :class:`~gisp_kernels.groups.StructureGroup`; or an iterable or mapping of ``nn.Linear``. Each layer is then
+            a group, named by its position or key, whose structures are its output rows.
+        mode: how scores are computed, see :class:`ImportanceRecorder`.
+        power: only in modes ``stream`` and ``exact``: 2 sums ``(W * G)^2`` instead of ``|W * G|`` (``param_second`` of
+            LLM-Pruner).
+        keep_grad: also let weight gradients accumulate into ``.grad``, so that training goes on as without a recorder.
+            Frozen weights stay frozen.
+        strict: refuse a module with weights that would not be scored; :class:`Coverage` says which weights need no
+            score. If ``False``, :meth:`ImportanceRecorder.coverage` lists them.
+        ignore: names of parameters that need no score, as patterns of ``fnmatch``.
+        loss_scale: factor of the loss before its backward pass, a number or a ``GradScaler``. Scores are divided by it.
+            Under float16 autocast it is required; give 1.0 if the loss is not scaled.
+        reduce_group: a ``torch.distributed`` process group. Scores are then sums over the losses of its processes, and
+            all of them must read the scores together.
         backend: implementation of the ops, see :mod:`gisp_kernels.backend`.
-        closed: mode ``second-order`` alone: group name -> bool [count], structures whose gate stands at 0 while
-            recording: the model computes as if they were gone, and their gate gradients, ``sum g_b`` of
-            :meth:`ImportanceRecorder.gate_sums`, say how the loss changes as they come back.
+        closed: only in mode ``second-order``: group name -> bool [count], structures whose gate is 0 while recording.
+            The model computes as if they were removed. Their gate gradients, ``sum g_b`` of
+            :meth:`ImportanceRecorder.gate_sums`, say how the loss changes when they come back.
 
     Raises:
-        TypeError: ``target`` is none of these, or a covered layer is neither a plain floating-point ``nn.Linear`` nor
-            has a weight that requires a gradient.
-        ValueError: no group found, weights left out (``strict``), repeated names, a weight with two uses that are
-            scored apart, an unknown mode or power, or ``closed`` that does not fit.
-        RuntimeError: ``DistributedDataParallel`` or ``DataParallel`` that recording would break, or weights flattened
-            in parts; (on entering) a covered layer is already being recorded; (while active) its width changed, or it
-            computes with another weight than its own.
+        TypeError: ``target`` is none of these, or a layer is neither a plain floating-point ``nn.Linear`` nor has a
+            weight that requires a gradient.
+        ValueError: no group is found, weights would not be scored (``strict``), names repeat, a weight has two uses
+            that are scored separately, mode or power are unknown, or ``closed`` does not fit.
+        RuntimeError: recording would break ``DistributedDataParallel`` or ``DataParallel``, or weights are flattened in
+            parts. On entering: a layer is already being recorded. While active: a layer changed its width, or computes
+            with another weight than its own.
     """
     options = {"mode": mode, "power": power, "keep_grad": keep_grad, "loss_scale": loss_scale}
     options |= {"reduce_group": reduce_group, "backend": backend, "closed": closed}
@@ -96,7 +96,7 @@ def record_lines(
     reduce_group: Any = None,
     backend: str | None = None,
 ) -> ImportanceRecorder:
-    """Recorder of the scores of every row and every column of Linear layers, from one weight gradient each.
+    """Score every row and every column of Linear layers during a backward pass, from one weight gradient per layer.
 
     ::
 
@@ -104,15 +104,16 @@ def record_lines(
             model(**batch).loss.backward()
         recorder.scores_of(model.layers[0].mlp.down_proj, "column")  # float32 [in_features]
 
-    For code that has its own idea of what a structure is, as dependency graphs do, and adds lines up itself.
+    Use it if your code has its own structures, such as those of a dependency graph, and adds up rows and columns
+    itself.
 
     Args:
-        linears: layers, by name or position, or a module: all its ``nn.Linear`` and ``Conv1D``, without adapters and
-            without layers whose weight is an embedding too.
-        axes: ``"row"``, ``"column"`` and ``"element"``; the last are scores of every element, a float32 matrix of the
-            size of the weight.
-        mode, power, keep_grad, strict, ignore, loss_scale, reduce_group, backend: as of :func:`record_importance`,
-            without mode ``second-order``.
+        linears: layers by name or position, or a module. Of a module all ``nn.Linear`` and ``Conv1D`` are recorded,
+            except adapters and layers whose weight is also an embedding.
+        axes: ``"row"``, ``"column"`` or ``"element"``. The last gives a score for every element, a float32 matrix of
+            the size of the weight.
+
+    All other arguments are those of :func:`record_importance`, without mode ``second-order``.
 
     Returns:
         A recorder with groups named ``"NAME.AXIS"``; :meth:`ImportanceRecorder.scores_of` finds scores by layer.
