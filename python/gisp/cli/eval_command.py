@@ -112,7 +112,7 @@ def _gpus(target: str, gpus: int | None, asked: dict[str, Any]) -> int | None:
 
     check_stages(stages, asked["lm_eval"], asked["compensation"], asked["offload"], asked["options"].generate)
     if not is_run(target):
-        raise GispError(f"--stages {stages} takes a run, {target} is none: leave it out, --offload may do")
+        raise GispError(f"--stages {stages} takes a run, {target} is none: leave it out, or give --offload")
     check_sharing(Sharing(stages, stages, int(read_record(Path(target))["base_model"]["layers"])))
     return stages
 

@@ -199,7 +199,7 @@ def open_target(
     if is_run(target):
         return _open_run(Trajectory.load(target), sparsity, place, dtype, plan, stages)
     if stages is not None:
-        raise GispError(f"--stages {stages.count} takes a run, {target} is none: leave it out, --offload may do")
+        raise GispError(f"--stages {stages.count} takes a run, {target} is none: leave it out, or give --offload")
     check_target(target, sparsity)
     device = resolve_device(place.device)
     kind = resolve_dtype(dtype, device)
