@@ -17,10 +17,10 @@ from gisp.export.spec import ExportReport, PrunedSpec
 from gisp.run.evaluations import THIS_RUN, Evaluation, amount_text, figure_text, method_text
 
 _RELAID = (
-    "Query heads stored may exceed the heads kept: key/value heads must serve equally many query heads, so some are "
-    "stored twice and missing query heads are zero. This changes no output."
+    "More query heads may be stored than were kept. All key/value heads must serve equally many query heads, so some "
+    "key/value heads are stored twice, and missing query heads are stored as zeros. The outputs are the same."
 )
-_NOT_EVALUATED = "Not measured: `gisp eval RUN --sparsity S --data DATA` before the export puts figures here."
+_NOT_EVALUATED = "Not measured. `gisp eval RUN --sparsity S --data DATA` before the export puts figures here."
 FOLDER_ON_CARD = "path/to/this/folder"
 """What stands for the folder in the code of a card."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
@@ -71,7 +71,10 @@ class CardKind:
 PRUNED = CardKind("hf")
 MASKED = CardKind("masked", title="masked", layers="Shapes are those of the base model.")
 UNIFORM = CardKind(
-    "uniform", title="one size for all layers", layers="All layers store the same, with real weights.", exact=False
+    "uniform",
+    title="one size for all layers",
+    layers="All layers have the same sizes, without zeroed heads.",
+    exact=False,
 )
 
 
@@ -151,9 +154,9 @@ def _quality(spec: PrunedSpec, kind: CardKind) -> list[str]:
     notes = [f"Figures of {about}, measured by `gisp eval` on the run."]
     methods = {bool(e.compensation) for e in spec.evaluations if e.label == THIS_RUN and e.sparsity}
     if spec.compensation and False in methods:
-        notes.append("This export is compensated, what a row without `+` was measured on was not.")
+        notes.append("Rows without `+` were measured without a compensation; this export is compensated.")
     if not spec.compensation and True in methods:
-        notes.append("What a row with `+` was measured on was compensated, this export is not.")
+        notes.append("Rows with `+` were measured with a compensation; this export has none.")
     return [" ".join(notes), "", *table]
 
 
@@ -169,7 +172,7 @@ def _facts(spec: PrunedSpec, report: ExportReport, kind: CardKind) -> list[tuple
         ("parameters stored", f"{report.parameters_pruned:,} of {report.parameters_dense:,}"),
         ("weight files", f"{report.bytes / 1e6:,.1f} MB"),
         ("key/value cache per token", f"{report.kv_bytes_per_token:,} of {report.kv_bytes_per_token_dense:,} bytes"),
-        ("tensor parallelism", f"{', '.join(map(str, report.tensor_parallel))} devices share every layer evenly"),
+        ("devices for tensor parallelism", ", ".join(map(str, report.tensor_parallel))),
         ("preset", config.get("preset", "not recorded")),
         ("criterion", criterion_text(config)),
         ("versions", ", ".join(f"{key} {value}" for key, value in versions.items()) or "not recorded"),

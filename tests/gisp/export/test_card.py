@@ -162,7 +162,7 @@ def test_cards_of_one_size_and_of_all_tell_the_run_alike(run: Path, tmp_path: Pa
 
 def test_the_quality_of_the_size_is_on_the_card(run: Path, token_file: Path, tmp_path: Path) -> None:
     export_run(run, 0.3, tmp_path / "before", device="cpu")
-    assert "Not measured: `gisp eval RUN" in (tmp_path / "before" / "README.md").read_text()
+    assert "Not measured. `gisp eval RUN" in (tmp_path / "before" / "README.md").read_text()
     points = evaluate_along(str(run), str(token_file), sparsities=[0.1, 0.3], window=8, device="cpu")["points"]
     dense_value, other, here = (f"{point['perplexity']:,.4f}" for point in points)
     export_run(run, 0.3, tmp_path / "out", device="cpu")
@@ -173,9 +173,9 @@ def test_the_quality_of_the_size_is_on_the_card(run: Path, token_file: Path, tmp
     add_evaluations(run, [{**points[-1], "label": "gisp", "data": "x.jsonl", "compensation": "lsq (damping 0.5)"}])
     export_run(run, 0.3, tmp_path / "beside", device="cpu")
     card = (tmp_path / "beside" / "README.md").read_text()
-    assert "| gisp + lsq | perplexity |" in card and "was compensated, this export is not" in card
+    assert "| gisp + lsq | perplexity |" in card and "with a compensation; this export has none" in card
     spec = replace(point_of(gisp.Trajectory.load(run), run, points[-1]["step"]), compensation="lsq (damping 0.5)")
-    assert "This export is compensated, what a row without `+`" in "".join(_quality(spec, PRUNED))
+    assert "Rows without `+` were measured without a compensation" in "".join(_quality(spec, PRUNED))
     export_run(run, 0.3, tmp_path / "one-size", format="uniform", device="cpu")
     assert (
         "Figures of the exact point of the run; sizes were changed" in (tmp_path / "one-size" / "README.md").read_text()

@@ -115,7 +115,7 @@ def test_which_devices_can_share_the_layers(exported: tuple[Path, dict[str, Expo
         assert exported[1][f"{family}-exact"].tensor_parallel == (1,)
         assert DEVICES in exported[1][f"{family}-shared"].tensor_parallel
         card = (exported[0] / f"{family}-shared" / "README.md").read_text()
-        assert "| tensor parallelism | 1, 2 devices share every layer evenly |" in card
+        assert "| devices for tensor parallelism | 1, 2 |" in card
 
     def sizes(*layers: tuple[int, int, int]) -> tuple[int, ...]:
         layout = tuple(LayerSizes(heads, heads, kv_heads, channels) for heads, kv_heads, channels in layers)
