@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
 
 import torch
@@ -18,6 +18,11 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def as_texts(values: str | Iterable[str]) -> tuple[str, ...]:
+    """One text, or several: the letters of one are never meant."""
+    return (values,) if isinstance(values, str) else tuple(values)
 
 
 def check_float(name: str, tensor: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gisp_kernels.checks import as_texts
 from gisp_kernels.compaction.assembly import Assembly
 from gisp_kernels.compaction.axis import Axis
 from gisp_kernels.compaction.state import OptimizerState, watch_fused_optimizers
@@ -210,7 +211,7 @@ class Compactor:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def pack(self, *, in_place: bool = False, groups: Iterable[str] | None = None) -> None:
+    def pack(self, *, in_place: bool = False, groups: str | Iterable[str] | None = None) -> None:
         """Copy the kept parts to storage of their own and free the rest; steps so far can no longer be rolled back.
 
         One tensor is held twice at a time.
@@ -218,13 +219,13 @@ class Compactor:
         Args:
             in_place: leave the kept parts in the storage they have, at its front and without gaps, and free nothing:
                 for memory that is registered with a device, where what is read should be no more than what is kept.
-            groups: names of those whose gaps are closed with ``in_place``, all by default. The others only give up
-                what was removed: their strides stay, by which a device chooses its products.
+            groups: name or names of the groups whose gaps ``in_place`` closes; ``None``: all. The others only give up
+                what was removed and keep their strides, by which a device chooses its products.
 
         Raises:
             ValueError: a layer's weight was replaced from outside; nothing has changed then.
         """
-        names = [group.name for group in self._groups] if groups is None else groups
+        names = [group.name for group in self._groups] if groups is None else as_texts(groups)
         self._check_shown(range(len(self._axes)))
         self._follow_state()
         closed = {id(store) for name in names for store in self._held[self._ordering.group(name)]}

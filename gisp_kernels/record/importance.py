@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gisp_kernels.checks import as_texts
 from gisp_kernels.groups import Axis, StructureGroup
 from gisp_kernels.record.coverage import coverage_of, coverage_of_groups, refuse_partial
 from gisp_kernels.record.recorder import ImportanceRecorder
@@ -30,7 +31,7 @@ def record_importance(
     power: int = 1,
     keep_grad: bool = False,
     strict: bool = True,
-    ignore: Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
     loss_scale: Any = None,
     reduce_group: Any = None,
     backend: str | None = None,
@@ -58,7 +59,7 @@ def record_importance(
             Frozen weights stay frozen.
         strict: refuse a module with weights that would not be scored; :class:`Coverage` says which weights need no
             score. If ``False``, :meth:`ImportanceRecorder.coverage` lists them.
-        ignore: names of parameters that need no score, as patterns of ``fnmatch``.
+        ignore: names of parameters that need no score: one or several patterns of ``fnmatch``.
         loss_scale: factor of the loss before its backward pass, a number or a ``GradScaler``. Scores are divided by it.
             Under float16 autocast it is required; give 1.0 if the loss is not scaled.
         reduce_group: a ``torch.distributed`` process group. Scores are then sums over the losses of its processes, and
@@ -85,13 +86,13 @@ def record_importance(
 
 def record_lines(
     linears: nn.Module | Iterable[nn.Module] | Mapping[str, nn.Module],
-    axes: Iterable[Axis] = ("row", "column"),
+    axes: Axis | Iterable[Axis] = ("row", "column"),
     *,
     mode: Mode = "stream",
     power: int = 1,
     keep_grad: bool = False,
     strict: bool = True,
-    ignore: Iterable[str] = (),
+    ignore: str | Iterable[str] = (),
     loss_scale: Any = None,
     reduce_group: Any = None,
     backend: str | None = None,
@@ -110,8 +111,8 @@ def record_lines(
     Args:
         linears: layers by name or position, or a module. Of a module all ``nn.Linear`` and ``Conv1D`` are recorded,
             except adapters and layers whose weight is also an embedding.
-        axes: ``"row"``, ``"column"`` or ``"element"``. The last gives a score for every element, a float32 matrix of
-            the size of the weight.
+        axes: one or several of ``"row"``, ``"column"`` and ``"element"``. The last gives a score for every element, a
+            float32 matrix of the size of the weight.
 
     All other arguments are those of :func:`record_importance`, without mode ``second-order``.
 
@@ -129,16 +130,16 @@ def record_lines(
         embeddings = {id(m.weight) for m in linears.modules() if isinstance(m, nn.Embedding)}
     options = {"mode": mode, "power": power, "keep_grad": keep_grad, "loss_scale": loss_scale}
     options |= {"reduce_group": reduce_group, "backend": backend}
-    return _recorder(linears, line_groups(linears, tuple(axes), embeddings), strict, ignore, options)
+    return _recorder(linears, line_groups(linears, as_texts(axes), embeddings), strict, ignore, options)
 
 
 def _recorder(
-    target: Any, groups: tuple[StructureGroup, ...], strict: bool, ignore: Iterable[str], options: dict[str, Any]
+    target: Any, groups: tuple[StructureGroup, ...], strict: bool, ignore: str | Iterable[str], options: dict[str, Any]
 ) -> ImportanceRecorder:
     refuse_wrapped(target, keep_grad=options["keep_grad"])
     refuse_tied(target, groups, mode=options["mode"], keep_grad=options["keep_grad"])
     if isinstance(target, nn.Module) and not is_layer(target):
-        coverage = coverage_of(target, groups, ignore)
+        coverage = coverage_of(target, groups, as_texts(ignore))
         if strict:
             refuse_partial(coverage, target)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gisp_kernels import checks
 from gisp_kernels.families import iter_groups
-from gisp_kernels.groups import Axis, Projection, StructureGroup, unwrapped
+from gisp_kernels.groups import Projection, StructureGroup, unwrapped
 from gisp_kernels.record.attach.parallel import is_sharded
 from gisp_kernels.record.attach.tap import is_recorded
 
@@ -44,7 +44,7 @@ def groups_of(target: Target) -> tuple[StructureGroup, ...]:
             )
         return groups
     if isinstance(target, Iterable) and not isinstance(target, Mapping | nn.Module):
-        items: list[Any] = list(target)
+        items = _listed(target)
         if all(isinstance(item, StructureGroup) for item in items):
             return tuple(items)
         target = items
@@ -67,13 +67,25 @@ def named_layers(target: Any) -> dict[str, Any]:
     if isinstance(target, Mapping):
         named = {str(name): linear for name, linear in target.items()}
     elif isinstance(target, Iterable):
-        named = {str(i): item for i, item in enumerate(target)}
+        named = {str(i): item for i, item in enumerate(_listed(target))}
     else:
         raise TypeError(f"target must be a module, StructureGroups or nn.Linear layers, got {type(target).__name__}")
     for name, linear in named.items():
         if not is_layer(linear):
             raise TypeError(f"target[{name!r}] must be an nn.Linear, got {type(linear).__name__}")
     return {name: unwrapped(linear) for name, linear in named.items()}
+
+
+def _listed(target: Iterable[Any]) -> list[Any]:
+    """What an iterable holds.
+
+    Raises:
+        ValueError: it is an iterator that was read before.
+    """
+    items = list(target)
+    if not items and isinstance(target, Iterator):
+        raise ValueError("target is an iterator that holds nothing any more: give a list, which can be read again")
+    return items
 
 
 def _layers_in(module: nn.Module) -> dict[str, Any]:
@@ -91,7 +103,7 @@ def _layers_in(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def line_groups(target: Any, axes: Iterable[Axis], without: Iterable[int] = ()) -> tuple[StructureGroup, ...]:
+def line_groups(target: Any, axes: Iterable[Any], without: Iterable[int] = ()) -> tuple[StructureGroup, ...]:
     """A group ``"NAME.AXIS"`` for every layer of a target and every axis; ``without``: ids of weights to leave out."""
     left_out = set(without)
     return tuple(

@@ -70,6 +70,37 @@ def test_an_unknown_axis_of_scores_is_refused() -> None:
         recorder.scores_of(_LINEAR, "rows")  # type: ignore[arg-type]
 
 
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj, self.pooler = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 4)
+
+
+def test_one_pattern_to_ignore_is_not_its_letters() -> None:
+    """Among them may be ``*``, which ignores all."""
+    assert list(gk.record_importance(_Model(), ignore="pooler.*").scores())
+    with pytest.raises(ValueError, match=r"pooler\.weight"):
+        gk.record_importance(_Model(), ignore="up*")
+
+
+def test_one_axis_and_one_group_are_not_their_letters() -> None:
+    with gk.record_lines([_LINEAR], axes="row") as recorder:
+        _LINEAR(torch.randn(3, 6)).sum().backward()
+    assert recorder.scores_of(_LINEAR, "row").shape == (8,)
+    compactor = gk.Compactor([_group("a"), _group("b")])
+    compactor.remove({"a": [0], "b": [0]})
+    compactor.pack(in_place=True, groups="a")
+    assert (compactor.kept("a"), compactor.kept("b")) == (5, 5)
+
+
+def test_an_iterator_that_was_read_before_is_refused() -> None:
+    layers = iter([nn.Linear(4, 4)])
+    gk.record_importance(layers)
+    for record in (gk.record_importance, gk.record_lines):
+        with pytest.raises(ValueError, match="an iterator that holds nothing any more"):
+            record(layers)
+
+
 def test_groups_may_come_from_an_iterator() -> None:
     """``iter_groups`` is one: a compactor that read it twice held no group."""
     compactor = gk.Compactor(group for group in (_group("a"), _group("b")))
