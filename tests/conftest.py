@@ -66,7 +66,8 @@ def forked_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     from ranks import launch_forked
 
     monkeypatch.setattr("gisp.replicas.launch.launch", launch_forked)
-    monkeypatch.setattr("benchmarks.prune.replicas.launch", launch_forked)
+    for module in ("replicas", "stages"):
+        monkeypatch.setattr(f"benchmarks.prune.{module}.launch", launch_forked)
 
 
 @pytest.fixture(scope="module")

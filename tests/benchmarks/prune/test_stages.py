@@ -14,6 +14,7 @@ from benchmarks.prune.stages import build_part
 from gisp.cli import main
 
 
+@pytest.mark.usefixtures("forked_launch")
 def test_a_split_run_is_timed_and_is_the_run_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["bench", "prune", "--model", "tiny", "--device", "cpu", "--steps", "3"]
     found = []
