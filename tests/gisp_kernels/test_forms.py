@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
 
 
-def test_forms_launch_what_the_jit_launches(tmp_path: Path) -> None:
+def test_forms_launch_what_the_jit_launches(triton_cache: Path) -> None:
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "python", SUPPORT)))
-    environ = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "GISP_BACKEND": "triton"}
+    environ = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(triton_cache), "GISP_BACKEND": "triton"}
     environ.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, SUPPORT / "launch_forms.py"], env=environ, capture_output=True, text=True, check=False

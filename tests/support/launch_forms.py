@@ -23,7 +23,8 @@ from gisp.score.fused import ImportancePass, MicroBatch
 from gisp_kernels import abs_weighted_reduce, backend, forms
 from gisp_kernels.triton.decoder import rms_norm, swiglu
 
-CAPABILITY = 90
+# One of those that test_compile.py compiles for: most code is there then.
+CAPABILITY = 100
 launched: list[tuple[Any, ...]] = []
 _handles = itertools.count(1)
 

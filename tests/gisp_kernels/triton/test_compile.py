@@ -21,8 +21,8 @@ NEWER = {80: {"float8._quantize_rows_kernel", "float8._quantize_transposed_kerne
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+def test_kernels_compile(capability: int, triton_cache: Path) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(triton_cache)}
     environ.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, SCRIPT, str(capability)], env=environ, capture_output=True, text=True, check=False
