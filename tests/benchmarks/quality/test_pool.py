@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from benchmarks.quality.runner import Bench, Runner
 from gisp.errors import GispError
 
 WAY = {"steps": 2, "batch_tokens": 104, "seed": 0}
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are forked, which takes no imports and keeps what a test has changed."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: _Forked())
 
 
 def bench_of(files: Path, **changes: Any) -> Bench:
@@ -50,6 +57,7 @@ def test_a_spent_budget_leaves_cells(files: Path) -> None:
         assert run_cells(bench_of(files), [DENSE] * 3, jobs=jobs, budget=budget, on_result=print) == [DENSE] * 3
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_bench_that_cannot_be_read_ends_the_study(files: Path) -> None:
     broken = bench_of(files, tasks=files / "none.json")
     for jobs in (1, 2):
@@ -57,11 +65,9 @@ def test_a_bench_that_cannot_be_read_ends_the_study(files: Path) -> None:
             run_cells(broken, [DENSE, DENSE], jobs=jobs, budget=Budget(None), on_result=print)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_cell_whose_process_dies_is_a_failure(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes are forked here, with a runner that dies on one cell."""
-    import multiprocessing
-
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: _Forked())
+    """With a runner that dies on one cell."""
     monkeypatch.setattr(pool, "Runner", _Mortal)
     cells = [Cell("criteria", name, {}) for name in ("a", "deadly", "b", "c")]
     found: list[dict[str, Any]] = []

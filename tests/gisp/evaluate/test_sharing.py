@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +85,10 @@ def evaluated(capfd: pytest.CaptureFixture[str], *given: str) -> dict[str, Any]:
     return dict(json.loads(line))
 
 
+@pytest.mark.usefixtures("forked_launch")
 def test_the_command_prints_once_what_one_process_prints(
-    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    places: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     out = tmp_path / "r.json"
     asked = [str(places / "model"), "--data", str(places / "tokens.jsonl"), "--batch-size=2"]
     alone = evaluated(capfd, *asked)
