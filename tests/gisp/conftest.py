@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -33,3 +34,22 @@ def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits at their whole size, in all blocks, whatever held-out text says; training and steps likewise."""
     monkeypatch.setattr(acceptance.Difference, "falls", True)
     monkeypatch.setattr(sweep, "search", _first)
+
+
+@pytest.fixture
+def light_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report's pictures are drawn once a layout: the dark ones, whose colours alone differ, are the light ones."""
+    from gisp.report import style, write
+
+    drawn: dict[tuple[int, int], tuple[Any, dict[str, bytes]]] = {}
+    render = write.render
+
+    def light(run: Any, theme: Any) -> dict[str, bytes]:
+        asked = (id(run), theme.columns)
+        if asked not in drawn:
+            look = style.LIGHT if theme.columns == style.LIGHT.columns else style.LIGHT.narrow
+            # The run is kept: another one must not get its number.
+            drawn[asked] = run, render(run, look)
+        return drawn[asked][1]
+
+    monkeypatch.setattr(write, "render", light)

@@ -137,6 +137,7 @@ def test_kept_fractions_follow_the_removal_steps(tmp_path: Path) -> None:
     assert run.kept_count("heads")[0] == LAYERS * HEADS - record["steps"][-1]["heads_removed"]
 
 
+@pytest.mark.usefixtures("light_looks")
 def test_layer_without_heads_is_drawn(tmp_path: Path) -> None:
     make_run(tmp_path, empty_layer=1)
     check_written(write_report(tmp_path), tmp_path, UNEVALUATED)
@@ -148,6 +149,7 @@ def test_loss_belongs_to_the_sparsity_before_the_step(tmp_path: Path) -> None:
     assert before.tolist() == [0.0, record["steps"][0]["sparsity"], record["steps"][1]["sparsity"]]
 
 
+@pytest.mark.usefixtures("light_looks")
 def test_single_step(tmp_path: Path) -> None:
     make_run(tmp_path, steps=1)
     html = check_written(write_report(tmp_path), tmp_path, UNEVALUATED)
@@ -155,6 +157,7 @@ def test_single_step(tmp_path: Path) -> None:
     assert rows_of(html)["Steps"] == "1"
 
 
+@pytest.mark.usefixtures("light_looks")
 def test_cut_run_ignores_what_is_ahead_of_its_last_step(tmp_path: Path) -> None:
     make_run(tmp_path, steps=5, planned=20)
     tensors = load_file(tmp_path / "trajectory.safetensors")
@@ -168,12 +171,14 @@ def test_cut_run_ignores_what_is_ahead_of_its_last_step(tmp_path: Path) -> None:
     assert sorted(read_run(tmp_path).metrics) == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.usefixtures("light_looks")
 def test_without_metrics_the_page_says_so(tmp_path: Path) -> None:
     make_run(tmp_path, metrics=False)
     html = check_written(write_report(tmp_path), tmp_path, [name for name in UNEVALUATED if name not in FROM_METRICS])
     assert html.count("Not shown: this run has no metrics.jsonl.") == len(FROM_METRICS)
 
 
+@pytest.mark.usefixtures("light_looks")
 def test_unusual_metrics_and_evaluations_are_drawn(tmp_path: Path) -> None:
     make_run(tmp_path, steps=3)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

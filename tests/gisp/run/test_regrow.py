@@ -91,7 +91,7 @@ def test_points_are_nested_aligned_and_of_the_recorded_size(tmp_path, model_fold
     assert all(torch.equal(loaded.removed_at[name], at) for name, at in run.removed_at.items())
 
 
-@pytest.mark.usefixtures("exchanging")
+@pytest.mark.usefixtures("exchanging", "light_looks")
 def test_what_reads_a_run_folder_reads_one_whose_sizes_rounds_corrected(tmp_path, model_folder, token_file):
     out = tmp_path / "r"
     run = run_into(out, model_folder, token_file, **ROUNDS)

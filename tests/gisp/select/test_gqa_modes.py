@@ -220,6 +220,7 @@ def test_a_cut_run_resumes_to_the_same_bits(gqa: str, tmp_path: Path, places: tu
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes()
 
 
+@pytest.mark.usefixtures("light_looks")
 @pytest.mark.parametrize("gqa", GQA_MODES)
 def test_runs_are_evaluated_reported_and_exported(gqa: str, tmp_path: Path, places: tuple[Path, Path]) -> None:
     model, tokens = places
