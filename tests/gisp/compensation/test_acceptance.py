@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compensation_oracle import REMOVED, columns, divergence, kept_of, masked, projection, rows, weight_of
+from demo_pages import DEMO, pages
 from tiny import tiny_model, tiny_tokens
 
 import gisp
@@ -18,7 +18,7 @@ from gisp.compensation import METHODS, Compensation, CompensationOptions, fit_co
 from gisp.compensation.acceptance import HeldOut, Measured, difference
 from gisp.compensation.pruned.student import Student
 from gisp.compensation.streams import make_batches, next_tokens
-from gisp.data import Sequences, load_sequences
+from gisp.data import Sequences
 from gisp.data.sequences import IGNORED
 from gisp.errors import GispError
 from gisp.evaluate import perplexity
@@ -167,15 +167,6 @@ def test_stages_of_a_name() -> None:
     assert CompensationOptions("gates").target is None and CompensationOptions("kfac").target == "local"
 
 
-DEMO = Path(gisp.__file__).parent / "demo"
-
-
-def demo_text(name: str, documents: int, vocab_size: int) -> Sequences:
-    """Beginnings of documents of the demo."""
-    found = load_sequences(str(DEMO / name), vocab_size=vocab_size, seq_len=128, tokenizer_from=str(DEMO / "decoder"))
-    return Sequences.plain([found.rows[pieces[0]] for pieces in found.examples[:documents]])
-
-
 @pytest.mark.usefixtures("loss_counts")
 @pytest.mark.parametrize("method", ["bias", "affine", "rescale", "lsq", "lsq dense", "kfac", "gates", "distil"])
 def test_little_text_leaves_the_demo_decoder_no_worse(method: str) -> None:
@@ -187,13 +178,13 @@ def test_little_text_leaves_the_demo_decoder_no_worse(method: str) -> None:
         {item.channels.name: torch.arange(0, item.channels.count, step) for item in model_map.layers[1:-1]}
         | {item.heads.name: torch.tensor([2]) for item in model_map.layers[1:-1]}
     )
-    text = demo_text("heldout.jsonl", 24, model_map.vocab_size)
+    text = pages("heldout.jsonl", range(24))
     before = perplexity(model, text, 128).perplexity
     name, *target = method.split()
     options: dict[str, Any] = {"steps": 8, "batch_tokens": 512} if name in ("gates", "distil") else {}
     if target:
         options["target"] = target[0]
-    found = gisp.compensate(model, demo_text("calibration.jsonl", 16, model_map.vocab_size), method=name, **options)
+    found = gisp.compensate(model, pages("calibration.jsonl", range(16)), method=name, **options)
     assert found.texts == 4 and 200 < found.tokens < 800
     assert perplexity(model, text, 128).perplexity <= before * (1 + 1e-6)
 
@@ -217,8 +208,7 @@ def worsened_by_its_channels() -> tuple[Any, ShrinkableModel]:
 def nearer(method: str) -> tuple[Compensation, float]:
     """That model compensated, and what becomes of its perplexity, as a factor."""
     model, _ = worsened_by_its_channels()
-    size = model.config.vocab_size
-    text, calibration = demo_text("heldout.jsonl", 16, size), demo_text("calibration.jsonl", 16, size)
+    text, calibration = pages("heldout.jsonl", range(16)), pages("calibration.jsonl", range(16))
     options: dict[str, Any] = {"steps": 12, "batch_tokens": 512} if method in ("gates", "distil") else {}
     if method == "kfac":
         options = {"steps": 1}

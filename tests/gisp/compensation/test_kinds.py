@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from demo_pages import DEMO, pages
 from run_cases import OPTIONS, cut_after
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokens
@@ -26,19 +27,12 @@ from gisp.model.shrink import ShrinkableModel
 from gisp.model.structures import map_model
 from gisp.target import evaluate_target
 
-DEMO = Path(gisp.__file__).parent / "demo"
 pytestmark = pytest.mark.usefixtures("loss_counts")
 STEPS: dict[str, dict[str, Any]] = {
     "kfac": {"steps": 1},
     "gates": {"steps": 5, "batch_tokens": 1024, "learning_rate": 0.3},
     "distil": {"steps": 5, "batch_tokens": 1024, "learning_rate": 0.003},
 }
-
-
-def pages(name: str, documents: range) -> Sequences:
-    """Beginnings of documents of the demo."""
-    found = load_sequences(str(DEMO / name), vocab_size=2**20, seq_len=128, tokenizer_from=str(DEMO / "decoder"))
-    return Sequences.plain([found.rows[found.examples[number][0]] for number in documents])
 
 
 def backwards(data: Sequences) -> Sequences:
