@@ -59,7 +59,7 @@ def test_every_criterion_runs_protects_and_repeats_itself(criterion: str, preset
         return  # trained to removed parameters, not to a ratio of structures
     options: dict[str, Any] = {"criterion": criterion, "protect_first": 0.2, "protect_last": 2, "sparsity": 0.25}
     if CRITERIA[criterion].trains:
-        options["gate_steps"] = 60
+        options |= {"gate_steps": 60, "steps": 2}
     if preset == "official":
         options |= {"preset": "official", "ratio": 0.4, "sparsity": None, "steps": 4, **WHOLE}
     found = run(**options)
