@@ -27,7 +27,15 @@ with torch.device("meta"):
     torch.zeros(0)
 
 
+# A single one of these lasts half a minute, which at the end leaves the other workers idle.
+_LONG = tuple(
+    f"tests/{name}"
+    for name in ("kills/", "test_distributions.py", "gisp_kernels/test_forms.py", "gisp_kernels/triton/test_compile.py")
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(_LONG))
     if HAS_CUDA:
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
