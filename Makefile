@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-JOBS ?= 2
+# One worker more than the two cores of the usual machine: tests of several processes wait half of their time.
+JOBS ?= 3
 
 SOURCES := setup.py pyproject.toml python/setup.py python/pyproject.toml CMakeLists.txt tests/constraints.txt $(shell find csrc -type f 2>/dev/null)
 
