@@ -49,10 +49,10 @@ def test_no_run(
 
 
 @pytest.fixture(scope="module")
-def own_base_run(workspace: Path, tokens: Path) -> tuple[Path, Path]:
+def own_base_run(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> tuple[Path, Path]:
     """A run and its base model, both private to this module."""
-    model = models.llama_mha(workspace / "own-base")
-    run = workspace / "own-base-run"
+    folder = tmp_path_factory.mktemp("own-base")
+    model, run = models.llama_mha(folder / "model"), folder / "run"
     must_run(*prune_arguments(model, tokens, run, *PAPER))
     return model, run
 

@@ -19,10 +19,9 @@ from .cli import CPU_FLOAT32, PAPER, assert_refused, must_run, prune_arguments, 
 
 
 @pytest.fixture(scope="module")
-def shelf(workspace: Path, model_folder: Callable[[str], Path]) -> Path:
+def shelf(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Path:
     """A folder with every bad model and bad data file of the tests below."""
-    folder = workspace / "bad"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("bad")
     good = model_folder("llama-mha")
     models.gpt2(folder / "gpt2")
     (folder / "only-config").mkdir()

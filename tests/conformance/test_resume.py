@@ -40,9 +40,8 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case(workspace: Path, launcher: Launcher) -> Case:
-    folder = workspace / "resume"
-    folder.mkdir()
+def case(tmp_path_factory: pytest.TempPathFactory, launcher: Launcher) -> Case:
+    folder = tmp_path_factory.mktemp("resume")
     model = models.llama_gqa(folder / "model")
     data = models.save_tokens(folder / "data.safetensors", models.token_ids(rows=64))
     case = Case(model, data, folder / "undisturbed")
@@ -171,8 +170,8 @@ def test_exact_preset_resumes_too(launcher: Launcher, case: Case, tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def unfinished(case: Case, launcher: Launcher, workspace: Path) -> Path:
-    out = workspace / "unfinished"
+def unfinished(case: Case, launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unfinished") / "run"
     code = launcher.interrupt(lambda: recorded_steps(out) >= 5, 0.0, signal.SIGKILL, *case.arguments(out))
     assert code == -signal.SIGKILL
     return out
