@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -68,6 +69,9 @@ class Watch:
         self._looks = 0
         self._other_tells = self._warned = self._store_gone = False
         self._thread = threading.Thread(target=self._look, daemon=True)
+        # Beats of this process for the store, and what it has of the others; None ends either.
+        self._told: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._heard: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
 
     def __enter__(self) -> Watch:
         # Its own connection: the main thread may wait inside another one.
@@ -82,6 +86,7 @@ class Watch:
         self._store = distributed.PrefixStore(f"gisp/{found[0]['run']}", store)
         self._store.set(f"{self._rank}", json.dumps(self._beats[self._rank]))
         self._exchange(b"")
+        threading.Thread(target=self._call_store, daemon=True).start()
         self._thread.start()
         return self
 
@@ -138,10 +143,11 @@ class Watch:
             self._looks = looks = self._looks + 1
             sight = self.signs.look()
             self._beats[self._rank] = _beat(looks, sight)
-            try:
-                self._store.set(f"{self._rank}", json.dumps(self._beats[self._rank]))
-                found = [value.decode() for value in self._store.multi_get([str(rank) for rank in others])]
-            except RuntimeError:
+            self._told.put(json.dumps(self._beats[self._rank]))
+            found = None
+            with suppress(queue.Empty):
+                found = self._heard.get(timeout=SILENCE + BEAT)
+            if found is None:
                 self._reason = self._without_store()
                 break
             for rank, beat in zip(others, found, strict=True):
@@ -151,11 +157,27 @@ class Watch:
             for rank in others:
                 self._judge(rank, {other: BEAT * (looks - heard[other]) for other in others})
             self._reason = self._reason or self._among_all(sight)
+        self._told.put(None)
         if self._reason is not None:
             self._found.set()
             # One that is stuck itself leaves it to others to tell.
             if not self._ended.wait(GRACE if not self._beats[self._rank]["stuck"] else 2 * GRACE):
                 self._end()
+
+    def _call_store(self) -> None:
+        """Set the beats of this process and read those of the others.
+
+        A store whose process is stopped takes a call and never answers it, whatever the time-out. So :meth:`_look`
+        waits for this thread and not for the store.
+        """
+        others = [str(rank) for rank in range(self._size) if rank != self._rank]
+        while (beat := self._told.get()) is not None:
+            try:
+                self._store.set(f"{self._rank}", beat)
+                self._heard.put([value.decode() for value in self._store.multi_get(others)])
+            except RuntimeError:
+                self._heard.put(None)
+                return
 
     def _hear(self, rank: int, beat: str) -> None:
         if not beat.startswith((_FAILED, _LEFT)):

@@ -94,6 +94,12 @@ def test_a_process_that_takes_the_store_with_it_is_named(tmp_path: Path) -> None
     assert "telling: " not in found[2].text and "the store of this run is gone" in found[2].text
 
 
+def test_a_process_that_is_stopped_with_the_store_is_named(tmp_path: Path) -> None:
+    found = ends(tmp_path, 2, "stopped", 0, store="tcp")
+    assert found[1].code == watch.EXIT_CODE
+    assert "rank 0 (" in found[1].text and "was stopped by a signal; it was last seen at work" in found[1].text
+
+
 def test_one_of_several_tells_of_a_killed_one(tmp_path: Path) -> None:
     found = ends(tmp_path, 4, "killed", 2)
     texts = [ended.text for rank, ended in enumerate(found) if rank != 2]
