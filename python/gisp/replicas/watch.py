@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import sys
 import threading
 import time
@@ -31,6 +30,7 @@ from gisp.replicas import signs
 from gisp.replicas.errors import ReplicaError
 from gisp.replicas.siblings import end_sibling, state_of, this_process
 from gisp.replicas.signs import Sight, Signs
+from gisp.replicas.store_calls import StoreCalls
 
 # Seconds between beats, of silence until a process counts as lost, and for others to end by themselves then.
 BEAT, SILENCE, GRACE = 1.0, 15.0, 5.0
@@ -69,9 +69,6 @@ class Watch:
         self._looks = 0
         self._other_tells = self._warned = self._store_gone = False
         self._thread = threading.Thread(target=self._look, daemon=True)
-        # Beats of this process for the store, and what it has of the others; None ends either.
-        self._told: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._heard: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
 
     def __enter__(self) -> Watch:
         # Its own connection: the main thread may wait inside another one.
@@ -83,10 +80,9 @@ class Watch:
         self._names = [f"rank {rank} ({item['host']}, process {item['pid']})" for rank, item in enumerate(found)]
         self._beats = [_beat(0, Sight(None)) for _ in found]
         # A program may prune several times in one process group.
-        self._store = distributed.PrefixStore(f"gisp/{found[0]['run']}", store)
+        self._store = StoreCalls(distributed.PrefixStore(f"gisp/{found[0]['run']}", store), SILENCE + BEAT)
         self._store.set(f"{self._rank}", json.dumps(self._beats[self._rank]))
         self._exchange(b"")
-        threading.Thread(target=self._call_store, daemon=True).start()
         self._thread.start()
         return self
 
@@ -96,8 +92,14 @@ class Watch:
         self._ended.set()
         self._thread.join()
         self.signs.end()
-        if error is None:
-            return
+        try:
+            if error is not None:
+                self._leave(error)
+        finally:
+            self._store.end()
+
+    def _leave(self, error: BaseException) -> None:
+        """Tell the others of an error; a :class:`ReplicaError` where it does not tell the user by itself."""
         tells = isinstance(error, Exception) or not self._rank
         self._write(f"{_FAILED if tells else _LEFT}failed: {_words(error)}")
         first = tells and self._first_to_tell()
@@ -143,11 +145,10 @@ class Watch:
             self._looks = looks = self._looks + 1
             sight = self.signs.look()
             self._beats[self._rank] = _beat(looks, sight)
-            self._told.put(json.dumps(self._beats[self._rank]))
-            found = None
-            with suppress(queue.Empty):
-                found = self._heard.get(timeout=SILENCE + BEAT)
-            if found is None:
+            try:
+                self._store.set(f"{self._rank}", json.dumps(self._beats[self._rank]))
+                found = [value.decode() for value in self._store.multi_get([str(rank) for rank in others])]
+            except RuntimeError:
                 self._reason = self._without_store()
                 break
             for rank, beat in zip(others, found, strict=True):
@@ -157,27 +158,11 @@ class Watch:
             for rank in others:
                 self._judge(rank, {other: BEAT * (looks - heard[other]) for other in others})
             self._reason = self._reason or self._among_all(sight)
-        self._told.put(None)
         if self._reason is not None:
             self._found.set()
             # One that is stuck itself leaves it to others to tell.
             if not self._ended.wait(GRACE if not self._beats[self._rank]["stuck"] else 2 * GRACE):
                 self._end()
-
-    def _call_store(self) -> None:
-        """Set the beats of this process and read those of the others.
-
-        A store whose process is stopped takes a call and never answers it, whatever the time-out. So :meth:`_look`
-        waits for this thread and not for the store.
-        """
-        others = [str(rank) for rank in range(self._size) if rank != self._rank]
-        while (beat := self._told.get()) is not None:
-            try:
-                self._store.set(f"{self._rank}", beat)
-                self._heard.put([value.decode() for value in self._store.multi_get(others)])
-            except RuntimeError:
-                self._heard.put(None)
-                return
 
     def _hear(self, rank: int, beat: str) -> None:
         if not beat.startswith((_FAILED, _LEFT)):
@@ -273,7 +258,7 @@ class Watch:
         if self._store_gone:
             return not self._other_tells
         try:
-            return int(self._store.add(_TOLD, 1)) == 1 and not self._other_tells
+            return self._store.add(_TOLD, 1) == 1 and not self._other_tells
         except RuntimeError:
             return not self._other_tells
 
@@ -290,7 +275,7 @@ class Watch:
         if self._rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
         end = time.monotonic() + 3 * BEAT
-        while time.monotonic() < end and int(self._store.add(_TOLD, 0)) < self._size:
+        while time.monotonic() < end and self._store.add(_TOLD, 0) < self._size:
             time.sleep(BEAT / 10)
 
 
