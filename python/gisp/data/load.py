@@ -52,7 +52,6 @@ def load_sequences(
     Raises:
         GispError: anything unreadable, empty, of the wrong type or out of range.
     """
-    where = str(spec)
     if isinstance(spec, torch.Tensor):
         where = "the token tensor"
         sequences = from_tokens(spec, None, where, vocab_size, seq_len)
@@ -67,7 +66,7 @@ def load_sequences(
     elif Path(spec).suffix in MIXTURE_FILES:
         load = partial(load_sequences, vocab_size=vocab_size, tokenizer_from=tokenizer_from, held_out=held_out)
         return _mixture(read_mixture(Path(spec), objective), load, seq_len, seed)
-    elif where.endswith(".safetensors"):
+    elif (where := str(spec)).endswith(".safetensors"):
         sequences = from_token_file(Path(spec), vocab_size, seq_len)
     else:
         sequences = _from_rows(where, tokenizer_from, seq_len or DEFAULT_SEQ_LEN, objective, vocab_size, held_out)
